@@ -1,0 +1,60 @@
+"""Feature tables and live observations: seconds per layout on one core, and where the time goes.
+
+    python benchmarks/features.py            # table for 35,040 bars (a year of 15Min crypto) and 140,000, live build, profile
+
+Ratios between rows come from one run on one machine; absolute seconds depend on it.
+"""
+import cProfile
+import os
+import platform
+import pstats
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import torch
+
+torch.set_num_threads(1)
+
+from trading_lib.account import AccountState
+from trading_lib.builder import InferenceObservationBuilder
+from trading_lib.features import feature_table, fit_features
+from trading_lib.layouts import LAYOUTS
+from trading_lib.sources import simulate_bars
+
+SIZES = (35_040, 140_000)
+
+
+def best_of(function, repeats: int) -> float:
+    "Shortest of some runs, in seconds: the least disturbed one."
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def main():
+    bars = simulate_bars("SIM-USD", "15Min", "2019-01-01", "2023-01-01", seed=0, edge=0.0)
+    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, one core, shortest of 3")
+    print(f"{'layout':8} {'columns':>7} " + " ".join(f"{n:>9,} bars" for n in SIZES) + f" {'live build':>14} {'fit 25,000 bars':>16}")
+    for version in ("2.3.0", "2.6.0", "2.7.0", "5.3.0", "5.5.0", "5.6.0"):
+        layout = LAYOUTS[version]
+        begin = time.perf_counter()
+        fit = fit_features(bars.iloc[:25_000], version, "15Min", "crypto")
+        fitting = time.perf_counter() - begin
+        tables = [best_of(lambda: feature_table(bars.iloc[:n], version, fit, "15Min", "crypto"), 3) for n in SIZES]
+        builder, account = InferenceObservationBuilder(version, fit, "15Min", "crypto"), AccountState.initial()
+        tail = bars.iloc[-layout.min_history:]
+        live = best_of(lambda: builder.build(tail, account), 20)
+        print(f"{version:8} {layout.n_features:>7} " + " ".join(f"{t:>12.3f} s" for t in tables) + f" {1000 * live:>11.1f} ms {fitting:>14.2f} s")
+    profile = cProfile.Profile()
+    profile.runcall(feature_table, bars.iloc[:SIZES[1]], "5.6.0", fit, "15Min", "crypto")
+    print(f"\nwhere the time goes, 5.6.0, {SIZES[1]:,} bars (own time, seconds):")
+    rows = sorted(pstats.Stats(profile).stats.items(), key=lambda row: -row[1][2])[:8]
+    for (file, line, name), (_, calls, own, *_) in rows: print(f"  {own:7.3f}  {calls:>8} calls  {os.path.basename(file)}:{name}")
+
+
+if __name__ == "__main__": main()

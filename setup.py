@@ -1,0 +1,24 @@
+"""Everything about the package is declared once, in settings.ini, which nbdev reads too."""
+from configparser import ConfigParser
+
+from setuptools import find_packages, setup
+
+parser = ConfigParser(delimiters=["="])
+parser.read("settings.ini", encoding="utf-8")
+settings = parser["DEFAULT"]
+
+setup(
+    name=settings["lib_name"],
+    version=settings["version"],
+    description=settings["description"],
+    license="Apache-2.0",
+    author=settings["author"],
+    python_requires=f">={settings['min_python']}",
+    packages=find_packages(include=[settings["lib_path"]]),
+    install_requires=settings["requirements"].split(),
+    extras_require={"dev": settings["dev_requirements"].split()},
+    entry_points={
+        "console_scripts": settings["console_scripts"].split(),
+        "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],
+    },
+)

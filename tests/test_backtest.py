@@ -1,0 +1,460 @@
+"""The backtest is the environment, walked through once: the same equity to the last bit, the same as the slow account of `scalar_account`, and books, baselines and reports that add up."""
+import functools
+import json
+import math
+import re
+from dataclasses import fields, replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from scalar_account import STATE, ScalarAccount, hand_made_market, scalar_step, torch_root
+from trading_lib.account import AccountState, account_rules
+from trading_lib.backtest import buy_and_hold, decision_bars, greedy_actions, moving_average_actions, oracle_actions, run_backtest, shifted, verdict, walk
+from trading_lib.builder import BacktestObservationBuilder
+from trading_lib.config import AccountConfig, InputError
+from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
+from trading_lib.features import fit_features
+from trading_lib.report import describe_source, render_report, write_report
+from trading_lib.sources import simulate_market
+from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
+from trading_lib.version import MODEL_SPECS
+
+FREE = AccountConfig(commission_bps=0.0, half_spread_bps=0.0, slippage_bps=0.0, impact_coefficient=0.0)
+BROKER = {"crypto": replace(FREE, commission_bps=25.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0),
+          "equity": replace(FREE, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0)}
+MARKETS = {"crypto": ("SIM-USD", "2023-01-01", "2023-02-20"), "equity": ("SIMA", "2023-01-01", "2023-09-30")}
+FITTED = 3000  # bars of the training span
+TIGHT = {name: replace(config, stop_pct=0.006, target_pct=0.008) for name, config in BROKER.items()}
+BUY_75, SELL_75, CLOSE = 3, 6, 7
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    "Small tensors gain nothing from more, and wait for them on a busy machine."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def simulated(asset_class, edge=0.1):
+    symbol, first, last = MARKETS[asset_class]
+    return simulate_market(symbol, "15Min", first, last, 3, edge, asset_class)
+
+
+@functools.cache
+def fitted(asset_class, version="5.6.0"): return fit_features(simulated(asset_class)[0][:FITTED], version, "15Min", asset_class)
+
+
+@functools.cache
+def market_of(asset_class, version="5.6.0"): return market_data(simulated(asset_class)[0], version, fitted(asset_class, version), "15Min", asset_class, symbol=MARKETS[asset_class][0])
+
+
+@functools.cache
+def gap_bars():
+    "Simulated crypto bars with a hole of two days and a half, after bar 3399."
+    bars = simulated("crypto")[0]
+    return pd.concat([bars[:3400], bars[3640:]])
+
+
+def backtest(asset_class="crypto", actions=None, model=None, version="5.6.0", bars=None, **options):
+    options = {"fit": fitted(asset_class, version), "version": version, "timeframe": "15Min", "asset_class": asset_class, "account": BROKER[asset_class], "symbol": MARKETS[asset_class][0]} | options
+    return run_backtest(model, simulated(asset_class)[0] if bars is None else bars, actions=actions, **options)
+
+
+def random_list(n, seed=0, n_actions=8): return np.random.default_rng(seed).integers(0, n_actions, n)
+
+
+# one engine
+
+
+@pytest.mark.parametrize("asset_class", ["crypto", "equity"])
+def test_the_equity_of_environment_backtest_and_slow_account_is_one(asset_class):
+    "Random actions in an environment of 1,024 accounts; some of them replayed as a backtest over their own bars, and by the slow account: the same bits at every bar."
+    market, steps = market_of(asset_class), 90
+    env = GPUVectorizedTradingEnv(market, GPUEnvConfig(n_envs=1024, asset_class=asset_class, episode_length=steps, account=BROKER[asset_class], observations="indices"))
+    env.reset(7)
+    starts, equity, actions = env.bar.clone(), [env.account.equity], torch.randint(8, (steps, 1024), generator=torch.Generator().manual_seed(8))
+    for t in range(steps):
+        *_, truncated, infos = env.step(actions[t])
+        equity.append(infos["account"].equity)
+    assert bool(truncated.all())
+    equity = torch.stack(equity).numpy()
+    moved = np.flatnonzero(equity[-1] != 1000)
+    for i in (moved[0], moved[len(moved) // 2], moved[-1]):
+        start = int(starts[i])
+        result = backtest(asset_class, actions[:, i].numpy(), start=start, stop=start + steps + 1)
+        assert np.array_equal(result.equity.to_numpy(), equity[:, i])
+        assert result.equity.index[0] == simulated(asset_class)[0].index[start] and len(result.actions) == steps
+        slow = ScalarAccount.of(BROKER[asset_class], asset_class, torch_root)
+        for t in range(steps):
+            units, exit_price = scalar_step(slow, market, start + t, int(actions[t, i]), 8)
+            assert slow.equity == result.equity.iloc[t + 1] and units == result.actions["quantity"].iloc[t] and (exit_price or 0) == result.actions["exit_price"].iloc[t], t
+        assert (slow.commission, slow.spread, slow.slippage, slow.impact) == tuple(result.costs[name] for name in ("commission", "spread", "slippage", "impact"))
+
+
+@pytest.mark.parametrize("asset_class,version", [("crypto", "5.6.0"), ("equity", "5.3.0"), ("equity", "2.7.0"), ("crypto", "2.3.0")])
+def test_a_walk_of_many_is_many_slow_accounts(asset_class, version):
+    "Every variable of every account at every step, whatever the layout's actions."
+    market, n_actions = market_of(asset_class, version).span(FITTED, FITTED + 120), MODEL_SPECS[version].n_actions
+    at = decision_bars(market)
+    assert np.array_equal(at, np.arange(FITTED, FITTED + 119)), "the last bar of a span is for filling and marking"
+    actions = torch.from_numpy(random_list((119, 5), 1, n_actions))
+    slow = [ScalarAccount.of(BROKER[asset_class], asset_class, torch_root) for _ in range(5)]
+    steps = list(walk(market, BROKER[asset_class], actions))
+    assert [s["bar"] for s in steps] == [FITTED, *(at + 1)] and steps[0]["fills"] is None
+    for t, step in enumerate(steps[1:]):
+        for i, account in enumerate(slow): scalar_step(account, market, int(at[t]), int(actions[t, i]), n_actions)
+        assert np.array_equal(torch.stack([getattr(step["account"], name) for name in STATE], 1).numpy(), [account.state for account in slow]), t
+    assert sum(account.trades for account in slow) > 0
+
+
+def test_other_decisions_change_nothing_before_them():
+    "Two lists that differ from the 60th decision on have one equity until then; the future of the bars does not reach the past of the account."
+    first = random_list(119)
+    second = np.concatenate([first[:60], random_list(59, 5)])
+    bars = simulated("crypto")[0]
+    other = bars.copy()
+    other.iloc[FITTED + 61:] *= 1.3
+    a, b, c = (backtest(actions=actions, bars=data, start=FITTED, stop=FITTED + 120).equity for actions, data in ((first, bars), (second, bars), (first, other)))
+    for equity in (b, c): assert np.array_equal(a[:61], equity[:61]) and not np.array_equal(a, equity)
+
+
+# gaps
+
+
+def test_a_gap_settles_the_position_and_nothing_trades_in_warm_up():
+    "At the last close before the gap everything is sold, with costs; the account carries over, and decides again `min_history` bars later."
+    market = market_data(gap_bars(), "5.6.0", fitted("crypto"), "15Min", "crypto").span(3300, 4100)
+    at = decision_bars(market)
+    assert np.array_equal(at, np.concatenate([np.arange(3300, 3399), np.arange(4000, 4099)]))
+    actions = np.where(np.arange(len(at)) % 3 == 0, BUY_75, 0)
+    result = backtest(bars=gap_bars(), actions=actions, start=3300, stop=4100)
+    slow, equity = ScalarAccount.of(BROKER["crypto"], "crypto", torch_root), [1000.0]
+    for bar, action in zip(at, actions):
+        if bar == 4000: equity.append(slow.equity)
+        scalar_step(slow, market, int(bar), int(action), 8)
+        if bar == 3398:
+            held, before, marked = slow.quantity, slow.costs, slow.equity
+            assert held > 0
+            slow.settle(*(float(a[3399]) for a in (market.prices[3], market.daily_volatility, market.daily_dollar_volume)))
+            assert slow.quantity == 0 and slow.equity == pytest.approx(marked - (slow.costs - before), abs=1e-9) and slow.costs - before > held * market.prices[3, 3399] * 27e-4
+        equity.append(slow.equity)
+    assert np.array_equal(result.equity.to_numpy(), equity) and np.array_equal(result.equity.index, gap_bars().index[[*range(3300, 3400), *range(4000, 4100)]])
+    assert result.position.iloc[99] == 0 and result.position.iloc[98] > 0 and result.position.iloc[100] == 0
+    assert result.trades["exit"].tolist().count("gap in the data") == 1
+    settled = result.trades[result.trades["exit"] == "gap in the data"].iloc[0]
+    assert settled["exit_price"] == market.prices[3, 3399] and settled["exit_time"] == gap_bars().index[3399]
+    assert result.trades["profit"].sum() == pytest.approx(result.metrics["net_profit"], abs=1e-9) and sum(result.costs.values()) == pytest.approx(slow.costs, abs=1e-12)
+
+
+def ruin_market():
+    "A share at 1 that jumps to 8, and falls back before a gap; then it stays at 1."
+    close = np.concatenate([np.full(20, 1.0), np.full(10, 8.0), np.full(10, 0.5), np.full(30, 1.0)])
+    return hand_made_market(close, asset_class="equity", segment=np.repeat([0, 1], [40, 30]))
+
+
+def test_a_bankrupt_account_stays_bankrupt():
+    "A short that loses more than everything ends its walk; among others it stands still to the end, also where a gap settles the others at a friendlier price."
+    market, config = ruin_market(), replace(FREE, stop_pct=0.0, target_pct=0.0)
+    at = decision_bars(market)
+    orders = torch.from_numpy(np.where(at < 14, SELL_75, 0))
+    own = lambda account, i: [float(getattr(account, f.name)[i]) for f in fields(AccountState)]
+    alone = list(walk(market, config, orders[:, None]))
+    assert alone[-1]["bar"] == 20 and float(alone[-1]["account"].equity[0]) == -400
+    lists = torch.stack([orders, torch.from_numpy(np.where(at < 14, BUY_75, 0)), torch.from_numpy(random_list(len(at)))], 1)
+    steps = list(walk(market, config, lists))
+    assert steps[-1]["bar"] == 69 and any(step["settled"] for step in steps)
+    for step in steps:
+        if step["bar"] >= 20: assert own(step["account"], 0) == own(alone[-1]["account"], 0), (step["bar"], step["settled"])
+    with_others = {step["bar"]: float(step["account"].equity[1]) for step in steps}
+    others = {step["bar"]: float(step["account"].equity[0]) for step in walk(market, config, lists[:, 1:])}
+    assert with_others == others, "the others do not notice"
+
+
+# the books
+
+
+@functools.cache
+def long_run(asset_class):
+    actions = np.where(np.random.default_rng(4).random(699) < 0.8, 0, random_list(699, 3))  # rare enough that stops and targets are met
+    return backtest(asset_class, actions, start=FITTED, stop=FITTED + 700, account=TIGHT[asset_class], truth=simulated(asset_class)[1], random_policies=40), actions
+
+
+@pytest.mark.parametrize("asset_class", ["crypto", "equity"])
+def test_trades_and_costs_add_up_to_the_profit(asset_class):
+    "Profits of trades are the net profit, costs of trades and of components are the costs, gross is net and costs, counts agree with the account's own."
+    result, actions = long_run(asset_class)
+    m, trades = result.metrics, result.trades
+    assert m["net_profit"] == result.equity.iloc[-1] - 1000 and trades["profit"].sum() == pytest.approx(m["net_profit"], abs=1e-8)
+    assert sum(result.costs.values()) == pytest.approx(m["costs"], abs=1e-9) and trades["costs"].sum() == pytest.approx(m["costs"], abs=1e-9) and result.actions["costs"].sum() == pytest.approx(m["costs"], abs=1e-9)
+    assert m["gross_profit"] == pytest.approx(m["net_profit"] + m["costs"], abs=1e-9) and min(v for name, v in result.costs.items() if asset_class == "crypto" or name != "commission") > 0
+    traded = (result.actions["quantity"].abs() * result.actions["fill_price"] + result.actions["exit_quantity"].abs() * result.actions["exit_price"]).sum()
+    assert m["turnover"] == pytest.approx(traded / 1000, rel=1e-12) and m["break_even_cost_bps"] == pytest.approx(m["gross_profit"] / traded * 1e4, rel=1e-9)
+    closed = trades[trades["exit"] != "still open"]
+    assert m["trades"] == len(closed) > 15 and m["win_rate"] == pytest.approx((closed["profit"] > 0).mean(), abs=1e-12) and m["open_trades"] == len(trades) - len(closed) <= 1
+    assert m["profit_factor"] == pytest.approx(closed["profit"].clip(lower=0).sum() / -closed["profit"].clip(upper=0).sum(), rel=1e-9)
+    assert m["orders"] == (result.actions["quantity"] != 0).sum() and m["hold_share"] == pytest.approx(1 - m["orders"] / len(actions), abs=1e-12)
+    assert m["exposure"] == pytest.approx(result.position.abs().mean(), abs=1e-12) and len(result.equity) == len(actions) + 1
+
+
+@pytest.mark.parametrize("asset_class", ["crypto", "equity"])
+def test_every_trade_is_found_again_in_the_actions(asset_class):
+    "Flat to flat, rebuilt from fills alone: times, side, entry, exit, reason, largest position."
+    result, _ = long_run(asset_class)
+    prices, bars = result.actions, simulated(asset_class)[0]
+    held, trades, now = 0.0, [], None
+    for t, row in prices.iterrows():
+        when = bars.index[FITTED + 1 + t]
+        if held == 0 and row["quantity"]: now = {"entry_time": when, "side": "long" if row["quantity"] > 0 else "short", "entry_price": row["fill_price"], "largest_quantity": 0.0}
+        before, held = held, held + row["quantity"]
+        if now: now["largest_quantity"] = max(now["largest_quantity"], abs(held))
+        if now and (held == 0 or row["exit_quantity"]):
+            stopped = row["exit_quantity"] != 0
+            trades.append(now | {"exit_time": when, "exit_price": row["exit_price"] if stopped else row["fill_price"]})
+            held, now = 0.0, None
+    closed = result.trades[result.trades["exit"] != "still open"].reset_index(drop=True)
+    pd.testing.assert_frame_equal(closed[list(trades[0])], pd.DataFrame(trades), rtol=1e-12, check_dtype=False)
+    assert set(closed["exit"]) == {"order", "stop", "target"} and set(closed["side"]) == ({"long"} if asset_class == "crypto" else {"long", "short"})
+    assert (closed["bars"] == np.searchsorted(bars.index, closed["exit_time"]) - np.searchsorted(bars.index, closed["entry_time"]) + 1).all()
+
+
+def test_an_open_position_at_the_end_is_marked_and_named():
+    "The last trade has no exit, its profit is what the account shows."
+    result = backtest(actions=np.array([BUY_75, *[0] * 18]), start=FITTED, stop=FITTED + 20, account=replace(BROKER["crypto"], stop_pct=0.0, target_pct=0.0))
+    last = result.trades.iloc[-1]
+    assert len(result.trades) == 1 and last["exit"] == "still open" and pd.isna(last["exit_time"]) and last["profit"] == pytest.approx(result.equity.iloc[-1] - 1000, abs=1e-9)
+    assert result.metrics["trades"] == 0 and result.metrics["open_trades"] == 1 and last["bars"] == 19
+
+
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_a_list_may_be_a_column_of_a_table():
+    "Of a series, of a read-only array, of plain numbers, of a tensor: one result, no warning."
+    numbers, options = random_list(39, 6), dict(start=FITTED, stop=FITTED + 40)
+    frozen = numbers.copy()
+    frozen.flags.writeable = False
+    results = [backtest(actions=given, **options).equity for given in (numbers, pd.Series(numbers), frozen, numbers.tolist(), torch.from_numpy(numbers))]
+    assert all(r.equals(results[0]) for r in results)
+
+
+def test_doing_nothing_costs_nothing():
+    "Holding cash from end to end: no order, no cost, no return, and metrics that are numbers or absent."
+    result = backtest(actions=np.zeros(119, int), start=FITTED, stop=FITTED + 120, random_policies=20)
+    m = result.metrics
+    assert (result.equity == 1000).all() and m["orders"] == 0 and m["costs"] == 0 and m["hold_share"] == 1 and m["break_even_cost_bps"] is None and m["percentile_among_random"] == 50
+    assert len(result.trades) == 0 and all(v is None or math.isfinite(v) for v in m.values() if not isinstance(v, str))
+
+
+# baselines
+
+
+@pytest.mark.parametrize("asset_class,fee", [("crypto", 27e-4), ("equity", 2e-4)])
+def test_buy_and_hold_by_hand(asset_class, fee):
+    "Bought at the first open after the first decision, at full and at the agent's exposure; cash is cash."
+    result, _ = long_run(asset_class)
+    bars = simulated(asset_class)[0]
+    growth = bars["close"].loc[result.equity.index[-1]] / bars["open"].loc[result.equity.index[1]]
+    exposure = float(result.position.abs().mean())
+    assert result.baselines["buy_and_hold"] == pytest.approx(growth * (1 - fee) - 1, abs=1e-12) and result.baselines["cash"] == 0
+    assert result.baselines["buy_and_hold_at_exposure"] == pytest.approx(exposure * (growth * (1 - fee) - 1), abs=1e-12) and 0 < exposure < 0.2
+    curve = result.curves["buy_and_hold"]
+    assert curve.iloc[0] == 1000 and curve.iloc[1] == pytest.approx(1000 * (1 - fee) * bars["close"].loc[curve.index[1]] / bars["open"].loc[curve.index[1]]) and (result.curves["cash"] == 1000).all()
+    assert np.array_equal(result.curves["agent"], result.equity)
+
+
+def test_buy_and_hold_earns_nothing_in_a_gap():
+    "Neither the gap nor the warm-up after it is a return."
+    market = hand_made_market([10.0] * 6 + [11.0] * 4 + [50.0] * 6 + [55.0] * 4, segment=np.repeat([0, 1], 10))
+    index = pd.DatetimeIndex(market.timestamp[[*range(4, 10), *range(14, 20)]], tz="UTC")
+    curve = buy_and_hold(market, index, account_rules(FREE, "crypto"))
+    assert curve.tolist() == pytest.approx([1000, 1000, 1100, 1100, 1100, 1100, 1100, 1100, 1210, 1210, 1210, 1210])
+
+
+@pytest.mark.parametrize("asset_class,version", [("crypto", "5.6.0"), ("equity", "2.3.0")])
+def test_moving_average_cross_by_hand(asset_class, version):
+    "Mean close of 20 bars above that of 100: the largest purchase; else out. In plain numpy, through the slow account."
+    market = market_of(asset_class, version).span(FITTED, FITTED + 300)
+    at, close, n_actions = decision_bars(market), market.prices[3], MODEL_SPECS[version].n_actions
+    buy, out = (BUY_75, CLOSE) if n_actions == 8 else (1, 2)
+    expected = [buy if close[i - 19:i + 1].mean() > close[i - 99:i + 1].mean() else out for i in at]
+    assert moving_average_actions(market, at, MODEL_SPECS[version]).tolist() == expected and len(set(expected)) == 2
+    slow = ScalarAccount.of(BROKER[asset_class], asset_class, torch_root)
+    for bar, action in zip(at, expected): scalar_step(slow, market, int(bar), action, n_actions)
+    result = backtest(asset_class, np.zeros(len(at), int), version=version, start=FITTED, stop=FITTED + 300)
+    assert result.baselines["moving_average_cross"] == (slow.equity - 1000) / 1000
+    assert slow.trades > 0
+
+
+@pytest.mark.parametrize("asset_class", ["crypto", "equity"])
+def test_the_oracle_earns_where_there_is_an_edge_and_rests_where_there_is_none(asset_class):
+    "Edge 0.2 at low costs: a profit above buy-and-hold's at the same exposure; edge 0: not one order. Its own shifts in time earn less."
+    cheap = replace(FREE, half_spread_bps=1.0)
+    for edge in (0.2, 0.0):
+        bars, truth = simulated(asset_class, edge)
+        actions = oracle_actions(truth, np.arange(FITTED, FITTED + 699), MODEL_SPECS["5.6.0"], asset_class == "equity")
+        result = run_backtest(None, bars, start=FITTED, stop=FITTED + 700, actions=actions, fit=fitted(asset_class), version="5.6.0", timeframe="15Min", asset_class=asset_class, account=cheap, truth=truth, random_policies=20)
+        if edge == 0: assert not actions.any() and result.baselines["oracle"] == 0 and result.metrics["net_profit"] == 0 and result.metrics["share_of_oracle"] is None
+        else:
+            assert result.baselines["oracle"] > max(0.01, result.baselines["buy_and_hold_at_exposure"]) and result.metrics["share_of_oracle"] == 1 and result.metrics["percentile_among_random"] > 95
+            assert result.baselines["oracle"] == pytest.approx(result.metrics["total_return"], abs=1e-12) and result.baselines["random_policies_median"] < result.baselines["oracle"]
+
+
+def test_the_oracle_leaves_the_old_side_before_it_takes_the_new():
+    "An order never crosses zero: one bar to get out, then in; where shorts are not allowed it waits in cash."
+    truth = pd.DataFrame({"expected_return": [0.0, 0.01, 0.01, 0.01, -0.01, -0.01, -0.01, 0.01, 0.01]})
+    spec = MODEL_SPECS["5.6.0"]
+    for allow_short, sell in ((True, SELL_75), (False, CLOSE)):
+        taken = oracle_actions(truth, np.arange(9), spec, allow_short).tolist()
+        assert taken[0] == 0 and taken[2:4] == [BUY_75, BUY_75] and taken[4] == CLOSE and taken[5:7] == [sell, sell] and taken[8] == BUY_75
+
+
+def test_shifted_copies_do_the_same_at_other_times():
+    "The same multiset and cyclic order of actions, moved by at least a tenth of the span; seeded."
+    actions = torch.from_numpy(random_list(200, 2))
+    copies = shifted(actions, 300, 4)
+    assert copies.shape == (200, 300) and torch.equal(copies.sort(0).values, actions.sort().values[:, None].expand(200, 300))
+    by = [next(k for k in range(200) if torch.equal(torch.roll(actions, k), copies[:, i])) for i in range(300)]
+    assert min(by) >= 20 and max(by) <= 180 and len(set(by)) > 80
+    assert torch.equal(copies, shifted(actions, 300, 4)) and not torch.equal(copies, shifted(actions, 300, 5))
+
+
+def test_the_percentile_is_the_agents_place_among_its_shifts():
+    "Counted by hand from walks of the shifted lists."
+    result, actions = long_run("crypto")
+    market = market_of("crypto").span(FITTED, FITTED + 700)
+    for step in walk(market, TIGHT["crypto"], shifted(torch.from_numpy(actions), 40, 0)): last = step["account"].equity
+    luck, agent = last.numpy() - 1000, result.metrics["net_profit"]
+    assert result.metrics["percentile_among_random"] == pytest.approx(100 * ((luck < agent).sum() + 0.5 * (luck == agent).sum()) / 40) and result.baselines["random_policies_median"] == pytest.approx(np.median(luck) / 1000)
+
+
+# policies
+
+
+def small_trainer(asset_class, version, **env_changes):
+    "A small untrained network that does different things at different bars."
+    settings = dict(n_envs=8, version=version, asset_class=asset_class, window=20, episode_length=16, account=replace(BROKER[asset_class], initial_account_value=5000.0, stop_pct=0.03)) | env_changes
+    bars = simulated(asset_class)[0]
+    market = market_data(bars, version, fitted(asset_class, version), "15Min", asset_class, settings["window"], MARKETS[asset_class][0]).span(0, FITTED)
+    trainer = NativePPOTrainer(GPUVectorizedTradingEnv(market, GPUEnvConfig(**settings)), NativePPOConfig(hidden_dims=(16,), n_steps=8, minibatch_size=32, n_epochs=1, total_timesteps=256, learning_rate=1e-2), progress=None)
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters(): parameter.add_(0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())))
+    return trainer
+
+
+@pytest.mark.parametrize("asset_class", ["crypto", "equity"])
+def test_a_policy_that_sees_its_account_is_asked_with_its_account(asset_class):
+    "Layout 5.3.0: the backtest of a policy is the backtest of the list of its actions, and those are what it does in the environment, seeing the environment's own windows."
+    trainer, n = small_trainer(asset_class, "5.3.0"), 120
+    policy, account = trainer.policy.eval(), trainer.env.config.account
+    options = dict(version="5.3.0", window=20, account=account, start=FITTED, stop=FITTED + n)
+    result = backtest(asset_class, model=policy, **options)
+    meanings = {name: i for i, name in MODEL_SPECS["5.3.0"].action_meanings.items()}
+    taken = result.actions["action"].map(meanings).to_numpy()
+    assert len(set(taken)) > 1 and result.metrics["orders"] > 3
+    again = backtest(asset_class, taken, **options)
+    pd.testing.assert_series_equal(result.equity, again.equity, check_exact=True)
+    pd.testing.assert_frame_equal(result.trades, again.trades, check_exact=True)
+    market = market_data(simulated(asset_class)[0], "5.3.0", fitted(asset_class, "5.3.0"), "15Min", asset_class, 20).span(FITTED, FITTED + n)
+    env = GPUVectorizedTradingEnv(market, replace(trainer.env.config, n_envs=1, reward_preset="equity"))
+    obs, actions = env.reset_at([FITTED]), []
+    with torch.no_grad():
+        for _ in range(n - 1):
+            actions.append(int(policy(obs)[0].argmax()))
+            obs = env.step(torch.tensor(actions[-1:]))[0]
+        blind = greedy_actions(policy, BacktestObservationBuilder(simulated(asset_class)[0], "5.3.0", fitted(asset_class, "5.3.0"), "15Min", asset_class, 20, account), np.arange(FITTED, FITTED + n - 1), AccountState.initial(account, n - 1))
+    assert actions == taken.tolist()
+    assert blind.tolist() != actions, "a fresh account at every bar would have decided otherwise"
+
+
+def test_a_policy_without_its_account_is_asked_in_one_go():
+    "Layout 5.6.0: the same as bar by bar."
+    trainer = small_trainer("crypto", "5.6.0")
+    policy = trainer.policy.eval()
+    builder = BacktestObservationBuilder(simulated("crypto")[0], "5.6.0", fitted("crypto"), "15Min", "crypto", 20)
+    at = np.arange(FITTED, FITTED + 60)
+    together, small = greedy_actions(policy, builder, at), greedy_actions(policy, builder, at, batch=7)
+    with torch.no_grad(): alone = [int(policy(torch.from_numpy(builder.get_obs_at_bar(int(i))).flatten()[None])[0].argmax()) for i in at]
+    assert together.tolist() == small.tolist() == alone and len(set(alone)) > 1
+
+
+@pytest.mark.parametrize("version", ["5.6.0", "5.3.0"])
+def test_a_checkpoint_brings_everything_that_its_backtest_needs(tmp_path, version):
+    "Saved by the trainer after a tiny run: layout, window, fit, account and symbol come from the file, and the result is that of the network in memory."
+    trainer = small_trainer("crypto", version)
+    trainer.train(1)
+    path = trainer.save(tmp_path / "SIM-USD_15Min.pt")
+    options = dict(start=FITTED, stop=FITTED + 80)
+    bars = simulated("crypto")[0]
+    with pytest.warns(UserWarning, match="differs from the current") if version != "5.6.0" else np.errstate(): result = run_backtest(path, bars, **options)
+    expected = run_backtest(trainer.policy.eval(), bars, fit=fitted("crypto", version), version=version, timeframe="15Min", asset_class="crypto", window=20, account=trainer.env.config.account, **options)
+    assert result.symbol == "SIM-USD" and result.equity.iloc[0] == 5000 and result.provenance["version"] == version
+    pd.testing.assert_series_equal(result.equity, expected.equity, check_exact=True)
+    pd.testing.assert_frame_equal(result.actions, expected.actions, check_exact=True)
+    assert result.metrics["orders"] > 0
+
+
+# the report
+
+
+def outside_references(page):
+    "Everything in a page that a browser would fetch."
+    found = re.findall(r"""(?:src|href|srcset|action|data)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)|@import\s+([^;]+)""", page)
+    return [r for group in found for r in group if r and not r.startswith("data:image/png;base64,")] + re.findall(r"<script|<iframe|<link|https?://", page)
+
+
+def test_the_report_stands_alone_and_says_on_what(tmp_path):
+    "Simulated or real, span, fingerprint and figures are in one page that fetches nothing; the other files hold the same numbers."
+    result, _ = long_run("crypto")
+    written = write_report(result, tmp_path / "SIM-USD_15Min", {"source": "simulated", "edge": 0.1, "seed": 3}, {"note <b>": "a & b"})
+    page, figures = written["report.html"].read_text(), json.loads(written["metrics.json"].read_text())
+    assert outside_references(page) == [] and page.startswith("<!doctype html>") and len(page) > 20_000
+    bars = simulated("crypto")[0]
+    for words in ("Simulated data", "planted edge of 0.1", "seed 3", str(result.equity.index[0])[:16], str(result.equity.index[-1])[:16], market_of("crypto").fingerprint["sha256"], f"{len(bars)} from",
+                  f"{result.metrics['costs']:.2f}", verdict(result).split(";")[0], "note &lt;b&gt;", "a &amp; b"): assert words in page, words
+    assert "Real data" not in page
+    assert figures["agent"]["net_profit"] == result.metrics["net_profit"] and figures["costs"] == result.costs and figures["baselines"] == result.baselines
+    equity, trades = pd.read_csv(written["equity.csv"]), pd.read_csv(written["trades.csv"])
+    assert equity["agent"].tolist() == pytest.approx(result.equity.tolist(), rel=1e-14) and trades["profit"].sum() == pytest.approx(result.metrics["net_profit"], abs=1e-8) and written["backtest.png"].read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_report_on_real_bars_says_so():
+    "It never calls them simulated; a martingale is called one."
+    short = backtest(actions=random_list(59), start=FITTED, stop=FITTED + 60)
+    page = render_report(short, {"source": "files of <us>"})
+    body = re.sub(r"base64,[^\"]+", "", page).split("</style>")[1]
+    assert "Real data" in body and "files of &lt;us&gt;" in body and "simulated" not in body.lower() and outside_references(page) == []
+    assert "martingale: there is nothing to learn" in describe_source({"source": "simulated", "edge": 0, "seed": 1})
+
+
+def test_the_verdict_names_what_is_beaten_and_what_is_not():
+    "After costs, against cash and buy-and-hold."
+    result, _ = long_run("crypto")
+    # a return, buy-and-hold's, and that at the agent's exposure
+    for r, bh, exposed in ((0.05, 0.10, 0.01), (-0.05, -0.10, -0.01), (0.05, 0.01, 0.01), (-0.05, 0.01, 0.0)):
+        made = replace(result, metrics=result.metrics | {"total_return": r}, baselines=result.baselines | {"buy_and_hold": bh, "buy_and_hold_at_exposure": exposed})
+        words = verdict(made)
+        beaten, _, rest = words.partition("Beats ")[2].partition("Does not beat ") if "Beats" in words else ("", "", words.partition("Does not beat ")[2])
+        for name, value in (("cash", 0), ("buy-and-hold,", bh), ("at its own exposure", exposed)):
+            here = (beaten if r > value else rest).replace(".", ",")
+            assert name in here, (name, words)
+
+
+# careless people
+
+
+@pytest.mark.parametrize("careless,words", [
+    (lambda: backtest(actions=[1, 2], start=4000, stop=4100), "expected one row for each of 99 decision bars, was 2"), (lambda: backtest(actions=[0], fit=None), "fit is missing"), (lambda: backtest(actions=[0], stop=99_999), "expected a span inside"),
+    (lambda: run_backtest(None, simulated("crypto")[0], actions=[0]), "is missing; pass it, or a checkpoint"), (lambda: run_backtest("nowhere.pt", simulated("crypto")[0]), "nowhere.pt: no such file"),
+    (lambda: run_backtest(None, simulated("crypto")[0], actions=[0], fit=fitted("crypto"), version="5.6.0", timeframe="15Min", asset_class="stock"), "'stock'"), (lambda: backtest(actions=[0], start=100, stop=300), "warm-up"), (lambda: backtest(start=4000, stop=4100), "actions"),
+    (lambda: backtest(actions=np.full(99, 9), start=4000, stop=4100), "actions"), (lambda: backtest(actions=np.full(99, -1), start=4000, stop=4100), "actions"), (lambda: backtest(actions=np.full(99, 1.7), start=4000, stop=4100), "actions"),
+    (lambda: backtest(actions=np.zeros((99, 2), int), start=4000, stop=4100), "actions"), (lambda: backtest(actions=np.zeros(99, int), start=4000, stop=4100, window=0), "window"),
+    (lambda: backtest(actions=np.zeros(99, int), start=4000, stop=4100, truth=simulated("crypto")[1][:50]), "truth")],
+    ids=["short list", "no fit", "span", "no version", "no file", "asset class", "warm-up", "no model and no actions", "unknown action", "negative action", "fractional action", "two lists", "no window", "foreign truth"])
+def test_a_careless_call_gets_one_line(careless, words):
+    "What was given, what was expected; never a traceback from within, never something else done instead."
+    with pytest.raises(InputError) as e: careless()
+    assert words in str(e.value) and "\n" not in str(e.value)

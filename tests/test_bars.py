@@ -1,0 +1,467 @@
+"""Bars: the calendar against an independent reading of it, every kind of bad bar, and real files with known defects."""
+import json
+import os
+import zoneinfo
+from datetime import timedelta, timezone
+
+import exchange_calendars
+import numpy as np
+import pandas as pd
+import pytest
+
+from trading_lib.bars import (COLUMNS, OUT_OF_SESSION, REFUSED, REPAIRED, REPORTED, TIMEFRAMES, asset_class_of, bar_clock, bars_per_year, expected_labels, fingerprint,
+                              path_symbol, plot_coverage, read_bars, resample_bars, timeframe_name, timeframe_seconds, validate_bars, write_bars)
+from trading_lib.config import InputError
+
+NEW_YORK = zoneinfo.ZoneInfo("America/New_York")
+
+
+@pytest.fixture(scope="module")
+def nyse():
+    "The exchange calendar itself, read without our arrays."
+    return exchange_calendars.get_calendar("XNYS", start="2005-01-01", end="2026-12-31")
+
+
+def wandering_bars(index, seed=0):
+    "Bars of a random walk with a proper range."
+    random = np.random.default_rng(seed)
+    close = 100 * np.exp(np.cumsum(0.002 * random.standard_normal(len(index))))
+    open_ = np.concatenate([[100.0], close[:-1]]) * (1 + 0.0002 * random.standard_normal(len(index)))
+    spread = 1 + 0.001 * random.random((2, len(index)))
+    return pd.DataFrame({"open": open_, "high": np.maximum(open_, close) * spread[0], "low": np.minimum(open_, close) / spread[1], "close": close,
+                         "volume": random.integers(1, 1000, len(index)).astype(float)}, index=index)
+
+
+def equity_bars(start="2024-11-04", end="2024-12-07", timeframe="15Min"): return wandering_bars(expected_labels(timeframe, "equity", start, end))
+
+
+def crypto_bars(start="2024-01-01", end="2024-01-08", timeframe="15Min"): return wandering_bars(expected_labels(timeframe, "crypto", start, end))
+
+
+def with_value(bars, column, value, row=30):
+    bars = bars.copy()
+    bars.iloc[row, bars.columns.get_loc(column)] = value
+    return bars
+
+
+def with_label(bars, label, row=30):
+    labels = list(bars.index)
+    labels[row] = pd.Timestamp(label)
+    return bars.set_axis(pd.DatetimeIndex(labels))
+
+
+# names
+
+def test_timeframes_and_symbols():
+    assert {timeframe_name(t): timeframe_seconds(t) for t in ("1Min", "5m", "15min", "30T", "60Min", "240Min", "24Hour")} == TIMEFRAMES
+    with pytest.raises(InputError, match="did you mean '15Min'"): timeframe_seconds("15Mim")
+    with pytest.raises(InputError): timeframe_seconds("1M")  # a month
+    with pytest.raises(InputError, match="did you mean 'equity'"): bar_clock(crypto_bars().index, "15Min", "equities")
+    assert asset_class_of("ETH/BTC") == "crypto" and asset_class_of("QQQ") == "equity"
+    for wrong in ("", "  ", None, "../x", "A/B/C", "BTC USD"):
+        with pytest.raises(InputError, match="symbol"): path_symbol(wrong)
+
+
+# calendar
+
+def test_sessions_known_from_the_exchange():
+    labels = expected_labels("15Min", "equity", "2024-03-08", "2024-03-09")
+    assert (labels[0], labels[-1]) == (pd.Timestamp("2024-03-08 14:30Z"), pd.Timestamp("2024-03-08 20:45Z"))
+    labels = expected_labels("15Min", "equity", "2024-03-11", "2024-03-12")
+    assert (labels[0], labels[-1]) == (pd.Timestamp("2024-03-11 13:30Z"), pd.Timestamp("2024-03-11 19:45Z"))
+    assert len(expected_labels("15Min", "equity", "2024-11-28", "2024-11-29")) == 0  # Thanksgiving
+    half = bar_clock(expected_labels("15Min", "equity", "2024-11-29", "2024-11-30"), "15Min", "equity")
+    assert len(half) == 14 and pd.Timestamp(half.session_close[0], tz="UTC") == pd.Timestamp("2024-11-29 18:00Z") and half.last_of_session[13] and half.last_of_session.sum() == 1
+
+
+@pytest.mark.parametrize("timeframe", ["5Min", "15Min", "30Min", "1Hour", "4Hour"])
+def test_clock_against_a_scalar_reading(nyse, timeframe):
+    "Bar by bar with zoneinfo and the calendar's own methods, over both changes of the clock and a half day."
+    step = timedelta(seconds=TIMEFRAMES[timeframe])
+    for start, end in (("2024-03-07", "2024-03-13"), ("2024-10-31", "2024-11-06"), ("2024-11-27", "2024-12-03")):
+        expected = []
+        for session in nyse.sessions_in_range(start, pd.Timestamp(end) - pd.Timedelta(days=1)):
+            opened, closed = nyse.session_open(session).to_pydatetime(), nyse.session_close(session).to_pydatetime()
+            local = opened.astimezone(NEW_YORK)
+            midnight = local.replace(hour=0, minute=0)
+            label = midnight
+            while label.astimezone(timezone.utc) < closed:
+                known = min((label + step).astimezone(timezone.utc), closed)
+                if (label + step).astimezone(timezone.utc) > opened:
+                    expected.append((label.astimezone(timezone.utc), known, opened, closed, (known - opened) / (closed - opened), known == closed,
+                                     label.hour + label.minute / 60, label.weekday(), label.month))
+                label += step
+        labels = expected_labels(timeframe, "equity", start, end)
+        clock = bar_clock(labels, timeframe, "equity")
+        assert len(clock) == len(expected)
+        for i, row in enumerate(expected):
+            times = [pd.Timestamp(t).value for t in row[:4]]
+            assert [clock.start[i], clock.close[i], clock.session_open[i], clock.session_close[i]] == times
+            assert clock.session_progress[i] == pytest.approx(row[4], abs=1e-15)
+            assert (clock.last_of_session[i], clock.hour[i], clock.weekday[i], clock.month[i]) == row[5:]
+        assert np.array_equal(np.unique(clock.session) - clock.session[0], np.arange(len(np.unique([t[3] for t in expected]))))
+
+
+def test_crypto_clock():
+    labels = expected_labels("15Min", "crypto", "2024-02-28", "2024-03-02")
+    clock = bar_clock(labels, "15Min", "crypto")
+    assert len(clock) == 3 * 96 and np.array_equal(clock.close - clock.start, np.full(288, 900 * 10**9))
+    assert np.array_equal(clock.hour, labels.hour + labels.minute / 60) and np.array_equal(clock.weekday, labels.day_of_week) and np.array_equal(clock.month, labels.month)
+    assert not clock.last_of_session.any() and clock.session_progress[95] == 1 and clock.session_progress[96] == 1 / 96
+    assert clock.session[0] == (pd.Timestamp("2024-02-28") - pd.Timestamp("1970-01-01")).days
+
+
+def test_daily_clock():
+    labels = expected_labels("1Day", "equity", "2024-11-25", "2024-12-03")
+    clock = bar_clock(labels, "1Day", "equity")
+    assert [f"{t:%m-%d}" for t in labels] == ["11-25", "11-26", "11-27", "11-29", "12-02"]
+    assert clock.weekday.tolist() == [0, 1, 2, 4, 0] and clock.month.tolist() == [11, 11, 11, 11, 12] and not clock.hour.any()  # the date's own clock
+    assert pd.Timestamp(clock.close[3], tz="UTC") == pd.Timestamp("2024-11-29 18:00Z") and (clock.session_progress == 1).all() and not clock.last_of_session.any()
+    assert bar_clock(labels[[0, 1, 3, 4]], "1Day", "equity").segment.tolist() == [0, 0, 1, 1]
+    crypto = bar_clock(expected_labels("1Day", "crypto", "2024-01-01", "2024-01-04").delete(1), "1Day", "crypto")
+    assert crypto.segment.tolist() == [0, 1] and (crypto.session_progress == 1).all()
+
+
+def test_clock_depends_on_the_label_alone():
+    "A window of history has the clock of the whole, but for the number of its segment."
+    labels = expected_labels("15Min", "equity", "2023-01-01", "2024-01-01")
+    whole, part = bar_clock(labels, "15Min", "equity"), bar_clock(labels[1000:1700], "15Min", "equity")
+    for name in whole.__dataclass_fields__:
+        if name != "segment": assert np.array_equal(getattr(whole, name)[1000:1700], getattr(part, name)), name
+
+
+def test_clock_refuses_what_is_not_validated():
+    with pytest.raises(InputError, match="outside the exchange's sessions"): bar_clock(pd.DatetimeIndex(["2024-03-09 15:00Z"]), "15Min", "equity")
+    with pytest.raises(InputError, match="sorted"): bar_clock(crypto_bars().index[::-1], "15Min", "crypto")
+    with pytest.raises(InputError, match="UTC"): bar_clock(crypto_bars().index.tz_localize(None), "15Min", "crypto")
+    for year in ("1969", "2036"):
+        with pytest.raises(InputError, match="calendar covers 1970-01-02 to 2035"): bar_clock(pd.DatetimeIndex([f"{year}-06-02 15:00Z"]), "15Min", "equity")
+        with pytest.raises(InputError, match="calendar covers"): expected_labels("1Day", "equity", f"{year}-01-01", f"{year}-06-01")
+    assert len(bar_clock(crypto_bars().index[:0], "15Min", "crypto")) == len(bar_clock(crypto_bars().index[:0], "15Min", "equity")) == 0
+
+
+def test_segments_begin_beyond_one_missing_hour():
+    for timeframe, spared in (("1Min", 60), ("15Min", 4), ("30Min", 2), ("1Hour", 1)):
+        labels = expected_labels(timeframe, "crypto", "2024-01-01", "2024-01-02")
+        assert bar_clock(labels.delete(range(5, 5 + spared)), timeframe, "crypto").segment.max() == 0
+        assert bar_clock(labels.delete(range(5, 6 + spared)), timeframe, "crypto").segment.tolist() == [0] * 5 + [1] * (len(labels) - 6 - spared)
+
+
+def test_bars_per_year(nyse):
+    for year in (2007, 2020, 2024, 2025):
+        sessions = nyse.sessions_in_range(f"{year}-01-01", f"{year}-12-31")
+        minutes = sum((nyse.session_close(s) - nyse.session_open(s)).total_seconds() / 60 for s in sessions)
+        assert bars_per_year("1Day", "equity", f"{year}-05-05", f"{year}-05-06") == len(sessions)
+        assert bars_per_year("15Min", "equity", f"{year}-01-01", f"{year + 1}-01-01") == minutes / 15
+        assert bars_per_year("1Min", "equity", f"{year}-12-31", f"{year}-12-31 23:00") == minutes
+    assert bars_per_year("15Min", "equity", "2025-01-01", "2026-01-01") == 6464 and bars_per_year("1Hour", "equity", "2025-01-01", "2026-01-01") == 250 * 7 - 3 * 3
+    assert bars_per_year("1Day", "equity", "2024-12-31", "2025-01-02") == (252 + 250) / 2  # both years are touched
+    assert bars_per_year("1Hour", "crypto", "2024-01-01", "2024-02-01") == 8760
+    with pytest.raises(InputError): bars_per_year("1Day", "equity", "2025-01-02", "2025-01-02")
+
+
+# refused
+
+DAILY = equity_bars("2024-01-01", "2024-06-01", "1Day")
+EQUITY, CRYPTO = equity_bars(), crypto_bars()
+HALVED = pd.concat([EQUITY.iloc[:400], EQUITY.iloc[400:] * [0.5, 0.5, 0.5, 0.5, 2.0]])
+REFUSALS = [
+    ("not a table", EQUITY.to_numpy(), "15Min", "equity"),
+    ("not a table", None, "15Min", "equity"),
+    ("empty", EQUITY.iloc[:0], "15Min", "equity"),
+    ("missing column", EQUITY.drop(columns="close"), "15Min", "equity"),
+    ("missing column", EQUITY.reset_index(drop=True), "15Min", "equity"),
+    ("mixed content", EQUITY.assign(symbol=["OLD"] * 300 + ["NEW"] * (len(EQUITY) - 300)), "15Min", "equity"),
+    ("mixed content", EQUITY.assign(feed=["iex", "sip"] * (len(EQUITY) // 2)), "15Min", "equity"),
+    ("mixed content", pd.concat([EQUITY, EQUITY[["close"]]], axis=1), "15Min", "equity"),
+    ("bad dtype", EQUITY.assign(close=EQUITY.close.astype(str)), "15Min", "equity"),
+    ("bad dtype", EQUITY.assign(volume=EQUITY.volume > 5), "15Min", "equity"),
+    ("bad dtype", EQUITY.rename_axis("timestamp").reset_index().assign(timestamp=EQUITY.index.strftime("%Y-%m-%d %H:%M")), "15Min", "equity"),
+    ("bad dtype", EQUITY.rename_axis("timestamp").reset_index().assign(timestamp=EQUITY.index.asi8), "15Min", "equity"),
+    ("naive time", EQUITY.set_axis(EQUITY.index.tz_localize(None)), "15Min", "equity"),
+    ("wrong zone", EQUITY.tz_convert("America/New_York"), "15Min", "equity"),
+    ("wrong zone", EQUITY.set_axis(EQUITY.index.tz_convert("America/New_York").tz_localize(None).tz_localize("UTC")), "15Min", "equity"),  # New York's clock called UTC
+    ("wrong zone", EQUITY.set_axis(EQUITY.index - pd.Timedelta("1h")), "15Min", "equity"),  # Chicago's clock called New York's
+    ("wrong zone", EQUITY.set_axis(EQUITY.index + pd.Timedelta("1h")), "15Min", "equity"),
+    ("null time", EQUITY.set_axis(EQUITY.index.where(EQUITY.index != EQUITY.index[5])), "15Min", "equity"),
+    *[("null price", with_value(CRYPTO, c, np.nan), "15Min", "crypto") for c in COLUMNS],
+    ("null price", EQUITY.assign(close=None), "15Min", "equity"),
+    *[("infinite value", with_value(CRYPTO, c, v), "15Min", "crypto") for c in ("high", "volume") for v in (np.inf,)],
+    *[("price not above zero", with_value(CRYPTO, c, v), "15Min", "crypto") for c in COLUMNS[:4] for v in (0.0, -1.0)],
+    ("negative volume", with_value(CRYPTO, "volume", -1.0), "15Min", "crypto"),
+    ("OHLC order", with_value(CRYPTO, "high", CRYPTO.low.iloc[30] * 0.999), "15Min", "crypto"),
+    ("OHLC order", with_value(CRYPTO, "close", CRYPTO.high.iloc[30] * 1.001), "15Min", "crypto"),
+    ("OHLC order", with_value(CRYPTO, "open", CRYPTO.low.iloc[30] * 0.999), "15Min", "crypto"),
+    ("conflicting duplicate", pd.concat([CRYPTO, CRYPTO.iloc[[30]].assign(volume=0.5)]), "15Min", "crypto"),
+    ("conflicting duplicate", pd.concat([DAILY, DAILY.iloc[[30]].set_axis(DAILY.index[[30]] + pd.Timedelta("5h")).assign(volume=0.5)]), "1Day", "equity"),
+    ("wrong timeframe", crypto_bars(timeframe="1Hour"), "15Min", "crypto"),
+    ("wrong timeframe", crypto_bars(timeframe="1Min"), "15Min", "crypto"),
+    ("wrong timeframe", DAILY.resample("7D").first(), "1Day", "equity"),
+    ("off grid", with_label(CRYPTO, CRYPTO.index[30] + pd.Timedelta("4min")), "15Min", "crypto"),
+    ("off grid", DAILY.set_axis(DAILY.index + pd.Timedelta("9h")), "1Day", "equity"),
+    ("off grid", crypto_bars(timeframe="1Day").set_axis(crypto_bars(timeframe="1Day").index + pd.Timedelta("5h")), "1Day", "crypto"),
+    ("bar in the future", with_label(CRYPTO, "2031-01-01 00:00Z", -1), "15Min", "crypto"),
+    ("outside session", crypto_bars("2024-01-06", "2024-01-07"), "15Min", "equity"),  # a Saturday
+    ("outside session", crypto_bars(), "15Min", "equity"),
+    ("outside session", EQUITY.set_axis(EQUITY.index - pd.Timedelta("8h")), "15Min", "equity"),  # nothing but nights
+    ("outside session", crypto_bars("2024-01-01", "2024-06-01", "1Day"), "1Day", "equity"),
+    ("unexplained step", HALVED, "15Min", "equity"),
+    ("unexplained step", pd.concat([CRYPTO.iloc[:300], CRYPTO.iloc[300:] * 10]), "15Min", "crypto"),
+    ("unexplained step", pd.concat([CRYPTO.iloc[:300], with_value(CRYPTO.iloc[300:] * 2, "open", CRYPTO.close.iloc[299], 0).assign(low=lambda b: b[["low", "open"]].min(axis=1))]), "15Min", "crypto"),  # doubles within a bar
+    ("unexplained step", with_value(with_value(CRYPTO, "close", 200.0), "high", 200.0), "15Min", "crypto"),  # a bad tick
+]
+
+
+@pytest.mark.parametrize("kind, frame, timeframe, asset_class", REFUSALS, ids=[f"{k}-{i}" for i, (k, *_) in enumerate(REFUSALS)])
+def test_refused_by_name(kind, frame, timeframe, asset_class):
+    with pytest.raises(InputError) as error: validate_bars(frame, timeframe, asset_class)
+    text = str(error.value)
+    assert text.startswith(f"bars refused, {kind}: ") and text.endswith(REFUSED[kind]) and "\n" not in text
+
+
+def test_high_below_low_is_called_so():
+    with pytest.raises(InputError, match="high .* is below low"): validate_bars(with_value(CRYPTO, "high", CRYPTO.low.iloc[30] * 0.999), "15Min", "crypto")
+
+
+def test_every_kind_of_refusal_is_tested():
+    assert {kind for kind, *_ in REFUSALS} == set(REFUSED)
+
+
+def test_the_first_offending_bar_is_named():
+    frame = with_value(with_value(CRYPTO, "close", np.nan, row=200), "close", np.nan, row=100)
+    with pytest.raises(InputError, match=rf"{CRYPTO.index[100]:%Y-%m-%d %H:%M}Z, close is missing \(and 1 more\)"): validate_bars(frame.iloc[::-1], "15Min", "crypto")
+
+
+def test_the_bars_the_refusals_start_from_are_good():
+    for frame, timeframe, asset_class in ((EQUITY, "15Min", "equity"), (CRYPTO, "15Min", "crypto"), (DAILY, "1Day", "equity")):
+        clean, report = validate_bars(frame, timeframe, asset_class)
+        pd.testing.assert_frame_equal(clean, frame, check_freq=False)
+        assert not any(report["repaired"].values()) and not any(report["findings"].values()) and not any(report["dropped_out_of_session"].values())
+        assert set(report["repaired"]) == set(REPAIRED) and set(report["findings"]) == set(REPORTED)
+        assert clean.index.name == "timestamp" and str(clean.index.dtype) == "datetime64[ns, UTC]" and list(clean.columns) == list(COLUMNS)
+        assert json.loads(json.dumps(report)) == report
+
+
+# repaired and counted
+
+def test_disorder_and_exact_duplicates():
+    shuffled = pd.concat([CRYPTO.iloc[50:], CRYPTO.iloc[:50], CRYPTO.iloc[[7, 8, 8]]])
+    clean, report = validate_bars(shuffled, "15Min", "crypto")
+    pd.testing.assert_frame_equal(clean, CRYPTO, check_freq=False)
+    assert report["repaired"]["exact_duplicates"] == 3 and report["repaired"]["disorder"] == 2 and report["bars_in"] == len(CRYPTO) + 3
+
+
+def test_the_input_is_left_alone():
+    frame = pd.concat([CRYPTO.iloc[50:], CRYPTO.iloc[:51]])
+    before = frame.copy()
+    validate_bars(frame, "15Min", "crypto")
+    pd.testing.assert_frame_equal(frame, before)
+
+
+def test_a_timestamp_column_any_unit_any_number_type_and_more_columns():
+    raw = CRYPTO.rename_axis("timestamp").reset_index()
+    raw["timestamp"] = raw["timestamp"].astype("datetime64[s, UTC]")
+    raw["volume"] = raw["volume"].astype("Int64")
+    clean, report = validate_bars(raw.assign(vwap=1.0, symbol="X"), "15Min", "crypto")
+    pd.testing.assert_frame_equal(clean, CRYPTO, check_freq=False)
+    assert report["ignored_columns"] == ["symbol", "vwap"]
+
+
+def test_zero_volume_is_kept_and_counted():
+    clean, report = validate_bars(with_value(CRYPTO, "volume", 0.0), "15Min", "crypto")
+    assert len(clean) == len(CRYPTO) and report["findings"]["zero_volume"] == 1
+
+
+def test_differences_of_rounding_are_mended():
+    high = CRYPTO.high.iloc[30]
+    clean, report = validate_bars(with_value(CRYPTO, "close", high * (1 + 1e-10)), "15Min", "crypto")
+    assert report["repaired"]["rounding"] == 1 and clean.high.iloc[30] == clean.close.iloc[30] == high * (1 + 1e-10)
+
+
+def test_unfinished_last_bar():
+    last = CRYPTO.index[-1]
+    for now, dropped in ((last + pd.Timedelta("14min"), 1), (last + pd.Timedelta("15min"), 0), (last, 1)):
+        clean, report = validate_bars(CRYPTO, "15Min", "crypto", now=now)
+        assert report["repaired"]["unfinished_last_bar"] == dropped == len(CRYPTO) - len(clean)
+    # a half day's last hour closes at 13:00, not an hour after its label's bar length
+    hourly = equity_bars("2024-11-29", "2024-11-30", "4Hour")
+    assert validate_bars(hourly, "4Hour", "equity", now="2024-11-29 18:00Z")[1]["bars"] == 2 and validate_bars(hourly, "4Hour", "equity", now="2024-11-29 17:59Z")[1]["bars"] == 1
+    with pytest.raises(InputError, match="no bar had closed"): validate_bars(CRYPTO.iloc[:1], "15Min", "crypto", now=CRYPTO.index[0])
+    with pytest.raises(InputError, match="bar in the future"): validate_bars(CRYPTO, "15Min", "crypto", now=last - pd.Timedelta("1min"))
+
+
+def test_a_session_in_progress_is_no_wrong_zone():
+    "Pre-market bars of today, and a session that has only begun."
+    early = wandering_bars(pd.date_range("2024-11-20 13:00Z", periods=6, freq="15min"))
+    frame = pd.concat([equity_bars("2024-11-18", "2024-11-20"), early])
+    _, report = validate_bars(frame, "15Min", "equity", allow_steps=True)
+    assert report["dropped_out_of_session"]["before_open"] == 6
+    clean, report = validate_bars(pd.concat([frame, equity_bars("2024-11-20", "2024-11-21").iloc[:2]]), "15Min", "equity", now="2024-11-20 14:50Z", allow_steps=True)
+    assert len(clean) == 2 * 26 + 1
+
+
+def test_out_of_session_bars_by_kind():
+    extra = wandering_bars(pd.DatetimeIndex(["2024-11-29 13:00Z", "2024-11-29 14:15Z", "2024-11-27 21:00Z", "2024-11-29 18:00Z", "2024-11-29 18:15Z", "2024-11-27 21:15Z",
+                                             "2024-11-28 15:00Z", "2024-11-30 15:00Z"]), seed=3)
+    clean, report = validate_bars(pd.concat([EQUITY, extra]), "15Min", "equity")
+    pd.testing.assert_frame_equal(clean, EQUITY, check_freq=False)
+    assert report["dropped_out_of_session"] == {"before_open": 2, "closing_print": 2, "after_close": 2, "no_session": 2} and set(OUT_OF_SESSION) == set(report["dropped_out_of_session"])
+
+
+def test_extended_hours_history():
+    "4:00 to 20:00 New York, as full feeds deliver: only the sessions remain."
+    local = pd.date_range("2024-11-04 04:00", "2024-12-06 19:45", freq="15min", tz="America/New_York")
+    local = local[(local.hour >= 4) & (local.hour < 20) & (local.day_of_week < 5)]
+    clean, report = validate_bars(wandering_bars(local.tz_convert("UTC")), "15Min", "equity")
+    assert clean.index.equals(EQUITY.index) and report["dropped_out_of_session"]["no_session"] == 64  # Thanksgiving
+
+
+def test_daily_labels_of_new_york_midnight():
+    midnight = DAILY.set_axis(DAILY.index.tz_localize(None).tz_localize("America/New_York").tz_convert("UTC"))
+    assert sorted(set(midnight.index.hour)) == [4, 5]
+    clean, report = validate_bars(midnight, "1Day", "equity")
+    pd.testing.assert_frame_equal(clean, DAILY, check_freq=False)
+    assert report["repaired"]["daily_labels"] == len(DAILY)
+    clean, report = validate_bars(pd.concat([DAILY, DAILY.iloc[[3]].set_axis(pd.DatetimeIndex(["2024-01-06 00:00Z"]))]), "1Day", "equity")
+    assert len(clean) == len(DAILY) and report["dropped_out_of_session"]["no_session"] == 1
+
+
+def test_four_hour_bars_may_follow_the_exchange_clock_or_utc():
+    winter = equity_bars("2024-01-08", "2024-02-10", "4Hour")
+    assert set(winter.index.hour) == {13, 17} and len(validate_bars(winter, "4Hour", "equity")[0]) == len(winter)  # 8:00 and 12:00 in New York
+    by_utc = wandering_bars(pd.DatetimeIndex([d + pd.Timedelta(hours=h) for d in pd.date_range("2024-01-08", "2024-01-12", tz="UTC") for h in (12, 16, 20)]))
+    clean, report = validate_bars(by_utc, "4Hour", "equity")
+    assert len(clean) == len(by_utc) and report["findings"]["thin_sessions"] == 0
+    _, report = validate_bars(by_utc.iloc[2:], "4Hour", "equity")
+    assert (report["findings"]["thin_sessions"], report["findings"]["missing_bars"]) == (1, 1)  # three bars in a session do not make up for one in another
+    with pytest.raises(InputError, match="off grid"): validate_bars(pd.concat([by_utc, winter.iloc[[0]]]), "4Hour", "equity", allow_steps=True)
+
+
+# steps, gaps, thin sessions
+
+def test_steps():
+    assert validate_bars(HALVED, "15Min", "equity", allow_steps=True)[1]["findings"]["large_steps"] == 1
+    # two for one, on a day that gains 6 %
+    with pytest.raises(InputError, match="unexplained step.*-47%"): validate_bars(pd.concat([DAILY.iloc[:50], DAILY.iloc[50:] * DAILY.close.iloc[49] / DAILY.open.iloc[50] * 0.53]), "1Day", "equity")
+    # a rise of 52 % that opens 20 % up and trades the rest is reported, as AMD's was
+    rise = DAILY.iloc[:50].copy()
+    before = rise.close.iloc[48]
+    rise.iloc[49] = [before * 1.2, before * 1.53, before * 1.19, before * 1.52, 1e6]
+    assert validate_bars(rise, "1Day", "equity")[1]["findings"]["large_steps"] == 1
+    # no step is judged across a segment
+    apart = pd.concat([CRYPTO.iloc[:300], CRYPTO.iloc[310:] * 10])
+    _, report = validate_bars(apart, "15Min", "crypto")
+    assert report["segments"] == 2 and report["findings"] | {"wide_ranges": 0} == dict.fromkeys(REPORTED, 0) | {"gaps": 1, "missing_bars": 10}
+    assert report["breaks"] == [{"last_bar": "2024-01-04 02:45Z", "next_bar": "2024-01-04 05:30Z", "missing": 10}]
+
+
+def test_missing_and_thin_sessions():
+    gone = (EQUITY.index.normalize() == "2024-11-13") | (EQUITY.index == "2024-11-20 15:00Z") | (EQUITY.index == "2024-11-29 15:00Z")
+    _, report = validate_bars(EQUITY[~gone], "15Min", "equity")
+    assert report["segments"] == 2 and (report["findings"]["missing_sessions"], report["findings"]["thin_sessions"], report["findings"]["missing_bars"]) == (1, 2, 2)
+    assert report["breaks"] == [{"last_bar": "2024-11-12 20:45Z", "next_bar": "2024-11-14 14:30Z", "missing": 1}]
+
+
+# resampling
+
+@pytest.mark.parametrize("to, rule", [("5Min", "5min"), ("15Min", "15min"), ("1Hour", "h"), ("4Hour", "4h"), ("1Day", "D")])
+def test_resampling_crypto_against_pandas(to, rule):
+    minutes = crypto_bars("2024-01-01", "2024-01-04", "1Min")
+    minutes = minutes.drop(minutes.index[500:900])
+    expected = minutes.resample(rule).agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"}).dropna()
+    pd.testing.assert_frame_equal(resample_bars(minutes, "1Min", to, "crypto"), expected, check_freq=False, rtol=1e-13)
+    # one minute short: the last bin is not known
+    pd.testing.assert_frame_equal(resample_bars(minutes.iloc[:-1], "1Min", to, "crypto"), expected.iloc[:-1], check_freq=False, rtol=1e-13)
+
+
+@pytest.mark.parametrize("to", ["15Min", "1Hour", "4Hour", "1Day"])
+def test_resampling_equities_against_grouping_by_local_hour(to):
+    minutes = equity_bars("2024-10-28", "2024-11-09", "5Min")  # over the change of the clock
+    minutes = pd.concat([minutes, equity_bars("2024-11-27", "2024-12-03", "5Min")])  # and a half day
+    local = minutes.index.tz_convert("America/New_York")
+    size = TIMEFRAMES[to] // 60
+    bin_ = (local.hour * 60 + local.minute) // size if to != "1Day" else np.zeros(len(local), int)
+    expected = minutes.groupby([local.date, bin_]).agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
+    out = resample_bars(minutes, "5Min", to, "equity")
+    assert np.allclose(out.to_numpy(), expected.to_numpy(), rtol=1e-13, atol=0)
+    stamps = [pd.Timestamp(d).tz_localize("UTC") if to == "1Day" else (pd.Timestamp(d) + pd.Timedelta(minutes=int(b) * size)).tz_localize("America/New_York").tz_convert("UTC") for d, b in expected.index]
+    assert list(out.index) == stamps
+    assert len(validate_bars(out, to, "equity")[0]) == len(out)  # the labels are on the grid
+    assert len(resample_bars(minutes.iloc[:-1], "5Min", to, "equity")) == len(out) - 1
+
+
+def test_resampling_refuses():
+    with pytest.raises(InputError, match="choose a multiple"): resample_bars(crypto_bars(timeframe="1Hour"), "1Hour", "15Min", "crypto")
+    with pytest.raises(InputError, match="do not fill one bar"): resample_bars(CRYPTO.iloc[:3], "15Min", "1Hour", "crypto")
+
+
+# files
+
+def test_files_are_whole_or_absent(tmp_path, monkeypatch):
+    file = write_bars(CRYPTO, tmp_path / "a" / "X.parquet")
+    pd.testing.assert_frame_equal(read_bars(file), CRYPTO, check_freq=False)
+    first = file.read_bytes()
+    assert list(pd.read_parquet(file).columns) == ["timestamp", *COLUMNS]
+
+    def power_cut(*_): raise OSError("power cut")
+    monkeypatch.setattr(os, "replace", power_cut)
+    with pytest.raises(OSError): write_bars(CRYPTO.iloc[:10], file)
+    monkeypatch.undo()
+    assert file.read_bytes() == first and [p.name for p in file.parent.iterdir()] == ["X.parquet"]
+    assert write_bars(CRYPTO, file).read_bytes() == first  # same bars, same bytes
+
+
+def test_unreadable_files_are_input_errors(tmp_path):
+    with pytest.raises(InputError, match="no such file"): read_bars(tmp_path / "none.parquet")
+    (tmp_path / "torn.parquet").write_bytes(write_bars(CRYPTO, tmp_path / "whole.parquet").read_bytes()[:-100])
+    with pytest.raises(InputError, match="no readable parquet"): read_bars(tmp_path / "torn.parquet")
+    CRYPTO.drop(columns="low").rename_axis("timestamp").reset_index().to_parquet(tmp_path / "low.parquet")
+    with pytest.raises(InputError, match="low missing"): read_bars(tmp_path / "low.parquet")
+
+
+def test_fingerprint():
+    print_ = fingerprint(CRYPTO)
+    assert print_["bars"] == len(CRYPTO) and print_["start"] == "2024-01-01 00:00Z" and print_["end"] == "2024-01-07 23:45Z" and len(print_["sha256"]) == 64
+    assert fingerprint(CRYPTO.set_axis(CRYPTO.index.as_unit("s"))) == print_ == fingerprint(CRYPTO[["volume", "close", "low", "high", "open"]])
+    assert fingerprint(with_value(CRYPTO, "low", np.nextafter(CRYPTO.low.iloc[30], 0)))["sha256"] != print_["sha256"]
+    assert fingerprint(CRYPTO.set_axis(CRYPTO.index + pd.Timedelta("15min")))["sha256"] != print_["sha256"]
+
+
+def test_coverage_picture():
+    import matplotlib
+    matplotlib.use("Agg")
+    grid = plot_coverage(EQUITY.drop(EQUITY.index[30]), "15Min", "equity").images[0].get_array()
+    assert grid.shape == (24, 26) and grid.sum() == len(EQUITY) - 1 and grid[1, 4] == 0  # bar 30 is the fifth of the second session
+
+
+# real bars
+
+REAL = {  # file -> bars, segments, missing bars, out-of-session bars
+    "crypto/15Min/BTC-USDT": (44371, 2, 11117, 0), "crypto/15Min/SOL-USDT": (44457, 2, 11031, 0), "crypto/15Min/ETH-BTC": (8112, 4, 34, 0), "crypto/5Min/ETH-BTC": (24336, 4, 104, 0),
+    "crypto/1Min/ETH-USDT": (42915, 2, 284, 0), "crypto/1Min/BTC-USDT": (105120, 1, 0, 0), "equity/15Min/SPY": (194 * 26 - 3 * 12, 1, 0, 5237 - 5008),
+    "equity/15Min/AAPL": (3616, 1, 0, 55), "equity/15Min/COST": (3616, 1, 0, 0), "equity/5Min/COST": (10848, 1, 0, 0), "equity/1Day/AMD": (2013, 1, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_real_bars_with_known_defects(real_bars_folder, name):
+    asset_class, timeframe, _ = name.split("/")
+    clean, report = validate_bars(pd.read_parquet(real_bars_folder / f"{name}.parquet"), timeframe, asset_class)
+    assert (report["bars"], report["segments"], report["findings"]["missing_bars"], sum(report["dropped_out_of_session"].values())) == REAL[name]
+    assert report["findings"]["thin_sessions"] == 0 and len(clean) == report["bars"] == report["bars_in"] - sum(report["dropped_out_of_session"].values())
+
+
+def test_real_closing_prints_and_outages(real_bars_folder):
+    _, report = validate_bars(pd.read_parquet(real_bars_folder / "equity/15Min/SPY.parquet"), "15Min", "equity")
+    assert report["dropped_out_of_session"] == {"before_open": 0, "closing_print": 194, "after_close": 35, "no_session": 0}  # 35: thin bars after 13:00 on three half days
+    _, report = validate_bars(pd.read_parquet(real_bars_folder / "crypto/5Min/ETH-BTC.parquet"), "5Min", "crypto")
+    assert [(b["last_bar"], b["next_bar"]) for b in report["breaks"]] == [("2021-03-06 01:55Z", "2021-03-06 03:30Z"), ("2021-04-20 01:55Z", "2021-04-20 04:30Z"), ("2021-04-25 04:00Z", "2021-04-25 08:45Z")]
+    _, report = validate_bars(pd.read_parquet(real_bars_folder / "equity/1Day/AMD.parquet"), "1Day", "equity")
+    assert report["findings"]["large_steps"] == 1  # +52 % on 2016-04-22
+
+
+def test_real_resampling_equals_the_files(real_bars_folder):
+    "The folder holds both lengths, made by other code."
+    for asset_class, symbol, short, long in (("crypto", "BTC-USDT", "5Min", "15Min"), ("equity", "SPY", "1Min", "15Min"), ("equity", "META", "5Min", "15Min")):
+        parts = [validate_bars(pd.read_parquet(real_bars_folder / f"{asset_class}/{t}/{symbol}.parquet"), t, asset_class)[0] for t in (short, long)]
+        pd.testing.assert_frame_equal(resample_bars(parts[0], short, long, asset_class), parts[1], check_freq=False, rtol=1e-9)

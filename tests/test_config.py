@@ -1,0 +1,311 @@
+"""Parameters: every field is checked, every mistake is one line that names the field, and text means what a person meant by it."""
+import re
+from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import yaml
+
+from trading_lib import config as C
+from trading_lib.config import InputError, Parameters, check_notebook_parameters, checked, load_parameters, parse_parameters, typed
+
+NAN, INFINITE = float("nan"), float("inf")
+REPOSITORY = Path(__file__).parents[1]
+NOT_TEXT, NOT_WHOLE, NOT_A_NUMBER, NOT_A_FLAG = [5, 1.5, True, [], {}], ["many", 2.5, True, NAN, INFINITE, [1], {}], ["much", True, NAN, INFINITE, -INFINITE, [1.0], {}, "nan", ".nan", ".inf"], ["maybe", 1, 0, 1.0, []]
+SHARE, NOT_LESS = [-0.01, 1.01, *NOT_A_NUMBER], [-0.01, *NOT_A_NUMBER]
+# section -> field -> values that must be refused
+REFUSED = {
+    "data": dict(source=["alpca", "", 1, None, ["files"]], timeframe=[*NOT_TEXT, None], start=NOT_TEXT, end=NOT_TEXT, seed=[*NOT_WHOLE, None], edge=[*NOT_LESS, None], path=[*NOT_TEXT, None],
+                 timezone=NOT_TEXT, train_fraction=[0, 1, 0.85, -0.1, None, *NOT_A_NUMBER], validation_fraction=[0, 1, 0.30, -0.1, None, *NOT_A_NUMBER]),
+    "features": dict(version=[*NOT_TEXT, None, 5.6], window=[0, -1, None, *NOT_WHOLE]),
+    "account": dict(initial_account_value=[0, -1, None, *NOT_A_NUMBER], safety_buffer_pct=SHARE, base_alloc=SHARE, max_position_pct=SHARE, stop_pct=SHARE, target_pct=SHARE, allow_short=NOT_A_FLAG,
+                    costs=["none", None, 0], commission_bps=NOT_LESS, half_spread_bps=NOT_LESS, slippage_bps=NOT_LESS, impact_coefficient=NOT_LESS),
+    "env": dict(episode_length=[1, 0, -1, None, *NOT_WHOLE], reward_preset=[*NOT_TEXT, None]),
+    "train": dict(mode=[*NOT_TEXT, None, "quik_test"], seed=[*NOT_WHOLE, None], device=[*NOT_TEXT, None], hidden_dims=["big", 64, [], [0], [64, -1], [2.5], [True], [INFINITE], {}], shared_trunk=NOT_A_FLAG,
+                  total_timesteps=[0, -1, *NOT_WHOLE], n_envs=[0, -1, *NOT_WHOLE], n_steps=[0, -1, *NOT_WHOLE], minibatch_size=[0, -1, *NOT_WHOLE], n_epochs=[0, -1, *NOT_WHOLE], learning_rate=[0, -1, *NOT_A_NUMBER],
+                  gamma=NOT_A_NUMBER, gae_lambda=NOT_A_NUMBER, clip_range=NOT_A_NUMBER, entropy_coefficient=NOT_A_NUMBER, cost_warm_up=NOT_A_NUMBER, amp=NOT_A_FLAG),
+    "backtest": dict(random_policies=[*NOT_WHOLE, None], seed=[*NOT_WHOLE, None]),
+}
+MODE = dict(total_timesteps=5, validation_interval=1, checkpoint_interval=0)
+REFUSED_OF_A_MODE = dict(total_timesteps=[0, -1, None, *NOT_WHOLE], validation_interval=[0, -1, None, *NOT_WHOLE], checkpoint_interval=[-1, None, *NOT_WHOLE])
+
+
+def refusal(make, *arguments, **named) -> str:
+    "The one line that a mistake gets."
+    with pytest.raises(InputError) as e: make(*arguments, **named)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def written(folder: Path, text: str) -> Path:
+    (folder / "params.yaml").write_text(text, encoding="utf-8")
+    return folder / "params.yaml"
+
+
+# --- every field has a check that can fail --------------------------------------------------------------------------
+
+def test_no_field_lacks_a_check():
+    "The tables above name every field there is; a new field without values that are refused fails here."
+    sections = {f.name: f.default for f in fields(Parameters) if f.name not in ("symbols", "modes")}
+    assert {name: {f.name for f in fields(section)} for name, section in sections.items()} == {name: set(table) for name, table in REFUSED.items()}
+    assert {f.name for f in fields(C.ModeParameters)} == set(REFUSED_OF_A_MODE) and all(v for table in REFUSED.values() for v in table.values())
+
+
+@pytest.mark.parametrize("section, name", [(section, name) for section, table in REFUSED.items() for name in table])
+def test_a_bad_value_is_refused_and_its_field_named(section, name):
+    for bad in REFUSED[section][name]:
+        message = refusal(parse_parameters, {section: {name: bad}})
+        assert message.startswith(f"{section}.{name}: ") or (name.endswith("_fraction") and message.startswith("data: train_fraction and validation_fraction")), (bad, message)
+
+
+@pytest.mark.parametrize("name", REFUSED_OF_A_MODE)
+def test_a_bad_value_of_a_mode_is_refused(name):
+    for bad in REFUSED_OF_A_MODE[name]: assert re.match(r"modes(\.own\." + name + ")?: ", refusal(parse_parameters, {"modes": {"own": MODE | {name: bad}}})), bad
+    assert "is missing" in refusal(parse_parameters, {"modes": {"own": {k: v for k, v in MODE.items() if k != name}}})
+
+
+def test_the_defaults_pass_their_own_checks():
+    assert parse_parameters({}) == Parameters() and Parameters().mode == C.MODES["quick_test"]
+    for f in fields(Parameters):
+        if f.name not in ("symbols", "modes"): assert typed(type(f.default), {g.name: getattr(f.default, g.name) for g in fields(f.default)}) == f.default
+    with pytest.raises(FrozenInstanceError): Parameters().train.seed = 1
+
+
+def test_the_projects_own_file_states_the_defaults_of_the_modes():
+    p = load_parameters(REPOSITORY / "params.yaml")
+    assert p.modes == C.MODES
+    by_hand = {"quick_test": (10_000_000, 5, 0), "standard": (50_000_000, 20, 50), "thorough": (100_000_000, 20, 75), "production": (200_000_000, 40, 75), "extended": (500_000_000, 100, 100)}
+    assert {name: (m.total_timesteps, m.validation_interval, m.checkpoint_interval) for name, m in C.MODES.items()} == by_hand
+
+
+# --- types ----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Every:
+    "One field of each kind."
+    whole: int = 1
+    number: float = 1.0
+    text: str = "a"
+    flag: bool = False
+    choice: Literal["x", "y", 3] = "x"
+    listed: list[int] = field(default_factory=list)
+    several: tuple[float, ...] = ()
+    table: dict = field(default_factory=dict)
+    maybe: int | None = None
+    either: int | str = 0
+
+
+@pytest.mark.parametrize("name, given, expected", [
+    ("whole", 3, 3), ("whole", 3.0, 3), ("whole", "3", 3), ("whole", "1_000", 1000), ("whole", -2, -2), ("number", 2, 2.0), ("number", "2.5", 2.5), ("number", "-1", -1.0), ("text", "3", "3"), ("text", "", ""),
+    ("flag", True, True), ("flag", "true", True), ("flag", "false", False), ("choice", "y", "y"), ("choice", 3, 3), ("listed", [1, 2.0], [1, 2]), ("listed", (1, 2), [1, 2]), ("listed", "[64, 64]", [64, 64]),
+    ("listed", ["64", 32], [64, 32]), ("several", [1, "2"], (1.0, 2.0)), ("several", "[1, 2.5]", (1.0, 2.5)), ("table", {"a": 1}, {"a": 1}), ("table", "{a: 1}", {"a": 1}), ("maybe", None, None), ("maybe", "7", 7), ("maybe", "null", None),
+    ("either", 4, 4), ("either", "four", "four")])
+def test_what_fits_is_converted_to_the_declared_type(name, given, expected):
+    found = getattr(typed(Every, {name: given}), name)
+    assert found == expected and type(found) is type(expected)
+    if isinstance(expected, (list, tuple)): assert [type(v) for v in found] == [type(v) for v in expected]
+
+
+@pytest.mark.parametrize("name, given, words", [
+    ("whole", True, "a whole number, was True"), ("whole", "many", "a whole number, was 'many'"), ("whole", 1e400, "a whole number, was inf"), ("whole", None, "a whole number, was None"), ("number", False, "a number, was False"),
+    ("number", NAN, "a number, was nan"), ("number", INFINITE, "a number, was inf"), ("number", ".nan", "a number"), ("text", 3, "text, was 3"), ("text", True, "text, was True"), ("text", None, "text, was None"),
+    ("flag", 1, "true or false, was 1"), ("flag", "3", "true or false"), ("choice", "z", "one of x, y, 3, was 'z'"), ("listed", [], r"a list such as \[256, 128\], was \[\]"), ("listed", 5, "a list such as"), ("listed", "[1, b]", "a list such as"),
+    ("listed", "[1", "a list such as"), ("several", [NAN], "a list, each a number"), ("several", {}, "a list, each a number"), ("table", [1], "a table"), ("maybe", "x", "a whole number or null, was 'x'"), ("either", 1.5, "a whole number or text")])
+def test_what_does_not_fit_is_refused_in_words(name, given, words):
+    assert re.search(f"^here.{name}: expected {words}", refusal(typed, Every, {name: given}, "here")), given
+
+
+@pytest.mark.parametrize("text, value", [("3e-4", 3e-4), ("1e-3", 1e-3), ("1E-4", 1e-4), ("5e-05", 5e-5)])
+def test_numbers_with_an_exponent_are_numbers(tmp_path, text, value):
+    "YAML 1.1 reads 3e-4 as text, YAML 1.2 (DVC's) and people as a number."
+    assert load_parameters(written(tmp_path, f"train: {{learning_rate: {text}}}")).train.learning_rate == value
+    assert typed(Every, {"number": text}).number == value
+
+
+def test_whole_numbers_with_an_exponent_are_whole_numbers(tmp_path):
+    assert load_parameters(written(tmp_path, "train: {total_timesteps: 1e6}")).train.total_timesteps == 1_000_000
+    assert "total_timesteps" in refusal(load_parameters, written(tmp_path, "train: {total_timesteps: 1e-6}"))
+
+
+def test_dates_are_text_as_they_were_written(tmp_path):
+    p = load_parameters(written(tmp_path, "data: {start: 2024-01-01, end: '2024-02-01'}"))
+    assert (p.data.start, p.data.end) == ("2024-01-01", "2024-02-01")
+    assert load_parameters(written(tmp_path, "data: {start: null}")).data.start is None and load_parameters(written(tmp_path, "data:\n  start:\n")).data.start is None
+
+
+def test_a_required_field_must_be_given():
+    @dataclass(frozen=True)
+    class Needs: n: int; m: float = 1.0
+    assert refusal(typed, Needs, {}) == "Needs.n: is missing; expected a whole number" and refusal(typed, Needs, None, "x") == "x.n: is missing; expected a whole number"
+    assert typed(Needs, {"n": 2}) == Needs(2) and refusal(typed, Needs, [1], "x") == "x: expected a table of names and values, was [1]"
+
+
+def test_the_dataclass_owns_what_it_holds():
+    "A list that was passed in can change afterwards without changing the parameters."
+    given = [64, 64]
+    p = typed(C.TrainParameters, {"hidden_dims": given})
+    given.append(1)
+    assert p.hidden_dims == [64, 64]
+
+
+# --- unknown names --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("document, message", [
+    ({"trian": {}}, "params.yaml: unknown name 'trian'; did you mean 'train'?"), ({"train": {"hiden_dims": [64]}}, "train: unknown name 'hiden_dims'; did you mean 'hidden_dims'?"),
+    ({"train": {"mode": "produktion"}}, "train.mode: unknown name 'produktion'; did you mean 'production'?"), ({"modes": {"own": MODE | {"steps": 1}}}, "modes.own: unknown name 'steps'"),
+    ({"account": {"stop_ptc": 0.1}}, "account: unknown name 'stop_ptc'; did you mean 'stop_pct'?"), ({"features": {"zzzz": 1}}, "features: unknown name 'zzzz'; known: version, window"), ({5: {}}, "params.yaml: unknown name '5'; known: "),
+    ({"env": {3: 1}}, "env: unknown name '3'; known: episode_length, reward_preset")])
+def test_an_unknown_name_gets_the_nearest_known_one(document, message): assert refusal(parse_parameters, document).startswith(message)
+
+
+def test_no_misspelling_of_any_field_is_ignored():
+    for section, table in REFUSED.items():
+        for name in table:
+            wrong = name[:-1] + name[-1] * 2
+            assert f"did you mean '{name}'?" in refusal(parse_parameters, {section: {wrong: 1}}), wrong
+
+
+@pytest.mark.parametrize("document, words", [
+    ([], "expected sections"), (None, "expected sections"), ({"train": [1]}, "train: expected a table"), ({"train": "fast"}, "train: expected a table"), ({"modes": ["own"]}, "modes: expected a table"), ({"modes": "own"}, "modes: expected a table"),
+    ({"modes": {"own": 5}}, "modes.own: expected a table"), ({"modes": {"own": None}}, "modes.own.total_timesteps: is missing"), ({"symbols": "BTC-USD"}, "symbols: expected a list"), ({"symbols": None}, "symbols: expected a list"),
+    ({"symbols": []}, "symbols: expected a list"), ({"symbols": [1]}, "symbols: expected a list"), ({"symbols": ["BTC/USD"]}, "write 'BTC-USD' for 'BTC/USD'"), ({"symbols": [" SPY"]}, "write 'SPY' for ' SPY'"), ({"symbols": [""]}, "symbols: ")])
+def test_a_document_of_the_wrong_shape_is_refused(document, words): assert words in refusal(parse_parameters, document)
+
+
+def test_symbols_may_be_text_and_are_kept_in_order():
+    assert parse_parameters({"symbols": "[SPY, BTC-USD]"}).symbols == ["SPY", "BTC-USD"] and parse_parameters({}).symbols == ["SIM-USD"]
+
+
+def test_modes_of_the_file_are_added_to_the_known_ones_and_replace_them():
+    p = parse_parameters({"train": {"mode": "own"}, "modes": {"own": MODE, "standard": MODE | {"total_timesteps": 9}}})
+    assert p.mode == C.ModeParameters(**MODE) and p.modes["standard"].total_timesteps == 9 and p.modes["extended"] == C.MODES["extended"]
+    assert C.MODES["standard"].total_timesteps == 50_000_000 and "own" not in C.MODES  # the table itself is not touched
+
+
+def test_overrides_are_what_a_person_has_set():
+    assert C.TrainParameters().overrides() == {"seed": 0}
+    set_by_hand = dict(hidden_dims=[8], amp=False, cost_warm_up=0.0, seed=3)  # false and 0 are values, not absences
+    assert typed(C.TrainParameters, set_by_hand | {"mode": "standard", "device": "cpu"}).overrides() == set_by_hand
+
+
+# --- checked: the same for constructors -----------------------------------------------------------------------------
+
+@checked
+@dataclass(frozen=True)
+class Strict:
+    whole: int = 1
+    number: float = 1.0
+    flag: bool = True
+    widths: tuple[int, ...] = (1,)
+    account: C.AccountConfig = C.AccountConfig()
+
+
+def test_a_checked_constructor_converts_and_replaces():
+    account = C.AccountConfig(stop_pct=0)
+    s = Strict(whole=2.0, number=3, widths=[4, 5], account=account)
+    assert s == Strict(whole=2, number=3.0, widths=(4, 5), account=account) and type(s.whole) is int and type(s.number) is float and s.account is account
+    assert replace(s, whole=7).whole == 7 and replace(s, whole=7).account is account
+    assert refusal(replace, s, whole="many") == "Strict.whole: expected a whole number, was 'many'"
+
+
+@pytest.mark.parametrize("values, words", [
+    (dict(hole=1), "Strict: unknown name 'hole'; did you mean 'whole'?"), (dict(whole=1.5), "Strict.whole: expected a whole number, was 1.5"), (dict(flag=1), "Strict.flag: expected true or false"), (dict(widths=[]), "Strict.widths: expected a list"),
+    (dict(number="much"), "Strict.number: expected a number"), (dict(account={"stop_pct": 0}), "Strict.account: expected")])
+def test_a_checked_constructor_refuses(values, words): assert words in refusal(Strict, **values)
+
+
+@pytest.mark.parametrize("values", [dict(whole=True), dict(number=NAN), dict(number=INFINITE), dict(number=-INFINITE), dict(whole=NAN), dict(widths=[True])])
+def test_a_checked_constructor_refuses_what_only_looks_like_a_number(values): assert refusal(Strict, **values).startswith(f"Strict.{next(iter(values))}: expected")
+
+
+def test_an_account_of_infinite_value_is_refused():
+    assert "initial_account_value" in refusal(C.AccountConfig, initial_account_value=INFINITE) and "commission_bps" in refusal(C.AccountConfig, commission_bps=INFINITE)
+
+
+@pytest.mark.parametrize("text, widths", [("512,256,128", [512, 256, 128]), ("[512, 256]", [512, 256]), (" 64 ", [64]), ("64, 32", [64, 32])])
+def test_widths_from_a_command_line(text, widths): assert C.parse_hidden_dims(text) == widths
+
+
+@pytest.mark.parametrize("text", ["", "big", "64,big", "[64", "64;32", "2.5", "64,,32", "true", "null", "{a: 1}"])
+def test_bad_widths_from_a_command_line_are_refused(text): assert refusal(C.parse_hidden_dims, text).startswith("hidden_dims: expected widths such as 512,256,128, was ")
+
+
+# --- the file -------------------------------------------------------------------------------------------------------
+
+def test_overrides_win_over_the_file_and_null_leaves_it(tmp_path):
+    path = written(tmp_path, "symbols: [SPY]\ntrain: {mode: standard, seed: 4}\n")
+    p = load_parameters(path, **{"train.mode": "thorough", "train.seed": None, "data.seed": 9, "train.hidden_dims": "[8, 8]", "symbols": ["QQQ"]})
+    assert (p.train.mode, p.train.seed, p.data.seed, p.train.hidden_dims, p.symbols) == ("thorough", 4, 9, [8, 8], ["QQQ"])
+    assert load_parameters(path).train.mode == "standard" and path.read_text() == "symbols: [SPY]\ntrain: {mode: standard, seed: 4}\n"
+    assert load_parameters(path, **{"modes.own": MODE, "train.mode": "own"}).mode == C.ModeParameters(**MODE)
+
+
+@pytest.mark.parametrize("overrides, words", [
+    ({"train.hiden_dims": [8]}, "did you mean 'hidden_dims'"), ({"trian.seed": 1}, "did you mean 'train'"), ({"symbols.first": "SPY"}, "symbols: expected a table"), ({"train": 5}, "train: expected a table"),
+    ({"modes.standard.total_timesteps": 5}, "modes.standard.total_timesteps"), ({"train.seed": "x"}, "train.seed: expected a whole number")])
+def test_a_bad_override_is_refused(tmp_path, overrides, words):
+    assert words in refusal(load_parameters, written(tmp_path, "symbols: [SPY]\ntrain: {seed: 4}\n"), **overrides)
+
+
+def test_an_empty_file_and_an_empty_section_are_the_defaults(tmp_path):
+    for text in ("", "# nothing\n", "train:\ndata: {}\nmodes:\n"): assert load_parameters(written(tmp_path, text)) == Parameters(), text
+
+
+def test_an_empty_section_can_be_overridden(tmp_path):
+    assert load_parameters(written(tmp_path, "data:\n"), **{"data.seed": 1}).data.seed == 1
+
+
+@pytest.mark.parametrize("text, words", [("a: [", "params.yaml: is not valid YAML"), ("- a\n- b\n", "expected sections"), ("just text", "expected sections"), ("train: {mode: !!python/object:os.system x}", "is not valid YAML"), ("\ttrain: 1", "is not valid YAML")])
+def test_a_file_that_is_no_parameters_file_is_refused(tmp_path, text, words):
+    assert words in refusal(load_parameters, written(tmp_path, text))
+
+
+def test_a_list_for_a_file_is_refused_with_an_override_too(tmp_path):
+    assert "expected sections" in refusal(load_parameters, written(tmp_path, "- a\n"), **{"train.seed": 1})
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path):
+    assert str(tmp_path / "none.yaml") in refusal(load_parameters, tmp_path / "none.yaml")
+    assert str(tmp_path) in refusal(load_parameters, tmp_path)
+
+
+def test_the_project_is_found_from_any_folder_inside(tmp_path, monkeypatch):
+    inner = tmp_path / "project" / "nbs" / "deep"
+    inner.mkdir(parents=True)
+    assert "no params.yaml beside a settings.ini" in refusal(C.project_root, inner)
+    written(tmp_path / "project", "train: {seed: 8}")
+    assert "no params.yaml" in refusal(C.project_root, inner)  # a params.yaml alone is somebody else's
+    (tmp_path / "project" / "settings.ini").touch()
+    assert C.project_root(inner) == C.project_root(str(tmp_path / "project")) == (tmp_path / "project").resolve()
+    monkeypatch.chdir(inner)
+    assert load_parameters().train.seed == 8 and load_parameters(**{"train.seed": 9}).train.seed == 9
+
+
+def test_text_from_papermill_means_the_same_as_the_file(tmp_path):
+    "Every value of the project's own file, handed over as text by dotted name, gives the same parameters."
+    document = yaml.safe_load((REPOSITORY / "params.yaml").read_text())
+    as_text = {f"{section}.{name}": str(value).lower() if value is None or isinstance(value, bool) else str(value) for section, table in document.items() if section not in ("symbols", "modes") for name, value in table.items()}
+    as_text = {name: value for name, value in as_text.items() if value != "none"}
+    assert len(as_text) > 12 and load_parameters(written(tmp_path, ""), **as_text) == load_parameters(REPOSITORY / "params.yaml")
+
+
+# --- under papermill ------------------------------------------------------------------------------------------------
+
+def test_a_notebook_parameter_that_nobody_knows_is_refused():
+    known = ["mode", "hidden_dims"]
+    namespace = {"mode": "standard", "hidden_dims": None, "Path": Path, "check": check_notebook_parameters, "_private": 1, "__name__": "__main__", "In": [""], "Out": {}, "yaml": yaml}
+    assert check_notebook_parameters(namespace, known) == {"mode": "standard", "hidden_dims": None}
+    for value in ("x", 1, 1.5, True, None, [64], {"a": 1}, (1,)):
+        assert refusal(check_notebook_parameters, namespace | {"hiden_dims": value}, known) == "notebook parameters: unknown name 'hiden_dims'; did you mean 'hidden_dims'?", value
+    assert refusal(check_notebook_parameters, {"mode": 1}, known) == "notebook parameters: 'hidden_dims' is missing from the parameters cell"
+
+
+def test_an_error_in_a_notebook_is_one_line():
+    from IPython.core.interactiveshell import InteractiveShell
+    from traitlets.config import Config
+    assert InputError("train: what to do")._render_traceback_() == ["InputError: train: what to do"] and issubclass(InputError, ValueError)
+    shown, shell = [], InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    shell._showtraceback = lambda kind, error, lines: shown.extend(lines)
+    shell.run_cell("from trading_lib.config import InputError\nraise InputError('train: what to do')", store_history=False)
+    assert shown == ["InputError: train: what to do"]
