@@ -24,8 +24,8 @@ REFUSED = {
     "env": dict(episode_length=[1, 0, -1, None, *NOT_WHOLE], reward_preset=[*NOT_TEXT, None]),
     "train": dict(mode=[*NOT_TEXT, None, "quik_test"], seed=[*NOT_WHOLE, None], device=[*NOT_TEXT, None], hidden_dims=["big", 64, [], [0], [64, -1], [2.5], [True], [INFINITE], {}], shared_trunk=NOT_A_FLAG,
                   total_timesteps=[0, -1, *NOT_WHOLE], n_envs=[0, -1, *NOT_WHOLE], n_steps=[0, -1, *NOT_WHOLE], minibatch_size=[0, -1, *NOT_WHOLE], n_epochs=[0, -1, *NOT_WHOLE], learning_rate=[0, -1, *NOT_A_NUMBER],
-                  gamma=NOT_A_NUMBER, gae_lambda=NOT_A_NUMBER, clip_range=NOT_A_NUMBER, entropy_coefficient=NOT_A_NUMBER, cost_warm_up=NOT_A_NUMBER, amp=NOT_A_FLAG),
-    "backtest": dict(random_policies=[*NOT_WHOLE, None], seed=[*NOT_WHOLE, None]),
+                  gamma=SHARE, gae_lambda=SHARE, clip_range=[0, *NOT_LESS], entropy_coefficient=NOT_LESS, cost_warm_up=SHARE, amp=NOT_A_FLAG),
+    "backtest": dict(random_policies=[-1, *NOT_WHOLE, None], seed=[*NOT_WHOLE, None]),
 }
 MODE = dict(total_timesteps=5, validation_interval=1, checkpoint_interval=0)
 REFUSED_OF_A_MODE = dict(total_timesteps=[0, -1, None, *NOT_WHOLE], validation_interval=[0, -1, None, *NOT_WHOLE], checkpoint_interval=[-1, None, *NOT_WHOLE])
@@ -169,7 +169,7 @@ def test_no_misspelling_of_any_field_is_ignored():
 @pytest.mark.parametrize("document, words", [
     ([], "expected sections"), (None, "expected sections"), ({"train": [1]}, "train: expected a table"), ({"train": "fast"}, "train: expected a table"), ({"modes": ["own"]}, "modes: expected a table"), ({"modes": "own"}, "modes: expected a table"),
     ({"modes": {"own": 5}}, "modes.own: expected a table"), ({"modes": {"own": None}}, "modes.own.total_timesteps: is missing"), ({"symbols": "BTC-USD"}, "symbols: expected a list"), ({"symbols": None}, "symbols: expected a list"),
-    ({"symbols": []}, "symbols: expected a list"), ({"symbols": [1]}, "symbols: expected a list"), ({"symbols": ["BTC/USD"]}, "write 'BTC-USD' for 'BTC/USD'"), ({"symbols": [" SPY"]}, "write 'SPY' for ' SPY'"), ({"symbols": [""]}, "symbols: ")])
+    ({"symbols": []}, "symbols: expected a list"), ({"symbols": [1]}, "symbols: expected a list"), ({"symbols": ["BTC/USD"]}, "write 'BTC-USD' for 'BTC/USD'"), ({"symbols": [" SPY"]}, "write 'SPY' for ' SPY'"), ({"symbols": [""]}, "symbols: "), ({"symbols": [".."]}, "symbols: expected names"), ({"symbols": ["SPY", "QQQ", "SPY"]}, "'SPY' is listed 2 times")])
 def test_a_document_of_the_wrong_shape_is_refused(document, words): assert words in refusal(parse_parameters, document)
 
 

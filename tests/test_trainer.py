@@ -611,7 +611,7 @@ def test_mixed_precision_is_at_work_and_close():
     assert (plain[1] - mixed[1]).norm() < 0.02 * plain[1].norm() and (plain[0] - mixed[0]).norm() < 0.02 * plain[0].norm()
 
 
-@pytest.mark.parametrize("share, updates, expected", [(0.5, 6, [0, 1 / 3, 2 / 3, 1, 1, 1]), (0.5, 4, [0, 0.5, 1, 1]), (0.25, 5, [0, 0.8, 1, 1, 1]), (0.1, 5, [0, 1, 1, 1, 1]), (0.3, 10, [0, 1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1])])
+@pytest.mark.parametrize("share, updates, expected", [(0.5, 6, [1 / 3, 2 / 3, 1, 1, 1, 1]), (0.5, 1, [1]), (1.0, 4, [0.25, 0.5, 0.75, 1]), (0.25, 5, [0.8, 1, 1, 1, 1]), (0.1, 5, [1, 1, 1, 1, 1]), (0.3, 10, [1 / 3, 2 / 3, 1, 1, 1, 1, 1, 1, 1, 1])])
 def test_costs_rise_to_exactly_their_full_size(share, updates, expected):
     trainer, scales = trading_trainer(total_timesteps=8 * 16 * updates, cost_warm_up=share, n_epochs=1, minibatch_size=128), []
     set_cost_scale = trainer.env.set_cost_scale
@@ -694,12 +694,12 @@ def test_runs_cover_every_decision_once_and_cross_no_gap():
 
 
 def test_validation_always_pays_full_costs():
-    "While the training environment still trades for nothing."
+    "While the training environment still trades for a part of them."
     trainer = trading_trainer(0, market().span(5500, 6500), cost_warm_up=1.0, validation_interval=1)
     full, policy = account_rules(AccountConfig(), "crypto"), ByBar(len(market().timestamp))
     trainer.train(1)
     rules = trainer.env.rules
-    assert rules.commission == rules.half_spread == rules.slippage == rules.impact == 0 and trainer.validation.env.rules == full and full.round_trip > 0.005
+    assert 0 < rules.round_trip < full.round_trip / 2 and trainer.validation.env.rules == full and full.round_trip > 0.005
     own = trainer.validation.run(policy)
     fresh = Validation(market().span(5500, 6500), trainer.env.config, torch.device("cpu")).run(policy)
     free = Validation(market().span(5500, 6500), replace(trainer.env.config, account=AccountConfig(costs="zero")), torch.device("cpu")).run(policy)

@@ -216,7 +216,7 @@ def shifted(
     by = np.random.default_rng(seed).integers(max(1, length // 10), max(2, length - length // 10), n)
     return actions[(torch.arange(length)[:, None] - torch.as_tensor(by)[None]) % length]
 
-# %% ../nbs/15_backtest.ipynb #18d8c3bc
+# %% ../nbs/15_backtest.ipynb #2d320a0e
 def run_backtest(
     model,  # path of a checkpoint, its content, a policy network, or None with `actions`
     bars: pd.DataFrame,  # validated bars, with history before the span for the indicators
@@ -257,7 +257,7 @@ def run_backtest(
         given = np.asarray(actions)
         require(given.ndim == 1 and given.dtype.kind in "iu" and bool(((given >= 0) & (given < spec.n_actions)).all()),
                 f"actions: expected one list of whole numbers from 0 to {spec.n_actions - 1}, was {given.dtype} of shape {given.shape}" + (f" with {given.min()} to {given.max()}" if given.size else ""))
-        decided = torch.as_tensor(given, dtype=torch.int64)
+        decided = torch.tensor(given, dtype=torch.int64)  # a copy: a column of a table may be read-only
     elif not market_shows_account(market):
         decided = greedy_actions(policy, BacktestObservationBuilder(bars, version, fit, timeframe, asset_class, window, account), at)
     else: decided = None

@@ -8,11 +8,12 @@ __all__ = ['MODES', 'InputError', 'unknown_name', 'typed', 'checked', 'require',
            'BacktestParameters', 'Parameters', 'parse_parameters', 'project_root', 'load_parameters',
            'check_notebook_parameters']
 
-# %% ../nbs/00_config.ipynb #c035d4bc
+# %% ../nbs/00_config.ipynb #6bd98f4d
 import difflib
 import re
 import types
 import typing
+from collections import Counter
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
@@ -142,7 +143,7 @@ def parse_hidden_dims(
     try: return _convert(list[int], text if text.startswith("[") else f"[{text}]")
     except (TypeError, ValueError): raise InputError(f"hidden_dims: expected widths such as 512,256,128, was {text!r}") from None
 
-# %% ../nbs/00_config.ipynb #41b2387f
+# %% ../nbs/00_config.ipynb #50cb137b
 @dataclass(frozen=True)
 class DataParameters:
     "Where the bars come from, and how the history is split."
@@ -231,9 +232,11 @@ class TrainParameters:
 
     def __post_init__(self):
         require(self.hidden_dims is None or all(h > 0 for h in self.hidden_dims), f"train.hidden_dims: expected widths above 0 such as [256, 128], was {self.hidden_dims}")
-        for name in ("total_timesteps", "n_envs", "n_steps", "minibatch_size", "n_epochs", "learning_rate"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"train.{name}: expected more than 0, was {value}")
+        for names, fits, words in ((("total_timesteps", "n_envs", "n_steps", "minibatch_size", "n_epochs", "learning_rate", "clip_range"), lambda v: v > 0, "more than 0"),
+                                   (("gamma", "gae_lambda", "cost_warm_up"), lambda v: 0 <= v <= 1, "0 to 1"), (("entropy_coefficient",), lambda v: v >= 0, "0 or more")):
+            for name in names:
+                value = getattr(self, name)
+                require(value is None or fits(value), f"train.{name}: expected {words}, was {value}")
 
     def overrides(self) -> dict:  # the fields a person has set, by name
         "What overrides the tier and the mode."
@@ -267,7 +270,9 @@ class BacktestParameters:
     random_policies: int = 1000  # random policies of the same trade rate that the agent is ranked among
     seed: int = 0  # of the random policies
 
-# %% ../nbs/00_config.ipynb #05a9e8bf
+    def __post_init__(self): require(self.random_policies >= 0, f"backtest.random_policies: expected 0 or more, was {self.random_policies}")
+
+# %% ../nbs/00_config.ipynb #e90ea90c
 @dataclass(frozen=True)
 class Parameters:
     "The whole of params.yaml."
@@ -306,6 +311,8 @@ def parse_parameters(
     except (TypeError, ValueError): raise InputError(f"symbols: expected a list such as [BTC-USD, SPY], was {symbols!r}") from None
     for s in symbols:
         require("/" not in s and s.strip() == s and s, f"symbols: write '{s.strip().replace('/', '-')}' for '{s}': symbols name files, so '/' is written '-'")
+        require(s.strip("."), f"symbols: expected names such as BTC-USD, was '{s}'")
+    for s, times in Counter(symbols).items(): require(times == 1, f"symbols: '{s}' is listed {times} times; list each symbol once")
     p = Parameters(symbols=symbols, modes=modes, **sections)
     if p.train.mode not in modes: raise unknown_name("train.mode", p.train.mode, modes)
     return p

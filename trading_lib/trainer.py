@@ -244,7 +244,7 @@ class Validation:
                 "hold_share": float(1 - in_order(orders).mean()), "trades": int(len(profits)), "win_rate": float((profits > 0).mean()) if len(profits) else 0.0,
                 "profit_factor": profit_factor(profits), "reward": float(in_order(rewards).mean())}
 
-# %% ../nbs/13_trainer.ipynb #62935b24
+# %% ../nbs/13_trainer.ipynb #9f607776
 def layout_of_env(
     env,  # an environment; one without a table gives None
 ) -> InputLayout | None:
@@ -390,7 +390,7 @@ class NativePPOTrainer:
         last = self.updates if max_updates is None else min(self.updates, self.update + max_updates)
         every, began, first_step = max(1, self.updates // 20), time.perf_counter(), self.global_step
         while self.update < last:
-            if self.config.cost_warm_up and hasattr(self.env, "set_cost_scale"): self.env.set_cost_scale(min(1.0, self.update / (self.config.cost_warm_up * self.updates)))
+            if self.config.cost_warm_up and hasattr(self.env, "set_cost_scale"): self.env.set_cost_scale(min(1.0, (self.update + 1) / (self.config.cost_warm_up * self.updates)))
             row = self._learn(self._rollout())
             self.update += 1
             self.global_step += self.env.n_envs * self.config.n_steps
@@ -408,7 +408,7 @@ class NativePPOTrainer:
         metrics, c = self.validation.run(self.policy), self.config
         excess = max(0.0, metrics["max_drawdown"] - c.max_drawdown_threshold) / c.max_drawdown_threshold
         score = metrics["sharpe"] - c.drawdown_penalty_weight * excess
-        if score > self.best_score:
+        if self.best_score == -math.inf or score > self.best_score:
             self.best_score = score
             self.best = copy.deepcopy(self.content({"validation": metrics, "validation_score": score}))
         return {f"validation_{name}": v for name, v in metrics.items()} | {"validation_score": score}
