@@ -333,41 +333,6 @@ def test_a_planted_shift_is_caught_in_every_block(block, monkeypatch):
     assert leaks(bars, version, fit, "15Min", "crypto", [3300, 3501]) > 0
 
 
-def _centred(s, honest):
-    columns = list(honest(s))
-    columns[0] = s.close / pd.Series(s.close).rolling(5, center=True, min_periods=1).mean().to_numpy() - 1
-    return columns
-
-
-def _global(s, honest):
-    columns = list(honest(s))
-    columns[1] = (columns[1] - np.nanmean(columns[1])) / np.nanstd(columns[1])
-    return columns
-
-
-def _back_filled(s, honest):
-    columns = list(honest(s))
-    columns[1] = pd.Series(np.where(s.index % 2, columns[1], np.nan)).bfill().fillna(0).to_numpy()
-    return columns
-
-
-@pytest.mark.parametrize("leak", [_centred, _global, _back_filled])
-def test_other_planted_leaks_are_caught(leak, monkeypatch):
-    honest = features.BLOCK_FUNCTIONS["price_6"]
-    monkeypatch.setitem(features.BLOCK_FUNCTIONS, "price_6", lambda s: leak(s, honest))
-    assert leaks(simulated("crypto")[:3600], "5.6.0", fitted("crypto"), "15Min", "crypto", [3300, 3302, 3501]) > 0
-
-
-@pytest.mark.parametrize("market", ["crypto", "equity"])
-def test_a_context_known_too_early_is_caught(market, monkeypatch):
-    "Hours keyed by their start, and hours that count one bar before they end: the higher-timeframe leaks."
-    groups, fit, bars = features._groups, fitted(market), simulated(market)[:3600]
-    for early in (pd.Timedelta("1h").value, pd.Timedelta("15min").value):
-        def hasty(s): begin, over, known = groups(s); return begin, over - early, known
-        monkeypatch.setattr(features, "_groups", hasty)
-        assert leaks(bars, "5.6.0", fit, "15Min", market, [3300, 3301, 3302, 3303]) > 0
-
-
 # segments, tails, markov
 
 

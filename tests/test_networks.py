@@ -16,6 +16,7 @@ from trading_lib.checkpoint import inspect_checkpoint, save_checkpoint
 from trading_lib.config import InputError
 from trading_lib.env import Obs, ObservationTable
 from trading_lib.layouts import LAYOUTS
+from trading_lib.version import MODEL_SPECS
 from trading_lib.networks import (HIDDEN_DIMS, FoldedInputs, NativeActorCritic, clip_gradients, estimate_model, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state, parameter_groups,
                                   plain_optimizer_state)
 
@@ -479,3 +480,17 @@ def test_a_checkpoint_weighs_what_was_estimated(tmp_path, folds, shared):
     estimate, facts = estimate_model(5800, (64, 32), 8, shared), inspect_checkpoint(file)
     assert facts["parameters"] == estimate["parameters"] and estimate["checkpoint_bytes"] == 12 * estimate["parameters"]
     assert abs(facts["bytes"] / estimate["checkpoint_bytes"] - 1) < 0.05, f"{facts['bytes']:,} bytes, estimated {estimate['checkpoint_bytes']:,}"
+
+
+def test_the_estimate_holds_for_twenty_random_shapes(tmp_path, capsys):
+    "Count exact, file within 5 %, over layouts, depths and widths."
+    random, worst = np.random.default_rng(0), 0.0
+    for _ in range(20):
+        version, shared = str(random.choice(VERSIONS)), bool(random.integers(2))
+        widths, layout, n_actions = random.integers(32, 400, random.integers(1, 5)).tolist(), LAYOUTS[version], MODEL_SPECS[version].n_actions
+        policy = NativeActorCritic(layout.obs_dim(100), n_actions, widths, shared, input_layout(version, 100))
+        estimate, facts = estimate_model(layout.obs_dim(100), widths, n_actions, shared), inspect_checkpoint(saved(policy, tmp_path))
+        apart = abs(facts["bytes"] / estimate["checkpoint_bytes"] - 1)
+        worst = max(worst, apart)
+        assert facts["parameters"] == estimate["parameters"] and apart < 0.05, (version, shared, widths)
+    with capsys.disabled(): print(f" [20 shapes: counts exact, file size at most {worst:.2%} off]", end="")

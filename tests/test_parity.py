@@ -52,9 +52,9 @@ def test_environment_backtest_and_live_see_the_same(real_bars_folder, symbol, as
 
 @pytest.mark.parametrize("symbol, asset_class", MARKETS)
 def test_no_lookahead_at_two_hundred_cuts(real_bars_folder, symbol, asset_class):
-    "200 cuts × {NaN, noise, truncation} × six layouts: features and observations bit-identical up to the cut."
+    "200 cuts × {NaN, noise, truncation} × six layouts: features, observations, masks and accounts bit-identical up to the cut."
     bars = load_bars(symbol, "15Min", "files", path=str(real_bars_folder), asset_class=asset_class).iloc[-4000:]
     for version in VERSIONS:
         report = check_lookahead(bars, version, "15Min", asset_class, cuts=200)
         print(f"\n{symbol}: {report}")
-        assert report.passed and report.comparisons == 2 * 3 * 200 and report.refits == 15
+        assert report.passed and report.comparisons == 3 * 3 * 200 and report.refits == 15

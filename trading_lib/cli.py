@@ -11,7 +11,7 @@ import sys
 
 from .config import InputError, load_parameters
 
-# %% ../nbs/21_cli.ipynb #0058e48e
+# %% ../nbs/21_cli.ipynb #2eaf6f85
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
     run_stage(arguments.name, arguments.symbol)
@@ -42,14 +42,16 @@ def _export(arguments):
 def _size(arguments):
     from trading_lib.config import parse_hidden_dims
     from trading_lib.env import layout_of
-    from trading_lib.networks import HIDDEN_DIMS, estimate_model
+    from trading_lib.networks import HIDDEN_DIMS, RECOMMENDED_FOR, NativeActorCritic, decision_latency, estimate_model, input_layout
     from trading_lib.version import MODEL_SPECS
     layout, spec = layout_of(arguments.layout), MODEL_SPECS[arguments.layout]
     shapes = {"as asked": parse_hidden_dims(arguments.hidden_dims)} if arguments.hidden_dims else HIDDEN_DIMS
     print(f"layout {arguments.layout}, window {arguments.window}: {layout.obs_dim(arguments.window):,} inputs, {spec.n_actions} actions")
     for name, widths in shapes.items():
         size = estimate_model(layout.obs_dim(arguments.window), widths, spec.n_actions, not arguments.separate_trunks)
-        print(f"{name:9} {str(list(widths)):24} {size['parameters']:>12,} parameters, {size['first_layer_share']:.0%} in the first layer, checkpoint {size['checkpoint_bytes'] / 1e6:,.0f} MB")
+        network = NativeActorCritic(layout.obs_dim(arguments.window), spec.n_actions, widths, not arguments.separate_trunks, input_layout(arguments.layout, arguments.window))
+        print(f"{name:9} {str(list(widths)):24} {size['parameters']:>12,} parameters, {size['first_layer_share']:.0%} in the first layer, checkpoint {size['checkpoint_bytes'] / 1e6:,.0f} MB, "
+              f"a decision takes {1000 * decision_latency(network):.1f} ms{'; for ' + RECOMMENDED_FOR[name] if name in RECOMMENDED_FOR else ''}")
         for layer, n in size["layers"].items(): print(f"{'':9}   {layer:22} {n:>12,}")
 
 

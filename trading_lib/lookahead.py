@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHANGES', 'LookaheadReport', 'check_lookahead']
 
-# %% ../nbs/17_lookahead.ipynb #9b01041f
-from dataclasses import dataclass, field
+# %% ../nbs/17_lookahead.ipynb #66c0abc6
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import pandas as pd
@@ -14,15 +14,15 @@ import torch
 
 from .account import AccountState
 from .builder import BacktestObservationBuilder
-from .config import require
-from .env import layout_of
+from .config import AccountConfig, require
+from .env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, layout_of, market_data
 from .features import fit_features
 
-# %% ../nbs/17_lookahead.ipynb #cefeefec
+# %% ../nbs/17_lookahead.ipynb #e4d8c545
 def _noise(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame:
     "Every price and volume after the cut multiplied by a number of its own."
     changed = bars.copy()
-    changed.iloc[cut + 1:] *= random.uniform(0.2, 5.0, (len(bars) - cut - 1, bars.shape[1]))
+    changed.iloc[cut + 1:] *= 5.0 ** random.uniform(-1, 1, (len(bars) - cut - 1, bars.shape[1]))  # as often down as up
     return changed
 
 
@@ -37,6 +37,33 @@ def _truncated(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.
 
 # name -> how everything after the cut is changed
 CHANGES = {"NaN": _nothing, "noise": _noise, "truncation": _truncated}
+_ACCOUNTS, _STEPS = 16, 32  # accounts that place random orders, and for how many bars before a cut
+
+
+def _environment(market: MarketData, account: AccountConfig) -> GPUVectorizedTradingEnv:
+    return GPUVectorizedTradingEnv(market, GPUEnvConfig(n_envs=_ACCOUNTS, version=market.version, window=market.window, timeframe=market.timeframe, asset_class=market.asset_class,
+                                                        reward_preset="equity", observations="indices", account=account))
+
+
+def _traded(market: MarketData, cut: int) -> torch.Tensor | None:  # (steps, fields, accounts) float64; None: no decision can be made just before the cut
+    "What random orders in the last bars before the cut have made of some accounts: cash, position, costs, stops and all."
+    env, random = _environment(market, AccountConfig()), torch.Generator().manual_seed(cut)
+    closed = np.setdiff1d(np.arange(cut - _STEPS, cut), env.decision_bars)  # bars at which no decision can be made: begin after the last
+    first = int(closed[-1]) + 1 if len(closed) else cut - _STEPS
+    if first == cut: return None
+    env.reset_at_index(np.full(_ACCOUNTS, first))
+    accounts = [env.step_index(torch.randint(env.n_actions, (_ACCOUNTS,), generator=random))[4]["account"] for _ in range(first, cut)]
+    return torch.stack([torch.stack([getattr(a, f.name).double() for f in fields(a)]) for a in accounts])
+
+
+def _first_fill(market: MarketData, cut: int) -> torch.Tensor | None:  # (2, accounts): quantity and cash, NaN where nothing was bought or sold; None: nothing can fill there
+    "What one order of each kind, decided at the cut, makes of fresh accounts; no stop or target blurs the fill."
+    env = _environment(market, AccountConfig(stop_pct=0.0, target_pct=0.0))
+    if cut not in env.decision_bars or not market.can_fill[cut]: return None
+    env.reset_at_index(np.full(_ACCOUNTS, cut))
+    infos = env.step_index(torch.arange(_ACCOUNTS) % env.n_actions)[4]
+    quantity = infos["fills"].quantity
+    return torch.where(quantity != 0, torch.stack([quantity, infos["account"].cash]), torch.nan)
 
 
 @dataclass
@@ -46,7 +73,7 @@ class LookaheadReport:
     bars: int
     fitted: int  # bars of the fitted span; cuts lie after it
     cuts: int
-    comparisons: int  # tables and observations compared
+    comparisons: int  # tables, observations, masks and accounts compared
     refits: int  # fits recomputed on changed bars and compared
     leaks: list[dict] = field(default_factory=list)  # change, cut, column, first bar that moved
 
@@ -56,11 +83,11 @@ class LookaheadReport:
     def __str__(self) -> str:
         lines = [f"Lookahead check, layout {self.version}: {'PASSED' if self.passed else 'FAILED'}",
                  f"  {self.bars:,} bars, features fitted on the first {self.fitted:,}; {self.cuts} cuts after them × {', '.join(CHANGES)}",
-                 f"  {self.comparisons:,} tables and observations compared bit for bit, {self.refits} fits recomputed"]
+                 f"  {self.comparisons:,} tables, observations, masks and accounts compared bit for bit, {self.refits} fits recomputed"]
         if self.passed: return "\n".join(lines + ["  Nothing that was known at a bar depends on a later one."])
         columns = pd.DataFrame(self.leaks).groupby("column", sort=False)
         lines += ["  These look ahead:"] + [f"    {name}: moved by {len(rows)} of {3 * self.cuts} changes, first at {rows['first'].min()} (cut at {rows['at'].iloc[0]})" for name, rows in columns]
-        return "\n".join(lines + ["  A column may use its own bar and earlier ones only; see nbs/05_features.ipynb."])
+        return "\n".join(lines + ["  A column may use its own bar and earlier ones only, and an order fills at a later price; see nbs/05_features.ipynb and nbs/09_env.ipynb."])
 
 
 def check_lookahead(
@@ -75,7 +102,7 @@ def check_lookahead(
     seed: int = 0,  # of the cuts and the noise
     fit=None,  # FeatureFit of those first bars; None: fitted here
 ) -> LookaheadReport:
-    "Change everything after each cut and compare features, observations and fitted state up to it."
+    "Change everything after each cut and compare features, observations, masks, fills, accounts and fitted state up to it."
     split, layout = int(len(bars) * fitted), layout_of(version)
     require(len(bars) - split > 2, f"bars: {len(bars)} are too few for a check; the features are fitted on the first {fitted:.0%}, and cuts need bars after them")
     require(cuts >= 1, f"cuts: expected 1 or more, was {cuts}")
@@ -84,7 +111,9 @@ def check_lookahead(
     places = np.sort(random.integers(split, len(bars) - 1, cuts))
     account = AccountState.initial()
     make = lambda b: BacktestObservationBuilder(b, version, fit, timeframe, asset_class, window).precompute()
-    known, known_fit = make(bars), fit.to_state()
+    trade = lambda b: market_data(b, version, fit, timeframe, asset_class, window)
+    known, known_fit, known_market = make(bars), fit.to_state(), trade(bars)
+    known_trading = {}  # cut -> accounts up to it, and one order at it
     report = LookaheadReport(version, len(bars), split, cuts, 0, 0)
     refit_at = set(places[np.linspace(0, cuts - 1, min(refits, cuts)).astype(int)].tolist())
     names = list(layout.market_columns)
@@ -98,6 +127,17 @@ def check_lookahead(
                 report.comparisons += 1
                 for c in np.flatnonzero((here[0] != here[1]).any(0)): columns.setdefault(layout.columns[c], cut)
             report.comparisons += 1
+            # the mask of a fill says whether the next bar follows: at the cut itself that is the future
+            market = trade(changed)
+            for name, last in (("can_decide", cut + 1), ("can_fill", cut)):
+                if (getattr(market, name)[:last] != getattr(known_market, name)[:last]).any(): columns[f"mask {name}"] = cut
+            if cut not in known_trading: known_trading[cut] = _traded(known_market, cut), _first_fill(known_market, cut)
+            accounts, fill = known_trading[cut]
+            if accounts is not None:
+                report.comparisons += 1
+                now = _traded(market, cut)
+                if now is None or now.shape != accounts.shape or not torch.equal(now.view(torch.int64), accounts.view(torch.int64)): columns["accounts of random orders"] = cut
+            if change == "noise" and fill is not None and market.can_decide[cut] and bool((_first_fill(market, cut) == fill).all(0).any()): columns["fill at a price known before the order"] = cut
             report.leaks += [{"change": change, "cut": cut, "at": str(bars.index[cut]), "column": name, "first": str(bars.index[row])} for name, row in columns.items()]
             if cut in refit_at:
                 report.refits += 1
