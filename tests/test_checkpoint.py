@@ -129,6 +129,7 @@ def test_every_bit_flip_is_detected(saved, tmp_path):
         flipped[bit // 8] ^= 1 << bit % 8
         refused(tmp_path / "flipped.pt", bytes(flipped))
     assert len(places) > 800
+    print(f"bit flips: {len(places)} of {len(places)} detected")
 
 
 def test_plain_torch_would_not_notice(saved, tmp_path):
@@ -145,7 +146,9 @@ def test_plain_torch_would_not_notice(saved, tmp_path):
 
 def test_every_truncation_and_addition_is_detected(saved, tmp_path):
     data, generator = saved.read_bytes(), random.Random(1)
-    for keep in {generator.randrange(len(data)) for _ in range(50)} | {len(data) - i for i in range(1, 100)} | set(range(10)): refused(tmp_path / "short.pt", data[:keep])
+    lengths = {generator.randrange(len(data)) for _ in range(50)} | {len(data) - i for i in range(1, 100)} | set(range(10))
+    for keep in lengths: refused(tmp_path / "short.pt", data[:keep])
+    print(f"truncations: {len(lengths)} of {len(lengths)} detected")
     for extra in (b"\0", b"\n", data, b"x" * 93): refused(tmp_path / "long.pt", data + extra)
 
 
@@ -168,7 +171,10 @@ def zipped(**records) -> bytes:
 @pytest.mark.parametrize("make, words", [
     (lambda d: b"", "is empty"), (lambda d: d[:len(d) // 2], "truncated or corrupted"), (lambda d: b"timestamp,open,high\n" * 9, "not a checkpoint"), (lambda d: pickle.dumps({"a": 1}), "bare pickle"),
     (lambda d: (20).to_bytes(8, "little") + b'{"a": {}}' + b" " * 99, "safetensors"), (lambda d: zipped(readme="hello"), "not a torch file"), (lambda d: d[:500] + b"\1\2" + d[502:], "corrupted")])
-def test_broken_and_foreign_files_get_a_clear_error(saved, tmp_path, make, words): assert words in refused(tmp_path / "broken.pt", make(saved.read_bytes()))
+def test_broken_and_foreign_files_get_a_clear_error(saved, tmp_path, make, words):
+    message = refused(tmp_path / "broken.pt", make(saved.read_bytes()))
+    assert words in message
+    print(message.rsplit("/", 1)[1])
 
 
 def test_missing_files_and_folders(tmp_path):
@@ -226,9 +232,10 @@ NAMES = list(hostile_pickles(Path("x")))
 def test_hostile_pickles_run_nothing(tmp_path, name):
     mark = tmp_path / "mark"
     code = hostile_pickles(mark)[name]
-    for data in (with_pickle(code), sign(with_pickle(code)), code):
+    for data in (sign(with_pickle(code)), with_pickle(code), code):
         message = refused(tmp_path / "hostile.pt", data)
-        assert not mark.exists() and ("refused without running anything" in message or "not a checkpoint" in message)
+        assert not mark.exists() and ("refused without running anything" in message or "not a checkpoint" in message) and "weights_only" not in message
+        if data is not code: print(f"{name:26} {message.rsplit('/', 1)[1]}")
     # it is a real threat: an ordinary unpickler runs it
     try: pickle.loads(code)
     except Exception: pass
@@ -316,7 +323,10 @@ def test_a_kill_during_a_save_leaves_a_good_file(tmp_path):
 
 
 @pytest.mark.proof
-def test_a_hundred_kills_during_saves(tmp_path): assert survived(tmp_path, 100, "ours")[0] == 100
+def test_a_hundred_kills_during_saves(tmp_path):
+    good, saves = survived(tmp_path, 100, "ours")
+    print(f"\nkills during a save: a good file after {good} of 100, {saves} saves got through")
+    assert good == 100
 
 
 def test_a_failing_write_leaves_the_old_file_and_no_litter(saved, monkeypatch):

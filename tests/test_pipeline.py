@@ -361,6 +361,7 @@ def test_a_careless_input_gets_one_line_and_leaves_nothing_behind(job, name):
     assert "Traceback" not in done.stdout + done.stderr
     assert after == before
     assert notebook.exists()
+    print(f"{name:28} {errors[0]}")
 
 
 def test_a_failed_notebook_fails_its_stage_and_is_kept(job):

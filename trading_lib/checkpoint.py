@@ -92,7 +92,7 @@ def save_checkpoint(
     require(not path.is_dir(), f"{path}: is a folder; give the name of a file such as {path / 'model.pt'}")
     return atomic_write(path, _signed(_canonical(content)).getbuffer())
 
-# %% ../nbs/12_checkpoint.ipynb #f302bfaa
+# %% ../nbs/12_checkpoint.ipynb #b794d969
 _MINIMUM_TORCH = "2.10.0"
 
 
@@ -148,7 +148,8 @@ def _unpickle(data: bytes, path: Path, map_location):
     try: return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
     except Exception as e:
         culprit = re.search(r"GLOBAL ([\w.]+)", str(e))
-        cause = f"it holds '{culprit[1]}', which is not plain data" if culprit else " ".join(str(e).split())[:200] or type(e).__name__
+        # torch's own words would advise to load it all the same
+        cause = f"it holds '{culprit[1]}', which is not plain data" if culprit else f"it has pickle instructions that plain data does not need ({type(e).__name__})"
         raise InputError(f"{path}: refused without running anything from it: {cause}; export its weights as plain tensors where it was made") from None
 
 
