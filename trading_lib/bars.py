@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'COLUMNS', 'ASSET_CLASSES', 'REFUSED', 'REPAIRED', 'REPORTED', 'OUT_OF_SESSION', 'timeframe_name',
-           'timeframe_seconds', 'AssetClass', 'asset_class_of', 'path_symbol', 'expected_labels', 'bars_per_year',
-           'BarClock', 'bar_clock', 'validate_bars', 'resample_bars', 'fingerprint', 'write_bars', 'read_bars',
-           'plot_coverage']
+           'timeframe_seconds', 'AssetClass', 'asset_class_of', 'path_symbol', 'moment', 'expected_labels',
+           'bars_per_year', 'BarClock', 'bar_clock', 'validate_bars', 'resample_bars', 'fingerprint', 'write_bars',
+           'read_bars', 'plot_coverage']
 
 # %% ../nbs/01_bars.ipynb #516ed345
 import hashlib
@@ -82,7 +82,7 @@ def _asset(asset_class: str) -> AssetClass:
     if asset_class not in ASSET_CLASSES: raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
     return ASSET_CLASSES[asset_class]
 
-# %% ../nbs/01_bars.ipynb #96a02dfd
+# %% ../nbs/01_bars.ipynb #e771fbc3
 _CALENDAR_SPAN = ("1970-01-01", "2035-12-31")
 
 
@@ -117,11 +117,14 @@ def _when(ns: int) -> str:
     return pd.Timestamp(int(ns), tz="UTC").strftime("%Y-%m-%d %H:%MZ")
 
 
-def _utc(value) -> pd.Timestamp:
-    "A moment; text without a zone is UTC."
+def moment(
+    value,  # text, date or Timestamp; without a zone it is UTC
+    name: str = "time",  # for messages
+) -> pd.Timestamp:  # in UTC
+    "A moment as people write it."
     try: t = pd.Timestamp(value)
     except (TypeError, ValueError): t = pd.NaT
-    require(t is not pd.NaT, f"time: expected a date such as 2024-01-31, was {value!r}")
+    require(t is not pd.NaT, f"{name}: expected a date such as 2024-01-31, was {value!r}")
     return (t.tz_localize("UTC") if t.tz is None else t.tz_convert("UTC")).as_unit("ns")
 
 
@@ -137,7 +140,7 @@ def _session_numbers(label: np.ndarray, seconds: int, sessions: _Sessions) -> tu
     number = np.searchsorted(sessions.close, label, side="right")  # the first session that closes after the label
     return number, label + seconds * _SECOND > sessions.open[number]
 
-# %% ../nbs/01_bars.ipynb #a86f3e7e
+# %% ../nbs/01_bars.ipynb #b8d76d0f
 def _bars_of_sessions(sessions: _Sessions, seconds: int) -> tuple[np.ndarray, np.ndarray]:
     "First label and number of bars of every session."
     if seconds == TIMEFRAMES["1Day"]: return sessions.date, np.ones(len(sessions.date), np.int64)
@@ -154,7 +157,7 @@ def expected_labels(
 ) -> pd.DatetimeIndex:  # labels (bar starts) in UTC
     "Every bar that the calendar allows for in [start, end)."
     seconds, calendar = timeframe_seconds(timeframe), _asset(asset_class).calendar
-    length, low, high = seconds * _SECOND, _utc(start).value, _utc(end).value
+    length, low, high = seconds * _SECOND, moment(start).value, moment(end).value
     require(low < high, f"start and end: expected start before end, were {start} and {end}")
     if calendar is None: label = np.arange(-(-low // length) * length, high, length)
     else:
@@ -178,7 +181,7 @@ def bars_per_year(
 ) -> float:  # bars in a year
     "Bars in an average year, counted on the calendar over the whole years that [start, end) touches; crypto: 365 full days."
     seconds, calendar = timeframe_seconds(timeframe), _asset(asset_class).calendar
-    start, end = _utc(start), _utc(end)
+    start, end = moment(start), moment(end)
     require(start < end, f"start and end: expected start before end, were {start} and {end}")
     if calendar is None: return 365.0 * _DAY / (seconds * _SECOND)
     first_year, last_year = start.year, (end - pd.Timedelta(1, "ns")).year
@@ -407,7 +410,7 @@ def _drop_out_of_session(label: np.ndarray, seconds: int, asset: AssetClass) -> 
             _refuse("wrong zone", f"in {shifted.sum()} of {any_bar[1:-1].sum()} sessions bars lie beyond one end while the hour at the other end is empty, as if the times were shifted")
     return inside, dropped
 
-# %% ../nbs/01_bars.ipynb #95b05f3d
+# %% ../nbs/01_bars.ipynb #5ad9c3a6
 def _findings(values: dict, clock: BarClock, seconds: int, asset: AssetClass, allow_steps: bool) -> tuple[dict, list]:
     "What is left as it is and counted; and the places where segments break."
     found = dict.fromkeys(REPORTED, 0)
@@ -468,15 +471,15 @@ def validate_bars(
     label, values = label[~again], {k: v[~again] for k, v in values.items()}
 
     _check_grid(label, seconds, asset_class)
-    moment = (pd.Timestamp.now("UTC") if now is None else _utc(now)).value
-    _refuse_where("bar in the future", label > moment, label, lambda i: f"starts after {_when(moment)}")
+    present = (pd.Timestamp.now("UTC") if now is None else moment(now)).value
+    _refuse_where("bar in the future", label > present, label, lambda i: f"starts after {_when(present)}")
     keep, dropped = _drop_out_of_session(label, seconds, asset)
     label, values = label[keep], {k: v[keep] for k, v in values.items()}
     if now is not None:
-        finished = bar_clock(pd.DatetimeIndex(label, tz="UTC"), timeframe, asset_class).close <= moment
+        finished = bar_clock(pd.DatetimeIndex(label, tz="UTC"), timeframe, asset_class).close <= present
         repaired["unfinished_last_bar"] = int((~finished).sum())
         label, values = label[finished], {k: v[finished] for k, v in values.items()}
-        if not len(label): _refuse("empty", f"no bar had closed by {_when(moment)}")
+        if not len(label): _refuse("empty", f"no bar had closed by {_when(present)}")
 
     index = pd.DatetimeIndex(label, tz="UTC", name="timestamp")
     clock = bar_clock(index, timeframe, asset_class)
