@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['save_checkpoint', 'load_checkpoint', 'library_versions', 'git_state', 'inspect_checkpoint', 'Comparison',
-           'compare_checkpoints', 'export_policy']
+           'flat_facts', 'compare_checkpoints', 'export_policy']
 
 # %% ../nbs/12_checkpoint.ipynb #dadd9102
 import hashlib
@@ -204,7 +204,7 @@ def git_state(
     except (OSError, subprocess.TimeoutExpired): commit = changes = None  # no git here
     return {"commit": commit if changes is not None else None, "dirty": None if changes is None else bool(changes)}
 
-# %% ../nbs/12_checkpoint.ipynb #849a4b27
+# %% ../nbs/12_checkpoint.ipynb #827dfc4a
 def _hidden_dims(content: dict) -> list[int] | None:
     "Widths of the hidden layers: from the weights of the first trunk, else from the configuration."
     matrices = policy_matrices(content)
@@ -254,11 +254,14 @@ class Comparison(dict):
     __repr__ = __str__
 
 
-def _flat(facts: dict, prefix: str = "") -> dict:
+def flat_facts(
+    facts: dict,  # name -> value, or a table of such
+    prefix: str = "",  # of every name
+) -> dict:  # dotted name -> value
     "Nested tables as dotted names."
     flat = {}
     for name, value in facts.items():
-        flat.update(_flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value})
+        flat.update(flat_facts(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value})
     return flat
 
 
@@ -268,7 +271,7 @@ def compare_checkpoints(
 ) -> Comparison:  # name -> (value in a, value in b); `.differences` has the rows that differ
     "Two checkpoints side by side."
     loaded = [(Path(p), *_load(Path(p))) for p in (a, b)]
-    flats = [_flat(_describe(*one)) for one in loaded]
+    flats = [flat_facts(_describe(*one)) for one in loaded]
     comparison = Comparison({name: (flats[0].get(name), flats[1].get(name)) for name in {**flats[0], **flats[1]}})
     states = [one[1].get("policy_state_dict") or {} for one in loaded]
     shapes = [{name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)} for state in states]

@@ -11,7 +11,7 @@ import sys
 
 from .config import InputError, load_parameters
 
-# %% ../nbs/21_cli.ipynb #2eaf6f85
+# %% ../nbs/21_cli.ipynb #2d2c4058
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
     run_stage(arguments.name, arguments.symbol)
@@ -23,8 +23,8 @@ def _verdict(arguments):
 
 
 def _inspect(arguments):
-    from trading_lib.checkpoint import inspect_checkpoint
-    facts = inspect_checkpoint(arguments.file)
+    from trading_lib.checkpoint import flat_facts, inspect_checkpoint
+    facts = flat_facts(inspect_checkpoint(arguments.file))
     width = max(map(len, facts))
     for name, value in facts.items(): print(f"{name:{width}}  {value}")
 
