@@ -5,13 +5,18 @@
 # %% auto #0
 __all__ = ['atomic_write', 'sha256_of_file']
 
-# %% ../nbs/00_files.ipynb #f1b67ece
+# %% ../nbs/00_files.ipynb #a22e2f7c
+import glob
 import hashlib
 import os
 import tempfile
+import time
 from pathlib import Path
 
-# %% ../nbs/00_files.ipynb #b71b25b7
+# %% ../nbs/00_files.ipynb #94985443
+_ABANDONED = 3600  # seconds after which a temporary file is that of a writer who was killed
+
+
 def atomic_write(
     path: str | Path,  # the file to write; its folder is made if need be
     data: bytes | str,  # the whole content; text is written as UTF-8
@@ -19,6 +24,10 @@ def atomic_write(
     "Write a file in one step: temporary file in the same folder, flush, fsync, rename, fsync of the folder."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        try: abandoned = time.time() - left.stat().st_mtime > _ABANDONED
+        except FileNotFoundError: continue  # its writer has just finished
+        if abandoned: left.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
