@@ -5,7 +5,7 @@ import pytest
 
 from trading_lib.bars import COLUMNS, validate_bars
 from trading_lib.config import InputError
-from trading_lib.own_files import find_file
+from trading_lib.own_files import find_file, read_own_bars
 from trading_lib.simulation import simulate_bars
 from trading_lib.sources import load_bars, load_with_report
 
@@ -105,6 +105,106 @@ def test_columns_that_are_asked_about(tmp_path):
     assert report["ignored_columns"] == ["Adj Close", "Trades"] and len(bars) == len(HOURS)
     with pytest.raises(InputError, match="mixed content: column symbol holds A, B"): load(tmp_path, HOURS.assign(Symbol=["A", "B"] * (len(HOURS) // 2) + ["A"] * (len(HOURS) % 2)).rename_axis("timestamp").to_csv())
     with pytest.raises(InputError, match=r"SIMA.csv: bars refused, bad dtype: close holds"): load(tmp_path, HOURS.assign(close="$" + HOURS.close.astype(str)).rename_axis("timestamp").to_csv())
+
+
+# labels, scales, headers: asked for and said, never guessed
+
+def read(tmp_path, text, symbol="SIMA", timeframe="1Hour", asset_class="equity", **options):
+    "Raw bars through the checks, with the options of `read_own_bars`."
+    (tmp_path / f"{symbol}.csv").write_text(text)
+    raw, facts = read_own_bars(symbol, timeframe, asset_class, tmp_path, **options)
+    clean, report = validate_bars(raw, timeframe, asset_class)
+    return clean, report | facts
+
+
+def utc(index, shift="0s"): return list((index + pd.Timedelta(shift)).strftime("%Y-%m-%dT%H:%M:%S.%fZ"))
+
+
+def test_newest_first(tmp_path):
+    bars, report = read(tmp_path, as_csv(HOURS[::-1], TIMES["Z"][::-1]))
+    pd.testing.assert_frame_equal(bars, HOURS, check_freq=False, rtol=0, atol=0)
+    assert report["repaired"]["disorder"] == len(HOURS) - 1
+
+
+@pytest.mark.parametrize("timeframe", ["1Min", "5Min", "15Min", "1Hour", "4Hour"])
+def test_end_labels_of_equities_are_recognised(tmp_path, timeframe):
+    bars = simulate_bars("SIMA", timeframe, "2024-02-26", "2024-03-20", 0, 0.0)  # over the change of the clock
+    text = as_csv(bars, utc(bars.index, timeframe.lower().replace("hour", "h")))
+    with pytest.raises(InputError, match="shifted labels: in 17 of 17 sessions, such as 2024-02-26, the first bar is missing.*labels='end'"): read(tmp_path, text, timeframe=timeframe)
+    clean, report = read(tmp_path, text, timeframe=timeframe, labels="end")
+    pd.testing.assert_frame_equal(clean, bars, check_freq=False, rtol=0, atol=0)
+    assert report["labels"] == "end" and not any(report["repaired"].values()) and not any(report["dropped_out_of_session"].values())
+    with pytest.raises(InputError, match="shifted labels: in 17 of 17 sessions.*starts had been taken for ends"): read(tmp_path, as_csv(bars, utc(bars.index)), timeframe=timeframe, labels="end")  # a wrong answer would look ahead
+
+
+def test_end_labels_of_crypto_are_said(tmp_path):
+    for end in ("15min", "14min 59s 999ms", "14min 59s"):
+        clean, _ = read(tmp_path, as_csv(COINS, utc(COINS.index, end)), "SIM-USD", "15Min", "crypto", labels="end")
+        pd.testing.assert_frame_equal(clean, COINS, check_freq=False, rtol=0, atol=0)
+    text = as_csv(COINS, utc(COINS.index, "15min"), "close_time")
+    with pytest.raises(InputError, match="SIM-USD.csv: close_time is the end of a bar; set labels to end"): read(tmp_path, text, "SIM-USD", "15Min", "crypto")
+    assert read(tmp_path, text, "SIM-USD", "15Min", "crypto", labels="end")[0].index.equals(COINS.index)
+    both = COINS.assign(open_time=COINS.index.asi8 // 10**6, close_time=COINS.index.asi8 // 10**6 + 899_999).to_csv(index=False)
+    for labels in ("start", "end"): assert read(tmp_path, both, "SIM-USD", "15Min", "crypto", labels=labels)[0].index.equals(COINS.index)
+    days = simulate_bars("SIM-USD", "1Day", "2024-01-01", "2024-02-01", 0, 0.0)
+    assert read(tmp_path, as_csv(days, utc(days.index, "1D")), "SIM-USD", "1Day", "crypto", labels="end")[0].index.equals(days.index)
+    with pytest.raises(InputError, match="labelled by their date; leave labels at start"): read(tmp_path, as_csv(DAYS, utc(DAYS.index)), timeframe="1Day", labels="end")
+    with pytest.raises(InputError, match="labels: unknown name 'ends'; did you mean 'end'"): read(tmp_path, text, "SIM-USD", "15Min", "crypto", labels="ends")
+    clean, _ = read(tmp_path, as_csv(COINS, utc(COINS.index, "15min")), "SIM-USD", "15Min", "crypto", labels="end", start="2024-01-02", end="2024-01-03")
+    assert (clean.index[0], clean.index[-1], len(clean)) == (pd.Timestamp("2024-01-02", tz="UTC"), pd.Timestamp("2024-01-02 23:45", tz="UTC"), 96)  # start and end are those of bars
+
+
+def test_scaled_prices(tmp_path):
+    prices = list(COLUMNS[:4])
+    for scale in (100, 10_000):
+        stored = HOURS.copy()
+        stored[prices] = (HOURS[prices] * scale).round().astype(int)
+        text = as_csv(stored, TIMES["Z"])
+        with pytest.raises(InputError, match="SIMA.csv: all prices are whole numbers, such as [0-9]+; set price_scale"): read(tmp_path, text)
+        clean, report = read(tmp_path, text, price_scale=scale)
+        assert np.abs(clean[prices] - HOURS[prices]).max(axis=None) <= 0.5 / scale + 1e-12 and report["price_scale"] == scale and (clean.volume == HOURS.volume).all()
+        assert (read(tmp_path, text, price_scale=1)[0].close == stored.close).all()  # they are right, says the user
+        assert len(read(tmp_path, text.replace("SIMA", "SIM-USD"), "SIM-USD", "1Hour", "crypto")[0]) == len(HOURS)  # a coin may cost millions
+        stored = stored.astype({"close": float})
+        stored.iloc[5, 3] += 0.5  # one price with a fraction: not scaled
+        stored["high"] = stored[prices].max(axis=1)
+        assert len(read(tmp_path, as_csv(stored, TIMES["Z"]))[0]) == len(HOURS)
+    few = HOURS.iloc[:90].assign(**{p: (HOURS[p].iloc[:90] * 100).round() for p in prices})
+    assert len(read(tmp_path, as_csv(few, TIMES["Z"][:90]))[0]) == 90  # too few to be certain
+    for wrong in (0, -100, np.inf, np.nan, "100", True):
+        with pytest.raises(InputError, match="price_scale: expected a number above 0"): read(tmp_path, as_csv(HOURS, TIMES["Z"]), price_scale=wrong)
+
+
+def test_a_header_that_is_missing(tmp_path):
+    body = as_csv(HOURS, TIMES["Z"]).split("\n", 1)[1]
+    for columns in ("timestamp,open,high,low,close,volume", ["t", "o", "h", "l", "c", "v"], " Date , Open,High,Low,Close,Volume"):
+        pd.testing.assert_frame_equal(read(tmp_path, body, columns=columns)[0], HOURS, check_freq=False, rtol=0, atol=0)
+    with pytest.raises(InputError, match="is no header.*or name the columns with columns"): read(tmp_path, body)
+    with pytest.raises(InputError, match="columns names 5 columns, the file has 6"): read(tmp_path, body, columns="timestamp,open,high,low,close")
+    with pytest.raises(InputError, match="columns names close twice|columns names close, close twice"): read(tmp_path, body, columns="timestamp,open,high,close,close,volume")
+    with pytest.raises(InputError, match="has a header of its own, 'timestamp,open,high,low,close,volume'; leave columns out"): read(tmp_path, as_csv(HOURS, TIMES["Z"]), columns="timestamp,open,high,low,close,volume")
+    with pytest.raises(InputError, match="expected a column volume, found timestamp, open, high, low, close, x1"): read(tmp_path, body, columns="timestamp,open,high,low,close,x1")
+    with pytest.raises(InputError, match="high .* is below low"): read(tmp_path, body, columns="timestamp,open,low,high,close,volume")  # the wrong way round
+    HOURS.to_parquet(tmp_path / "whole.parquet")
+    with pytest.raises(InputError, match="parquet has one; leave it out"): read_own_bars("SIMA", "1Hour", "equity", tmp_path / "whole.parquet", columns="t,o,h,l,c,v")
+
+
+def test_rows_that_do_not_fit_their_header(tmp_path):
+    text = as_csv(HOURS, TIMES["Z"])
+    trailing = text.replace("\n", ",\n")
+    for variant in (trailing, trailing.replace("volume,", "volume", 1)):  # a comma at the end of rows, of the header or not
+        pd.testing.assert_frame_equal(read(tmp_path, variant)[0], HOURS, check_freq=False, rtol=0, atol=0)
+    with pytest.raises(InputError, match="the header names 6 columns, a row has 7"): read(tmp_path, text.replace("Z,", "Z,9,"))
+    with pytest.raises(InputError, match="the header has close and Close; keep one"): read(tmp_path, HOURS.assign(Close=1.0).rename_axis("timestamp").to_csv())
+    spaced = text.replace(",", ", ")
+    pd.testing.assert_frame_equal(read(tmp_path, spaced)[0], HOURS, check_freq=False, rtol=0, atol=0)
+
+
+def test_later_versions_in_a_file(tmp_path):
+    late = HOURS.iloc[[7]].assign(volume=5.0)
+    both = pd.concat([HOURS.assign(updated="2024-01-01T00:00:00Z"), late.assign(updated="2024-01-01T00:00:30Z")])
+    clean, report = read(tmp_path, both.rename_axis("timestamp").to_csv())
+    assert clean.volume.iloc[7] == 5.0 and report["repaired"]["updated_bars"] == 1 and "updated" not in report["ignored_columns"]
 
 
 def test_the_timeframe_must_be_that_of_the_file(tmp_path):

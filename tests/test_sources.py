@@ -19,4 +19,4 @@ def test_options():
     with pytest.raises(InputError, match="did you mean 'seed'"): load_bars("SIM-USD", "15Min", "simulated", sed=1)
     with pytest.raises(InputError, match="symbol"): load_bars("", "15Min")
     with pytest.raises(InputError, match="start before end"): load_bars("SIM-USD", "15Min", start="2023-01-01", end="2022-01-01")
-    assert set(SOURCES) == {"simulated", "files"} and {"start", "end", "seed", "edge", "path", "timezone"} <= set(OPTIONS)
+    assert set(SOURCES) == {"simulated", "files", "alpaca"} and {"start", "end", "seed", "edge", "path", "timezone"} <= set(OPTIONS)

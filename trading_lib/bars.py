@@ -240,12 +240,13 @@ def bar_clock(
                     weekday=(local // _DAY + 3) % 7,  # 1970-01-01 was a Thursday
                     month=local.astype("datetime64[ns]").astype("datetime64[M]").astype(np.int64) % 12 + 1)
 
-# %% ../nbs/01_bars.ipynb #c5275e2b
+# %% ../nbs/01_bars.ipynb #8afcb7ea
 REFUSED = {  # kind -> what to do
     "not a table": "pass a DataFrame with a timestamp and the columns open, high, low, close, volume",
     "empty": "pass at least one bar",
     "missing column": "rename or add it",
     "mixed content": "validate one symbol, feed and adjustment at a time",
+    "empty symbol": "name the symbol at the source",
     "bad dtype": "convert to numbers, and times to UTC time stamps, first",
     "naive time": "localise the times to their zone, then convert them to UTC",
     "wrong zone": "check the time zone of the source and convert to UTC",
@@ -259,11 +260,13 @@ REFUSED = {  # kind -> what to do
     "wrong timeframe": "declare the timeframe that the bars have, or resample them",
     "off grid": "labels are bar starts on the clock; resample from shorter bars",
     "bar in the future": "check the time zone and the epoch unit",
+    "shifted labels": "labels are bar starts: read a file with labels='end' if its times are the ends of bars, and only then",
     "outside session": "check the asset class, and the time zone of the source",
-    "unexplained step": "check for a split that prices are not adjusted for; allow_steps=True lets a true move pass",
+    "unexplained step": "load adjusted prices if it is a split; allow_steps=True lets a true move pass",
 }
 REPAIRED = {  # kind -> what is done
     "exact_duplicates": "dropped, the first is kept",
+    "updated_bars": "replaced by the later version, where a column `updated` (a time, a number or true/false) says which is later",
     "disorder": "sorted by time",
     "daily_labels": "New York midnight (04:00 or 05:00 UTC) becomes the trading date at 00:00 UTC",
     "rounding": "an open or close outside [low, high] by less than 1e-8 of the price widens the range",
@@ -272,11 +275,15 @@ REPAIRED = {  # kind -> what is done
 REPORTED = {  # kind -> meaning
     "zero_volume": "bars without a trade; legal, since crypto bars hold quotes as well",
     "gaps": "crypto: places where bars are missing",
-    "missing_bars": "crypto: bars missing there; equities: bars missing within sessions that have some",
+    "missing_bars": "crypto: bars missing there; equities: bars missing within sessions that have some; never filled in, also where nobody traded",
     "thin_sessions": "equities: sessions with a missing bar",
     "missing_sessions": "equities: sessions without any bar",
     "large_steps": "closes that rise by more than 50 % or fall by more than 45 % through trading, not by a jump",
     "wide_ranges": "bars whose high is more than 1.5 times their low",
+    "spikes": "bars that stick out of both neighbours by more than 12 times the usual range around them: bad ticks, or the briefest of crashes",
+    "split_steps": "equities: jumps with the ratio of a split that could not be refused: across missing sessions, or let pass by `allow_steps`",
+    "volume_breaks": "sessions from which on volume is several times higher or lower, while ranges are not: another feed, or volume that is not adjusted",
+    "foreign_bars": "equities: sparse bars outside the session whose volumes are more than 100 times below the session's: of another feed, or of a part of the market",
 }
 OUT_OF_SESSION = {  # kind -> meaning; such bars are dropped and counted
     "before_open": "pre-market, on a day with a session",
@@ -285,9 +292,14 @@ OUT_OF_SESSION = {  # kind -> meaning; such bars are dropped and counted
     "no_session": "weekends and holidays",
 }
 
-# %% ../nbs/01_bars.ipynb #c1e36569
+# %% ../nbs/01_bars.ipynb #c65aaadd
 _UTC_NAMES = ("UTC", "UTC+00:00", "Etc/UTC", "GMT", "Etc/GMT", "Zulu", "tzutc()")
 _RISE, _FALL = 1.50, 0.55  # legs of a step beyond these are refused
+_SPLITS = {f"{n}-for-1": 1 / n for n in (2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 25, 50)} | {f"1-for-{n}": float(n) for n in (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 100)}
+_SPIKE = 12
+_FOREIGN = 100  # bars outside the session whose volume is so many times below the session's are of another feed
+_BREAKS = {20: 5.0, 5: 8.0}  # sessions before and after -> times that the median volume must change, beyond what the change of ranges explains
+_SMALL_SPLITS = {"3-for-2": 2 / 3, "4-for-3": 3 / 4, "5-for-4": 4 / 5}  # refused only on a day of ordinary volume and range
 
 
 def _refuse(kind: str, detail: str):
@@ -337,6 +349,13 @@ def _values_of(bars: pd.DataFrame, label: np.ndarray) -> dict[str, np.ndarray]:
     return values
 
 
+def _versions_of(bars: pd.DataFrame) -> np.ndarray:
+    "Which of several bars at the same time is the later one, by the column `updated`; 0 where there is none."
+    if "updated" not in bars.columns: return np.zeros(len(bars))
+    try: return bars["updated"].rank(method="dense", na_option="top").to_numpy("float64")
+    except (TypeError, ValueError): _refuse("bad dtype", f"updated holds {bars['updated'].dtype}, such as {bars['updated'].iloc[0]!r}")
+
+
 def _check_order(values: dict, label: np.ndarray) -> int:
     "Refuse high < low and an open or close outside them; differences of rounding are mended, and counted."
     o, h, l, c = (values[k] for k in COLUMNS[:4])
@@ -378,24 +397,35 @@ def _check_grid(label: np.ndarray, seconds: int, asset_class: str):
     _refuse_where("off grid", off, label, lambda i: f"is not the start of a bar of {seconds / 60:g} minutes")
 
 
-def _drop_out_of_session(label: np.ndarray, seconds: int, asset: AssetClass) -> tuple[np.ndarray, dict]:
-    "Which bars to keep, and how many are dropped by kind."
-    dropped = {}
-    if asset.calendar is None: return np.ones(len(label), bool), dropped
+def _find_out_of_session(label: np.ndarray, seconds: int, asset: AssetClass) -> dict[str, np.ndarray]:
+    "Which bars lie outside the sessions, by kind; refused where that shows wrong times."
+    if asset.calendar is None: return {}
     sessions, daily = _sessions(asset.calendar), seconds == TIMEFRAMES["1Day"]
-    dropped = dict.fromkeys(OUT_OF_SESSION, 0)
     number, inside = _session_numbers(label, seconds, sessions)
-    if inside.all(): return inside, dropped
+    found = {kind: np.zeros(len(label), bool) for kind in OUT_OF_SESSION}
+    if inside.all(): return found
     out = label[~inside]
     local = out if daily else _nanoseconds(pd.DatetimeIndex(out, tz="UTC").tz_convert(asset.timezone).tz_localize(None))
     day = np.minimum(np.searchsorted(sessions.date, local // _DAY * _DAY), len(sessions.date) - 1)
     trading = sessions.date[day] == local // _DAY * _DAY
     early, at_close, late = trading & (out < sessions.open[day]), trading & (out == sessions.close[day]), trading & (out > sessions.close[day])
-    dropped.update(before_open=int(early.sum()), closing_print=int(at_close.sum()), after_close=int(late.sum()), no_session=int((~trading).sum()))
+    for kind, bad in zip(OUT_OF_SESSION, (early, at_close, late, ~trading)): found[kind][~inside] = bad
     if not inside.any(): _refuse("outside session", f"not one of {len(label)} bars lies in a session, the first is {_when(label[0])}")
-    if dropped["no_session"] > 0.2 * len(label):
-        _refuse("outside session", f"{dropped['no_session']} of {len(label)} bars lie on days without a session, the first is {_when(out[~trading][0])}")
+    if (~trading).sum() > 0.2 * len(label):
+        _refuse("outside session", f"{(~trading).sum()} of {len(label)} bars lie on days without a session, the first is {_when(out[~trading][0])}")
     if not daily:
+        # bars labelled by their end, or taken for such: one bar beyond one end of the session, one missing at the other
+        present = np.unique(number[inside])
+        first_label, count = (a[present] for a in _bars_of_sessions(sessions, seconds))
+        def labelled(k):  # whether the sessions have their k-th bar
+            wanted = first_label + k * seconds * _SECOND
+            return label[np.minimum(np.searchsorted(label, wanted), len(label) - 1)] == wanted
+        for beyond, further, edge, gone, text in (
+                (labelled(count), labelled(count + 1), labelled(1), labelled(0), "the first bar is missing and there is one at the close, as if labels were the ends of bars"),
+                (labelled(-1), labelled(-2), labelled(0), labelled(count - 1), "the last bar is missing and there is one just before the open, as if starts had been taken for ends")):
+            if len(present) >= 3 and min(beyond.mean(), edge.mean()) > 0.8 and max(further.mean(), gone.mean()) < 0.05:
+                i = np.flatnonzero(beyond & ~gone)[0]
+                _refuse("shifted labels", f"in {(beyond & ~gone).sum()} of {len(present)} sessions, such as {_when(sessions.date[present[i]])[:10]}, {text}")
         # shifted times: bars beyond one end of the session, none in the hour at the other end
         first = min(number[inside].min(), day[trading].min() if trading.any() else number[inside].min())
         count = max(number[inside].max(), day[trading].max() if trading.any() else 0) - first + 1
@@ -408,34 +438,118 @@ def _drop_out_of_session(label: np.ndarray, seconds: int, asset: AssetClass) -> 
         shifted = ((before & ~tail) | (after & ~head))[1:-1]  # the first and the last day may be cut off
         if shifted.sum() > 0.2 * any_bar[1:-1].sum():
             _refuse("wrong zone", f"in {shifted.sum()} of {any_bar[1:-1].sum()} sessions bars lie beyond one end while the hour at the other end is empty, as if the times were shifted")
-    return inside, dropped
+    return found
 
-# %% ../nbs/01_bars.ipynb #5ad9c3a6
-def _findings(values: dict, clock: BarClock, seconds: int, asset: AssetClass, allow_steps: bool) -> tuple[dict, list]:
-    "What is left as it is and counted; and the places where segments break."
-    found = dict.fromkeys(REPORTED, 0)
-    length = seconds * _SECOND
-    found["zero_volume"] = int((values["volume"] == 0).sum())
-    found["wide_ranges"] = int((values["high"] > 1.5 * values["low"]).sum())
+# %% ../nbs/01_bars.ipynb #f2053e14
+def _outside_volumes(label: np.ndarray, volume: np.ndarray, kinds: dict, seconds: int, asset: AssetClass) -> dict[str, dict]:
+    "What the bars outside the sessions are like, by kind: when, and how much smaller their volume is than the session's."
+    outside = np.logical_or.reduce([np.zeros(len(label), bool), *kinds.values()])
+    if not outside.any(): return {}
+    sessions, inner, day = _sessions(asset.calendar), pd.Series(volume[~outside]), label // _DAY
+    if seconds < TIMEFRAMES["1Day"]:  # evenings of New York are UTC's next day
+        day[outside] = _nanoseconds(pd.DatetimeIndex(label[outside], tz="UTC").tz_convert(asset.timezone).tz_localize(None)) // _DAY
+    usual = inner.groupby(day[~outside]).median().reindex(day[outside]).fillna(inner.median()).to_numpy()
+    smaller = np.zeros(len(label))
+    smaller[outside] = usual / np.maximum(volume[outside], 1)
+    a, b = np.searchsorted(sessions.date, [label[outside].min() - _DAY, label[outside].max()])
+    room = max(b - a, 1) * (16 * _HOUR - 6.5 * _HOUR) / (seconds * _SECOND)  # bars of extended hours, 4:00 to 20:00
+    sparse = outside.sum() < 0.5 * room and seconds < TIMEFRAMES["1Day"]
+    described = {}
+    for kind, mask in kinds.items():
+        if not mask.any(): continue
+        times = float(np.median(smaller[mask]))
+        described[kind] = {"bars": int(mask.sum()), "days": len(np.unique(day[mask])), "first": _when(label[mask][0]), "last": _when(label[mask][-1]),
+                           "times_smaller": float(f"{times:.3g}"), "foreign": bool(sparse and times > _FOREIGN)}
+    return described
+
+
+def _volume_breaks(volume: np.ndarray, width: np.ndarray) -> list[tuple[int, float, float]]:
+    "Sessions from which on volume is another, by more than the width of ranges explains; the medians before and after."
+    if len(volume) < 2 * min(_BREAKS) or not (volume > 0).any(): return []
+    v, w = (np.log(np.maximum(x, x[x > 0].min(initial=1.0))) for x in (volume, width))
+    direction = np.zeros(len(v))  # of a change at the start of each session
+    for sessions, times in _BREAKS.items():
+        if len(v) < 2 * sessions: continue
+        dv, dw = (m[sessions:] - m[:-sessions] for m in (np.median(np.lib.stride_tricks.sliding_window_view(x, sessions), axis=1) for x in (v, w)))
+        sign = np.sign(dv)
+        changed = np.flatnonzero(np.abs(dv) - np.maximum(dw * sign, 0) > np.log(times))
+        direction[changed + sessions] = sign[changed]
+    # medians change over a run of sessions around the true one; it is where each session before lies nearer the old level, each after nearer the new
+    starts, found = np.flatnonzero(np.diff(direction, prepend=0) != 0), []
+    for a, b in zip(starts, [*starts[1:], len(v)]):
+        if not direction[a]: continue
+        nearer = np.abs(v[a:b] - np.median(v[a - 5:a])) - np.abs(v[a:b] - np.median(v[b - 1:b + 4]))
+        found.append(a + int(np.cumsum(nearer[::-1])[::-1].argmax()))
+    while found:  # the change itself, between its neighbours; the weakest goes first
+        edges = [0, *found, len(v)]
+        level = [(np.median(v[max(a, i - 20):i]), np.median(v[i:min(b, i + 20)])) for a, i, b in zip(edges, found, edges[2:])]
+        size = [abs(after - before) for before, after in level]
+        if min(size) > np.log(min(_BREAKS.values())): return [(i, *np.exp(pair)) for i, pair in zip(found, level)]
+        found.pop(int(np.argmin(size)))
+    return []
+
+
+def _spikes(high: np.ndarray, low: np.ndarray, segment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Bars that stick out of both neighbours, and by how many times the usual range of the 51 bars around."
+    if len(high) < 20: return np.zeros(0, int), np.zeros(0)
+    h, l = np.log(high), np.log(low)
+    floor = max(0.25 * np.median(h - l), 2e-4)  # where nothing trades the range is a tick
+    out = np.maximum(h[1:-1] - np.maximum(h[:-2], h[2:]), np.minimum(l[:-2], l[2:]) - l[1:-1])
+    rows = np.flatnonzero((out > _SPIKE * floor) & (segment[:-2] == segment[2:])) + 1
+    usual = np.array([max(np.median((h - l)[max(i - 25, 0):i + 26]), floor) for i in rows])
+    times = out[rows - 1] / usual
+    return rows[times > _SPIKE], times[times > _SPIKE]
+
+
+def _split_like(ratio: float, known: dict, tolerance: float) -> str | None:
+    "The split whose ratio a jump has."
+    name = min(known, key=lambda k: abs(np.log(ratio / known[k])))
+    return name if abs(np.log(ratio / known[name])) < tolerance else None
+
+
+def _findings(values: dict, clock: BarClock, seconds: int, asset: AssetClass, allow_steps: bool) -> tuple[dict, dict]:
+    "What is left as it is: counts, and lists with dates; steps that cannot be are refused."
+    found, length = dict.fromkeys(REPORTED, 0), seconds * _SECOND
+    o, h, l, c, volume = (values[k] for k in COLUMNS)
+    found["zero_volume"] = int((volume == 0).sum())
+    found["wide_ranges"] = int((h > 1.5 * l).sum())
+    number, first, count = np.unique(clock.session, return_index=True, return_counts=True)
     if asset.calendar is None:
         missing = (np.diff(clock.start) - length) // length
         found["gaps"], found["missing_bars"] = int((missing > 0).sum()), int(missing.sum())
     else:
-        sessions = _sessions(asset.calendar)
-        number, count = np.unique(clock.session, return_counts=True)
-        lacking = _bars_of_sessions(sessions, seconds)[1][number] - count
+        lacking = _bars_of_sessions(_sessions(asset.calendar), seconds)[1][number] - count
         missing = np.maximum(np.diff(clock.session) - 1, 0)
         found["thin_sessions"], found["missing_bars"], found["missing_sessions"] = int((lacking > 0).sum()), int(np.maximum(lacking, 0).sum()), int(missing.sum())
     breaks = [{"last_bar": _when(clock.start[i]), "next_bar": _when(clock.start[i + 1]), "missing": int(missing[i])} for i in np.flatnonzero(np.diff(clock.segment))[:20]]
-    o, c = values["open"], values["close"]
+
+    daily_volume, width = np.add.reduceat(volume, first) / count, np.add.reduceat((h - l) / c, first) / count
+    def date(row): return pd.Timestamp(clock.session_open[row]).strftime("%Y-%m-%d")
+    volume_breaks = [{"date": date(first[i]), "volume_before": float(f"{before:.4g}"), "volume_after": float(f"{after:.4g}"), "times": float(f"{after / before:.3g}")}
+                     for i, before, after in _volume_breaks(daily_volume, width)]
+    spikes, sizes = _spikes(h, l, clock.segment)
+    found["volume_breaks"], found["spikes"] = len(volume_breaks), len(spikes)
+
     same = np.diff(clock.segment) == 0
     jump, body, step = np.ones(len(c)), c / o, np.ones(len(c))
-    jump[1:][same], step[1:][same] = (o[1:] / c[:-1])[same], (c[1:] / c[:-1])[same]
+    jump[1:], step[1:] = o[1:] / c[:-1], np.where(same, c[1:] / c[:-1], 1.0)
+    judged, splits = np.concatenate([[False], same]), {}
+    for i, row in enumerate(first):
+        if i == 0 or asset.calendar is None or not (ratio := jump[row]) < 0.85 and not ratio > _RISE: continue
+        past = slice(max(i - 20, 0), i)
+        ordinary = i >= 5 and daily_volume[i] < 3 * np.median(daily_volume[past]) and width[i] < 3 * np.median(width[past])
+        name = _split_like(ratio, _SPLITS, 0.05) or (_split_like(ratio, _SMALL_SPLITS, 0.025) if ordinary else None)
+        if name and number[i] - number[i - 1] <= 6: splits[int(row)] = name  # beyond a week of missing sessions any ratio may be true
     if not allow_steps:
-        for leg, name in ((jump, "open against the previous close"), (body, "close against open")):
-            _refuse_where("unexplained step", (leg > _RISE) | (leg < _FALL), clock.start, lambda i: f"{name} is {leg[i] - 1:+.0%}")
-    found["large_steps"] = int(((step > _RISE) | (step < _FALL)).sum())
-    return found, breaks
+        def looks(row): return f", which looks like a {splits[row]} split on {date(row)}" if row in splits else ""
+        split = np.zeros(len(c), bool)
+        split[list(splits)] = True
+        _refuse_where("unexplained step", judged & ((jump > _RISE) | (jump < _FALL) | split), clock.start, lambda i: f"open against the previous close is {jump[i] - 1:+.0%}{looks(i)}")
+        _refuse_where("unexplained step", (body > _RISE) | (body < _FALL), clock.start, lambda i: f"close against open is {body[i] - 1:+.0%}")
+    found["large_steps"], found["split_steps"] = int(((step > _RISE) | (step < _FALL)).sum()), len(splits)
+    spiked = [{"bar": _when(clock.start[i]), "times": float(f"{t:.3g}")} for i, t in zip(spikes[:20], sizes)]
+    return found, {"breaks": breaks, "volume_breaks": volume_breaks, "spikes": spiked,
+                   "splits": [{"date": date(row), "step": float(f"{jump[row]:.4g}"), "like": name} for row, name in splits.items()]}
 
 
 def validate_bars(
@@ -448,11 +562,13 @@ def validate_bars(
     "Refuse bad bars by name; repair and count what has one right answer; drop and count out-of-session bars."
     timeframe = timeframe_name(timeframe)
     seconds, asset = TIMEFRAMES[timeframe], _asset(asset_class)
-    length, daily = seconds * _SECOND, timeframe == "1Day"
+    daily = timeframe == "1Day"
     if not isinstance(bars, pd.DataFrame): _refuse("not a table", f"bars is {type(bars).__name__}")
     if not len(bars): _refuse("empty", "the table has no rows")
     label = _nanoseconds(_labels_of(bars))
     values = _values_of(bars, label)
+    if "symbol" in bars.columns and (nameless := bars["symbol"].isna() | (bars["symbol"].astype(str).str.strip() == "")).any():
+        _refuse("empty symbol", f"{_when(label[nameless.to_numpy()].min())}, column symbol is empty")
     for name in ("symbol", "feed", "adjustment", "currency", "exchange"):
         if name in bars.columns and bars[name].nunique(dropna=False) > 1:
             _refuse("mixed content", f"column {name} holds {', '.join(map(str, bars[name].unique()[:3]))}")
@@ -461,19 +577,22 @@ def validate_bars(
     if daily and asset.calendar: label, repaired["daily_labels"] = _normalise_daily(label)
 
     repaired["disorder"] = int((np.diff(label) < 0).sum())
-    order = np.argsort(label, kind="stable")
-    label, values = label[order], {k: v[order] for k, v in values.items()}
+    version = _versions_of(bars)
+    order = np.lexsort((-version, label))  # of each time, the latest version first; otherwise as they came
+    label, values, version = label[order], {k: v[order] for k, v in values.items()}, version[order]
     again = np.concatenate([[False], np.diff(label) == 0])
-    same = again.copy()
-    for v in values.values(): same[1:] &= v[1:] == v[:-1]
-    _refuse_where("conflicting duplicate", again & ~same, label, lambda i: "two bars at the same time have different values")
-    repaired["exact_duplicates"] = int(again.sum())
+    kept = np.maximum.accumulate(np.where(again, 0, np.arange(len(label))))  # the row that stays, of each time
+    same = np.logical_and.reduce([again, *(v == v[kept] for v in values.values())])
+    _refuse_where("conflicting duplicate", again & ~same & (version == version[kept]), label, lambda i: "two bars at the same time have different values")
+    repaired["updated_bars"], repaired["exact_duplicates"] = int((again & ~same).sum()), int((again & same).sum())
     label, values = label[~again], {k: v[~again] for k, v in values.items()}
 
     _check_grid(label, seconds, asset_class)
     present = (pd.Timestamp.now("UTC") if now is None else moment(now)).value
     _refuse_where("bar in the future", label > present, label, lambda i: f"starts after {_when(present)}")
-    keep, dropped = _drop_out_of_session(label, seconds, asset)
+    kinds = _find_out_of_session(label, seconds, asset)
+    outside = _outside_volumes(label, values["volume"], kinds, seconds, asset)
+    keep = ~np.logical_or.reduce([np.zeros(len(label), bool), *kinds.values()])
     label, values = label[keep], {k: v[keep] for k, v in values.items()}
     if now is not None:
         finished = bar_clock(pd.DatetimeIndex(label, tz="UTC"), timeframe, asset_class).close <= present
@@ -483,10 +602,12 @@ def validate_bars(
 
     index = pd.DatetimeIndex(label, tz="UTC", name="timestamp")
     clock = bar_clock(index, timeframe, asset_class)
-    findings, breaks = _findings(values, clock, seconds, asset, allow_steps)
+    findings, lists = _findings(values, clock, seconds, asset, allow_steps)
+    findings["foreign_bars"] = sum(kind["bars"] for kind in outside.values() if kind["foreign"])
     report = {"timeframe": timeframe, "asset_class": asset_class, "bars_in": len(bars), "bars": len(label), "first": _when(label[0]), "last": _when(label[-1]),
-              "segments": int(clock.segment[-1]) + 1, "breaks": breaks, "repaired": repaired, "findings": findings, "dropped_out_of_session": dropped,
-              "ignored_columns": sorted(str(c) for c in bars.columns if c not in (*COLUMNS, "timestamp"))}
+              "segments": int(clock.segment[-1]) + 1, **lists, "repaired": repaired, "findings": findings,
+              "dropped_out_of_session": {kind: int(bad.sum()) for kind, bad in kinds.items()}, "out_of_session": outside,
+              "ignored_columns": sorted(str(c) for c in bars.columns if c not in (*COLUMNS, "timestamp", "updated"))}
     return pd.DataFrame(values, index=index, columns=list(COLUMNS)), report
 
 # %% ../nbs/01_bars.ipynb #ce93f670

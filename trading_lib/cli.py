@@ -11,7 +11,7 @@ import sys
 
 from .config import InputError, load_parameters
 
-# %% ../nbs/21_cli.ipynb #2d2c4058
+# %% ../nbs/21_cli.ipynb #f1d2cf0f
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
     run_stage(arguments.name, arguments.symbol)
@@ -56,20 +56,82 @@ def _size(arguments):
 
 
 def _check_lookahead(arguments):
-    from pathlib import Path
-    from trading_lib.bars import asset_class_of
     from trading_lib.lookahead import check_lookahead
-    from trading_lib.sources import load_bars
-    symbol = arguments.symbol or Path(arguments.file).stem
-    asset_class = arguments.asset_class or asset_class_of(symbol)
-    bars = load_bars(symbol, arguments.timeframe, "files", path=arguments.file, timezone=arguments.timezone, asset_class=asset_class)
+    _, asset_class, bars, _ = _own_bars(arguments)
     report = check_lookahead(bars, arguments.layout, arguments.timeframe, asset_class, arguments.cuts)
     print(report)
     return 0 if report.passed else 1
 
 
-# command -> (help, arguments, function)
+def _data_download(arguments):
+    from trading_lib.bars import path_symbol
+    from trading_lib.pipeline import source_options
+    from trading_lib.sources import load_with_report
+    given = {f"data.{name}": getattr(arguments, name) for name in ("timeframe", "start", "end", "feed", "adjustment")}
+    parameters = load_parameters(**given, **{"data.source": "alpaca"})
+    options = source_options(parameters)
+    for symbol in arguments.symbols or parameters.symbols:
+        bars, report = load_with_report(symbol, parameters.data.timeframe, "alpaca", progress=print, **options)
+        print(f"{path_symbol(symbol)}: {len(bars):,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s); kept in {options['cache']}")
+
+
+def _own_bars(arguments):  # symbol, asset class, and bars with their report
+    from pathlib import Path
+    from trading_lib.bars import asset_class_of
+    from trading_lib.sources import load_with_report
+    symbol = arguments.symbol or Path(arguments.file).stem.split("_")[0]
+    asset_class = arguments.asset_class or asset_class_of(symbol)
+    given = {name: getattr(arguments, name) for name in ("timezone", "labels", "price_scale", "columns")}
+    return symbol, asset_class, *load_with_report(symbol, arguments.timeframe, "files", path=arguments.file, asset_class=asset_class, **given)
+
+
+def _data_check(arguments):
+    import json
+    from pathlib import Path
+    from trading_lib.data_report import data_report, plot_data_report
+    from trading_lib.files import atomic_write
+    symbol, _, bars, report = _own_bars(arguments)
+    facts = data_report(bars, report)
+    print(f"{symbol} {report['timeframe']}: {report['bars']:,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s)")
+    for name in ("repaired", "findings", "dropped_out_of_session"): print(f"{name}: {', '.join(f'{kind} {count}' for kind, count in report[name].items() if count) or 'none'}")
+    for note in facts["notes"]: print(f"- {note}")
+    if arguments.out is None: return
+    page = atomic_write(Path(arguments.out) / f"{symbol}_{report['timeframe']}.json", json.dumps(report | facts, indent=1, default=str) + "\n")
+    plot_data_report(bars, report).savefig(page.with_suffix(".png"), dpi=100)
+    print(f"written: {page} and {page.with_suffix('.png').name}")
+
+
+def _data_info(arguments):
+    import pandas as pd
+    from trading_lib.bar_cache import cache_info
+    from trading_lib.config import project_root
+    rows = cache_info(project_root() / load_parameters().data.cache)
+    print(pd.DataFrame(rows).to_string(index=False) if rows else "nothing has been downloaded yet; `trading-lib data download` does that")
+
+
+def _data_simulate(arguments):
+    from trading_lib.bars import write_bars
+    from trading_lib.simulation import SIMULATED_END, SIMULATED_START, simulate_bars
+    bars = simulate_bars(arguments.symbol, arguments.timeframe, arguments.start or SIMULATED_START, arguments.end or SIMULATED_END, arguments.seed, arguments.edge)
+    print(f"{write_bars(bars, arguments.out)}: {len(bars):,} simulated bars")
+
+
+_BAR_FILE = [(("file",), dict(help="CSV or parquet file of bars")), (("--timeframe",), dict(default="15Min")), (("--symbol",), dict(help="default: the file's name")),
+             (("--asset-class",), dict(choices=("crypto", "equity"), help="default: by the symbol")), (("--timezone",), dict(help="zone of time stamps that carry none")),
+             (("--labels",), dict(choices=("start", "end"), default="start", help="the moment of a bar that its time names")),
+             (("--price-scale",), dict(type=float, help="prices are divided by it, such as 100 where they are cents")), (("--columns",), dict(help="names of the columns of a CSV file without a header"))]
+_SPAN = [(("--start",), dict(help="first day, such as 2022-01-01")), (("--end",), dict(help="first day that is left out"))]
+
+# command -> (help, arguments, function); two words are a command of a group
 COMMANDS = {
+    "data download": ("fetch bars from Alpaca into the cache; what is there is not fetched again", [
+        (("symbols",), dict(nargs="*", help="such as SPY BTC/USD; default: those of params.yaml, as all that follows")), (("--timeframe",), {}), *_SPAN,
+        (("--feed",), dict(help="iex or sip")), (("--adjustment",), dict(help="raw, split, dividend or all"))], _data_download),
+    "data check": ("check a file of bars, and say what is in it", [*_BAR_FILE, (("--out",), dict(help="folder for the report as JSON and picture"))], _data_check),
+    "data info": ("what has been downloaded", [], _data_info),
+    "data simulate": ("write simulated bars as parquet", [
+        (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet file")), (("--timeframe",), dict(default="15Min")), *_SPAN,
+        (("--seed",), dict(type=int, default=0)), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale"))], _data_simulate),
     "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest"))), (("--symbol",), dict(required=True, help="as in params.yaml, such as SIM-USD"))], _stage),
     "verdict": ("print the verdict of the last backtests", [], _verdict),
     "inspect": ("show what a checkpoint holds", [(("file",), dict(help="a .pt file"))], _inspect),
@@ -78,8 +140,7 @@ COMMANDS = {
         (("--hidden-dims",), dict(help="such as 512,256,128; without it, the presets")), (("--layout",), dict(default="5.6.0")),
         (("--window",), dict(type=int, default=100)), (("--separate-trunks",), dict(action="store_true", help="actor and critic with a trunk each"))], _size),
     "check-lookahead": ("change the future of your own bars and see whether any column moves", [
-        (("file",), dict(help="CSV or parquet file of bars")), (("--layout",), dict(default="5.6.0")), (("--timeframe",), dict(default="15Min")), (("--symbol",), dict(help="default: the file's name")),
-        (("--asset-class",), dict(choices=("crypto", "equity"), help="default: by the symbol")), (("--timezone",), dict(help="zone of time stamps that carry none")),
+        *_BAR_FILE, (("--layout",), dict(default="5.6.0")),
         (("--cuts",), dict(type=int, default=50, help="places at which the future is changed"))], _check_lookahead),
     "compare": ("show two checkpoints side by side", [(("a",), {}), (("b",), {})], _compare),
 }
@@ -91,8 +152,13 @@ def main(
     "Run a command; bad input is one line on standard error and exit status 2."
     parser = argparse.ArgumentParser(prog="trading-lib", description="Train, backtest and judge PPO trading agents.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    groups = {}
     for name, (text, options, run) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
+        group, _, own = name.rpartition(" ")
+        if group and group not in groups:
+            about = f"{group}: {', '.join(n.split()[1] for n in COMMANDS if n.startswith(group + ' '))}"
+            groups[group] = commands.add_parser(group, help=about, description=about).add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+        command = groups.get(group, commands).add_parser(own, help=text, description=text)
         for flags, settings in options: command.add_argument(*flags, **settings)
         command.set_defaults(run=run)
     chosen = parser.parse_args(arguments)

@@ -143,23 +143,30 @@ def parse_hidden_dims(
     try: return _convert(list[int], text if text.startswith("[") else f"[{text}]")
     except (TypeError, ValueError): raise InputError(f"hidden_dims: expected widths such as 512,256,128, was {text!r}") from None
 
-# %% ../nbs/00_config.ipynb #50cb137b
+# %% ../nbs/00_config.ipynb #f3b3772a
 @dataclass(frozen=True)
 class DataParameters:
     "Where the bars come from, and how the history is split."
-    source: typing.Literal["simulated", "files"] = "simulated"  # simulated needs no network, no keys and no files
+    source: typing.Literal["simulated", "files", "alpaca"] = "simulated"  # simulated needs no network, no keys and no files
     timeframe: str = "15Min"  # length of a bar: 1Min, 5Min, 15Min, 1Hour, 1Day
-    start: str | None = None  # first day; null: everything the source has (simulated: 2022-01-01)
-    end: str | None = None  # first day that is left out; null: everything (simulated: 2024-01-01)
+    start: str | None = None  # first day; null: everything the source has (simulated: 2022-01-01; alpaca needs one)
+    end: str | None = None  # first day that is left out; null: everything (simulated: 2024-01-01; alpaca: up to now)
     seed: int = 0  # simulated: which history
     edge: float = 0.2  # simulated: planted drift in units of volatility per bar; 0 is a martingale
     path: str = "data/raw"  # files: the folder of your own CSV or parquet files
     timezone: str | None = None  # files: zone of time stamps that carry none, such as America/New_York
+    labels: typing.Literal["start", "end"] = "start"  # files: whether times are those at which bars begin or end
+    price_scale: float | None = None  # files: prices are divided by it, such as 100 where they are cents; null: they are as they should be
+    columns: list[str] | None = None  # files: names of the columns of a CSV file without a header, in order
+    feed: typing.Literal["iex", "sip"] = "sip"  # alpaca, stocks: sip is all exchanges, its last 15 minutes need a paid plan; iex is one
+    adjustment: typing.Literal["raw", "split", "dividend", "all"] = "split"  # alpaca, stocks: what past prices are adjusted for
+    cache: str = "data/cache"  # alpaca: where downloaded bars are kept
     train_fraction: float = 0.70  # first part of the history
     validation_fraction: float = 0.15  # next part; the rest is the test span
 
     def __post_init__(self):
         require(self.edge >= 0, f"data.edge: expected 0 or more, was {self.edge}")
+        require(self.price_scale is None or self.price_scale > 0, f"data.price_scale: expected more than 0 or null, was {self.price_scale}")
         require(0 < self.train_fraction < 1 and 0 < self.validation_fraction < 1 and self.train_fraction + self.validation_fraction < 1,
                 f"data: train_fraction and validation_fraction must be above 0 and leave a share for the test span, were {self.train_fraction} and {self.validation_fraction}")
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_file', 'read_own_bars']
 
-# %% ../nbs/02_own_files.ipynb #5bccb9d4
+# %% ../nbs/02_own_files.ipynb #7fc12ad0
 import csv
 import re
 from pathlib import Path
@@ -13,16 +13,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import InputError, require
-from .bars import COLUMNS, moment, path_symbol
+from .config import InputError, require, unknown_name
+from .bars import COLUMNS, moment, path_symbol, timeframe_seconds
 
-# %% ../nbs/02_own_files.ipynb #573056ab
+# %% ../nbs/02_own_files.ipynb #a96f5dd0
 _SYNONYMS = {  # as written in files, lower case, without punctuation
     "timestamp": ("timestamp", "time", "date", "datetime", "date time", "t", "ts", "open time", "opentime", "unix", "unix timestamp", "epoch", "start"),
     "open": ("open", "o", "open price"), "high": ("high", "h", "high price", "max"), "low": ("low", "l", "low price", "min"),
     "close": ("close", "c", "close price", "last"), "volume": ("volume", "v", "vol"),
 }
-_KEPT = ("symbol", "feed", "adjustment", "currency", "exchange")  # more than one value in one of these is refused
+_ENDS = ("close time", "closetime", "end", "end time", "endtime", "bar end")  # the time at which a bar ends
+_KEPT = ("symbol", "feed", "adjustment", "currency", "exchange", "updated")  # `validate_bars` looks at these: mixed content, later versions
 _PLACES = ("{symbol}", "{symbol}_{timeframe}", "{timeframe}/{symbol}", "{asset_class}/{timeframe}/{symbol}")
 _EXAMPLE = "timestamp,open,high,low,close,volume"
 
@@ -49,30 +50,55 @@ def _plain(name) -> str:
     return re.sub(r"[\s_\-.]+", " ", str(name).strip().lower())
 
 
-def _read_table(file: Path) -> pd.DataFrame:
-    "The file as it is, with the columns' own names."
+def _names_given(columns, where: str) -> list[str]:
+    "The option `columns` as a list of names, checked."
+    names = [str(c).strip() for c in (columns.split(",") if isinstance(columns, str) else columns)]
+    plain = [_plain(n) for n in names]
+    twice = sorted({n for n, p in zip(names, plain) if plain.count(p) > 1})
+    require(not twice, f"{where}: columns names {', '.join(twice)} twice; name each column once, and those of no use x1, x2")
+    return names
+
+
+def _read_table(file: Path, columns: list | str | None = None) -> pd.DataFrame:
+    "The file as it is, with the columns' own names, or with those given for a file without a header."
     try:
         if file.suffix.lower() in (".parquet", ".pq"):
+            require(columns is None, f"{file.name}: columns is for CSV files without a header, and parquet has one; leave it out")
             table = pd.read_parquet(file)
             if isinstance(table.index, pd.DatetimeIndex): table = table.rename_axis(index=table.index.name or "timestamp").reset_index()
             return table
-        with open(file, encoding="utf-8-sig", newline="") as f: line = f.readline()
-        require(line.strip() != "", f"{file.name}: the first line is empty; it should read {_EXAMPLE}")
-        separator = max(",;\t", key=line.count)
-        names = [_plain(n) for n in next(csv.reader([line], delimiter=separator))]
-        known = {n for synonyms in _SYNONYMS.values() for n in synonyms}
-        require(any(n in known for n in names), f"{file.name}: the first line is {line.strip()[:60]!r}, which is no header; add a first line such as {_EXAMPLE}")
-        return pd.read_csv(file, sep=separator, encoding="utf-8-sig")
+        with open(file, encoding="utf-8-sig", newline="") as f: lines = [f.readline(), f.readline()]
+        require(lines[0].strip() != "", f"{file.name}: the first line is empty; it should read {_EXAMPLE}")
+        separator = max(",;\t", key=lines[0].count)
+        first, second = (next(csv.reader([line], delimiter=separator, skipinitialspace=True), []) for line in lines)
+        known = {n for synonyms in (*_SYNONYMS.values(), _ENDS) for n in synonyms}
+        header = any(_plain(n) in known for n in first)
+        how = dict(sep=separator, encoding="utf-8-sig", skipinitialspace=True, index_col=False)  # index_col: a comma at the end of each row must not shift columns
+        if columns is not None:
+            require(not header, f"{file.name}: has a header of its own, {lines[0].strip()[:60]!r}; leave columns out, or remove the first line")
+            names = _names_given(columns, file.name)
+            require(len(names) == len(first), f"{file.name}: columns names {len(names)} columns, the file has {len(first)}, such as {lines[0].strip()[:60]!r}; name each of them")
+            return pd.read_csv(file, header=None, names=names, **how)
+        require(header, f"{file.name}: the first line is {lines[0].strip()[:60]!r}, which is no header; add a first line such as {_EXAMPLE}, or name the columns with columns")
+        named = [_plain(n) for n in first]
+        twice = [n for n in first if named.count(_plain(n)) > 1 and _plain(n) in known]
+        require(not twice, f"{file.name}: the header has {' and '.join(twice)}; keep one of them")
+        require(not any(v.strip() for v in second[len(first):]), f"{file.name}: the header names {len(first)} columns, a row has {len(second)}; name each of them")
+        return pd.read_csv(file, **how)
     except InputError: raise
     except (OSError, ValueError, csv.Error) as e:
         raise InputError(f"{file.name}: cannot be read as {'CSV' if file.suffix.lower() == '.csv' else 'parquet'} ({' '.join(str(e).split())[:100]}); save it again") from None
 
 
-def _find_columns(table: pd.DataFrame, where: str) -> dict[str, list]:
+def _find_columns(table: pd.DataFrame, where: str, labels: str = "start") -> dict[str, list]:
     "Our name -> the file's column; the time may be a date and a time of day in two columns."
     plain, found = {c: _plain(c) for c in table.columns}, {}
+    ends = [c for c, p in plain.items() if p in _ENDS]
     for name, synonyms in _SYNONYMS.items():
         matches = [c for c, p in plain.items() if p in synonyms]
+        if name == "timestamp" and ends and (labels == "end" or not matches):
+            require(labels == "end", f"{where}: {' and '.join(map(str, ends))} is the end of a bar; set labels to end")
+            matches = ends
         exact = [c for c in matches if str(c) == name]
         if name == "timestamp" and not exact and sorted(plain[c] for c in matches) == ["date", "time"]:
             found[name] = sorted(matches, key=plain.get)
@@ -124,7 +150,28 @@ def _parse_times(
     except (KeyError, LookupError, TypeError): raise InputError(f"timezone: unknown zone {timezone!r}; expected a name such as UTC or America/New_York") from None
     except ValueError as e: raise InputError(f"{where}: a time is missing or twofold in {timezone}, where clocks are changed ({' '.join(str(e).split())[:80]}); write times in UTC") from None
 
-# %% ../nbs/02_own_files.ipynb #92b73217
+# %% ../nbs/02_own_files.ipynb #495cd02c
+def _starts_of(ends: pd.DatetimeIndex, timeframe: str, asset_class: str, where: str) -> pd.DatetimeIndex:
+    "Bar starts, of labels that are bar ends."
+    require(not (timeframe == "1Day" and asset_class == "equity"), f"{where}: daily bars of equities are labelled by their date; leave labels at start")
+    if (ends.second == 59).all(): ends = ends.ceil("min")
+    return ends - pd.Timedelta(timeframe_seconds(timeframe), "s")
+
+
+def _scale_prices(raw: pd.DataFrame, price_scale: float | None, asset_class: str, where: str) -> pd.DataFrame:
+    "Prices in currency; whole ones that are hardly possible are asked about."
+    prices = list(COLUMNS[:4])
+    if not all(pd.api.types.is_numeric_dtype(raw[p]) for p in prices): return raw  # refused later, by name
+    if price_scale is None:
+        values = raw[prices].to_numpy("float64")
+        whole = asset_class == "equity" and len(raw) >= 100 and values.min() >= 1000 and (values == np.floor(values)).all()
+        require(not whole, f"{where}: all prices are whole numbers, such as {values[0, 3]:.0f}; set price_scale to 100 if they are cents, to 10000 if ten-thousandths, to 1 if they are right")
+        return raw
+    require(isinstance(price_scale, (int, float)) and not isinstance(price_scale, bool) and 0 < price_scale < np.inf, f"price_scale: expected a number above 0, such as 100, was {price_scale!r}")
+    raw[prices] = raw[prices] / price_scale
+    return raw
+
+# %% ../nbs/02_own_files.ipynb #41cf0d85
 def read_own_bars(
     symbol: str,  # such as "SPY"
     timeframe: str,  # such as "15Min"
@@ -133,17 +180,23 @@ def read_own_bars(
     timezone: str | None = None,  # zone of times that carry none
     start=None,  # first moment, inclusive; None: everything
     end=None,  # last moment, exclusive; None: everything
+    labels: str = "start",  # what the times are: "start" or "end" of a bar
+    price_scale: float | None = None,  # prices are divided by it: 100 for cents; None: as they are, whole numbers are asked about
+    columns: list | str | None = None,  # names of the columns, in order, of a CSV file without a header: a list, or one text with commas
 ) -> tuple[pd.DataFrame, dict]:  # raw bars, and the facts that a report says of the source
     "Raw bars of a file of your own."
     require(path is not None, "files: set path to a file, or to the folder that holds the files")
     file = find_file(path, symbol, timeframe, asset_class)
-    table = _read_table(file)
+    if labels not in ("start", "end"): raise unknown_name("labels", labels, ("start", "end"))
+    table = _read_table(file, columns)
     require(len(table) > 0, f"{file.name}: holds no bars; download it again")
-    found = _find_columns(table, file.name)
+    found = _find_columns(table, file.name, labels)
     times = table[found["timestamp"][0]]
     if len(found["timestamp"]) == 2: times = times.astype(str) + " " + table[found["timestamp"][1]].astype(str)
     index = _parse_times(times, timeframe == "1Day", timezone, file.name)
+    if labels == "end": index = _starts_of(index, timeframe, asset_class, file.name)
     raw = pd.DataFrame({name: table[found[name][0]].to_numpy() for name in COLUMNS}, index=index)
+    raw = _scale_prices(raw, price_scale, asset_class, file.name)
     for column in table.columns:
         if _plain(column) in _KEPT: raw[_plain(column)] = table[column].to_numpy()
     span = f"{index.min():%Y-%m-%d} to {index.max():%Y-%m-%d}"
@@ -151,4 +204,5 @@ def read_own_bars(
     if end is not None: raw = raw[raw.index < moment(end, "end")]
     require(len(raw) > 0, f"{file.name}: has no bars from {start} to {end}; it covers {span}")
     ignored = [str(c) for c in table.columns if c not in sum(found.values(), []) and _plain(c) not in _KEPT]
-    return raw, {"simulated": False, "file": file.name, "ignored_columns": sorted(ignored)}
+    declared = ({"labels": labels} if labels == "end" else {}) | ({"price_scale": price_scale} if price_scale else {})
+    return raw, {"simulated": False, "file": file.name, "ignored_columns": sorted(ignored)} | declared

@@ -55,7 +55,7 @@ def plot_backtest(
     prices.set_title(title or result.symbol, loc="left", fontsize=10)
     return figure
 
-# %% ../nbs/16_report.ipynb #287f6c0d
+# %% ../nbs/16_report.ipynb #23f87ae4
 # figure -> (label, how it is written)
 _FIGURES = {
     "total_return": ("total return", "{:+.2%}"), "annual_return": ("annual return", "{:+.2%}"), "volatility": ("volatility, annual", "{:.2%}"), "sharpe": ("Sharpe ratio", "{:.2f}"),
@@ -87,7 +87,8 @@ def describe_source(
         edge = data.get("edge")
         kind = "a martingale: there is nothing to learn" if edge == 0 else f"with a planted edge of {edge} (drift in units of volatility per bar)"
         return f"Simulated market, {kind}; seed {data.get('seed')}. This says nothing about any real market."
-    return f"Real bars from {data.get('source')}."
+    told = [f"{name} {data[name]}" for name in ("feed", "adjustment") if data.get(name)]
+    return f"Real bars from {', '.join([data.get('source'), *told])}."
 
 
 def render_report(
