@@ -225,6 +225,14 @@ def _ever_new_token(handler, payload):
     return False
 
 
+def _ever_later_bars(handler, payload):
+    "Pages of bars that nobody asked for, each later than the one before."
+    n = len(handler.owner.requests)
+    rows = handler.owner.page({k: v for k, v in handler.query.items() if k != "page_token"})["bars"]
+    payload |= {"bars": {s: [bar | {"t": _stamp(pd.Timestamp(bar["t"]) + pd.Timedelta(365 * n, "D"))} for bar in bars] for s, bars in rows.items()}, "next_page_token": handler.owner.token("AAAA", f"{n:06d}")}
+    return False
+
+
 def _empty_pages(handler, payload):
     payload |= {"bars": {}, "next_page_token": handler.owner.token("AAAA", f"{len(handler.owner.requests):06d}")}
     return False
@@ -246,7 +254,7 @@ PAYLOAD_FAULTS = {
 FAULTS = HTTP_FAULTS | PAYLOAD_FAULTS
 MORE = {  # beyond the list
     "drip of headers": _drip_of_headers, "gzip bomb": _gzip_bomb, "key echo": _key_echo, "conflict across pages": _across_pages({"c": 1.0}), "other symbol": _other_symbol, "no counts": _without_counts, "ever new token": _ever_new_token,
-    "empty pages": _empty_pages, "price null": _edit(3, c=None), "price text": _edit(3, c="cheap"), "time text": _edit(3, t="yesterday"), "leap day": _edit(3, t="2024-02-30T15:15:00Z"), "price huge": _edit(3, o=10**400), "price flag": _edit(3, v=True), "offset time": _edit(3, t=lambda t: t.replace("Z", "+00:00")),
+    "ever later bars": _ever_later_bars, "empty pages": _empty_pages, "price null": _edit(3, c=None), "price text": _edit(3, c="cheap"), "time text": _edit(3, t="yesterday"), "leap day": _edit(3, t="2024-02-30T15:15:00Z"), "price huge": _edit(3, o=10**400), "price flag": _edit(3, v=True), "offset time": _edit(3, t=lambda t: t.replace("Z", "+00:00")),
     "400": _status(400, "invalid symbol: ZZZZ"), "bars list": lambda handler, payload: payload.update(bars=[]) or False, "no token": lambda handler, payload: (payload.pop("next_page_token"), False)[1],
     "number token": lambda handler, payload: payload.update(next_page_token=7) or False,
 }
@@ -383,7 +391,7 @@ class AlpacaServer:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    protocol_version, timeout, owner = "HTTP/1.1", LONGEST_S, None
+    protocol_version, timeout, disable_nagle_algorithm, owner = "HTTP/1.1", LONGEST_S, True, None
 
     def log_message(self, *_): pass
 

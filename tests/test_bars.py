@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from trading_lib.bars import (COLUMNS, OUT_OF_SESSION, REFUSED, REPAIRED, REPORTED, TIMEFRAMES, asset_class_of, bar_clock, bars_per_year, expected_labels, fingerprint,
-                              path_symbol, plot_coverage, read_bars, resample_bars, timeframe_name, timeframe_seconds, validate_bars, write_bars)
+                              path_symbol, read_bars, resample_bars, timeframe_name, timeframe_seconds, validate_bars, write_bars)
 from trading_lib.config import DataParameters, InputError
 from trading_lib.env import split_bounds
 
@@ -634,13 +634,6 @@ def test_fingerprint():
     assert fingerprint(CRYPTO.set_axis(CRYPTO.index.as_unit("s"))) == print_ == fingerprint(CRYPTO[["volume", "close", "low", "high", "open"]])
     assert fingerprint(with_value(CRYPTO, "low", np.nextafter(CRYPTO.low.iloc[30], 0)))["sha256"] != print_["sha256"]
     assert fingerprint(CRYPTO.set_axis(CRYPTO.index + pd.Timedelta("15min")))["sha256"] != print_["sha256"]
-
-
-def test_coverage_picture():
-    import matplotlib
-    matplotlib.use("Agg")
-    grid = plot_coverage(EQUITY.drop(EQUITY.index[30]), "15Min", "equity").images[0].get_array()
-    assert grid.shape == (24, 26) and grid.sum() == len(EQUITY) - 1 and grid[1, 4] == 0  # bar 30 is the fifth of the second session
 
 
 # real bars

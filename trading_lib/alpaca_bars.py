@@ -267,8 +267,8 @@ def _joined(symbol: str, pages: list[pd.DataFrame], start, end) -> tuple[pd.Data
     if differs.any(): raise InputError(f"alpaca, {symbol}: the bar of {bars.index[differs.argmax()]:%Y-%m-%d %H:%MZ} came twice with different values; try again, since a late correction may have come between two pages")
     return bars[~again], counts | {"duplicates": int(again.sum())}
 
-# %% ../nbs/02_alpaca_bars.ipynb #cf9f948d
-_EMPTY_PAGES = 5  # in a row; more lead nowhere
+# %% ../nbs/02_alpaca_bars.ipynb #ef6a655a
+_IDLE_PAGES = 5  # in a row; more lead nowhere
 
 
 def _title(names: list[str], timeframe: str) -> str:
@@ -329,7 +329,7 @@ def fetch_with_report(
     names = sorted(set(wire.values()))
     service = _Service(asset_class, keys, url, _title(names, timeframe), request_s, deadline_s, attempts, back_off_s, progress or (lambda line: None))
     path, params = _question(names, timeframe, start, end, asset_class, feed, adjustment)
-    parts, tokens, pages, empty_pages, total = {name: [] for name in names}, set(), 0, 0, 0
+    parts, reached, tokens, pages, idle, total = {name: [] for name in names}, {}, set(), 0, 0, 0
     room = len(names) * (int((end - start) / pd.Timedelta(timeframe_seconds(timeframe), "s")) + 2)
     token = None
     while True:
@@ -338,12 +338,13 @@ def fetch_with_report(
         bars = {name: _read_rows(name, rows) for name, rows in page["bars"].items() if rows}
         for name, frame in bars.items(): parts[name].append(frame)
         count, last = sum(map(len, bars.values())), max(bars, default=None)
-        total, empty_pages = total + count, 0 if count else empty_pages + 1
+        further = {name: frame.index.max() for name, frame in bars.items() if name not in reached or frame.index.max() > reached[name]}
+        total, idle, reached = total + count, 0 if further else idle + 1, reached | further
         service.progress(f"{service.title}: page {pages}, {count:,} bars" + (f", up to {last} {bars[last].index[-1]:%Y-%m-%d %H:%MZ}" if bars else ""))
         token = page.get("next_page_token")
         if token is None: break
         tokens.add(token)
-        require(empty_pages <= _EMPTY_PAGES and total <= 2 * room,
+        require(idle <= _IDLE_PAGES and total <= 2 * room,
                 f"{service.title}: the server's pages come to no end: {pages} of them, {total:,} bars, where {room:,} fit between start and end; {_CHECK_VENDOR}")
 
     joined = {name: _joined(name, parts[name], start, end) for name in names}

@@ -6,7 +6,7 @@
 __all__ = ['TIMEFRAMES', 'COLUMNS', 'ASSET_CLASSES', 'REFUSED', 'REPAIRED', 'REPORTED', 'OUT_OF_SESSION', 'timeframe_name',
            'timeframe_seconds', 'AssetClass', 'asset_class_of', 'path_symbol', 'moment', 'expected_labels',
            'bars_per_year', 'BarClock', 'bar_clock', 'validate_bars', 'resample_bars', 'fingerprint', 'write_bars',
-           'read_bars', 'plot_coverage']
+           'read_bars']
 
 # %% ../nbs/01_bars.ipynb #516ed345
 import hashlib
@@ -672,25 +672,3 @@ def read_bars(
     require(isinstance(table["timestamp"].dtype, pd.DatetimeTZDtype), f"{path}: expected times with a zone, timestamp holds {table['timestamp'].dtype}; load it with load_bars")
     index = pd.DatetimeIndex(table["timestamp"], name="timestamp").tz_convert("UTC").as_unit("ns")
     return table[list(COLUMNS)].set_axis(index)
-
-# %% ../nbs/01_bars.ipynb #6ca907fb
-def plot_coverage(
-    bars: pd.DataFrame,  # validated intraday bars
-    timeframe: str,  # such as "15Min"
-    asset_class: str,  # "crypto" or "equity"
-    ax=None,  # matplotlib axes; None: new ones
-):  # the axes
-    "Picture of the bars that are there: days down, time of day across."
-    import matplotlib.pyplot as plt
-    seconds = timeframe_seconds(timeframe)
-    require(seconds < TIMEFRAMES["1Day"], "plot_coverage: expected intraday bars, was 1Day")
-    clock = bar_clock(bars.index, timeframe, asset_class)
-    slot = np.floor(clock.hour * 3600 / seconds + 1e-9).astype(int)
-    grid = np.zeros((clock.session[-1] - clock.session[0] + 1, slot.max() - slot.min() + 1))
-    grid[clock.session - clock.session[0], slot - slot.min()] = 1
-    ax = ax or plt.subplots(figsize=(7, 3), layout="constrained")[1]
-    left = slot.min() * seconds / 3600
-    ax.imshow(grid, aspect="auto", interpolation="nearest", cmap="Greens", vmin=0, vmax=1.4, extent=(left, left + grid.shape[1] * seconds / 3600, len(grid), 0))
-    ax.set(xlabel=f"hour of the day ({_asset(asset_class).timezone})", ylabel="session" if _asset(asset_class).calendar else "day",
-           title=f"{len(bars):,} bars of {timeframe_name(timeframe)}, {clock.segment[-1] + 1} segment(s)")
-    return ax
