@@ -233,6 +233,14 @@ def _ever_later_bars(handler, payload):
     return False
 
 
+def _bars_outside(handler, payload):
+    "A bar at `end`, and one before `start`, as coarser reading of dates would bring."
+    for rows in payload["bars"].values():
+        if "page_token" in handler.query: rows.append(rows[-1] | {"t": _stamp((pd.Timestamp(handler.query["end"]) + pd.Timedelta(1, "us")).ceil("s"))})
+        else: rows.insert(0, rows[0] | {"t": _stamp(pd.Timestamp(handler.query["start"]) - pd.Timedelta(1, "s"))})
+    return False
+
+
 def _empty_pages(handler, payload):
     payload |= {"bars": {}, "next_page_token": handler.owner.token("AAAA", f"{len(handler.owner.requests):06d}")}
     return False
@@ -254,7 +262,7 @@ PAYLOAD_FAULTS = {
 FAULTS = HTTP_FAULTS | PAYLOAD_FAULTS
 MORE = {  # beyond the list
     "drip of headers": _drip_of_headers, "gzip bomb": _gzip_bomb, "key echo": _key_echo, "conflict across pages": _across_pages({"c": 1.0}), "other symbol": _other_symbol, "no counts": _without_counts, "ever new token": _ever_new_token,
-    "ever later bars": _ever_later_bars, "empty pages": _empty_pages, "price null": _edit(3, c=None), "price text": _edit(3, c="cheap"), "time text": _edit(3, t="yesterday"), "leap day": _edit(3, t="2024-02-30T15:15:00Z"), "price huge": _edit(3, o=10**400), "price flag": _edit(3, v=True), "offset time": _edit(3, t=lambda t: t.replace("Z", "+00:00")),
+    "bars outside": _bars_outside, "ever later bars": _ever_later_bars, "empty pages": _empty_pages, "price null": _edit(3, c=None), "price text": _edit(3, c="cheap"), "time text": _edit(3, t="yesterday"), "leap day": _edit(3, t="2024-02-30T15:15:00Z"), "price huge": _edit(3, o=10**400), "price flag": _edit(3, v=True), "offset time": _edit(3, t=lambda t: t.replace("Z", "+00:00")),
     "400": _status(400, "invalid symbol: ZZZZ"), "bars list": lambda handler, payload: payload.update(bars=[]) or False, "no token": lambda handler, payload: (payload.pop("next_page_token"), False)[1],
     "number token": lambda handler, payload: payload.update(next_page_token=7) or False,
 }

@@ -44,10 +44,10 @@ def test_martingale_at_edge_zero(symbol, timeframe, span):
 
 
 def test_prices_are_a_martingale_over_whole_histories():
-    "The mean over 1500 histories of last price over first is 1: simple returns, not logarithms, whose mean is negative."
+    "The mean over 3000 histories of last price over first is 1: simple returns, not logarithms, whose mean is negative."
     ratios = []
-    for seed in range(1500):
-        bars = simulate_bars("SIM-USD", "1Day", "2022-01-01", "2022-05-01", seed, 0.0)
+    for seed in range(3000):
+        bars = simulate_bars("SIM-USD", "1Day", "2022-01-01", "2022-03-01", seed, 0.0)
         ratios.append(bars.close.iloc[-1] / bars.close.iloc[0])
     ratios = np.array(ratios)
     error = ratios.std() / len(ratios)**0.5
@@ -259,7 +259,7 @@ def test_symbols_of_one_seed_share_the_stated_part(recipe, symbol, other):
 def test_raw_returns_and_volatilities_correlate_as_computed():
     "corr(r1, r2) = share E[width]^2 E[s1 s2] / E[s^2], with log-volatilities of variance 1/4 that share one half: a factor exp(-1/8). Shocks to log-volatility share one half."
     returns, shocks = [], []
-    for seed in range(30):
+    for seed in range(20):
         parts = [simulate_market(s, "1Hour", "2015-01-01", "2017-01-01", seed, 0.0) for s in ("SIM-USD", "SIM2-USD")]
         returns.append([next_returns(b) for b, _ in parts])
         slow = [np.log(t.volatility.to_numpy()) for _, t in parts]
@@ -350,19 +350,19 @@ def test_the_same_test_catches_a_look_ahead_and_an_edge(symbol, recipe):
 def test_means_and_variance_ratios_at_many_horizons(symbol, recipe):
     "Simple returns over 1 to 960 bars have mean 0; variances add up."
     asset_class = "crypto" if "-" in symbol else "equity"
-    histories = [simulate_bars(symbol, "15Min", "2020-01-01", "2022-01-01", seed, 0.0, recipe=recipe) for seed in range(300, 306)]
+    histories = [simulate_bars(symbol, "15Min", "2020-01-01", "2021-07-01", seed, 0.0, recipe=recipe) for seed in range(300, 306)]
     for horizon in (1, 4, 16, 96, 960):
         r = np.concatenate([b.close.iloc[::horizon].pct_change().dropna() for b in histories])
         assert abs(r.mean()) < 3.5 * r.std() / len(r)**0.5
-    for q in (2, 4, 16, 96):
+    for q in (2, 4, 16, 48):
         z = [(ratio - 1) / error for ratio, error in (variance_ratio(log_returns(b, "15Min", asset_class), q) for b in histories)]
         assert abs(np.mean(z)) < 3.5 / len(z)**0.5
 
 
 @pytest.mark.parametrize("recipe", ["plain", "lifelike"])
 def test_after_costs_they_lose_exactly_their_costs(recipe):
-    "The project's own account at 27 basis points a side, 200 histories: profit before costs is 0 within its error; what is lost is rate times traded value."
-    n, rate = 200, 27e-4
+    "The project's own account at 27 basis points a side, 120 histories: profit before costs is 0 within its error; what is lost is rate times traded value."
+    n, rate = 120, 27e-4
     histories = [simulate_bars("SIM-USD", "15Min", "2022-01-01", "2022-01-06", 1000 + seed, 0.0, recipe=recipe) for seed in range(n)]
     want = torch.tensor(np.stack([[b.close.rolling(5).mean() > b.close.rolling(20).mean(), b.close.diff() < 0, b.volume.diff() > 0] for b in histories]))  # (n, strategies, bars)
     price = {c: torch.tensor(np.repeat(np.stack([b[c].to_numpy() for b in histories]), 3, 0)) for c in ("open", "high", "low", "close")}
@@ -418,9 +418,9 @@ def test_oracle_figures_by_hand():
 
 @pytest.mark.parametrize("symbol, recipe, edge, cost, allow_short", [("SIM-USD", "plain", 0.2, 0.0, True), ("SIM-USD", "plain", 0.2, 0.0027, False), ("SIMA", "plain", 0.5, 0.0002, True), ("SIM-USD", "lifelike", 0.3, 0.001, True)])
 def test_an_oracle_makes_what_is_computed(symbol, recipe, edge, cost, allow_short):
-    "100 histories: standardised profits have mean 0 and spread 1; growth over its expectation has mean 1; Sharpe ratios are centred on the computed ones."
+    "70 histories: standardised profits have mean 0 and spread 1; growth over its expectation has mean 1; Sharpe ratios are centred on the computed ones."
     profits, growths, sharpes, expected_sharpes = [], [], [], []
-    for seed in range(400, 500):
+    for seed in range(400, 470):
         bars, truth = simulate_market(symbol, "15Min", "2022-01-03", "2022-02-03" if symbol != "SIMA" else "2022-05-03", seed, edge, recipe=recipe)
         f, (profit, growth, sharpe) = oracle_figures(truth, cost, allow_short), made_by(bars, truth, cost, allow_short)
         profits.append((profit - f["profit"]) / f["profit_error"]), growths.append(growth / f["growth"]), sharpes.append(sharpe), expected_sharpes.append(f["sharpe"])

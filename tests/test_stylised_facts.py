@@ -161,8 +161,8 @@ def test_garch_returns():
     first = alpha * (1 - alpha * beta - beta**2) / (1 - 2 * alpha * beta - beta**2)
     assert autocorrelation(x**2, 1) == pytest.approx(first, abs=0.015) and autocorrelation(x**2, 10) == pytest.approx(first * persistence**9, abs=0.015)
     assert facts["size_autocorrelation_1"] > 0.05 and abs(facts["leverage"]) < 0.01 and abs(facts["return_autocorrelation_1"]) < 0.012
-    assert stylised_facts(bars_from(0.003 * garch(n, 0.02, 0.85, 0.12)), "15Min", "crypto")["leverage"] < -0.04
-    assert stylised_facts(bars_from(-0.003 * garch(n, 0.02, 0.85, 0.12)), "15Min", "crypto")["leverage"] > 0.04
+    assert stylised_facts(bars_from(0.003 * garch(n, 0.02, 0.85, 0.12)), "15Min", "crypto")["leverage"] < -0.03
+    assert stylised_facts(bars_from(-0.003 * garch(n, 0.02, 0.85, 0.12)), "15Min", "crypto")["leverage"] > 0.03
     # over histories, the error is the spread of the ratio; the constant-volatility error is too small
     ratios, errors = zip(*(variance_ratio(y, 4) for y in x.reshape(100, 2000)))
     assert np.std(ratios) == pytest.approx(np.mean(errors), rel=0.2) and np.mean(errors) > 1.08 * (2 * 7 * 3 / (12 * 2000))**0.5

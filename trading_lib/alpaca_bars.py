@@ -53,7 +53,7 @@ def environment_keys() -> Keys | None:  # None: neither variable is set
     require(len(missing) != 1, f"alpaca: {' and '.join(KEY_VARIABLES)} belong together, and {' '.join(missing)} is not set; set both, or neither")
     return None if missing else Keys(*(os.environ[name] for name in KEY_VARIABLES))
 
-# %% ../nbs/02_alpaca_bars.ipynb #40198c1d
+# %% ../nbs/02_alpaca_bars.ipynb #004d67ee
 _NEVER, _FEW, _OFTEN = 1, 3, 1000  # tries in all; the caller's `attempts` caps them
 
 
@@ -71,16 +71,23 @@ _CHECK_KEYS = f"check {' and '.join(KEY_VARIABLES)}: both from the same account,
 _CHECK_QUESTION = "check symbols, timeframe, start and end"
 _CHECK_VENDOR = "try again later; if it stays, the service has changed: look for a newer trading_lib"
 _STATUS = {  # status, or its first digit: what the server does, advice, tries
-    2: ("sends no bars", _LATER, _FEW), 3: ("sends us elsewhere, where keys shall not go", "check url", _NEVER), 4: ("does not take the question", _CHECK_QUESTION, _NEVER), 5: ("has troubles of its own", _LATER, _OFTEN),
-    401: ("does not know the keys", _CHECK_KEYS, _NEVER), 403: ("refuses access", _CHECK_KEYS, _NEVER), 404: ("has nothing at this address", "check url", _NEVER), 408: ("gave up waiting", _LATER, _OFTEN),
+    2: ("sends no bars", _LATER, _FEW),
+    3: ("sends us elsewhere, where keys shall not go", "check url", _NEVER),
+    4: ("does not take the question", _CHECK_QUESTION, _NEVER),
+    5: ("has troubles of its own", _LATER, _OFTEN),
+    401: ("does not know the keys", _CHECK_KEYS, _NEVER),
+    403: ("refuses access", _CHECK_KEYS, _NEVER),
+    404: ("has nothing at this address", "check url", _NEVER),
+    408: ("gave up waiting", _LATER, _OFTEN),
     429: ("gets too many requests", "wait a minute, or ask for fewer bars at once", _OFTEN),
 }
 _RECENT_SIP = ("keeps the last 15 minutes of the feed sip for paid plans", "set feed to iex, or end to 15 minutes ago or earlier", _NEVER)
 _TRANSPORT = (  # exceptions, the first that fits: what happened, advice, tries
     (requests.exceptions.SSLError, "no secure connection", "check the clock, the certificates and the proxy of this computer", _NEVER),
     ((requests.exceptions.Timeout, urllib3.exceptions.TimeoutError), "no answer in time", "check the network, or try again later", _OFTEN),
-    ((requests.exceptions.InvalidJSONError, requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError, UnicodeError, ValueError), "the answer is no JSON, or was cut off", _LATER, _FEW),
-    ((requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError, ConnectionResetError, BrokenPipeError), "the connection broke off", "check the network, or try again later", _OFTEN),
+    ((requests.exceptions.InvalidJSONError, requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError), "the answer is no JSON, or was cut off", _LATER, _FEW),
+    ((requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError, ConnectionResetError, BrokenPipeError),
+     "the connection broke off", "check the network, or try again later", _OFTEN),
     ((requests.exceptions.ConnectionError, OSError), "no connection", "check the network, the proxy and url", _FEW),
 )
 
@@ -108,7 +115,7 @@ def _wished_wait(headers) -> float | None:
     except (ValueError, TypeError, IndexError, OverflowError): pass
     return max(0.0, int(reset) - time.time()) if re.fullmatch(r"\d{1,12}", reset) else None
 
-# %% ../nbs/02_alpaca_bars.ipynb #939aba96
+# %% ../nbs/02_alpaca_bars.ipynb #bb133373
 _BODY_LIMIT = 64 * 2**20  # bytes; a page of 10,000 bars has 1.3 million
 
 
@@ -124,8 +131,8 @@ def _said(content: bytes, keys: Keys | None) -> str:
     "The server's own words, if it sent any for people: one line, without keys."
     try: message = json.loads(content[:10_000])["message"]
     except (ValueError, KeyError, TypeError): return ""
-    message = " ".join(str(message).split())
-    message = "".join(c for c in (keys.hide(message) if keys else message) if c.isprintable())
+    message = "".join(c for c in " ".join(str(message).split()) if c.isprintable())
+    if keys: message = keys.hide(message)
     return message if len(message) <= 160 else message[:160] + "…"
 
 
@@ -215,7 +222,7 @@ class _Service:
             self.progress(f"{self.title}: {failure.what}; asking again in {wait:.1f} s")
             time.sleep(wait)
 
-# %% ../nbs/02_alpaca_bars.ipynb #a2cc79b9
+# %% ../nbs/02_alpaca_bars.ipynb #ed5bffd5
 _FIELDS = dict(zip("ohlcv", COLUMNS))
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(?P<zone>Z|[+-]\d\d:?\d\d)?")
 
@@ -264,10 +271,11 @@ def _joined(symbol: str, pages: list[pd.DataFrame], start, end) -> tuple[pd.Data
     again = np.diff(bars.index.asi8, prepend=bars.index.asi8[:1] - 1) == 0
     differs = again.copy()
     differs[1:] &= (np.diff(bars.to_numpy(), axis=0) != 0).any(1)
-    if differs.any(): raise InputError(f"alpaca, {symbol}: the bar of {bars.index[differs.argmax()]:%Y-%m-%d %H:%MZ} came twice with different values; try again, since a late correction may have come between two pages")
+    require(not differs.any(), f"alpaca, {symbol}: the bar of {bars.index[differs.argmax()] if len(bars) else start:%Y-%m-%d %H:%MZ} came twice with different values; "
+                               "try again, since a late correction may have come between two pages")
     return bars[~again], counts | {"duplicates": int(again.sum())}
 
-# %% ../nbs/02_alpaca_bars.ipynb #ef6a655a
+# %% ../nbs/02_alpaca_bars.ipynb #e4cda45c
 _IDLE_PAGES = 5  # in a row; more lead nowhere
 
 
@@ -317,7 +325,8 @@ def fetch_with_report(
         require(symbol == symbol.upper() and pair == crypto, f"alpaca: expected {'a pair such as BTC/USD' if crypto else 'a stock such as AAPL or BRK.B'} in capitals, was {symbol!r}")
     require(start < end, f"start and end: expected start before end, were {start} and {end}")
     require(not crypto or (feed is None and adjustment == "raw"), f"alpaca: crypto has one feed and nothing to adjust for, were feed {feed} and adjustment {adjustment}; leave them out")
-    for name, value, least, most in (("page_size", page_size, 1, 10_000), ("request_s", request_s, 0.01, 3600), ("deadline_s", deadline_s, 0.01, 86400), ("attempts", attempts, 1, 100), ("back_off_s", back_off_s, 0, 3600)):
+    for name, value, least, most in (("page_size", page_size, 1, 10_000), ("request_s", request_s, 0.01, 3600), ("deadline_s", deadline_s, 0.01, 86400),
+                                     ("attempts", attempts, 1, 100), ("back_off_s", back_off_s, 0, 3600)):
         require(isinstance(value, (int, float)) and least <= value <= most, f"alpaca: {name}: expected {least} to {most}, was {value!r}")
     _check_url(url)
     keys = keys or environment_keys()
@@ -349,7 +358,8 @@ def fetch_with_report(
 
     joined = {name: _joined(name, parts[name], start, end) for name in names}
     empty = [symbol for symbol in symbols if not len(joined[wire[symbol]][0])]
-    require(allow_empty or not empty, f"alpaca: no {timeframe} bars of {', '.join(empty)} from {start:%Y-%m-%d %H:%MZ} to {end:%Y-%m-%d %H:%MZ}; check the spelling, or choose a span in which it was traded")
+    require(allow_empty or not empty, f"alpaca: no {timeframe} bars of {', '.join(empty)} from {start:%Y-%m-%d %H:%MZ} to {end:%Y-%m-%d %H:%MZ}; "
+                                      "check the spelling, or choose a span in which it was traded")
     report = {"requests": service.asked, "pages": pages, "empty": empty} | {k: {symbol: joined[wire[symbol]][1][k] for symbol in symbols} for k in ("outside", "disorder", "duplicates")}
     return {symbol: joined[wire[symbol]][0] for symbol in symbols}, report
 
