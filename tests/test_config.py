@@ -16,7 +16,7 @@ NOT_TEXT, NOT_WHOLE, NOT_A_NUMBER, NOT_A_FLAG = [5, 1.5, True, [], {}], ["many",
 SHARE, NOT_LESS = [-0.01, 1.01, *NOT_A_NUMBER], [-0.01, *NOT_A_NUMBER]
 # section -> field -> values that must be refused
 REFUSED = {
-    "data": dict(source=["alpca", "", 1, None, ["files"]], timeframe=[*NOT_TEXT, None], start=NOT_TEXT, end=NOT_TEXT, seed=[*NOT_WHOLE, None], edge=[*NOT_LESS, None], path=[*NOT_TEXT, None],
+    "data": dict(source=["alpca", "", 1, None, ["files"]], timeframe=[*NOT_TEXT, None], start=NOT_TEXT, end=NOT_TEXT, seed=[*NOT_WHOLE, None], edge=[*NOT_LESS, None], recipe=["life", None, 1], path=[*NOT_TEXT, None],
                  timezone=NOT_TEXT, labels=["open", None, 1], price_scale=[0, -1, *NOT_A_NUMBER], columns=["open", [], [1], {}], feed=["otc", 5, [], None], adjustment=["splits", None, 1], cache=[*NOT_TEXT, None], train_fraction=[0, 1, 0.85, -0.1, None, *NOT_A_NUMBER], validation_fraction=[0, 1, 0.30, -0.1, None, *NOT_A_NUMBER]),
     "features": dict(version=[*NOT_TEXT, None, 5.6], window=[0, -1, None, *NOT_WHOLE]),
     "account": dict(initial_account_value=[0, -1, None, *NOT_A_NUMBER], safety_buffer_pct=SHARE, base_alloc=SHARE, max_position_pct=SHARE, stop_pct=SHARE, target_pct=SHARE, allow_short=NOT_A_FLAG,

@@ -11,7 +11,7 @@ import sys
 
 from .config import InputError, load_parameters
 
-# %% ../nbs/21_cli.ipynb #f1d2cf0f
+# %% ../nbs/21_cli.ipynb #f5099bb5
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
     run_stage(arguments.name, arguments.symbol)
@@ -112,7 +112,7 @@ def _data_info(arguments):
 def _data_simulate(arguments):
     from trading_lib.bars import write_bars
     from trading_lib.simulation import SIMULATED_END, SIMULATED_START, simulate_bars
-    bars = simulate_bars(arguments.symbol, arguments.timeframe, arguments.start or SIMULATED_START, arguments.end or SIMULATED_END, arguments.seed, arguments.edge)
+    bars = simulate_bars(arguments.symbol, arguments.timeframe, arguments.start or SIMULATED_START, arguments.end or SIMULATED_END, arguments.seed, arguments.edge, recipe=arguments.recipe)
     print(f"{write_bars(bars, arguments.out)}: {len(bars):,} simulated bars")
 
 
@@ -131,7 +131,8 @@ COMMANDS = {
     "data info": ("what has been downloaded", [], _data_info),
     "data simulate": ("write simulated bars as parquet", [
         (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet file")), (("--timeframe",), dict(default="15Min")), *_SPAN,
-        (("--seed",), dict(type=int, default=0)), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale"))], _data_simulate),
+        (("--seed",), dict(type=int, default=0)), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale")),
+        (("--recipe",), dict(default="lifelike", help="plain, bridged or lifelike, by what it has of real markets"))], _data_simulate),
     "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest"))), (("--symbol",), dict(required=True, help="as in params.yaml, such as SIM-USD"))], _stage),
     "verdict": ("print the verdict of the last backtests", [], _verdict),
     "inspect": ("show what a checkpoint holds", [(("file",), dict(help="a .pt file"))], _inspect),

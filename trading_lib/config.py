@@ -143,7 +143,7 @@ def parse_hidden_dims(
     try: return _convert(list[int], text if text.startswith("[") else f"[{text}]")
     except (TypeError, ValueError): raise InputError(f"hidden_dims: expected widths such as 512,256,128, was {text!r}") from None
 
-# %% ../nbs/00_config.ipynb #f3b3772a
+# %% ../nbs/00_config.ipynb #667b6e88
 @dataclass(frozen=True)
 class DataParameters:
     "Where the bars come from, and how the history is split."
@@ -153,6 +153,7 @@ class DataParameters:
     end: str | None = None  # first day that is left out; null: everything (simulated: 2024-01-01; alpaca: up to now)
     seed: int = 0  # simulated: which history
     edge: float = 0.2  # simulated: planted drift in units of volatility per bar; 0 is a martingale
+    recipe: typing.Literal["plain", "bridged", "lifelike"] = "lifelike"  # simulated: which ingredients; see the simulation module
     path: str = "data/raw"  # files: the folder of your own CSV or parquet files
     timezone: str | None = None  # files: zone of time stamps that carry none, such as America/New_York
     labels: typing.Literal["start", "end"] = "start"  # files: whether times are those at which bars begin or end

@@ -57,14 +57,14 @@ def stage_parameters(
     require(isinstance(symbol, str) and "/" not in symbol, f"symbol: write '{str(symbol).replace('/', '-')}' for {symbol!r}: symbols name files, so '/' is written '-'")
     return parameters, symbol, artefacts(parameters, symbol, values["out_dir"])
 
-# %% ../nbs/20_pipeline.ipynb #5cbb2cda
+# %% ../nbs/20_pipeline.ipynb #9da1c498
 def source_facts(
     parameters: Parameters,
     symbol: str,
 ) -> dict:  # what a report says about where the bars come from
     "Provenance of the bars in plain values."
     d = parameters.data
-    return {"source": d.source, "symbol": symbol, "timeframe": d.timeframe} | {name: getattr(d, name) for name in {"simulated": ("edge", "seed"), "alpaca": ("feed", "adjustment")}.get(d.source, ())}
+    return {"source": d.source, "symbol": symbol, "timeframe": d.timeframe} | {name: getattr(d, name) for name in {"simulated": ("edge", "seed", "recipe"), "alpaca": ("feed", "adjustment")}.get(d.source, ())}
 
 
 def source_options(
@@ -72,7 +72,7 @@ def source_options(
 ) -> dict:  # options of `load_bars`
     "The data section as a source takes it; a relative folder is meant from the project."
     d = parameters.data
-    return dict(start=d.start, end=d.end, seed=d.seed, edge=d.edge, path=str(project_root() / d.path), timezone=d.timezone, labels=d.labels, price_scale=d.price_scale, columns=d.columns, feed=d.feed, adjustment=d.adjustment, cache=str(project_root() / d.cache))
+    return dict(start=d.start, end=d.end, seed=d.seed, edge=d.edge, recipe=d.recipe, path=str(project_root() / d.path), timezone=d.timezone, labels=d.labels, price_scale=d.price_scale, columns=d.columns, feed=d.feed, adjustment=d.adjustment, cache=str(project_root() / d.cache))
 
 
 def prepare_symbol(
@@ -118,7 +118,7 @@ def market_truth(
     d = parameters.data
     if d.source != "simulated": return None
     options = {name: value for name, value in dict(start=d.start, end=d.end).items() if value is not None}
-    return simulate_market(symbol, d.timeframe, seed=d.seed, edge=d.edge, asset_class=asset_class_of(symbol), **options)[1]
+    return simulate_market(symbol, d.timeframe, seed=d.seed, edge=d.edge, asset_class=asset_class_of(symbol), recipe=d.recipe, **options)[1]
 
 # %% ../nbs/20_pipeline.ipynb #9bbe9b50
 STAGES = ("prepare", "train", "backtest")

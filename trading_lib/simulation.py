@@ -17,7 +17,7 @@ import pandas as pd
 from .config import require, unknown_name
 from .bars import asset_class_of, bar_clock, expected_labels, path_symbol, timeframe_name, timeframe_seconds
 
-# %% ../nbs/02_simulation.ipynb #3518b7ad
+# %% ../nbs/02_simulation.ipynb #b7c78fe0
 SIMULATED = {  # per 15 minutes of trading
     "crypto": {"volatility": 0.0030, "turnover": 2e6, "price": (60.0, 160.0)},  # currency per quarter-hour, range of the first price
     "equity": {"volatility": 0.0025, "turnover": 2e7, "price": (20.0, 60.0)},  # cheap enough for whole shares in a small account
@@ -94,7 +94,7 @@ def simulate_market(
     seed: int = 0,  # which history
     edge: float = 0.1,  # planted drift in units of volatility per bar; 0 is a martingale
     asset_class: str | None = None,  # None: by the symbol
-    recipe: str = "plain",  # a key of `RECIPES`
+    recipe: str = "lifelike",  # a key of `RECIPES`
 ) -> tuple[pd.DataFrame, pd.DataFrame]:  # bars, and the truth: what an oracle knows at each bar's close about the next bar
     "Bars with volatility clustering, fat tails, seasonality and sessions; and the truth: `expected_return`, `volatility` and `state` of the next bar."
     symbol, timeframe = path_symbol(symbol), timeframe_name(timeframe)
@@ -177,7 +177,7 @@ def simulate_bars(
     seed: int = 0,  # which history
     edge: float = 0.1,  # planted drift in units of volatility per bar; 0 is a martingale
     asset_class: str | None = None,  # None: by the symbol
-    recipe: str = "plain",  # a key of `RECIPES`
+    recipe: str = "lifelike",  # a key of `RECIPES`
 ) -> pd.DataFrame:  # bars
     "The bars of `simulate_market`, without the truth."
     return simulate_market(symbol, timeframe, start, end, seed, edge, asset_class, recipe)[0]

@@ -17,11 +17,11 @@ from .simulation import SIMULATED_END, SIMULATED_START, simulate_bars, simulate_
 
 _all_ = ["simulate_bars", "simulate_market"]  # people look for them here
 
-# %% ../nbs/02_sources.ipynb #ad79c15f
+# %% ../nbs/02_sources.ipynb #8305be84
 def _from_simulation(symbol: str, timeframe: str, asset_class: str, options: dict):
     start, end = options["start"] or SIMULATED_START, options["end"] or SIMULATED_END
-    bars = simulate_bars(symbol, timeframe, start, end, options["seed"], options["edge"], asset_class)
-    facts = {"simulated": True, "seed": int(options["seed"]), "edge": float(options["edge"])}
+    bars = simulate_bars(symbol, timeframe, start, end, options["seed"], options["edge"], asset_class, options["recipe"])
+    facts = {"simulated": True, "seed": int(options["seed"]), "edge": float(options["edge"]), "recipe": options["recipe"]}
     # nothing here depends on the clock, and a bar never is unfinished
     return bars, facts, {"now": bars.index[-1] + pd.Timedelta(10, "D"), "allow_steps": True}
 
@@ -57,6 +57,7 @@ OPTIONS = {  # name -> default
     "end": None,  # last moment, exclusive; None: everything (simulated: 2024-01-01; alpaca: now)
     "seed": 0,  # simulated: which history
     "edge": 0.1,  # simulated: planted drift in units of volatility per bar
+    "recipe": "lifelike",  # simulated: a key of `RECIPES`
     "path": None,  # files: a file, or a folder
     "timezone": None,  # files: zone of times that carry none
     "labels": "start",  # files: start or end, the moment of a bar that its time names
