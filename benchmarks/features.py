@@ -4,10 +4,8 @@
 
 Ratios between rows come from one run on one machine; absolute seconds depend on it.
 """
-import cProfile
 import os
 import platform
-import pstats
 import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +15,7 @@ import torch
 
 torch.set_num_threads(1)
 
+from timing import best_of, print_profile
 from trading_lib.account import AccountState
 from trading_lib.builder import InferenceObservationBuilder
 from trading_lib.features import feature_table, fit_features
@@ -24,16 +23,6 @@ from trading_lib.layouts import LAYOUTS
 from trading_lib.sources import simulate_bars
 
 SIZES = (35_040, 140_000)
-
-
-def best_of(function, repeats: int) -> float:
-    "Shortest of some runs, in seconds: the least disturbed one."
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def main():
@@ -50,11 +39,7 @@ def main():
         tail = bars.iloc[-layout.min_history:]
         live = best_of(lambda: builder.build(tail, account), 20)
         print(f"{version:8} {layout.n_features:>7} " + " ".join(f"{t:>12.3f} s" for t in tables) + f" {1000 * live:>11.1f} ms {fitting:>14.2f} s")
-    profile = cProfile.Profile()
-    profile.runcall(feature_table, bars.iloc[:SIZES[1]], "5.6.0", fit, "15Min", "crypto")
-    print(f"\nwhere the time goes, 5.6.0, {SIZES[1]:,} bars (own time, seconds):")
-    rows = sorted(pstats.Stats(profile).stats.items(), key=lambda row: -row[1][2])[:8]
-    for (file, line, name), (_, calls, own, *_) in rows: print(f"  {own:7.3f}  {calls:>8} calls  {os.path.basename(file)}:{name}")
+    print_profile(f"5.6.0, {SIZES[1]:,} bars", feature_table, bars.iloc[:SIZES[1]], "5.6.0", fit, "15Min", "crypto")
 
 
 if __name__ == "__main__": main()

@@ -4,33 +4,22 @@
 
 Ratios between rows come from one run on one machine; absolute seconds depend on it.
 """
-import cProfile
 import os
 import platform
-import pstats
 import sys
-import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pandas as pd
 
+from timing import best_of, print_profile
+
 from trading_lib.simulation import RECIPES, simulate_market
 
 YEAR = ("2022-01-01", "2023-01-01")
 SPANS = {"1Min": ("2022-01-01", "2022-04-01"), "5Min": YEAR, "15Min": YEAR, "1Hour": ("2015-01-01", "2023-01-01"), "4Hour": ("2000-01-01", "2023-01-01"), "1Day": ("1980-01-01", "2023-01-01")}
 BUDGET = 0.5  # seconds for a year of 15Min crypto bars: 35,040
-
-
-def best_of(function, repeats: int) -> float:
-    "Shortest of some runs, in seconds: the least disturbed one."
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return min(times)
 
 
 def main():
@@ -45,11 +34,7 @@ def main():
                 cells.append(f"{seconds:>7.3f} s {bars / seconds:>9,.0f} bars/s")
                 if (asset_class, timeframe) == ("crypto", "15Min"): slowest = max(slowest, seconds)
             print(f"{asset_class:8} {timeframe:>5} {bars:>11,} " + " ".join(cells))
-    profile = cProfile.Profile()
-    profile.runcall(simulate_market, "SIM-USD", "15Min", *YEAR, recipe="lifelike")
-    print("\nwhere the time goes, lifelike, 35,040 bars (own time, seconds):")
-    rows = sorted(pstats.Stats(profile).stats.items(), key=lambda row: -row[1][2])[:6]
-    for (file, line, name), (_, calls, own, *_) in rows: print(f"  {own:7.3f}  {calls:>8} calls  {os.path.basename(file)}:{name}")
+    print_profile("lifelike, 35,040 bars", simulate_market, "SIM-USD", "15Min", *YEAR, recipe="lifelike")
     print(f"\na year of 15Min bars: {slowest:.3f} s at most, budget {BUDGET} s")
     return int(slowest > BUDGET)
 
