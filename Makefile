@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run test prove lab clean
+.PHONY: help install run test prove bench lab clean
 
 help:  ## show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
@@ -27,6 +27,10 @@ test: install  ## all tests: exported code and clean notebooks, notebook tests, 
 
 prove: install  ## the heavy end-to-end proofs, about half an hour on two cores
 	$(BIN)/pytest -m proof -s
+
+bench: install  ## every benchmark, beside its peers where there are any; minutes each
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	for file in benchmarks/[!_]*.py; do grep -q '__main__' $$file || continue; echo "== $$file"; OMP_NUM_THREADS=1 $(BIN)/python $$file; done
 
 lab: install  ## JupyterLab, with the hook that saves stage notebooks without outputs
 	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)/jupyter lab
