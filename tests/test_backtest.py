@@ -2,7 +2,6 @@
 import functools
 import json
 import math
-import re
 from dataclasses import fields, replace
 
 import numpy as np
@@ -12,15 +11,16 @@ import torch
 
 from scalar_account import STATE, ScalarAccount, hand_made_market, scalar_step, torch_root
 from trading_lib.account import AccountState, account_rules
-from trading_lib.backtest import buy_and_hold, decision_bars, greedy_actions, moving_average_actions, oracle_actions, run_backtest, shifted, verdict, walk
+from trading_lib.backtest import CAPACITIES, STRESSES, greedy_actions, read_backtest, run_backtest, run_backtests, write_backtest
+from trading_lib.baselines import buy_and_hold, moving_average_actions, oracle_actions, shifted
 from trading_lib.builder import BacktestObservationBuilder
 from trading_lib.config import AccountConfig, InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
-from trading_lib.report import describe_source, render_report, write_report
 from trading_lib.sources import simulate_market
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 from trading_lib.version import MODEL_SPECS
+from trading_lib.walk import Run, decision_bars, walk, walk_and_keep
 
 FREE = AccountConfig(commission_bps=0.0, half_spread_bps=0.0, slippage_bps=0.0, impact_coefficient=0.0)
 BROKER = {"crypto": replace(FREE, commission_bps=25.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0),
@@ -66,6 +66,11 @@ def backtest(asset_class="crypto", actions=None, model=None, version="5.6.0", ba
     return run_backtest(model, simulated(asset_class)[0] if bars is None else bars, actions=actions, **options)
 
 
+def runs_of(market, config, actions):
+    "One account for each column of a table of actions."
+    return [Run(market, account_rules(config, market.asset_class), column) for column in torch.as_tensor(actions).unbind(1)]
+
+
 def random_list(n, seed=0, n_actions=8): return np.random.default_rng(seed).integers(0, n_actions, n)
 
 
@@ -105,11 +110,11 @@ def test_a_walk_of_many_is_many_slow_accounts(asset_class, version):
     assert np.array_equal(at, np.arange(FITTED, FITTED + 119)), "the last bar of a span is for filling and marking"
     actions = torch.from_numpy(random_list((119, 5), 1, n_actions))
     slow = [ScalarAccount.of(BROKER[asset_class], asset_class, torch_root) for _ in range(5)]
-    steps = list(walk(market, BROKER[asset_class], actions))
-    assert [s["bar"] for s in steps] == [FITTED, *(at + 1)] and steps[0]["fills"] is None
-    for t, step in enumerate(steps[1:]):
+    steps = list(walk(runs_of(market, BROKER[asset_class], actions)))
+    assert [int(s.bar[0]) for s in steps] == at.tolist() and all(bool(s.active.all()) and s.settlement is None for s in steps)
+    for t, step in enumerate(steps):
         for i, account in enumerate(slow): scalar_step(account, market, int(at[t]), int(actions[t, i]), n_actions)
-        assert np.array_equal(torch.stack([getattr(step["account"], name) for name in STATE], 1).numpy(), [account.state for account in slow]), t
+        assert np.array_equal(torch.stack([getattr(step.account, name) for name in STATE], 1).numpy(), [account.state for account in slow]), t
     assert sum(account.trades for account in slow) > 0
 
 
@@ -164,16 +169,18 @@ def test_a_bankrupt_account_stays_bankrupt():
     at = decision_bars(market)
     orders = torch.from_numpy(np.where(at < 14, SELL_75, 0))
     own = lambda account, i: [float(getattr(account, f.name)[i]) for f in fields(AccountState)]
-    alone = list(walk(market, config, orders[:, None]))
-    assert alone[-1]["bar"] == 20 and float(alone[-1]["account"].equity[0]) == -400
+    alone = list(walk(runs_of(market, config, orders[:, None])))
+    assert int(alone[-1].bar[0]) == 19 and float(alone[-1].account.equity[0]) == -400
     lists = torch.stack([orders, torch.from_numpy(np.where(at < 14, BUY_75, 0)), torch.from_numpy(random_list(len(at)))], 1)
-    steps = list(walk(market, config, lists))
-    assert steps[-1]["bar"] == 69 and any(step["settled"] for step in steps)
+    steps = list(walk(runs_of(market, config, lists)))
+    assert int(steps[-1].bar[1]) == 68 and any(step.settlement for step in steps)
     for step in steps:
-        if step["bar"] >= 20: assert own(step["account"], 0) == own(alone[-1]["account"], 0), (step["bar"], step["settled"])
-    with_others = {step["bar"]: float(step["account"].equity[1]) for step in steps}
-    others = {step["bar"]: float(step["account"].equity[0]) for step in walk(market, config, lists[:, 1:])}
-    assert with_others == others, "the others do not notice"
+        assert bool(step.active[0]) == (step.bar[1] <= 19)
+        if step.bar[1] >= 19: assert own(step.account, 0) == own(alone[-1].account, 0), int(step.bar[1])
+    others = list(walk(runs_of(market, config, lists[:, 1:])))
+    assert [own(step.account, 1) for step in steps] == [own(step.account, 0) for step in others], "the others do not notice"
+    kept, _ = walk_and_keep(runs_of(market, config, lists))
+    assert [len(walked.bar) for walked in kept] == [len(alone), len(at), len(at)] and kept[0].equity[-1] == -400
 
 
 # the books
@@ -246,7 +253,7 @@ def test_doing_nothing_costs_nothing():
     result = backtest(actions=np.zeros(119, int), start=FITTED, stop=FITTED + 120, random_policies=20)
     m = result.metrics
     assert (result.equity == 1000).all() and m["orders"] == 0 and m["costs"] == 0 and m["hold_share"] == 1 and m["break_even_cost_bps"] is None and m["percentile_among_random"] == 50
-    assert len(result.trades) == 0 and all(v is None or math.isfinite(v) for v in m.values() if not isinstance(v, str))
+    assert len(result.trades) == 0 and all(v is None or math.isfinite(v) for v in [*m.pop("moments").values(), *m.values()] if not isinstance(v, str))
 
 
 # baselines
@@ -326,8 +333,8 @@ def test_the_percentile_is_the_agents_place_among_its_shifts():
     "Counted by hand from walks of the shifted lists."
     result, actions = long_run("crypto")
     market = market_of("crypto").span(FITTED, FITTED + 700)
-    for step in walk(market, TIGHT["crypto"], shifted(torch.from_numpy(actions), 40, 0)): last = step["account"].equity
-    luck, agent = last.numpy() - 1000, result.metrics["net_profit"]
+    _, account = walk_and_keep(runs_of(market, TIGHT["crypto"], shifted(torch.from_numpy(actions), 40, 0)), keep=0)
+    luck, agent = account.equity.numpy() - 1000, result.metrics["net_profit"]
     assert result.metrics["percentile_among_random"] == pytest.approx(100 * ((luck < agent).sum() + 0.5 * (luck == agent).sum()) / 40) and result.baselines["random_policies_median"] == pytest.approx(np.median(luck) / 1000)
 
 
@@ -397,50 +404,118 @@ def test_a_checkpoint_brings_everything_that_its_backtest_needs(tmp_path, versio
     assert result.metrics["orders"] > 0
 
 
-# the report
+# many questions, many symbols: one walk
 
 
-def outside_references(page):
-    "Everything in a page that a browser would fetch."
-    found = re.findall(r"""(?:src|href|srcset|action|data)\s*=\s*["']?([^"'\s>]+)|url\(([^)]+)\)|@import\s+([^;]+)""", page)
-    return [r for group in found for r in group if r and not r.startswith("data:image/png;base64,")] + re.findall(r"<script|<iframe|<link|https?://", page)
+def test_many_symbols_in_one_call_are_each_alone(monkeypatch):
+    "Crypto and equities, lists and policies, layouts with and without the account, spans of other lengths, a gap: to the last bit what each gives by itself."
+    trainer, seeing = small_trainer("crypto", "5.6.0"), small_trainer("equity", "5.3.0")
+    of = lambda asset_class, version, **o: {"fit": fitted(asset_class, version), "version": version, "timeframe": "15Min", "asset_class": asset_class, "bars": simulated(asset_class)[0], "model": None, "random_policies": 7} | o
+    jobs = [of("crypto", "5.6.0", actions=random_list(699), start=FITTED, stop=FITTED + 700, account=TIGHT["crypto"]),
+            of("equity", "2.3.0", actions=random_list(299, 5, 3), start=FITTED, stop=FITTED + 300, account=BROKER["equity"]),
+            of("crypto", "5.6.0", model=trainer.policy.eval(), window=20, start=FITTED + 50, stop=FITTED + 130, account=trainer.env.config.account),
+            of("equity", "5.3.0", model=seeing.policy.eval(), window=20, start=FITTED, stop=FITTED + 60, account=seeing.env.config.account),
+            of("crypto", "5.6.0", bars=gap_bars(), actions=random_list(198, 9), start=3300, stop=4100, account=BROKER["crypto"])]
+    for together, job in zip(run_backtests(jobs), jobs):
+        alone = run_backtest(**{"model": None} | job)
+        for name in ("equity", "position", "price"): pd.testing.assert_series_equal(getattr(together, name), getattr(alone, name), check_exact=True)
+        for name in ("actions", "trades", "curves"): pd.testing.assert_frame_equal(getattr(together, name), getattr(alone, name), check_exact=True)
+        for name in ("metrics", "costs", "baselines", "stress", "capacity", "provenance"): assert getattr(together, name) == getattr(alone, name), name
+        assert together.metrics["orders"] > 0
 
 
-def test_the_report_stands_alone_and_says_on_what(tmp_path):
-    "Simulated or real, span, fingerprint and figures are in one page that fetches nothing; the other files hold the same numbers."
+@pytest.mark.parametrize("asset_class,version", [("crypto", "5.6.0"), ("equity", "5.3.0")])
+def test_each_stress_is_a_backtest_of_its_own(asset_class, version):
+    "Costs times 0, 2 and 3, and other sizes of account, from a run with those very settings; a policy that sees its account is asked for each of them."
+    trainer = small_trainer(asset_class, version)
+    account, options = trainer.env.config.account, dict(model=trainer.policy.eval(), version=version, window=20, start=FITTED, stop=FITTED + 90)
+    result = backtest(asset_class, account=account, **options)
+    assert [row["name"] for row in result.stress] == list(STRESSES) and [row["initial"] / 5000 for row in result.capacity] == list(CAPACITIES)
+    costs = ("commission_bps", "half_spread_bps", "slippage_bps", "impact_coefficient")
+    for row, (times, late) in zip(result.stress, STRESSES.values()):
+        if late: continue
+        own = backtest(asset_class, account=replace(account, **{name: times * getattr(account, name) for name in costs}), **options).metrics
+        for name in ("total_return", "net_profit", "costs", "sharpe", "max_drawdown", "trades"): assert row[name] == pytest.approx(own[name], rel=1e-12, abs=1e-9), (row["name"], name)
+    for row in result.capacity[:4]:
+        own = backtest(asset_class, account=replace(account, initial_account_value=row["initial"]), **options).metrics
+        for name in ("total_return", "net_profit", "costs", "trades"): assert row[name] == own[name], (row["initial"], name)
+    assert result.stress[1]["costs"] == 0 and result.stress[0]["costs"] == result.metrics["costs"] > 0 and result.stress[1]["net_profit"] > result.stress[0]["net_profit"] > result.stress[3]["net_profit"]
+
+
+def test_a_late_order_is_the_same_list_shifted():
+    "One, two, three bars; what was decided before a gap is not carried over it."
+    actions = random_list(198, 9)
+    result = backtest(bars=gap_bars(), actions=actions, start=3300, stop=4100)
+    for late in (1, 2, 3):
+        shifted_list = np.concatenate([half for part in (actions[:99], actions[99:]) for half in (np.zeros(late, int), part[:-late])])
+        own = backtest(bars=gap_bars(), actions=shifted_list, start=3300, stop=4100).metrics
+        row = result.stress[3 + late]
+        assert row["bars_late"] == late and row["net_profit"] == own["net_profit"] != result.metrics["net_profit"] and row["trades"] == own["trades"]
+
+
+def test_a_late_order_of_a_policy_that_sees_its_account_is_its_own_decision():
+    "Layout 5.3.0: at every bar the late account decides on what it sees; the order comes two bars later. By hand in the environment."
+    trainer, n, late = small_trainer("crypto", "5.3.0"), 80, 2
+    policy, account = trainer.policy.eval(), trainer.env.config.account
+    result = backtest(model=policy, version="5.3.0", window=20, account=account, start=FITTED, stop=FITTED + n)
+    market = market_data(simulated("crypto")[0], "5.3.0", fitted("crypto", "5.3.0"), "15Min", "crypto", 20).span(FITTED, FITTED + n)
+    env = GPUVectorizedTradingEnv(market, replace(trainer.env.config, n_envs=1, reward_preset="equity"))
+    obs, decided = env.reset_at([FITTED]), []
+    with torch.no_grad():
+        for t in range(n - 1):
+            decided.append(int(policy(obs)[0].argmax()))
+            obs, *_, infos = env.step(torch.tensor([decided[t - late] if t >= late else 0]))
+    assert result.stress[5]["bars_late"] == late and result.stress[5]["net_profit"] == float(infos["account"].equity) - 5000 != result.metrics["net_profit"]
+
+
+def test_capacity_falls_by_the_square_root_law():
+    "Impact per unit of value grows tenfold where the account grows a hundredfold; everything else is proportional (crypto: no whole shares)."
+    only_impact = replace(FREE, impact_coefficient=1.0, stop_pct=0.0, target_pct=0.0)
+    result = backtest(actions=np.array([BUY_75, *[0] * 48]), start=FITTED, stop=FITTED + 50, account=only_impact)
+    shares = [row["costs"] / row["initial"] for row in result.capacity]
+    assert all(b / a == pytest.approx(10**0.5, rel=1e-9) for a, b in zip(shares, shares[1:])) and shares[0] > 0
+
+
+def test_other_baselines_are_walked_under_the_agents_account():
+    "A list that is given by name earns what the same list earns as the agent."
+    own = backtest(actions=random_list(119, 8), start=FITTED, stop=FITTED + 120)
+    result = backtest(actions=np.zeros(119, int), others={"dice": random_list(119, 8)}, start=FITTED, stop=FITTED + 120)
+    assert result.baselines["dice"] == own.metrics["net_profit"] / 1000 != 0
+
+
+def test_a_backtest_can_be_read_back(tmp_path):
+    "Every table and figure, to the last bit; what is not one is named."
     result, _ = long_run("crypto")
-    written = write_report(result, tmp_path / "SIM-USD_15Min", {"source": "simulated", "edge": 0.1, "seed": 3}, {"note <b>": "a & b"})
-    page, figures = written["report.html"].read_text(), json.loads(written["metrics.json"].read_text())
-    assert outside_references(page) == [] and page.startswith("<!doctype html>") and len(page) > 20_000
-    bars = simulated("crypto")[0]
-    for words in ("Simulated data", "planted edge of 0.1", "seed 3", str(result.equity.index[0])[:16], str(result.equity.index[-1])[:16], market_of("crypto").fingerprint["sha256"], f"{len(bars)} from",
-                  f"{result.metrics['costs']:.2f}", verdict(result).split(";")[0], "note &lt;b&gt;", "a &amp; b"): assert words in page, words
-    assert "Real data" not in page
-    assert figures["agent"]["net_profit"] == result.metrics["net_profit"] and figures["costs"] == result.costs and figures["baselines"] == result.baselines
-    equity, trades = pd.read_csv(written["equity.csv"]), pd.read_csv(written["trades.csv"])
-    assert equity["agent"].tolist() == pytest.approx(result.equity.tolist(), rel=1e-14) and trades["profit"].sum() == pytest.approx(result.metrics["net_profit"], abs=1e-8) and written["backtest.png"].read_bytes()[:4] == b"\x89PNG"
+    write_backtest(result, tmp_path)
+    again = read_backtest(tmp_path)
+    for name in ("equity", "position", "price"): pd.testing.assert_series_equal(getattr(again, name), getattr(result, name), check_exact=True, check_freq=False)
+    for name in ("actions", "trades", "curves"): pd.testing.assert_frame_equal(getattr(again, name), getattr(result, name), check_exact=True, check_dtype=False)
+    for name in ("metrics", "costs", "baselines", "stress", "capacity", "provenance"): assert getattr(again, name) == json.loads(json.dumps(getattr(result, name))), name
+    (tmp_path / "metrics.json").write_text('{"agent": {}}')
+    with pytest.raises(InputError, match="run the backtest stage again"): read_backtest(tmp_path)
+    with pytest.raises(InputError, match="no such file; run the backtest stage"): read_backtest(tmp_path / "nothing")
 
 
-def test_a_report_on_real_bars_says_so():
-    "It never calls them simulated; a martingale is called one."
-    short = backtest(actions=random_list(59), start=FITTED, stop=FITTED + 60)
-    page = render_report(short, {"source": "files of <us>"})
-    body = re.sub(r"base64,[^\"]+", "", page).split("</style>")[1]
-    assert "Real data" in body and "files of &lt;us&gt;" in body and "simulated" not in body.lower() and outside_references(page) == []
-    assert "martingale: there is nothing to learn" in describe_source({"source": "simulated", "edge": 0, "seed": 1})
-
-
-def test_the_verdict_names_what_is_beaten_and_what_is_not():
-    "After costs, against cash and buy-and-hold."
+def test_intervals_hold_what_they_are_about():
+    "The bootstrap's 95 % interval of return and Sharpe ratio contains the figure, and is that of the `arch` package with the same blocks."
+    from arch.bootstrap import StationaryBootstrap
+    from trading_lib.metrics import optimal_block_length
     result, _ = long_run("crypto")
-    # a return, buy-and-hold's, and that at the agent's exposure
-    for r, bh, exposed in ((0.05, 0.10, 0.01), (-0.05, -0.10, -0.01), (0.05, 0.01, 0.01), (-0.05, 0.01, 0.0)):
-        made = replace(result, metrics=result.metrics | {"total_return": r}, baselines=result.baselines | {"buy_and_hold": bh, "buy_and_hold_at_exposure": exposed})
-        words = verdict(made)
-        beaten, _, rest = words.partition("Beats ")[2].partition("Does not beat ") if "Beats" in words else ("", "", words.partition("Does not beat ")[2])
-        for name, value in (("cash", 0), ("buy-and-hold,", bh), ("at its own exposure", exposed)):
-            here = (beaten if r > value else rest).replace(".", ",")
-            assert name in here, (name, words)
+    m, returns = result.metrics, result.equity.pct_change().dropna().to_numpy()
+    for name in ("total_return", "sharpe"): assert m["intervals"][name][0] < m[name] < m["intervals"][name][1]
+    peer = StationaryBootstrap(optimal_block_length(returns), returns, seed=1).conf_int(lambda r: r.mean() / r.std(ddof=1) * m["periods_per_year"] ** 0.5, reps=4000, method="percentile").ravel()
+    width = peer[1] - peer[0]
+    assert m["intervals"]["sharpe"] == pytest.approx(peer, abs=0.12 * width)
+
+
+def test_figures_by_bar_stand_beside_those_by_trade():
+    "Counted in plain numpy from the equity curve; the entropy of the actions is scipy's."
+    from scipy.stats import entropy
+    result, actions = long_run("crypto")
+    moves, m = np.diff(result.equity), result.metrics
+    assert m["bar_profit_factor"] == pytest.approx(moves[moves > 0].sum() / -moves[moves < 0].sum()) and m["bar_win_rate"] == pytest.approx((moves > 0).sum() / (moves != 0).sum())
+    assert m["average_bar_win"] == pytest.approx(moves[moves > 0].mean()) and m["average_bar_loss"] == pytest.approx(moves[moves < 0].mean())
+    assert m["action_entropy"] == pytest.approx(entropy(np.bincount(actions, minlength=8)) / math.log(8)) and m["cost_bps"] == pytest.approx(m["costs"] / (m["turnover"] * 1000) * 1e4)
 
 
 # careless people
@@ -452,8 +527,14 @@ def test_the_verdict_names_what_is_beaten_and_what_is_not():
     (lambda: run_backtest(None, simulated("crypto")[0], actions=[0], fit=fitted("crypto"), version="5.6.0", timeframe="15Min", asset_class="stock"), "'stock'"), (lambda: backtest(actions=[0], start=100, stop=300), "warm-up"), (lambda: backtest(start=4000, stop=4100), "actions"),
     (lambda: backtest(actions=np.full(99, 9), start=4000, stop=4100), "actions"), (lambda: backtest(actions=np.full(99, -1), start=4000, stop=4100), "actions"), (lambda: backtest(actions=np.full(99, 1.7), start=4000, stop=4100), "actions"),
     (lambda: backtest(actions=np.zeros((99, 2), int), start=4000, stop=4100), "actions"), (lambda: backtest(actions=np.zeros(99, int), start=4000, stop=4100, window=0), "window"),
-    (lambda: backtest(actions=np.zeros(99, int), start=4000, stop=4100, truth=simulated("crypto")[1][:50]), "truth")],
-    ids=["short list", "no fit", "span", "no version", "no file", "asset class", "warm-up", "no model and no actions", "unknown action", "negative action", "fractional action", "two lists", "no window", "foreign truth"])
+    (lambda: backtest(actions=np.zeros(99, int), start=4000, stop=4100, truth=simulated("crypto")[1][:50]), "truth"),
+    (lambda: backtest(actions=np.zeros(99, int), others={"dice": [1]}, start=4000, stop=4100), "one row for each of 99"), (lambda: run_backtests([]), "one backtest or more"),
+    (lambda: backtest(actions=np.zeros(99, int), start=4000, stop=4100, random_policies=-1), "random_policies"), (lambda: backtest(actions=[0], start=4000, stop=4000), "expected a span inside"),
+    (lambda: backtest(actions=[0], start=4000, stop=4001), "no decision can be made"), (lambda: backtest(actions=[0], account=replace(FREE, initial_account_value=0)), "more than 0"),
+    (lambda: backtest(actions=[0], account=replace(FREE, commission_bps=-1.0)), "0 or more"),
+    (lambda: backtest(model=small_trainer("crypto", "5.6.0").content(), version="5.3.0"), "trained on layout 5.6.0"), (lambda: backtest(model=small_trainer("crypto", "5.6.0").content(), window=50), "trained on 20 bars"),
+    (lambda: backtest("equity", model=small_trainer("crypto", "5.6.0").content(), window=20), "asset_class: the model was trained on crypto")],
+    ids=["short list", "no fit", "span", "no version", "no file", "asset class", "warm-up", "no model and no actions", "unknown action", "negative action", "fractional action", "two lists", "no window", "foreign truth", "short baseline", "no backtest", "negative luck", "empty span", "one bar", "no capital", "negative costs", "other layout", "other window", "other asset class"])
 def test_a_careless_call_gets_one_line(careless, words):
     "What was given, what was expected; never a traceback from within, never something else done instead."
     with pytest.raises(InputError) as e: careless()

@@ -25,7 +25,9 @@ REFUSED = {
     "train": dict(mode=[*NOT_TEXT, None, "quik_test"], seed=[*NOT_WHOLE, None], device=[*NOT_TEXT, None], hidden_dims=["big", 64, [], [0], [64, -1], [2.5], [True], [INFINITE], {}], shared_trunk=NOT_A_FLAG,
                   total_timesteps=[0, -1, *NOT_WHOLE], n_envs=[0, -1, *NOT_WHOLE], n_steps=[0, -1, *NOT_WHOLE], minibatch_size=[0, -1, *NOT_WHOLE], n_epochs=[0, -1, *NOT_WHOLE], learning_rate=[0, -1, *NOT_A_NUMBER],
                   gamma=SHARE, gae_lambda=SHARE, clip_range=[0, *NOT_LESS], entropy_coefficient=NOT_LESS, cost_warm_up=SHARE, amp=NOT_A_FLAG),
-    "backtest": dict(random_policies=[-1, *NOT_WHOLE, None], seed=[*NOT_WHOLE, None]),
+    "backtest": dict(random_policies=[-1, *NOT_WHOLE, None], probes=[*NOT_A_FLAG, None], seed=[*NOT_WHOLE, None]),
+    "walk_forward": dict(symbols=["SPY", 5, [1], {}, None], folds=[0, -1, *NOT_WHOLE, None], scheme=["moving", None, 1], first_train_fraction=[0, 1, -0.1, None, *NOT_A_NUMBER], validation_fraction=[0, 1, None, *NOT_A_NUMBER],
+                         embargo=[-1, *NOT_WHOLE, None], model=NOT_TEXT),
 }
 MODE = dict(total_timesteps=5, validation_interval=1, checkpoint_interval=0)
 REFUSED_OF_A_MODE = dict(total_timesteps=[0, -1, None, *NOT_WHOLE], validation_interval=[0, -1, None, *NOT_WHOLE], checkpoint_interval=[-1, None, *NOT_WHOLE])

@@ -3,6 +3,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
+from trading_lib.archive import index_path, index_runs, ledger_path, read_trials
 from trading_lib.bars import read_bars
 from trading_lib.checkpoint import inspect_checkpoint, load_checkpoint
 from trading_lib.env import MarketData
@@ -194,9 +196,9 @@ def test_commands_run_the_clones_own_code(origin):
 def test_repro_runs_three_stages_for_each_symbol(job):
     tree, said, *_ = job("first")
     for symbol in SYMBOLS:
-        places = [said.index(f"Running stage '{stage}@{symbol}'") for stage in ("prepare", "train", "backtest")]
+        places = [said.index(f"Running stage '{stage}@{symbol}'") for stage in ("prepare", "train", "backtest", "report")]
         assert places == sorted(places)
-    assert set(tree.lock()) == {f"{stage}@{symbol}" for stage in ("prepare", "train", "backtest") for symbol in SYMBOLS}
+    assert set(tree.lock()) == {f"{stage}@{symbol}" for stage in ("prepare", "train", "backtest", "report") for symbol in SYMBOLS}
     assert tree.stale() == {}
 
 
@@ -216,16 +218,23 @@ def test_every_artefact_can_be_read(job, symbol):
     assert len(tables["train"]) == 2 and len(tables["actions"]) > 100 and (tables["equity"]["agent"] > 0).all() and math.isclose(tables["equity"]["agent"].iloc[-1], 1000 + numbers[2]["agent"]["net_profit"])
     assert all((folder / name).read_bytes().startswith(b"\x89PNG") for name in ("data.png", "backtest.png"))
     page = (folder / "report.html").read_text()
-    assert "Simulated data." in page and market.fingerprint["sha256"] in page and numbers[2]["verdict"].split(";")[0].split(":")[0] == symbol
+    said, trials = json.loads((folder / "verdict.json").read_text()), read_trials(ledger_path(tree.root, symbol))
+    assert "Simulated data." in page and market.fingerprint["sha256"] in page and said["headline"].split(":")[0] == symbol and f"<b>{said['verdict']}</b>" in page
+    assert set(numbers[2]["baselines"]) >= {"ridge", "boosting", "oracle", "moving_average_cross"} and len(numbers[2]["stress"]) == 7 and len(numbers[2]["capacity"]) == 6
+    # one run, every validated checkpoint of it
+    assert said["trials"]["n_runs"] == 1 and said["trials"]["n_trials"] == len(trials) == int(tables["train"]["validation_score"].notna().sum()) and {t["seed"] for t in trials} == {0}
+    run, = index_runs(index_path(tree.root))[SYMBOLS.index(symbol)::len(SYMBOLS)]
+    assert run["symbol"] == symbol and run["model_sha256"] == hashlib.sha256(tree.model(symbol).read_bytes()).hexdigest() and run["verdict"] == said["verdict"]
     for path in (folder / "report.html", folder / "data.json", tree.model(symbol)): assert str(tree.root).encode() not in path.read_bytes()
-    for stage in ("prepare", "train", "backtest"): assert json.loads((tree.root / "models" / "runs" / f"{stage}-{symbol}.ipynb").read_text())["cells"]
+    for stage in ("prepare", "train", "backtest", "report"): assert json.loads((tree.root / "models" / "runs" / f"{stage}-{symbol}.ipynb").read_text())["cells"]
 
 
 def test_the_verdict_names_every_symbol(job):
     tree, *_ = job("first")
     lines = tree.run("trading-lib", "verdict").stdout.splitlines()
-    assert [line.split(":")[0] for line in lines] == ["Report", "Verdict"] * 2
-    for symbol, line in zip(SYMBOLS, lines[1::2]): assert line.startswith(f"Verdict: {symbol}: agent ") and "buy-and-hold" in line and "cash" in line
+    named = [line for line in lines if not line.startswith("  ")]
+    assert [line.split(":")[0] for line in named] == ["Report", "Verdict"] * 2 and len(lines) > len(named)  # reasons are indented
+    for symbol, line in zip(SYMBOLS, named[1::2]): assert re.match(rf"Verdict: (APPROVED|REVIEW|DROP)\. {symbol}: agent ", line) and "buy-and-hold" in line and "cash" in line
 
 
 def test_a_second_repro_does_nothing(job):
@@ -236,7 +245,7 @@ def test_a_second_repro_does_nothing(job):
 def test_two_clones_make_the_same_bytes(job):
     first, second = job("first")[0], job("second")[0]
     made = second.lock()
-    assert set(made) == {f"{stage}@SIMA" for stage in ("prepare", "train", "backtest")}
+    assert set(made) == {f"{stage}@SIMA" for stage in ("prepare", "train", "backtest", "report")}
     for stage in made: assert made[stage] == first.lock()[stage], stage
     assert first.model("SIMA").read_bytes() == second.model("SIMA").read_bytes()
 
@@ -253,8 +262,8 @@ def both(*stages): return {f"{stage}@{symbol}" for stage in stages for symbol in
 
 @pytest.mark.parametrize("change, expected", [
     ({"modes.standard.total_timesteps": 1}, set()), ({"modes.quick_test.validation_interval": 1}, both("train")), ({"train.hidden_dims": [8, 8]}, both("train")), ({"env.episode_length": 128}, both("train")),
-    ({"backtest.random_policies": 21}, both("backtest")), ({"account.costs": "zero"}, both("train", "backtest")), ({"data.seed": 1}, both("prepare", "backtest")), ({"features.window": 50}, both("prepare", "train")),
-    ({"symbols": [*SYMBOLS, "SIMB"]}, {f"{stage}@SIMB" for stage in ("prepare", "train", "backtest")}), ({"symbols": SYMBOLS[:1]}, set())], ids=lambda v: ", ".join(v) if isinstance(v, dict) else None)
+    ({"backtest.random_policies": 21}, both("backtest")), ({"account.costs": "zero"}, both("train", "backtest")), ({"data.seed": 1}, both("prepare", "backtest")), ({"features.window": 50}, both("prepare", "train", "backtest")),
+    ({"symbols": [*SYMBOLS, "SIMB"]}, {f"{stage}@SIMB" for stage in ("prepare", "train", "backtest", "report")}), ({"symbols": SYMBOLS[:1]}, set())], ids=lambda v: ", ".join(v) if isinstance(v, dict) else None)
 def test_an_edit_makes_stale_what_reads_it(job, change, expected):
     tree, *_ = job("first")
     text = (tree.root / "params.yaml").read_text()

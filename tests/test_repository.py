@@ -23,7 +23,7 @@ from trading_lib.config import MODES, InputError, Parameters, TrainParameters, l
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trading_lib"
-STAGES = ("prepare", "train", "backtest")
+STAGES = ("prepare", "train", "backtest", "report", "walk_forward")
 CORE = {"config", "files", "layouts", "version", "metrics", "account", "env", "networks", "checkpoint", "trainer", "markov", "features"}
 BIN = Path(sys.executable).parent
 
@@ -258,9 +258,11 @@ def test_a_stage_depends_on_its_notebook_and_on_what_that_imports(stage):
 def test_stages_are_chained_by_their_files():
     made = {stage: set(declared(stage, "outs")) for stage in STAGES}
     needs = {stage: set(declared(stage, "deps")) for stage in STAGES}
-    assert needs["train"] & made["prepare"] and needs["backtest"] & made["train"] and needs["backtest"] & made["prepare"]
+    figures = set(declared("backtest", "metrics")) | {p for p in declared("backtest", "plots") if p.endswith(".csv")}
+    assert needs["train"] & made["prepare"] and needs["backtest"] & made["train"] and needs["backtest"] & made["prepare"] and needs["report"] & made["backtest"] and figures <= needs["report"] and needs["walk_forward"] & made["prepare"]
+    assert "ledger/${item}.jsonl" in needs["report"] and not any("ledger" in path for stage in STAGES for path in made[stage]), "what was tried is an input, and nobody's output"
     for stage in STAGES:
-        assert DVC[stage]["foreach"] == "${symbols}"  # the list itself is no parameter of a stage, so a new symbol leaves the others alone
+        assert DVC[stage]["foreach"] == ("${walk_forward.symbols}" if stage == "walk_forward" else "${symbols}")  # the list itself is no parameter of a stage, so a new symbol leaves the others alone
         assert not any(p.split(".")[0] == "symbols" for p in declared(stage, "params"))
         for file in made[stage] | set(declared(stage, "metrics")) | set(declared(stage, "plots")): assert "${item}_${data.timeframe}" in file
 

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -400,7 +401,7 @@ def test_a_resumed_run_remembers_the_best_policy(tmp_path):
     make = lambda: trading_trainer(0, validation, validation_interval=1)
     scripted = iter([3.0, 1.0, 2.0])
     def run(trainer):
-        trainer.validation.run = lambda policy: dict(sharpe=next(scripted), max_drawdown=0.0, **{"return": 0.0})
+        trainer.validation.summarise = lambda played: dict(sharpe=next(scripted), max_drawdown=0.0, **{"return": 0.0})
         return trainer
     first = run(make())
     first.train(1)
@@ -666,7 +667,10 @@ def walks(history, start, stop, config, policy):
     equity = np.concatenate([[1.0], np.cumprod(1 + np.array(returns))])
     years = (history.timestamp[stop - 1] - history.timestamp[start]) / 1e9 / 86_400 / 365.25
     wins, losses = sum(p for p in profits if p > 0), -sum(p for p in profits if p < 0)
-    return runs, {"return": equity[-1] - 1, "sharpe": np.mean(returns) / np.std(returns, ddof=1) * math.sqrt((stop - start) / years), "max_drawdown": max(1 - equity / np.maximum.accumulate(equity)),
+    parts = equity[np.round(np.linspace(0, len(returns), 11)).astype(int)]  # less than eight weeks: ten equal parts
+    fitness = 0.4 * min(wins / losses / 2.5, 1) + 0.3 * np.mean(np.diff(parts) > 0) + 0.3 * (1 - min(max(1 - equity / np.maximum.accumulate(equity)) / 0.2, 1))
+    by_day = pd.Series(returns, pd.to_datetime(history.timestamp[np.concatenate(runs) + 1]).date)
+    return runs, by_day, {"fitness": fitness, "return": equity[-1] - 1, "sharpe": np.mean(returns) / np.std(returns, ddof=1) * math.sqrt((stop - start) / years), "max_drawdown": max(1 - equity / np.maximum.accumulate(equity)),
                   "exposure": np.mean(exposure), "hold_share": 1 - orders / len(returns), "trades": len(profits), "win_rate": np.mean(np.array(profits) > 0), "profit_factor": wins / losses, "reward": np.mean(rewards)}
 
 
@@ -674,12 +678,15 @@ def test_a_validation_equals_independent_walks_chained_in_time():
     "Across a gap in the history and with runs of unequal length, after costs."
     history, config, (start, stop) = gapped(), GPUEnvConfig(reward_preset="equity"), (4500, 6700)
     validation, policy = Validation(history.span(start, stop), config, torch.device("cpu")), ByBar(len(history.timestamp))
-    runs, expected = walks(history, start, stop, config, policy)
+    runs, by_day, expected = walks(history, start, stop, config, policy)
     assert validation.starts.tolist() == [r[0] for r in runs] and validation.ends.tolist() == [r[-1] + 1 for r in runs] and len({len(r) for r in runs}) > 2 and len({history.segment[r[0]] for r in runs}) == 2
     found = validation.run(policy)
     assert found.keys() == expected.keys() and found["trades"] > 20
     for name in expected: assert math.isclose(found[name], expected[name], rel_tol=2e-3 if name == "sharpe" else 1e-6), name  # one degree of freedom in 1,600
     assert validation.run(policy) == found  # and again
+    daily, product = validation.daily(validation.play(policy)), (1 + by_day).groupby(level=0).prod() - 1
+    assert daily["days"] == [str(day) for day in product.index] and np.allclose(daily["returns"], product, rtol=0, atol=1e-9) and daily["bars"] == len(by_day)
+    assert math.isclose(daily["sharpe_per_bar"], by_day.mean() / by_day.std(), rel_tol=1e-6)
     assert validation.run(ByBar(len(history.timestamp), 1)) != found
 
 
@@ -709,10 +716,10 @@ def test_validation_always_pays_full_costs():
 def test_the_best_policy_by_validation_score_is_kept():
     trainer, kept = trading_trainer(0, market().span(5500, 6500), validation_interval=1, total_timesteps=8 * 16 * 5), {}
     sharpe, drawdown = [0.5, 1.9, 2.0, 1.0, 1.9], [0.0, 0.15, 0.30, 0.0, 0.10]
-    def run(policy):
+    def summarise(played):
         kept[trainer.update] = copy.deepcopy(trainer.policy.state_dict())
         return {"sharpe": sharpe[trainer.update - 1], "max_drawdown": drawdown[trainer.update - 1], "return": 0.0}
-    trainer.validation.run = run
+    trainer.validation.summarise = summarise
     rows = trainer.train()
     # beyond 15 % each further 15 % of drawdown costs 0.2
     assert np.allclose([r["validation_score"] for r in rows], [0.5, 1.9, 1.8, 1.0, 1.9])  # the first of two equals stays

@@ -11,7 +11,7 @@ import sys
 
 from .config import InputError, load_parameters
 
-# %% ../nbs/21_cli.ipynb #f5099bb5
+# %% ../nbs/21_cli.ipynb #2edff97e
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
     run_stage(arguments.name, arguments.symbol)
@@ -20,6 +20,106 @@ def _stage(arguments):
 def _verdict(arguments):
     from trading_lib.pipeline import summary
     print("\n".join(summary(load_parameters())))
+
+
+def _train(arguments):
+    from trading_lib.config import parse_hidden_dims
+    from trading_lib.pipeline import run_stage
+    given = {"mode": arguments.mode, "seed": arguments.seed, "total_timesteps": arguments.total_timesteps, "hidden_dims": parse_hidden_dims(arguments.hidden_dims) if arguments.hidden_dims else None}
+    for symbol in arguments.symbols or load_parameters().symbols: run_stage("train", symbol, **{name: value for name, value in given.items() if value is not None})
+
+
+def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `run_backtest`, of the project's own symbols
+    from trading_lib.bars import path_symbol, read_bars
+    from trading_lib.config import require
+    from trading_lib.env import split_bounds
+    from trading_lib.pipeline import artefacts, market_truth, source_facts
+    jobs = []
+    for symbol in map(path_symbol, arguments.symbols or parameters.symbols):
+        paths = artefacts(parameters, symbol)
+        for path, stage in ((paths.bars, "prepare"), (paths.model, "train")):
+            require(path.exists(), f"{symbol}: no {path.name}; run `trading-lib stage {stage} --symbol {symbol}` (symbols of params.yaml: {', '.join(parameters.symbols)})")
+        bars = read_bars(paths.bars)
+        start, stop = split_bounds(len(bars), parameters.data.train_fraction, parameters.data.validation_fraction)["test"]
+        truth = market_truth(parameters, symbol)
+        jobs.append((dict(model=arguments.model or paths.model, bars=bars, start=start, stop=stop, symbol=symbol, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
+    return jobs
+
+
+def _file_backtests(arguments) -> list[dict]:  # the same, of files of bars
+    from pathlib import Path
+    import numpy as np
+    from trading_lib.bars import moment
+    from trading_lib.checkpoint import load_checkpoint
+    from trading_lib.config import require
+    from trading_lib.sources import load_with_report
+    require(arguments.model is not None, "backtest: --bars needs --model, the checkpoint that trades them")
+    content, jobs = load_checkpoint(arguments.model), []
+    trained = content["config"]["env"]
+    for file in arguments.bars:
+        symbol = Path(file).stem.split("_")[0]
+        bars, _ = load_with_report(symbol, trained["timeframe"], "files", path=file, asset_class=trained["asset_class"])
+        edge = lambda text, name, default: default if text is None else int(np.searchsorted(bars.index, moment(text, name)))
+        jobs.append((dict(model=content, bars=bars, start=edge(arguments.start, "--start", 0), stop=edge(arguments.end, "--end", len(bars)), symbol=symbol), {"source": f"the file {Path(file).name}"}))
+        if content["data"]["start"] <= str(bars.index[-1]) and content["data"]["end"] >= str(bars.index[0]):
+            print(f"{symbol}: the model was made from a history of {content['data']['start'][:10]} to {content['data']['end'][:10]}; what it was trained on is no evidence", file=sys.stderr)
+    return jobs
+
+
+def _backtest(arguments):
+    from dataclasses import replace
+    from pathlib import Path
+    from trading_lib.archive import ledger_path, read_trials
+    from trading_lib.backtest import run_backtests, write_backtest
+    from trading_lib.config import project_root
+    from trading_lib.judgement import assess
+    from trading_lib.report import comparison_table, write_report
+    parameters = load_parameters()
+    account = parameters.account if arguments.costs is None else replace(parameters.account, costs=arguments.costs)
+    jobs = _file_backtests(arguments) if arguments.bars else _prepared_backtests(arguments, parameters)
+    results = run_backtests([job | dict(account=account, random_policies=arguments.random_policies) for job, _ in jobs])
+    said = []
+    for result, (_, data) in zip(results, jobs):
+        result.provenance["data"] = data
+        said.append(assess(result, read_trials(ledger_path(project_root(), result.symbol))))
+        if arguments.out:
+            write_backtest(result, folder := Path(arguments.out) / result.symbol)
+            write_report(result, folder, said[-1])
+    print(comparison_table(results, said))
+    for s in said: print(f"{s['verdict']:8}  {s['headline']}", *s["sentences"], sep="\n          ")
+    if arguments.out: print(f"written: {arguments.out}/SYMBOL/report.html")
+
+
+def _trials(arguments):
+    from trading_lib.archive import ledger_path, ledger_summary, overfitting_probability, read_trials
+    from trading_lib.config import project_root
+    for symbol in arguments.symbols or load_parameters().symbols:
+        trials = read_trials(ledger_path(project_root(), symbol))
+        pbo = overfitting_probability(trials)
+        print(f"{symbol}: " + ", ".join(f"{name.removeprefix('n_').replace('_', ' ')} {n}" for name, n in ledger_summary(trials).items()) + f"; probability of backtest overfitting {pbo.reason if pbo.probability is None else f'{pbo.probability:.2f}'}")
+
+
+def _history(arguments):
+    from trading_lib.archive import format_history, index_path, index_runs, symbol_history
+    from trading_lib.config import project_root
+    path = index_path(project_root())
+    symbols = arguments.symbols or sorted({run["symbol"] for run in index_runs(path)})
+    if not symbols: print("no run is listed yet; `dvc repro` makes one")
+    for symbol in symbols: print(f"{symbol}\n{format_history(symbol_history(path, symbol))}")
+
+
+def _deploy(arguments):
+    import json
+    from trading_lib.archive import load_deploy_zip, write_deploy_zip
+    from trading_lib.config import project_root, require
+    from trading_lib.pipeline import artefacts
+    paths = artefacts(load_parameters(), arguments.symbol)
+    files = {name: paths.report / name for name in ("report.html", "metrics.json", "verdict.json")} | {"params.yaml": project_root() / "params.yaml"}
+    for path in (paths.model, *files.values()): require(path.exists(), f"{arguments.symbol}: {path} is missing; run `dvc repro` first")
+    said = json.loads(files["verdict.json"].read_text())
+    require(said["verdict"] == "APPROVED" or arguments.anyway, f"{arguments.symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate (--anyway makes one all the same, and says so inside)")
+    written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": said["verdict"], "headline": said["headline"]})
+    print(f"{written}: {len(load_deploy_zip(written)['files'])} files, verified")
 
 
 def _inspect(arguments):
@@ -133,7 +233,16 @@ COMMANDS = {
         (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet file")), (("--timeframe",), dict(default="15Min")), *_SPAN,
         (("--seed",), dict(type=int, default=0)), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale")),
         (("--recipe",), dict(default="lifelike", help="plain, bridged or lifelike, by what it has of real markets"))], _data_simulate),
-    "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest"))), (("--symbol",), dict(required=True, help="as in params.yaml, such as SIM-USD"))], _stage),
+    "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest", "report", "walk_forward"))), (("--symbol",), dict(required=True, help="as in params.yaml, such as SIM-USD"))], _stage),
+    "train": ("train the symbols of params.yaml, or those named", [
+        (("symbols",), dict(nargs="*")), (("--mode",), dict(help="a key of `modes` in params.yaml")), (("--seed",), dict(type=int)),
+        (("--hidden-dims",), dict(help="such as 512,256,128")), (("--total-timesteps",), dict(type=int))], _train),
+    "backtest": ("backtest the trained symbols, or a model on files of bars, into one table", [
+        (("symbols",), dict(nargs="*", help="default: those of params.yaml")), (("--model",), dict(help="another checkpoint than the symbol's own")), (("--bars",), dict(nargs="+", help="CSV or parquet files instead of prepared symbols")),
+        *_SPAN, (("--costs",), dict(help="broker, conservative or zero")), (("--random-policies",), dict(type=int, default=0, help="shifted copies to rank the agent among")), (("--out",), dict(help="folder for reports"))], _backtest),
+    "trials": ("how much was tried on a symbol", [(("symbols",), dict(nargs="*"))], _trials),
+    "history": ("the runs of a symbol, in order", [(("symbols",), dict(nargs="*"))], _history),
+    "deploy": ("pack a model with its report and a manifest of hashes", [(("symbol",), {}), (("--out",), dict(help="a .zip file")), (("--anyway",), dict(action="store_true", help="whatever the verdict"))], _deploy),
     "verdict": ("print the verdict of the last backtests", [], _verdict),
     "inspect": ("show what a checkpoint holds", [(("file",), dict(help="a .pt file"))], _inspect),
     "export": ("write a checkpoint's policy alone, as safetensors", [(("file",), {}), (("out",), {})], _export),

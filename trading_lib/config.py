@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODES', 'InputError', 'unknown_name', 'typed', 'checked', 'require', 'parse_hidden_dims', 'DataParameters',
            'FeatureParameters', 'AccountConfig', 'EnvParameters', 'TrainParameters', 'ModeParameters',
-           'BacktestParameters', 'Parameters', 'parse_parameters', 'project_root', 'load_parameters',
-           'check_notebook_parameters']
+           'BacktestParameters', 'WalkForwardParameters', 'Parameters', 'parse_parameters', 'project_root',
+           'load_parameters', 'check_notebook_parameters']
 
 # %% ../nbs/00_config.ipynb #6bd98f4d
 import difflib
@@ -35,7 +35,7 @@ def unknown_name(
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
     return InputError(f"{where}: unknown name '{name}'; {hint}")
 
-# %% ../nbs/00_config.ipynb #e4cc1829
+# %% ../nbs/00_config.ipynb #d351d996
 def _expected(annotation) -> str:
     "The annotation in words."
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -43,7 +43,8 @@ def _expected(annotation) -> str:
     if origin is typing.Literal: return "one of " + ", ".join(map(str, args))
     if origin in (typing.Union, types.UnionType): return " or ".join("null" if a is type(None) else _expected(a) for a in args)
     if origin in (list, tuple):
-        return "a list such as [256, 128]" if args and args[0] is int else f"a list, each {_expected(args[0])}"
+        if not args: return "an empty list"
+        return "a list such as [256, 128]" if args[0] is int else f"a list, each {_expected(args[0])}"
     return words.get(annotation, str(annotation))
 
 
@@ -71,7 +72,7 @@ def _convert(annotation, value):
         if value in args: return value
         raise ValueError
     if origin in (list, tuple):
-        if not isinstance(value, (list, tuple)) or not value: raise TypeError
+        if not isinstance(value, (list, tuple)) or bool(value) != bool(args): raise TypeError  # tuple[()] is an empty list, and no other may be empty
         return origin(_convert(args[0], v) for v in value)
     if annotation is bool and isinstance(value, bool): return value
     if annotation is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value): return int(value)
@@ -143,7 +144,7 @@ def parse_hidden_dims(
     try: return _convert(list[int], text if text.startswith("[") else f"[{text}]")
     except (TypeError, ValueError): raise InputError(f"hidden_dims: expected widths such as 512,256,128, was {text!r}") from None
 
-# %% ../nbs/00_config.ipynb #667b6e88
+# %% ../nbs/00_config.ipynb #da76467f
 @dataclass(frozen=True)
 class DataParameters:
     "Where the bars come from, and how the history is split."
@@ -276,11 +277,30 @@ MODES = {
 class BacktestParameters:
     "What the report adds to the agent's own run."
     random_policies: int = 1000  # random policies of the same trade rate that the agent is ranked among
-    seed: int = 0  # of the random policies
+    probes: bool = True  # ridge regression and gradient boosting on the same features and spans
+    seed: int = 0  # of the random policies and the probes
 
     def __post_init__(self): require(self.random_policies >= 0, f"backtest.random_policies: expected 0 or more, was {self.random_policies}")
 
-# %% ../nbs/00_config.ipynb #e90ea90c
+
+@dataclass(frozen=True)
+class WalkForwardParameters:
+    "How a history is cut into folds, each with a model of its own."
+    symbols: list[str] | tuple[()] = ()  # those that get a walk-forward; it takes as long as `folds` trainings
+    folds: int = 5  # test spans that follow each other
+    scheme: typing.Literal["expanding", "rolling"] = "expanding"  # the training span grows, or moves along
+    first_train_fraction: float = 0.5  # share of the history before the first test span
+    validation_fraction: float = 0.15  # share of each training span that chooses the checkpoint
+    embargo: int = 0  # bars between spans, beside the window and the reward's horizon
+    model: str | None = None  # path of a fixed checkpoint; null: each fold trains its own
+
+    def __post_init__(self):
+        require(self.folds >= 1, f"walk_forward.folds: expected 1 or more, was {self.folds}")
+        require(self.embargo >= 0, f"walk_forward.embargo: expected 0 or more bars, was {self.embargo}")
+        for name in ("first_train_fraction", "validation_fraction"):
+            require(0 < getattr(self, name) < 1, f"walk_forward.{name}: expected a share between 0 and 1, was {getattr(self, name)}")
+
+# %% ../nbs/00_config.ipynb #b6d4e1a5
 @dataclass(frozen=True)
 class Parameters:
     "The whole of params.yaml."
@@ -291,6 +311,7 @@ class Parameters:
     env: EnvParameters = EnvParameters()
     train: TrainParameters = TrainParameters()
     backtest: BacktestParameters = BacktestParameters()
+    walk_forward: WalkForwardParameters = WalkForwardParameters()
     modes: dict = field(default_factory=lambda: dict(MODES))  # name -> ModeParameters
 
     @property

@@ -6,7 +6,7 @@
 __all__ = ['GATES', 'MAX_FITNESS_DECLINE', 'MAX_OSCILLATION', 'equity_returns', 'volatility', 'sharpe_ratio', 'sortino_ratio',
            'annual_return', 'max_drawdown', 'drawdown_length', 'calmar_ratio', 'profit_factor', 'win_rate',
            'tail_ratio', 'skewness', 'kurtosis', 'periods_per_year', 'consistency', 'optimal_block_length',
-           'stationary_bootstrap_indices', 'block_bootstrap_interval', 'sharpe_probability',
+           'stationary_bootstrap_indices', 'block_bootstrap_interval', 'sharpe_probability', 'sharpe_moments',
            'probabilistic_sharpe_ratio', 'expected_maximum_sharpe', 'deflated_sharpe_ratio',
            'probability_of_backtest_overfitting', 'composite_score', 'score_colour', 'fitness', 'assess_model_quality',
            'summarise_equity']
@@ -283,7 +283,7 @@ def block_bootstrap_interval(
     low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../nbs/07_metrics.ipynb #1a3f4783
+# %% ../nbs/07_metrics.ipynb #4f5e0003
 def sharpe_probability(
     sharpe: float,  # estimated, per period
     benchmark: float,  # to be exceeded, per period
@@ -296,13 +296,20 @@ def sharpe_probability(
     return NormalDist().cdf((sharpe - benchmark) * math.sqrt(max(n - 1, 0)) / math.sqrt(variance))
 
 
+def sharpe_moments(
+    returns,  # simple returns per period
+) -> dict:  # sharpe per period, n, skewness, kurtosis
+    "What `sharpe_probability` needs to know of returns."
+    returns = _numbers(returns, "returns")
+    return {"sharpe": sharpe_ratio(returns), "n": int(returns.size), "skewness": skewness(returns, adjusted=False), "kurtosis": kurtosis(returns)}
+
+
 def probabilistic_sharpe_ratio(
     returns,  # simple returns per period
     benchmark: float = 0.0,  # Sharpe ratio to be exceeded, per period
 ) -> float:  # in [0, 1]; 0.5 for a flat equity against 0
     "Probability that the true Sharpe ratio exceeds a benchmark, from returns."
-    returns = _numbers(returns, "returns")
-    return sharpe_probability(sharpe_ratio(returns), benchmark, returns.size, skewness(returns, adjusted=False), kurtosis(returns))
+    return sharpe_probability(benchmark=benchmark, **sharpe_moments(returns))
 
 
 def expected_maximum_sharpe(
@@ -454,7 +461,7 @@ def _flags(history: list) -> list[str]:
     if oscillation > MAX_OSCILLATION: flags.append(f"fitness oscillates: {oscillation:.1%} of its mean from one checkpoint to the next")
     return flags
 
-# %% ../nbs/07_metrics.ipynb #60fb8498
+# %% ../nbs/07_metrics.ipynb #eaebb41a
 def summarise_equity(
     equity,  # value of the account at the start and after each bar
     timestamps,  # of each value
@@ -469,7 +476,7 @@ def summarise_equity(
     returns = equity_returns(equity)
     start, end = (str(np.datetime64(int(m), "ns").astype("datetime64[s]")) + "Z" for m in (moments[0], moments[-1]))
     if periods is None: periods = periods_per_year(timeframe, asset_class, start, f"{np.datetime64(int(moments[-1]) + 1, 'ns')}Z")  # the end is left out
-    pnl = _numbers([] if trades is None else trades, "trades")
+    pnl, moves = _numbers([] if trades is None else trades, "trades"), np.diff(equity)
     below = _drawdowns(equity) > 0
     high = np.maximum.accumulate(np.where(below, 0, np.arange(equity.size)))  # position of the latest high
     figures = {
@@ -480,6 +487,9 @@ def summarise_equity(
         "consistency": consistency(equity, moments), "skewness": skewness(returns), "tail_ratio": tail_ratio(returns), "probabilistic_sharpe": probabilistic_sharpe_ratio(returns),
         "trades": int(pnl.size), "profit_factor": profit_factor(pnl) if pnl.size else None, "win_rate": win_rate(pnl) if pnl.size else None,
         "average_win": pnl[pnl > 0].mean() if (pnl > 0).any() else None, "average_loss": pnl[pnl < 0].mean() if (pnl < 0).any() else None,
+        # the same by bars; a bar in which nothing moved is neither won nor lost
+        "bar_profit_factor": profit_factor(moves), "bar_win_rate": win_rate(moves[moves != 0]),
+        "average_bar_win": moves[moves > 0].mean() if (moves > 0).any() else None, "average_bar_loss": moves[moves < 0].mean() if (moves < 0).any() else None,
     }
     figures["fitness"] = fitness(profit_factor(pnl), figures["consistency"], figures["max_drawdown"])
     return {name: _plain(value) for name, value in figures.items()}

@@ -7,7 +7,7 @@ __all__ = ['TIERS', 'CPU_STEP_SHARE', 'COST_WARM_UP', 'RECOMMENDED_TIMESTEPS', '
            'resolve_device', 'get_auto_config', 'get_a100_config', 'learning_rate_at', 'generalized_advantages',
            'minibatches', 'runs_through', 'Validation', 'layout_of_env', 'build_policy', 'NativePPOTrainer']
 
-# %% ../nbs/13_trainer.ipynb #33f83572
+# %% ../nbs/13_trainer.ipynb #9ba615ba
 import copy
 import math
 import re
@@ -23,7 +23,7 @@ from torch import Tensor
 from .checkpoint import git_state, library_versions, load_checkpoint, save_checkpoint
 from .config import MODES, InputError, ModeParameters, checked, require, unknown_name
 from .env import GPUVectorizedTradingEnv, MarketData, Obs
-from .metrics import max_drawdown, profit_factor, sharpe_ratio
+from .metrics import consistency, fitness, max_drawdown, profit_factor, sharpe_ratio
 from .networks import (FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
                                   parameter_groups, plain_optimizer_state)
 from .version import assert_compatibility, get_checkpoint_metadata
@@ -192,8 +192,9 @@ def minibatches(
     "Shuffle and split; the last partial batch counts."
     return list(torch.randperm(n, generator=generator, device=generator.device).split(size))
 
-# %% ../nbs/13_trainer.ipynb #81ac94b8
+# %% ../nbs/13_trainer.ipynb #52b87326
 _RUN_LENGTH = 512  # bars of one account's run in a validation
+_DAY = 86_400 * 10**9
 
 
 def runs_through(
@@ -217,12 +218,17 @@ class Validation:
     ):
         self.starts, self.ends = runs_through(GPUVectorizedTradingEnv(market, replace(config, n_envs=1)))
         self.env = GPUVectorizedTradingEnv(market, replace(config, n_envs=len(self.starts)), device=device)
+        self.bars = np.concatenate([np.arange(a, b) for a, b in zip(self.starts, self.ends)]) + 1  # at whose closes the returns are known, in time order
         years = (market.timestamp[market.stop - 1] - market.timestamp[market.start]) / 1e9 / (365.25 * 86_400)
         self.periods_per_year = (market.stop - market.start) / years  # bars of this very span: no calendar needed here
 
-    @torch.no_grad()
     def run(self, policy: NativeActorCritic) -> dict[str, float]:
         "Metrics of the most probable actions over the span, after costs."
+        return self.summarise(self.play(policy))
+
+    @torch.no_grad()
+    def play(self, policy: NativeActorCritic) -> dict[str, np.ndarray]:  # per bar: return, held, reward, order; per trade: profit
+        "What the most probable actions did, in time order."
         env, length = self.env, self.ends - self.starts
         obs, returns, held, rewards, orders = env.reset_at_index(self.starts, self.ends), [], [], [], []
         profits = []
@@ -237,14 +243,24 @@ class Validation:
             orders.append(torch.where(active, (infos["fills"].quantity != 0).double(), torch.nan))
             profits.append(torch.where(active & infos["fills"].trade_closed, infos["fills"].trade_profit, torch.nan))
         in_order = lambda rows: (lambda x: x[~np.isnan(x)])(torch.stack(rows, 1).cpu().numpy().astype(np.float64).ravel())  # run by run
-        returns, profits = in_order(returns), in_order(profits)
+        return {"return": in_order(returns), "held": in_order(held), "reward": in_order(rewards), "order": in_order(orders), "profit": in_order(profits)}
+
+    def summarise(self, played: dict[str, np.ndarray]) -> dict[str, float]:
+        "The figures of what was played."
+        returns, profits, moments = played["return"], played["profit"], self.env.market.timestamp[np.append(self.bars[0] - 1, self.bars)]
         equity = np.concatenate([[1.0], np.cumprod(1 + returns)])
         sharpe, drawdown = sharpe_ratio(returns, self.periods_per_year), max_drawdown(equity)
-        return {"return": float(equity[-1] - 1), "sharpe": float(sharpe), "max_drawdown": float(drawdown), "exposure": float(in_order(held).mean()),
-                "hold_share": float(1 - in_order(orders).mean()), "trades": int(len(profits)), "win_rate": float((profits > 0).mean()) if len(profits) else 0.0,
-                "profit_factor": profit_factor(profits), "reward": float(in_order(rewards).mean())}
+        return {"return": float(equity[-1] - 1), "sharpe": float(sharpe), "max_drawdown": float(drawdown), "exposure": float(played["held"].mean()),
+                "hold_share": float(1 - played["order"].mean()), "trades": int(len(profits)), "win_rate": float((profits > 0).mean()) if len(profits) else 0.0,
+                "profit_factor": profit_factor(profits), "fitness": fitness(profit_factor(profits), consistency(equity, moments), drawdown), "reward": float(played["reward"].mean())}
 
-# %% ../nbs/13_trainer.ipynb #9f607776
+    def daily(self, played: dict[str, np.ndarray]) -> dict:  # sharpe_per_bar, bars, days, returns
+        "Returns by day (UTC): what a ledger of trials keeps."
+        day, returns = self.env.market.timestamp[self.bars] // _DAY, played["return"]
+        days, first = np.unique(day, return_index=True)
+        return {"sharpe_per_bar": sharpe_ratio(returns), "bars": len(returns), "days": [str(np.datetime64(int(d), "D")) for d in days], "returns": (np.multiply.reduceat(1 + np.maximum(returns, -1), first) - 1).tolist()}
+
+# %% ../nbs/13_trainer.ipynb #49719af0
 def layout_of_env(
     env,  # an environment; one without a table gives None
 ) -> InputLayout | None:
@@ -288,6 +304,7 @@ class NativePPOTrainer:
         self.validation = Validation(validation_market, env.config, self.device) if validation_market is not None else None
         self.updates = math.ceil(self.config.total_timesteps / (env.n_envs * self.config.n_steps))
         self.update, self.global_step, self.history, self.best, self.best_score = 0, 0, [], None, -math.inf
+        self.validations = []  # one row for each checkpoint that was looked at: what a ledger of trials needs
         self._obs = None
 
     def _bind(self):
@@ -405,7 +422,9 @@ class NativePPOTrainer:
 
     def _validate(self) -> dict[str, float]:
         "Validation metrics; the best policy so far is kept."
-        metrics, c = self.validation.run(self.policy), self.config
+        c, played = self.config, self.validation.play(self.policy)
+        metrics = self.validation.summarise(played)
+        self.validations.append({"update": self.update, **self.validation.daily(played)})
         excess = max(0.0, metrics["max_drawdown"] - c.max_drawdown_threshold) / c.max_drawdown_threshold
         score = metrics["sharpe"] - c.drawdown_penalty_weight * excess
         if self.best_score == -math.inf or score > self.best_score:
