@@ -4,6 +4,10 @@ Accounts are held against the slow one of `scalar_account`, observations against
 """
 import functools
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections import deque
 from dataclasses import fields, replace
 
@@ -116,7 +120,10 @@ def test_cash_position_and_costs_are_initial_plus_gross_profit_at_every_step(ass
 @pytest.mark.proof
 def test_the_books_close_over_ten_million_steps():
     "The same, 10 million account steps."
-    for asset_class in ("crypto", "equity"): assert books_close(market_of(asset_class), 2500, 2048, episode_length=250) < 1e-8
+    for asset_class in ("crypto", "equity"):
+        worst = books_close(market_of(asset_class), 2500, 2048, episode_length=250)
+        print(f"{asset_class}: {2500 * 2048:,} random steps, largest error of cash + position + costs - initial - gross P&L: {worst:.1e} of 1,000")
+        assert worst < 1e-8
 
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
@@ -731,6 +738,90 @@ def test_a_saved_environment_remembers_its_cost_scale():
     other.load_state_dict(env.state_dict())
     costs = env.step(buy)[4]["fills"].costs
     assert bool((costs > 0).all()) and torch.equal(costs, other.step(buy)[4]["fills"].costs)
+
+
+def test_a_state_from_before_is_still_read():
+    "Older states keep the recent actions in a ring that begins anywhere, and their counts beside them: the same trajectory, through restarts."
+    make = lambda: env_of(market_of("equity", "5.3.0", 10), n_envs=9, episode_length=90)
+    env, other = make(), make()
+    actions = random_actions(19, 300, env)
+    env.reset(4)
+    trajectory(env, actions[:130])
+    state = env.state_dict()
+    assert {len(torch.unique(column)) for column in (state["recent"] < 0).sum(0)[:, None]} == {1} and int((state["recent"] < 0).sum()) > 0 and state["recent"].max() == 7
+    counts = torch.stack([(state["recent"] == action).sum(0) for action in range(8)] + [-(state["recent"] >= 0).sum(0)], 1).double()
+    other.load_state_dict(state | {"recent": state["recent"].roll(17, 0), "recent_row": 17, "counts": counts})
+    assert all(torch.equal(a, b) for a, b in zip(trajectory(env, actions[130:]), trajectory(other, actions[130:])))
+
+
+# compiled
+
+
+needs_a_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler here")
+
+
+def closest(plain, compiled, actions):
+    "Both through the same steps: the largest difference of any variable, fill, component and reward (relative where they exceed 1), and the restarts. What is whole or true must be equal."
+    worst, restarts = 0.0, 0
+    for action in actions:
+        (obs, reward, *ends, infos), (obs2, reward2, *ends2, infos2) = plain.step_index(action), compiled.step_index(action)
+        here, there = ([*vars(i["account"]).values(), *vars(e.account).values(), *i["fills"], i["reward_components"], r, o.dense, i["final_obs"].dense, i["decision_equity"]] for i, e, r, o in ((infos, plain, reward, obs), (infos2, compiled, reward2, obs2)))
+        whole = [(plain.bar, compiled.bar), (plain.end, compiled.end), (obs.index, obs2.index), (infos["final_obs"].index, infos2["final_obs"].index), *zip(ends, ends2)]
+        assert all(a.dtype == b.dtype and a.shape == b.shape for a, b in [*zip(here, there, strict=True), *whole]) and all(torch.equal(a, b) for a, b in whole + [(a, b) for a, b in zip(here, there) if a.dtype == torch.bool])
+        for a, b in zip(here, there):
+            if a.dtype == torch.float64: worst = max(worst, float(((a - b).abs() / a.abs().clamp(min=1)).max()))
+            elif a.dtype == torch.float32 and a.numel(): assert torch.equal(a, b) or float(((a - b).abs() / a.abs().clamp(min=1)).max()) < 2e-7, "more than a last bit of a rounded number"
+        restarts += int((ends[0] | ends[1]).sum())
+    return worst, restarts
+
+
+@needs_a_compiler
+def test_compiled_steps_are_the_plain_ones():
+    "Shorts, stops, costs, account columns, restarts, another cost scale, and a saved state that goes from one to the other and back: all within 1e-12."
+    market = rough_market("equity", "5.3.0")
+    make = lambda compiled: GPUVectorizedTradingEnv(market, config_of(market, n_envs=40, episode_length=30, account=BOLD["equity"], observations="indices"), compiled=compiled)
+    plain, compiled = make(False), make(True)
+    for env in (plain, compiled): env.reset_index(3)
+    actions = random_actions(31, 590, plain)
+    assert closest(plain, compiled, actions[:200])[0] < 1e-12
+    for env in (plain, compiled): env.set_cost_scale(0.25)
+    assert closest(plain, compiled, actions[200:400])[0] < 1e-12
+    state, other = compiled.state_dict(), plain.state_dict()
+    assert state.keys() == other.keys() and all(torch.equal(state[name], other[name]) for name in ("bar", "end", "recent", "random"))
+    plain.load_state_dict(state)
+    compiled.load_state_dict(state)
+    worst, restarts = closest(plain, compiled, actions[400:])
+    assert worst < 1e-12 and restarts > 100 and float(plain.account.quantity.min()) < 0 < float(plain.account.costs.max())
+
+
+@pytest.mark.proof
+@needs_a_compiler
+@pytest.mark.parametrize("version,asset_class", [("5.6.0", "crypto"), ("5.3.0", "equity")])
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_every_preset_is_the_same_compiled(preset, version, asset_class):
+    "A million steps each."
+    market = market_of(asset_class, version)
+    plain, compiled = (GPUVectorizedTradingEnv(market, config_of(market, n_envs=500, episode_length=64, reward_preset=preset, account=BOLD[asset_class], observations="indices"), compiled=c) for c in (False, True))
+    for env in (plain, compiled): env.reset_index(3)
+    worst, restarts = closest(plain, compiled, random_actions(32, 2000, plain))
+    print(f"{preset}, {asset_class}: 1,000,000 random steps, {restarts:,} restarts, largest difference of plain and compiled {worst:.1e}")
+    assert worst < 1e-12 and restarts > 10_000
+
+
+def test_without_a_compiler_it_says_what_to_do(tmp_path):
+    "In a process of its own, whose compiler does not exist; plain steps go on as ever."
+    code = """
+import torch
+from test_env import TINY, GPUVectorizedTradingEnv, InputError, config_of
+for compiled in (False, True):
+    env = GPUVectorizedTradingEnv(TINY, config_of(TINY, n_envs=2), compiled=compiled)
+    env.reset(0)
+    try: print("stepped", len(env.step(torch.tensor([0, 1]))))
+    except InputError as e: print(e)
+"""
+    settings = os.environ | {"CXX": str(tmp_path / "g++"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    lines = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120).stdout.splitlines()
+    assert lines[0] == "stepped 5" and len(lines) == 2 and "C++ compiler" in lines[1] and "install g++" in lines[1] and "compiled=False" in lines[1]
 
 
 def test_market_data_survives_its_file(tmp_path):

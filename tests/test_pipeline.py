@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from trading_lib.archive import index_path, index_runs, ledger_path, read_trials
+from trading_lib.archive import index_path, index_runs, ledger_path, ledger_summary, read_trials
 from trading_lib.bars import read_bars
 from trading_lib.checkpoint import inspect_checkpoint, load_checkpoint
 from trading_lib.env import MarketData
@@ -91,7 +91,13 @@ def reproduce_twice(tree: Tree):
     return tree, first.stdout, second.stdout, before == after
 
 
-def reproduce_one_symbol(tree: Tree): return tree, tree.run("dvc", "repro", "backtest@SIMA").stdout
+def reproduce_one_symbol(tree: Tree): return tree, tree.run("dvc", "repro", "report@SIMA").stdout
+
+
+def walk_forward_of_one(tree: Tree):
+    tree.edit(**{"symbols": ["SIM-USD"], "walk_forward.symbols": ["SIM-USD"], "walk_forward.folds": 2})
+    first = tree.run("dvc", "repro", "walk_forward").stdout
+    return tree, first, tree.run("dvc", "repro", "walk_forward").stdout
 
 
 def papermill_on_a_bare_clone(tree: Tree):
@@ -173,7 +179,7 @@ def origin(tmp_path_factory) -> Tree:
 @pytest.fixture(scope="module")
 def job(origin, request):
     "Runs in clones of their own, named; two at a time, all of them ahead of the tests when the whole file is run."
-    work = {"first": (reproduce_twice,), "second": (reproduce_one_symbol,), "papermill": (papermill_on_a_bare_clone,), "misspelt": (papermill_with_a_misspelt_name,), "own files": (prepare_own_files,)}
+    work = {"first": (reproduce_twice,), "second": (reproduce_one_symbol,), "walk forward": (walk_forward_of_one,), "papermill": (papermill_on_a_bare_clone,), "misspelt": (papermill_with_a_misspelt_name,), "own files": (prepare_own_files,)}
     work |= {name: (be_careless, stage, parameters, file) for name, (stage, parameters, file, _) in CARELESS.items()} | {"broken": (break_the_code,)}
     pool, started = ThreadPoolExecutor(2), {}
     def start(name):
@@ -253,6 +259,21 @@ def test_two_clones_make_the_same_bytes(job):
 def test_nothing_made_by_the_pipeline_is_offered_to_git(job):
     tree, *_ = job("first")
     assert set(tree.run("git", "status", "--porcelain").stdout.splitlines()) <= {"?? dvc.lock", " M dvc.lock"}  # for the person to decide
+
+
+def test_a_walk_forward_is_a_stage_of_its_own(job):
+    "For those that ask for it: every fold is trained anew, counted in the ledger, and told on a page; the second time nothing runs."
+    tree, said, again = job("walk forward")
+    assert "Running stage 'prepare@SIM-USD'" in said and "Running stage 'walk_forward@SIM-USD'" in said and "train@" not in said and "Running stage" not in again
+    table, told = pd.read_csv(tree.report("SIM-USD") / "walk_forward.csv"), json.loads((tree.report("SIM-USD") / "walk_forward.json").read_text())
+    trials = read_trials(ledger_path(tree.root, "SIM-USD"))
+    assert len(table) == 2 and ledger_summary(trials)["n_runs"] == 2 and len({tuple(t["span"]) for t in trials}) == 2 and "Simulated" in (tree.report("SIM-USD") / "walk_forward.html").read_text()
+    assert math.isclose(told["metrics"]["total_return"], np.prod(1 + table["return"]) - 1, rel_tol=1e-9)
+
+
+def test_a_repro_without_a_wish_walks_nobody_forward(job):
+    tree, said, *_ = job("first")
+    assert "walk_forward" not in said and not list(tree.root.rglob("walk_forward.json"))
 
 
 # --- what makes which stage stale ----------------------------------------------------------------------------------------
@@ -357,6 +378,25 @@ def test_new_content_of_a_file_prepares_again_and_a_new_date_does_not(job):
     tree, made, stale, said = job("own files")
     assert stale[0] == stale[1] == set() and "prepare@OWN-USD" in stale[2] and "Running stage 'prepare@OWN-USD'" in said
     assert len(read_bars(tree.root / "data" / "OWN-USD_15Min.parquet")) == len(made["OWN-USD"][0]) - 1
+
+
+# --- a sweep -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.proof
+def test_a_sweep_of_eight_runs_is_counted_as_eight(origin):
+    "`dvc exp run` over eight seeds, queued in copies of the project: eight runs and all their checkpoints are in the ledger; the report of the next repro discounts them all."
+    tree = origin.clone("sweep")
+    tree.edit(symbols=["SIM-USD"])
+    for command in (("add", "--all"), ("commit", "--quiet", "--no-verify", "-m", "one symbol")): tree.run("git", *command)
+    tree.run("dvc", "exp", "run", "--queue", "-S", "train.seed=1,2,3,4,5,6,7,8", "train@SIM-USD")
+    print(tree.run("dvc", "exp", "run", "--run-all", "--jobs", "2").stdout[-500:])
+    trials = read_trials(ledger_path(tree.root, "SIM-USD"))
+    counted = ledger_summary(trials)
+    print(counted)
+    assert counted["n_runs"] == counted["n_seeds"] == 8 and counted["n_parameter_sets"] == 1 and counted["n_trials"] == counted["n_checkpoints"] >= 16
+    tree.run("dvc", "repro", "report@SIM-USD")  # seed 0: the ninth run
+    said = json.loads((tree.report("SIM-USD") / "verdict.json").read_text())
+    assert said["trials"]["n_runs"] == 9 and said["trials"]["n_trials"] == len(read_trials(ledger_path(tree.root, "SIM-USD"))) > counted["n_trials"]
 
 
 # --- when something is wrong ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -238,11 +239,12 @@ def test_paths_use_every_tested_block_once(blocks, tested):
 
 
 def test_a_fold_is_a_direct_backtest_to_the_last_bit():
-    "Every fold of a fixed model, through the whole history at once."
-    result = walk(models=model(), truth=simulated()[1], random_policies=20, seed=5)
+    "Every fold of a fixed model, through the whole history at once, with another account than it was trained with."
+    account = AccountConfig(costs="broker", initial_account_value=5000.0)
+    result = walk(models=model(), account=account, truth=simulated()[1], random_policies=20, seed=5)
     assert len(result.folds) == 3 and result.folds["trades"].sum() > 0
     for k, fold in enumerate(FOLDS):
-        direct, row = run_backtest(model(), bars(), start=fold.test[0], stop=fold.test[1], account=ACCOUNT, truth=simulated()[1], random_policies=20, seed=5), result.folds.iloc[k]
+        direct, row = run_backtest(model(), bars(), start=fold.test[0], stop=fold.test[1], account=account, truth=simulated()[1], random_policies=20, seed=5), result.folds.iloc[k]
         part = result.curves["model 1"][result.curves["model 1"]["fold"] == fold.number]
         for name in ("agent", "buy_and_hold", "buy_and_hold_at_exposure"):
             assert np.array_equal(part[name] / part[name].iloc[0], direct.curves[name] / direct.curves[name].iloc[0]) if k == 0 else np.allclose(part[name] / part[name].iloc[0], direct.curves[name] / direct.curves[name].iloc[0], rtol=1e-14)
@@ -314,7 +316,8 @@ def test_what_is_not_recorded_is_said():
     "A model from a longer history than it was fitted on may have been chosen on the test; one that says nothing may have seen anything."
     result = walk(SHORT, models={"usual": model((0, 1400), 1800), "silent": {name: value for name, value in model().items() if name != "data"}, "honest": model()})
     assert result.folds.groupby("model")["unseen"].agg(list).to_dict() == {"honest": ["yes"] * 3, "silent": ["not known"] * 3, "usual": ["not known", "not known", "yes"]}
-    assert len(result.notes) == 2 and "fold 1, 2." in result.notes[0] and result.notes[0].startswith("usual") and result.notes[1].startswith("silent") and "not known" in result["usual"].verdict
+    assert len(result.notes) == 2 and "fold 1, 2." in result.notes[0] and result.notes[0].startswith("usual") and result.notes[1].startswith("silent") and "1 thing not known" in result["usual"].verdict
+    assert result["honest"].verdict == walk(SHORT, models={"honest": model()}).verdict and result["usual"].notes == result.notes[:1]
     assert "never saw" not in result["usual"].verdict and "never saw" in walk(SHORT, models=model()).verdict
     elsewhere = walk(SHORT, models=model(), symbol="OTHER-USD")
     assert elsewhere.notes == ["model 1: was trained on SIM-USD, and is tested on OTHER-USD."]
@@ -323,6 +326,10 @@ def test_what_is_not_recorded_is_said():
 def test_a_train_that_returns_a_model_from_elsewhere_is_found_out():
     with pytest.raises(InputError, match="train gave for fold 1: was trained or chosen"): walk(train=lambda market, fold: model((0, 2100), 2180))
     with pytest.raises(InputError, match="was trained or chosen"): walk([FOLDS[0]], train=lambda market, fold: model((0, 1622), 1700))
+    usual = walk(SHORT[1:], train=lambda market, fold: model((0, 1400), 1800))
+    assert usual.folds["unseen"].tolist() == ["not known", "yes"] and len(usual.notes) == 1 and "fold 2" in usual.notes[0] and "never saw" not in usual.verdict
+    told = {**model(), "data": {**model()["data"], "spans": {"validation": {"first": None, "last": str(bars().index[1621])}}}}
+    with pytest.raises(InputError, match="up to 2023-01-17 21:15"): walk(SHORT[:1], train=lambda market, fold: told)
 
 
 def test_models_of_train_say_what_they_have_seen(tmp_path):
@@ -364,7 +371,7 @@ def made_of(returns, n_folds=4, seed=0):
     "A result whose bars' returns are given."
     index = pd.date_range("2024-01-01", periods=len(returns) + 1, freq="15min", tz="UTC")
     equity = 1000 * np.cumprod(np.concatenate([[1.0], 1 + np.asarray(returns)]))
-    rows = pd.DataFrame({"fold": range(1, n_folds + 1), "model": "retrained", "return": 0.01, "buy_and_hold_at_exposure": [0.02, 0.02, 0.0, 0.0], "sharpe": [1.0, 2.0, 3.0, 4.0], "costs": 1.0})
+    rows = pd.DataFrame({"fold": range(1, n_folds + 1), "model": "retrained", "return": 0.01, "buy_and_hold_at_exposure": [0.02, 0.02, 0.0, 0.0], "sharpe": [1.0, 2.0, 3.0, 4.0], "costs": 1.0, "unseen": "yes"})
     curve = pd.DataFrame({"agent": equity, "buy_and_hold": 1000.0, "buy_and_hold_at_exposure": 1000.0, "fold": np.arange(len(index)) * n_folds // len(index) + 1}, index)
     return WalkForwardResult(rows, {"retrained": curve}, {"retrained": np.array([3.0, -1.0, 2.0])}, [], dict(symbol="S", timeframe="15Min", asset_class="crypto", seed=seed))
 
@@ -398,6 +405,18 @@ def test_a_batch_has_a_row_for_each_model_and_fold(tmp_path):
     assert batch.verdict.startswith("The best of 2 models, ") and "\n" not in batch.verdict
     with pytest.raises(InputError, match="did you mean 'one'"): batch["on"]
     assert walk(SHORT[:1], models=[path, str(path)]).models == ["one", str(path)], "one file twice is two rows"
+
+
+def test_the_best_of_many_is_deflated():
+    "Five worthless agents: the best one's Sharpe ratio against what the best of five shows by luck, from the formulas of Bailey & López de Prado (2014)."
+    noise = np.random.default_rng(5).normal(0, 1e-3, (5, 1500))
+    parts = {f"agent {k}": made_of(r) for k, r in enumerate(noise)}
+    many = WalkForwardResult(pd.concat([p.folds.assign(model=m) for m, p in parts.items()]), {m: p.curves["retrained"] for m, p in parts.items()}, {m: p.profits["retrained"] for m, p in parts.items()}, [], parts["agent 0"].provenance)
+    sharpes, quantile, normal, n, gamma = noise.mean(1) / noise.std(1, ddof=1), NormalDist().inv_cdf, NormalDist().cdf, 1500, 0.5772156649015329
+    best, z = int(sharpes.argmax()), (noise - noise.mean(1, keepdims=True)) / noise.std(1, keepdims=True)
+    luck = ((1 - gamma) * quantile(1 - 1 / 5) + gamma * quantile(1 - 1 / (5 * math.e))) / math.sqrt(n - 1)
+    probability = normal((sharpes[best] - luck) * math.sqrt(n - 1) / math.sqrt(1 - (z[best] ** 3).mean() * sharpes[best] + ((z[best] ** 4).mean() - 1) / 4 * sharpes[best] ** 2))
+    assert many.verdict.startswith(f"The best of 5 models, agent {best}, has been chosen on the tests themselves") and f"with a probability of {probability:.1%}" in many.verdict and probability < 0.9
 
 
 # going on
@@ -436,7 +455,10 @@ def test_a_fold_that_was_trained_but_not_tested_is_not_trained_again(tmp_path):
     next(tmp_path.glob("fold_02_*.json")).unlink()
     next(tmp_path.glob("fold_03_*.json")).write_text('{"key": "cut o')
     calls = []
-    assert walk(SHORT, train=counting(calls), folder=tmp_path, train_settings={}).folds.equals(retrained(tuple(SHORT)).folds) and calls == []
+    whole = lambda: walk(SHORT, train=counting(calls), folder=tmp_path, train_settings={}).folds.equals(retrained(tuple(SHORT)).folds)
+    assert whole() and calls == []
+    next(tmp_path.glob("fold_02_*.json")).write_bytes(next(tmp_path.glob("fold_01_*.json")).read_bytes())
+    assert whole() and calls == [], "a result under another's name is not taken for it"
 
 
 def test_another_input_is_not_mistaken_for_the_old_one(tmp_path):

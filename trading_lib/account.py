@@ -130,7 +130,17 @@ class AccountState:
         "`other` where `mask` (n,) is true, else this state."
         return AccountState(*(torch.where(mask, getattr(other, f.name), getattr(self, f.name)) for f in fields(self)))
 
-# %% ../nbs/08_account.ipynb #b9695e7e
+# %% ../nbs/08_account.ipynb #e36a6b71
+def _choose(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    "`a` where the mask is 1, `b` where it is 0, exactly."
+    return torch.where(mask > 0, a, b) if torch.compiler.is_compiling() else torch.lerp(b, a, mask)
+
+
+def _where_set(mask: Tensor, level: float | Tensor) -> Tensor:
+    "The mask of accounts that have such a level at all."
+    return mask * (level > 0) if torch.is_tensor(level) or not level > 0 else mask
+
+
 class NextBar(NamedTuple):
     "What a step needs of the market; tensors of shape (n,) or (), float64."
     close: Tensor  # of bar t, known at decision
@@ -153,20 +163,20 @@ def order_quantity(
 ) -> Tensor:  # (n,) signed units that fill at the next open; 0 where no order can be placed
     "Size an order: value from equity, cap, no crossing of zero, whole shares for shorts."
     held = state.quantity
-    value = state.equity * rules.full_order * size
+    side = torch.sign(held)
+    opposite = (direction * side).lt_(0)  # else from flat, or in the direction of the position
     room = (state.equity * rules.max_position - (held * bar.close).abs()).clamp(min=0)
-    opens = direction * held >= 0  # from flat, or in the direction of the position
-    value = torch.where(opens, torch.minimum(value, room), value).clamp(min=0)
-    units, shares = value / bar.open, torch.floor(value / bar.close)
-    short_side = torch.where(opens, direction < 0, held < 0)  # the order opens, adds to or reduces a short
-    units = torch.where(short_side, shares, units)
-    units = torch.where(opens, units, torch.minimum(units, held.abs()))
+    value = state.equity * rules.full_order * size
+    value = _choose(opposite, value, torch.minimum(value, room)).clamp(min=0)
+    short_side = torch.add(direction, side, alpha=2).lt_(0)  # the order opens, adds to or reduces a short
+    units = _choose(short_side, torch.floor(value / bar.close), value / bar.open)
+    units = _choose(opposite, torch.minimum(units, held.abs()), units)
     if rules.allow_short is not True:
-        units = torch.where(opens & (direction < 0) & ~torch.as_tensor(rules.allow_short, device=units.device), 0.0, units)
-    quantity = torch.where(is_close, -held, direction * units)
-    return torch.where(bar.can_fill, quantity, 0.0)
+        sells = (direction * (1.0 - opposite)).lt_(0)
+        units = units * (1.0 - (sells if rules.allow_short is False else sells * ~rules.allow_short))
+    return _choose(is_close.double(), -held, direction * units) * bar.can_fill
 
-# %% ../nbs/08_account.ipynb #e1c44a3b
+# %% ../nbs/08_account.ipynb #11c2d007
 class Fills(NamedTuple):
     "What happened in one bar; tensors of shape (n,)."
     quantity: Tensor  # signed units filled at the open; 0: no order, or none that could be placed
@@ -180,13 +190,6 @@ class Fills(NamedTuple):
     costs: Tensor  # of both fills
 
 
-def _fill_costs(value: Tensor, bar: NextBar, rules: AccountRules):
-    "Costs of fills of that value by component, in the order of the state's fields."
-    share = (value / bar.daily_dollar_volume.clamp(min=1.0)).clamp(max=1.0)  # a market without volume: as if the order were all of it
-    return (value * rules.commission, value * rules.half_spread, value * rules.slippage,
-            value * (rules.impact * bar.daily_volatility * torch.sqrt(share)))
-
-
 def account_step(
     state: AccountState,  # at the close of bar t
     direction: Tensor,  # (n,) +1 buy, -1 sell, 0 none
@@ -196,43 +199,43 @@ def account_step(
     rules: AccountRules,
 ) -> tuple[AccountState, Fills]:  # at the close of bar t+1, and what happened
     "Move accounts through one bar: order at the open, stop or target inside, mark at the close."
-    quantity = order_quantity(state, direction, size, is_close, bar, rules)
-    before, position = state.quantity, state.quantity + quantity
-    adds = (quantity != 0) & (quantity * before >= 0)
-    entry = torch.where(adds, (state.average_entry * before + bar.open * quantity) / torch.where(adds, position, 1.0), state.average_entry)
-    entry = torch.where(position == 0, 0.0, entry)
+    before, quantity = state.quantity, order_quantity(state, direction, size, is_close, bar, rules)
+    position, ordered = before + quantity, torch.sign(quantity)
+    side, side_before = torch.sign(position), torch.sign(before)
+    adds = (ordered * (ordered + side_before)).gt_(0)
+    average = (state.average_entry * before + bar.open * quantity) / (position * adds + (1.0 - adds))
+    entry = _choose(adds, average, state.average_entry)
 
-    side = torch.sign(position)
-    stop, target = entry * (1 - side * rules.stop), entry * (1 + side * rules.target)
-    against, favour = torch.where(side > 0, bar.low, bar.high), torch.where(side > 0, bar.high, bar.low)
-    stopped = (side * (against - stop) <= 0) & (side != 0) & (rules.stop > 0)
-    targeted = (side * (favour - target) >= 0) & (side != 0) & (rules.target > 0) & ~stopped
+    # prices seen from the position's side: times -1 for a short, for which a high is the worst and a low the best
+    long, open_, holds = side.clamp(min=0), side * bar.open, side.abs()
+    stop, target = side * (entry * (1.0 - side * rules.stop)), side * (entry * (1.0 + side * rules.target))
+    worst, best = side * _choose(long, bar.low, bar.high), side * _choose(long, bar.high, bar.low)
+    stopped = _where_set((worst - stop).le_(0) * holds, rules.stop)
+    targeted = _where_set((best - target).ge_(0) * (holds - stopped), rules.target)
+    exits = stopped + targeted
     # a gap through the level fills at the open: worse than the stop, better than the target
-    stop_fill = torch.where(side > 0, torch.minimum(bar.open, stop), torch.maximum(bar.open, stop))
-    target_fill = torch.where(side > 0, torch.maximum(bar.open, target), torch.minimum(bar.open, target))
-    exits = stopped | targeted
-    exit_price = torch.where(stopped, stop_fill, torch.where(targeted, target_fill, 0.0))
-    exit_quantity = torch.where(exits, -position, 0.0)
+    exit_price = side * _choose(stopped, torch.minimum(open_, stop), torch.maximum(open_, target) * targeted)
+    exit_quantity = -(position * exits)
 
-    value, exit_value = quantity.abs() * bar.open, exit_quantity.abs() * exit_price
-    order_costs, exit_costs = _fill_costs(value, bar, rules), _fill_costs(exit_value, bar, rules)
-    commission, spread, slippage, impact = (a + b for a, b in zip(order_costs, exit_costs))
+    paid, exit_paid = quantity * bar.open, exit_quantity * exit_price
+    value, exit_value = paid.abs(), exit_paid.abs()
+    volume, impact_rate = bar.daily_dollar_volume.clamp(min=1.0), rules.impact * bar.daily_volatility
+    share = lambda v: torch.sqrt((v / volume).clamp(max=1.0))  # a market without volume: as if the order were all of it
+    commission, spread, slippage = (value * rate + exit_value * rate for rate in (rules.commission, rules.half_spread, rules.slippage))
+    impact = value * (impact_rate * share(value)) + exit_value * (impact_rate * share(exit_value))
     costs = commission + spread + slippage + impact
-    flow = -quantity * bar.open - exit_quantity * exit_price - costs
+    traded, flow = value + exit_value, -paid - exit_paid - costs
 
-    held = position + exit_quantity
-    cash = state.cash + flow
-    equity = cash + held * bar.last
-    trade_cash = state.trade_cash + flow
-    closed = ((before != 0) | (quantity != 0)) & (held == 0)
-    profit = torch.where(closed, trade_cash, 0.0)
+    remains = holds - exits  # 1 where a position is held at the close
+    closed = torch.maximum(side_before.abs(), ordered.abs()) - remains
+    held, cash, trade_cash = position + exit_quantity, state.cash + flow, state.trade_cash + flow
+    equity, profit = cash + held * bar.last, closed * trade_cash
     after = AccountState(
-        cash=cash, quantity=held, average_entry=torch.where(held == 0, 0.0, entry), equity=equity,
-        peak_equity=torch.maximum(state.peak_equity, equity), trades=state.trades + closed, wins=state.wins + (profit > 0),
-        trade_cash=torch.where(held == 0, 0.0, trade_cash), bars_held=torch.where(held == 0, 0.0, state.bars_held + 1),
-        traded_value=state.traded_value + (value + exit_value), commission=state.commission + commission, spread=state.spread + spread,
+        cash=cash, quantity=held, average_entry=entry * remains, equity=equity, peak_equity=torch.maximum(state.peak_equity, equity),
+        trades=state.trades + closed, wins=state.wins + profit.gt(0), trade_cash=trade_cash * remains, bars_held=(state.bars_held + 1.0) * remains,
+        traded_value=state.traded_value + traded, commission=state.commission + commission, spread=state.spread + spread,
         slippage=state.slippage + slippage, impact=state.impact + impact)
-    return after, Fills(quantity, exit_quantity, exit_price, stopped, targeted, closed, profit, value + exit_value, costs)
+    return after, Fills(quantity, exit_quantity, exit_price, stopped.bool(), targeted.bool(), closed.bool(), profit, traded, costs)
 
 # %% ../nbs/08_account.ipynb #dcbc4185
 def settle(

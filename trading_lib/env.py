@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['REWARD_COMPONENTS', 'MarketData', 'layout_of', 'split_bounds', 'market_data', 'bar_table', 'next_bar',
            'decision_span', 'Obs', 'ColumnOrder', 'column_order', 'ObservationTable', 'RewardPreset', 'reward_preset',
-           'StepFacts', 'GPUEnvConfig', 'GPUVectorizedTradingEnv']
+           'StepFacts', 'GPUEnvConfig', 'Moved', 'step_functions', 'GPUVectorizedTradingEnv']
 
-# %% ../nbs/09_env.ipynb #03eb642d
+# %% ../nbs/09_env.ipynb #35b03995
 import io
 import json
+from collections import deque
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .account import AccountConfig, AccountRules, AccountState, NextBar, account_columns, account_rules, account_step
+from .account import AccountConfig, AccountRules, AccountState, Fills, NextBar, account_columns, account_rules, account_step
 from .config import InputError, checked, require, unknown_name
 from .files import atomic_write
 from .layouts import LAYOUTS
@@ -236,7 +237,7 @@ class ObservationTable:
         out[:, :, self.broadcast] = broadcast[:, None, :]
         return out.flatten(1)
 
-# %% ../nbs/09_env.ipynb #0fc139d6
+# %% ../nbs/09_env.ipynb #4f66ed4f
 _REWARD_PRESETS = {
     "v2.4.5": dict(horizon=4, threshold=0.0, weights=dict(direction=0.35, magnitude=0.10, pnl=0.25, stop_tp=0.15, exploration=0.10, drawdown=0.05)),
     "v2.5.0": dict(horizon=4, threshold=0.003, weights=dict(direction=0.40, magnitude=0.05, pnl=0.25, stop_tp=0.10, exploration=0.15, drawdown=0.03, costs=0.02, incentive=0.02)),
@@ -246,6 +247,7 @@ _REWARD_PRESETS = {
 _BLIND_DRAWDOWN_WEIGHT = 0.10  # for layouts that do not show the policy its drawdown
 _DRAWDOWN_LIMIT = 0.15
 _RECENT_ACTIONS = 64
+_BITS = 7  # that count up to so many
 _SHARPE_RATE = 0.01  # of the moving averages of the differential Sharpe ratio
 _MINIMUM_VOLATILITY = 1e-5  # of one bar; a market that stands still must not divide by zero
 
@@ -275,9 +277,9 @@ class StepFacts(NamedTuple):
     "What the reward components read; tensors of shape (n,)."
     direction: Tensor  # of the order that was placed; 0 for none and for CLOSE
     forward_return: Tensor  # from the fill's open to the close `horizon` bars after the decision
+    forward_direction: Tensor  # its sign; 0 where it does not pass the threshold
+    forward_strength: Tensor  # tanh of its size in volatilities of the horizon
     volatility: Tensor  # of one bar, at decision
-    threshold: float
-    horizon: int
     before: AccountState
     after: AccountState
     fills: NamedTuple
@@ -287,7 +289,7 @@ class StepFacts(NamedTuple):
     mean_square: Tensor  # moving average of their squares
 
 
-def _direction(s): return s.direction * torch.sign(s.forward_return) * (s.forward_return.abs() > s.threshold)
+def _direction(s): return s.direction * s.forward_direction
 def _in_volatility(s, share): return (share / s.volatility).clamp(-1, 1)
 
 
@@ -301,7 +303,7 @@ def _differential_sharpe(s):
 
 REWARD_COMPONENTS = {
     "direction": _direction,
-    "magnitude": lambda s: _direction(s) * torch.tanh(s.forward_return.abs() / (s.volatility * s.horizon**0.5)),
+    "magnitude": lambda s: _direction(s) * s.forward_strength,
     "pnl": lambda s: _in_volatility(s, s.after.equity / s.before.equity - 1),
     "stop_tp": lambda s: s.fills.targeted.double() - s.fills.stopped.double(),
     "exploration": lambda s: 1 - s.action_share,
@@ -333,7 +335,81 @@ class GPUEnvConfig:
         require(self.episode_length >= 1, f"GPUEnvConfig.episode_length: expected 1 or more bars, was {self.episode_length}")
         layout_of(self.version)
 
-# %% ../nbs/09_env.ipynb #3666c097
+# %% ../nbs/09_env.ipynb #45142df3
+class Moved(NamedTuple):
+    "Accounts one bar later, before any restart; tensors of shape (n,)."
+    bar: Tensor
+    account: AccountState
+    fills: Fills
+    reward: Tensor  # float32
+    components: Tensor  # (n, number of components)
+    terminated: Tensor  # bool
+    truncated: Tensor  # bool
+    done: Tensor  # bool, either
+    tally: Tensor  # int64, counts of recent actions
+    place: Tensor  # int64, where the taken action's count begins
+    mean_return: Tensor
+    mean_square: Tensor
+    own_columns: Tensor | None  # (n, D) float32; None in layouts that hide the account
+
+
+def step_functions(
+    env,  # GPUVectorizedTradingEnv
+):  # two pure functions: one bar for every account, and what restarts make of it
+    "The functions that move accounts, with the environment's settings as constants."
+    components, weights = [REWARD_COMPONENTS[name] for name in env.reward_names], list(env.reward.weights.values())
+    sharpe, full_move, own_columns = "differential_sharpe" in env.reward_names, env._full_move, env._own_columns if env.layout.account_columns else None
+
+    def advance(market, actions_mean, rules, actions, before, bar, end, first, tally, oldest, mean_return, mean_square) -> Moved:
+        row, (direction, size, is_close) = market.index_select(0, bar).unbind(1), (column.index_select(0, actions) for column in actions_mean)
+        forward, forward_direction, forward_strength, volatility = row[8:]
+        after, fills = account_step(before, direction, size, is_close, next_bar(row, (row[7], *row[1:])), rules)  # the next bar's columns lie in the same row
+        age, place = bar - first, _BITS * actions
+        tally = tally + (1 << place) - torch.where(age >= _RECENT_ACTIONS, 1 << oldest, 0)
+        share = (tally >> place & 2**_BITS - 1).double() / (age + 1).clamp(max=_RECENT_ACTIONS).double()
+        placed = torch.sign(fills.quantity) * ~is_close
+        facts = StepFacts(placed, forward, forward_direction, forward_strength, volatility, before, after, fills, share, full_move, mean_return, mean_square)
+        rewards = [component(facts) for component in components]
+        reward = rewards[0] * weights[0]
+        for value, weight in zip(rewards[1:], weights[1:]): reward = reward + value * weight
+        if sharpe:
+            r = after.equity / before.equity - 1
+            mean_return, mean_square = mean_return + _SHARPE_RATE * (r - mean_return), mean_square + _SHARPE_RATE * (r**2 - mean_square)
+        bar, terminated = bar + 1, after.equity <= 0
+        done = (bar >= end) | terminated
+        return Moved(bar, after, fills, reward.float(), torch.stack(rewards).T, terminated, done & ~terminated, done, tally, place, mean_return, mean_square, own_columns and own_columns(after))
+
+    def restarted(done, start, start_end, bar, end, first, tally, mean_return, mean_square, account, fresh):
+        where = lambda new, old: torch.where(done, new, old)
+        return where(start, bar), where(start_end, end), where(start, first), where(0, tally), where(0.0, mean_return), where(0.0, mean_square), account.where(done, fresh)
+
+    if not env.compiled: return advance, restarted
+    # a loop over accounts writes numbers as whole vectors, what is true or false one by one: that is left to the end
+    compiled_advance = _compiled(lambda *arguments: _flags(advance(*arguments), torch.Tensor.float))
+    return lambda *arguments: _flags(compiled_advance(*arguments), torch.Tensor.bool), _compiled(restarted)
+
+
+def _compiled(function):
+    "The function by torch.compile; where no compiler works, an `InputError` that says what to do."
+    from torch._dynamo.exc import BackendCompilerFailed
+    from torch._inductor.exc import InductorError
+    inner = torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True)
+
+    def call(*arguments):
+        try: return inner(*arguments)
+        except (BackendCompilerFailed, InductorError) as e:
+            reason = str(e).strip().splitlines() or [type(e).__name__]
+            raise InputError(f"compiled: expected a working C++ compiler ({reason[0][:200]}); install g++, name another in the environment variable CXX, or use compiled=False") from None
+    return call
+
+
+def _flags(moved: Moved, convert) -> Moved:
+    "All that is true or false, converted."
+    fills = moved.fills
+    return moved._replace(terminated=convert(moved.terminated), truncated=convert(moved.truncated), done=convert(moved.done),
+                          fills=fills._replace(stopped=convert(fills.stopped), targeted=convert(fills.targeted), trade_closed=convert(fills.trade_closed)))
+
+# %% ../nbs/09_env.ipynb #3d80aa94
 class GPUVectorizedTradingEnv:
     "`n_envs` accounts trading one symbol, stepped together on one device."
 
@@ -342,6 +418,7 @@ class GPUVectorizedTradingEnv:
         config: GPUEnvConfig | None = None,  # None: the defaults, taken from the market data where it says so
         fit=None,  # FeatureFit of the training span; None: fitted on these bars, which are then the training span
         device: str | torch.device | None = None,
+        compiled: bool = False,  # steps by torch.compile: several times faster from a thousand accounts on, after a minute of compiling
     ):
         if isinstance(bars, MarketData):
             market = bars
@@ -360,32 +437,37 @@ class GPUVectorizedTradingEnv:
         except RuntimeError: raise InputError(f"device: expected cpu, cuda or cuda:1, was {device!r}") from None
         require(self.device.type != "cuda" or torch.cuda.is_available(), f"device: {self.device} was asked for, but torch sees no GPU here; use cpu")
         self.layout, self.spec = layout_of(config.version), MODEL_SPECS[config.version]
-        self.rules = self._full_rules = account_rules(config.account, config.asset_class)
-        self._cost_scale = 1.0
-        self.reward = reward_preset(config.reward_preset, config.version, self.rules)
+        self._full_rules = account_rules(config.account, config.asset_class)
+        self.reward = reward_preset(config.reward_preset, config.version, self._full_rules)
         self.reward_names = list(self.reward.weights)
         self.n_envs, self.n_actions, self.obs_dim = config.n_envs, self.spec.n_actions, config.window * self.layout.n_features
         self.table = ObservationTable(market.features, config.version, config.window, self.device)
         self._load_market(market)
         self._random = torch.Generator(self.device)
         self._random.manual_seed(0)
-        self._weights = torch.tensor(list(self.reward.weights.values()), dtype=torch.float64, device=self.device)
         direction, size, is_close = action_table(self.spec)
         tensor = lambda a, dtype: torch.as_tensor(np.asarray(a), device=self.device).to(dtype)
-        self._direction, self._size, self._is_close = tensor(direction, torch.float64), tensor(size, torch.float64), tensor(is_close, torch.bool)
-        self._rows = torch.arange(self.n_envs, device=self.device)
+        self._actions = tensor(direction, torch.float64), tensor(size, torch.float64), tensor(is_close, torch.bool)
+        self._no_columns = torch.empty(self.n_envs, 0, device=self.device)
+        self.compiled = compiled
+        self._advance, self._restarted = step_functions(self)
+        self.set_cost_scale(1.0)
 
     def _load_market(self, market: MarketData):
-        "Everything a step gathers, as columns of one float64 table (T, fields)."
+        "Everything a step gathers, as one row of a float64 table (T, fields) for each bar decided at."
         opening, _, _, close, _ = market.prices
         h = self.reward.horizon
         usable, last_decision = decision_span(market, h)
         at, forward = np.flatnonzero(usable), np.zeros(len(usable))
         forward[at] = close[at + h] / opening[at + 1] - 1
-        own = np.stack([market.volatility.clip(_MINIMUM_VOLATILITY), forward], 1)
-        self._market = torch.cat([bar_table(market), torch.as_tensor(own)], 1).to(self.device)
+        forward, volatility = torch.as_tensor(forward), torch.as_tensor(market.volatility.clip(_MINIMUM_VOLATILITY))
+        forward_direction = torch.sign(forward) * (forward.abs() > self.reward.threshold)
+        own = torch.stack([forward, forward_direction, torch.tanh(forward.abs() / (volatility * h**0.5)), volatility], 1)
+        here = bar_table(market)
+        there = torch.cat([here[1:], here[-1:]])
+        self._market = torch.cat([here[:, :4], there[:, 4:7], there[:, :1], own], 1).to(self.device)
         # PPO's value loss has the scale of the reward: rewards of about one suit every market and bar length
-        self._full_move = float(self.rules.max_position * np.sqrt(np.mean(market.volatility[at].clip(_MINIMUM_VOLATILITY) ** 2)))
+        self._full_move = float(self._full_rules.max_position * np.sqrt(np.mean(market.volatility[at].clip(_MINIMUM_VOLATILITY) ** 2)))
         # an episode may start where it can last its full length, or as long as its stretch allows
         first = np.flatnonzero(usable & ~np.concatenate([[False], usable[:-1]]))  # each stretch's first decision
         stretch_first = first[np.searchsorted(first, at, side="right") - 1]
@@ -398,10 +480,13 @@ class GPUVectorizedTradingEnv:
     # -- observing -----------------------------------------------------------------------------------------------
 
     def _observe(self) -> Obs:
+        return Obs(self.bar, self._own_columns(self.account))
+
+    def _own_columns(self, account: AccountState) -> Tensor:  # (n_envs, D) float32
         columns = self.layout.account_columns
-        if not columns: return Obs(self.bar, self.bar.new_empty((self.n_envs, 0), dtype=torch.float32))
-        own = account_columns(self.account, self.config.account)
-        return Obs(self.bar, torch.stack([own[c] for c in columns], 1).float())
+        if not columns: return self._no_columns
+        own = account_columns(account, self.config.account)
+        return torch.stack([own[c] for c in columns], 1).float()
 
     def _present(self, obs: Obs):
         return obs if self.config.observations == "indices" else self.table.materialise(obs)
@@ -411,6 +496,8 @@ class GPUVectorizedTradingEnv:
     ):
         "Scale every cost from now on: a curriculum for training. Rewards keep their thresholds; evaluation never calls this."
         self._cost_scale, self.rules = scale, self._full_rules.with_costs(scale)
+        # in compiled code numbers are constants, and tensors may change
+        self._step_rules = self.rules.with_costs(torch.ones((), dtype=torch.float64, device=self.device)) if self.compiled else self.rules
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -420,13 +507,12 @@ class GPUVectorizedTradingEnv:
         return start, torch.minimum(start + self.config.episode_length, self._final[start])
 
     def _begin(self, start: Tensor, end: Tensor, account: AccountState | None = None):
-        zeros = lambda *shape, dtype=torch.float64: torch.zeros(*shape, dtype=dtype, device=self.device)
-        self.bar, self.end = start, end
+        zeros = lambda: torch.zeros(self.n_envs, dtype=torch.float64, device=self.device)
+        self.bar, self.end, self._first = start, end, start.clone()  # compiled code asks which of its arguments are one
+        self._fresh = AccountState.initial(self.rules, 1, self.device)
         self.account = account if account is not None else AccountState.initial(self.rules, self.n_envs, self.device)
-        self._recent = torch.full((_RECENT_ACTIONS, self.n_envs), -1, dtype=torch.int64, device=self.device)  # ring of actions
-        self._recent_row, self._counts = 0, zeros(self.n_envs, self.n_actions + 1)  # the last column takes the empty entries
-        self._mean_return, self._mean_square = zeros(self.n_envs), zeros(self.n_envs)
-        self._fresh = AccountState.initial(self.rules, self.n_envs, self.device)
+        self._tally, self._recent = torch.zeros_like(start), deque([torch.zeros_like(start)] * _RECENT_ACTIONS, _RECENT_ACTIONS)
+        self._mean_return, self._mean_square = zeros(), zeros()
 
     def reset_index(self, seed: int | None = None) -> Obs:
         "Start every account at a random bar; a seed makes this and all that follows repeatable."
@@ -457,65 +543,49 @@ class GPUVectorizedTradingEnv:
 
     # -- stepping ------------------------------------------------------------------------------------------------
 
-    def _action_share(self, actions: Tensor) -> Tensor:  # (n,)
-        "Share of the taken action among each account's last 64, this one included."
-        oldest = self._recent[self._recent_row]
-        self._counts[self._rows, oldest] -= 1  # -1, an empty entry, is the last column
-        self._counts[self._rows, actions] += 1
-        self._recent[self._recent_row] = actions
-        self._recent_row = (self._recent_row + 1) % _RECENT_ACTIONS
-        taken = self._counts[:, :-1]
-        return self._counts[self._rows, actions] / taken.sum(1)
-
     def step_index(self,
         actions: Tensor,  # (n_envs,) int64, 0 .. n_actions-1
     ) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:  # observation, reward float32, terminated, truncated, infos
         "One bar for every account; `step` with indices instead of windows."
-        here, there = self._market.index_select(0, self.bar).unbind(1), self._market.index_select(0, self.bar + 1).unbind(1)
-        bar, (volatility, forward) = next_bar(here, there), here[-2:]
-        direction, is_close = self._direction[actions], self._is_close[actions]
         before = self.account
-        after, fills = account_step(before, direction, self._size[actions], is_close, bar, self.rules)
-        placed = torch.where((fills.quantity != 0) & ~is_close, direction, 0.0)
-        facts = StepFacts(placed, forward, volatility, self.reward.threshold, self.reward.horizon, before, after, fills, self._action_share(actions), self._full_move, self._mean_return, self._mean_square)
-        components = torch.stack([REWARD_COMPONENTS[name](facts) for name in self.reward_names], 1)
-        if "differential_sharpe" in self.reward.weights:
-            r = after.equity / before.equity - 1
-            self._mean_return, self._mean_square = self._mean_return + _SHARPE_RATE * (r - self._mean_return), self._mean_square + _SHARPE_RATE * (r**2 - self._mean_square)
-        self.bar, self.account = self.bar + 1, after
-        terminated = after.equity <= 0
-        truncated = (self.bar >= self.end) & ~terminated
-        infos = {"final_obs": self._observe(), "account": after, "fills": fills, "reward_components": components, "decision_equity": before.equity}
-        done = terminated | truncated
-        if self.device.type != "cpu" or bool(done.any()): self._restart(done)  # asking the device would make the host wait
-        return self._observe(), (components @ self._weights).float(), terminated, truncated, infos
+        moved = self._advance(self._market, self._actions, self._step_rules, actions, before, self.bar, self.end, self._first, self._tally, self._recent[0], self._mean_return, self._mean_square)
+        self.bar, self.account, self._tally, self._mean_return, self._mean_square = moved.bar, moved.account, moved.tally, moved.mean_return, moved.mean_square
+        self._recent.append(moved.place)
+        obs = Obs(self.bar, self._no_columns if moved.own_columns is None else moved.own_columns)
+        infos = {"final_obs": obs, "account": moved.account, "fills": moved.fills, "reward_components": moved.components, "decision_equity": before.equity}
+        if self.device.type != "cpu" or bool(moved.done.any()):  # asking the device would make the host wait
+            self._restart(moved.done)
+            obs = self._observe()
+        return obs, moved.reward, moved.terminated, moved.truncated, infos
 
     def _restart(self, done: Tensor):
-        start, end = self._draw_starts()
-        self.bar, self.end = torch.where(done, start, self.bar), torch.where(done, end, self.end)
-        self.account = self.account.where(done, self._fresh)
-        self._recent = torch.where(done, -1, self._recent)
-        self._counts = torch.where(done[:, None], 0.0, self._counts)
-        self._mean_return, self._mean_square = torch.where(done, 0.0, self._mean_return), torch.where(done, 0.0, self._mean_square)
+        self.bar, self.end, self._first, self._tally, self._mean_return, self._mean_square, self.account = self._restarted(
+            done, *self._draw_starts(), self.bar, self.end, self._first, self._tally, self._mean_return, self._mean_square, self.account, self._fresh)
 
     # -- going on later --------------------------------------------------------------------------------------------
 
-    _STATE = ("bar", "end", "_recent", "_counts", "_mean_return", "_mean_square")
+    _STATE = ("bar", "end", "_mean_return", "_mean_square")
 
     def state_dict(self) -> dict:
         "Everything that the next step depends on, as tensors and numbers."
         if not hasattr(self, "bar"): return {}
         own = {name.lstrip("_"): getattr(self, name).clone() for name in self._STATE}
-        return own | {"cost_scale": self._cost_scale, "recent_row": self._recent_row, "random": self._random.get_state(), "account": {f.name: getattr(self.account, f.name).clone() for f in fields(AccountState)}}
+        age = torch.arange(_RECENT_ACTIONS, 0, -1, device=self.device)[:, None]  # steps since each row was written
+        recent = torch.where(age <= self.bar - self._first, torch.stack(tuple(self._recent)) // _BITS, -1)  # those of the present episode
+        return own | {"recent": recent, "cost_scale": self._cost_scale, "recent_row": 0, "random": self._random.get_state(), "account": {f.name: getattr(self.account, f.name).clone() for f in fields(AccountState)}}
 
     def load_state_dict(self, state: dict) -> Obs:
         "Go on exactly where `state_dict` was taken."
         n = len(state["bar"]) if "bar" in state else 0
         require(n == self.n_envs, f"environment state: n_envs is {self.n_envs} here, the state is {'of ' + str(n) + ' accounts' if n else 'empty'}")
         self.set_cost_scale(state["cost_scale"])
-        self._fresh = AccountState.initial(self.rules, self.n_envs, self.device)
+        self._fresh = AccountState.initial(self.rules, 1, self.device)
         for name in self._STATE: setattr(self, name, state[name.lstrip("_")].clone().to(self.device))
-        self._recent_row = state["recent_row"]
+        recent = state["recent"].to(self.device).roll(-state["recent_row"], 0)  # the oldest first
+        place = _BITS * recent.clamp(min=0)
+        self._recent = deque(place.clone().unbind(0), _RECENT_ACTIONS)
+        self._tally = torch.where(recent >= 0, 1 << place, 0).sum(0)
+        self._first = self.bar - (recent >= 0).sum(0)
         self._random.set_state(state["random"].cpu())
         self.account = AccountState(**{name: v.clone().to(self.device) for name, v in state["account"].items()})
         return self._observe()

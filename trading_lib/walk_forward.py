@@ -220,7 +220,7 @@ def chain_curves(
         value = chained[-1][-1]
     return np.concatenate(chained)
 
-# %% ../nbs/18_walk_forward.ipynb #d6261005
+# %% ../nbs/18_walk_forward.ipynb #6be93567
 _CURVES = ("agent", "buy_and_hold", "buy_and_hold_at_exposure")
 _TIMES = ("train_first", "train_last", "validation_first", "validation_last", "test_first", "test_last")
 
@@ -231,7 +231,7 @@ class WalkForwardResult:
     folds: pd.DataFrame  # one row for each model and fold
     curves: dict  # model -> chained values of agent, buy_and_hold and buy_and_hold_at_exposure, and the fold, by time
     profits: dict  # model -> profit of each closed trade, all folds
-    notes: list  # what cannot be known
+    notes: list  # what is not known, by model
     provenance: dict  # symbol, timeframe, asset_class, version, window, account, spans of the folds, bars, seed, simulated
 
     @property
@@ -245,7 +245,7 @@ class WalkForwardResult:
     def _parts(self) -> dict:
         "The result of each model alone."
         own = lambda m: self.folds[self.folds["model"] == m].reset_index(drop=True)
-        return {m: replace(self, folds=own(m), curves={m: self.curves[m]}, profits={m: self.profits[m]}) for m in self.models}
+        return {m: replace(self, folds=own(m), curves={m: self.curves[m]}, profits={m: self.profits[m]}, notes=[n for n in self.notes if n.startswith(f"{m}: ")]) for m in self.models}
 
     def _only(self, what: str) -> str:
         require(len(self.models) == 1, f"{what}: this walk-forward has {len(self.models)} models ({', '.join(self.models)}); take one of them, such as result['{self.models[0]}'].{what}")
@@ -283,15 +283,16 @@ class WalkForwardResult:
     def verdict(self) -> str:
         "One line: what happened, and whether luck would do as well."
         if len(self.models) > 1: return self._verdict_of_many()
-        s, model, n = self.summary, self.models[0], len(self.folds)
+        s, model, rows, n = self.summary, self.models[0], self.folds, len(self.folds)
         low, high = s["mean_return_low"], s["mean_return_high"]
         sure = ("it made no trade" if not s["costs"] and low == high == 0 else "above zero: more than luck" if low > 0 else "below zero: it loses" if high < 0 else "it contains zero: luck would do as well")
+        unseen = " that training never saw" if (rows["unseen"] == "yes").all() else ""
         who = "retrained for each fold" if model == "retrained" else f"model {model}"
         spread = f"{s['sharpe_mean']:+.2f}" + (f" ± {s['sharpe_deviation']:.2f}" if s["sharpe_deviation"] is not None else "")
-        return (f"{self.provenance['symbol']}: {who}, {s['total_return']:+.2%} after costs over {n} fold{'s' * (n > 1)} and {s['bars']} bars that training never saw; buy-and-hold {s['buy_and_hold']:+.2%}, at the agent's exposure "
+        return (f"{self.provenance['symbol']}: {who}, {s['total_return']:+.2%} after costs over {n} fold{'s' * (n > 1)} and {s['bars']} bars{unseen}; buy-and-hold {s['buy_and_hold']:+.2%}, at the agent's exposure "
                 f"{s['buy_and_hold_at_exposure']:+.2%}. Positive in {round(s['positive_folds'] * n)} of {n}, better than buy-and-hold at its exposure in {round(s['beat_buy_and_hold_at_exposure'] * n)}; "
                 f"Sharpe ratio {spread} over folds; mean return of a bar {s['mean_return'] * 1e4:+.3f} bp, 95 % interval {low * 1e4:+.3f} to {high * 1e4:+.3f}: {sure}."
-                + (f" {len(self.notes)} thing{'s' * (len(self.notes) > 1)} not known: see the notes." if self.notes else "")).replace("bars that training never saw", "bars" if self.notes else "bars that training never saw")
+                + (f" {len(self.notes)} thing{'s' * (len(self.notes) > 1)} not known: see the notes." if self.notes else ""))
 
     def _verdict_of_many(self) -> str:
         returns = {m: equity_returns(self.curves[m]["agent"].to_numpy()) for m in self.models}
@@ -300,7 +301,7 @@ class WalkForwardResult:
         deflated = deflated_sharpe_ratio(returns[best], len(sharpes))  # models of one kind are alike: their own spread would understate what luck does
         return f"The best of {len(sharpes)} models, {best}, has been chosen on the tests themselves: its Sharpe ratio is above what the best of {len(sharpes)} lucky ones shows with a probability of {deflated:.1%}. {self[best].verdict}"
 
-# %% ../nbs/18_walk_forward.ipynb #620ed14b
+# %% ../nbs/18_walk_forward.ipynb #37ab75f9
 def _digest(value) -> str:
     try: return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
     except TypeError as e: raise InputError(f"train_settings: expected plain values (text, numbers, lists, tables), {e}") from None
@@ -321,7 +322,7 @@ def _model_digest(content: dict) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.detach().cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
-
+# %% ../nbs/18_walk_forward.ipynb #d14f1bd9
 def _check_content(content, name: str, wanted: dict):
     "A checkpoint of these features and this market."
     require(isinstance(content, dict) and all(k in content for k in ("policy_state_dict", "model_version", "config", "fit")),
@@ -356,18 +357,32 @@ def _check_decidable(fold: Fold, names, bars: pd.DataFrame, timeframe: str, asse
         a, b = getattr(fold, name)
         require(decides[a:b - 1].any(), f"fold {fold.number}: no decision can be made in its {name} span, bars {a} to {b - 1}: the first {warm_up} bars of the history and after each gap are warm-up; use more history or fewer folds")
 
-# %% ../nbs/18_walk_forward.ipynb #3e72eeb9
+# %% ../nbs/18_walk_forward.ipynb #641ac966
 def _tested(content: dict, bars: pd.DataFrame, fold: Fold, name: str, first: dict, unseen: bool, account, symbol: str, truth, random_policies: int, seed: int) -> dict:
     "One fold's test, as plain values."
     start, stop = fold.test
     result = run_backtest(content, bars.iloc[:stop], start=start, stop=stop, account=account, symbol=symbol, truth=None if truth is None else truth.iloc[:stop], random_policies=random_policies, seed=seed)
     m, when = result.metrics, lambda i: bars.index[i].isoformat()
-    row = {"fold": fold.number, "model": name, **first, "test_first": when(start), "test_last": when(stop - 1), "bars": stop - start, "return": m["total_return"],
+    row = {"fold": fold.number, "model": name, **first, "test_first": when(start), "test_last": when(stop - 1), "bars": len(result.equity), "return": m["total_return"],
            "buy_and_hold": result.baselines["buy_and_hold"], "buy_and_hold_at_exposure": result.baselines["buy_and_hold_at_exposure"], "sharpe": m["sharpe"], "max_drawdown": m["max_drawdown"],
            "trades": m["trades"], "profit_factor": m["profit_factor"], "costs": m["costs"], "exposure": m["exposure"], "hold_share": m["hold_share"],
            "percentile_among_random": m.get("percentile_among_random"), "oracle": result.baselines.get("oracle"), "unseen": "yes" if unseen else "not known"}
     closed = result.trades.loc[result.trades["exit"] != "still open", "profit"]
     return {"row": row, "times": result.equity.index.as_unit("ns").asi8.tolist(), "curves": {c: result.curves[c].tolist() for c in _CURVES}, "profits": closed.tolist()}
+
+
+def _trained(train, bars: pd.DataFrame, fold: Fold, fit, wanted: dict, symbol: str, spans: dict, path: Path | None) -> dict:
+    "The model of a fold: kept from an earlier run, or trained now on a market that ends with validation."
+    saved = path.with_suffix(".pt") if path else None
+    if saved is not None and saved.exists(): return load_checkpoint(saved)
+    market = market_data(bars.iloc[:fold.validation[1]], wanted["version"], fit, wanted["timeframe"], wanted["asset_class"], wanted["window"], symbol)
+    content = train(market.span(*fold.train), fold)
+    _check_content(content, f"train, fold {fold.number}", wanted)
+    # a model that was made from this market has seen its two spans and nothing else; of a model from elsewhere nothing is claimed
+    data = content.get("data") or {}
+    if data.get("sha256") == market.fingerprint["sha256"]: content = {**content, "data": {**data, "spans": {"train": spans["train"], "validation": spans["validation"], **(data.get("spans") or {})}}}
+    if saved is not None: save_checkpoint(content, saved)
+    return content
 
 
 def _kept(path: Path | None, key: str) -> dict | None:
@@ -391,7 +406,7 @@ def _collected(kept: list[dict], notes: list[str], provenance: dict) -> WalkForw
         profits[model] = np.concatenate([np.asarray(k["profits"], dtype=np.float64) for k in own])
     return WalkForwardResult(rows, curves, profits, notes, provenance)
 
-
+# %% ../nbs/18_walk_forward.ipynb #0e99f437
 def walk_forward(
     bars: pd.DataFrame,  # validated bars
     folds: list[Fold],  # of `walk_forward_folds`, or written by hand
@@ -468,32 +483,19 @@ def walk_forward(
                 seen = training_span(content)
                 first = {f"train_{end}": None if seen[end] is None else seen[end].isoformat() for end in ("first", "last")}
             found = {"key": key, **_tested(content, bars, fold, name, first, certain, account, symbol, truth, random_policies, seed)}
-            if path: atomic_write(path, json.dumps(found, allow_nan=False) + "\n")
+            if path: atomic_write(path, json.dumps(found, allow_nan=False, default=lambda number: number.item()) + "\n")
             kept = ""
         else: kept = " (kept from an earlier run)"
         row = found["row"]
         progress(f"{place}/{len(jobs)} fold {fold.number}, {name}: {row['test_first'][:10]} to {row['test_last'][:10]}, return {row['return']:+.2%}, buy-and-hold at its exposure {row['buy_and_hold_at_exposure']:+.2%}, {row['trades']} trades{kept}")
         done.append(found)
     for found in done:
-        if train is not None and found["row"]["unseen"] != "yes": notes.append(f"fold {found['row']['fold']}: train gave a model that does not say on which bars it was trained; whether it has seen the test is not known.")
+        if train is not None and found["row"]["unseen"] != "yes": notes.append(f"retrained: the model that train gave for fold {found['row']['fold']} does not come from the market that it was given; it is not recorded whether it has seen the test.")
     provenance = {**wanted, "symbol": symbol, "account": common["account"], "horizon": horizon, "embargo": embargo, "random_policies": random_policies, "seed": seed, "simulated": truth is not None or None,
                   "bars": fingerprint(bars), "spans": [{"fold": f.number, **{name: list(getattr(f, name)) for name in ("train", "validation", "test")}, "times": spans_of[f.number]} for f in folds]}
     return _collected(done, notes, provenance)
 
-
-def _trained(train, bars: pd.DataFrame, fold: Fold, fit, wanted: dict, symbol: str, spans: dict, path: Path | None) -> dict:
-    "The model of a fold: kept from an earlier run, or trained now on a market that ends with validation."
-    saved = path.with_suffix(".pt") if path else None
-    if saved is not None and saved.exists(): return load_checkpoint(saved)
-    market = market_data(bars.iloc[:fold.validation[1]], wanted["version"], fit, wanted["timeframe"], wanted["asset_class"], wanted["window"], symbol)
-    content = train(market.span(*fold.train), fold)
-    _check_content(content, f"train, fold {fold.number}", wanted)
-    # from now on the model says which bars it has seen; what it says of itself stays
-    if content.get("data"): content = {**content, "data": {**content["data"], "spans": {**(content["data"].get("spans") or {}), "train": spans["train"], "validation": spans["validation"]}}}
-    if saved is not None: save_checkpoint(content, saved)
-    return content
-
-# %% ../nbs/18_walk_forward.ipynb #22a87c55
+# %% ../nbs/18_walk_forward.ipynb #b383dc5b
 _SPANS = {"train": "#0b5394", "validation": "#93c47d", "test": "#e69138"}
 
 
@@ -534,10 +536,13 @@ def plot_walk_forward(
     width = min(0.25, 0.8 / len(series))
     for k, (name, values, colour) in enumerate(series): bars.bar(np.arange(len(numbers)) + (k - (len(series) - 1) / 2) * width, 100 * values.to_numpy(), width, color=colour, label=name)
     bars.axhline(0, color="#444444", lw=0.8); bars.set_xticks(np.arange(len(numbers)), [f"fold {n}" for n in numbers]); bars.set_ylabel("return of the fold, %")
+    shown = list(_SPANS) if "validation_first" in result.folds else ["test"]
     for k, fold in enumerate(p["spans"]):
-        for name in _SPANS if "validation_first" in result.folds else ("test",):
+        for name in shown:
             first, last = (pd.Timestamp(fold["times"][name][end]) for end in ("first", "last"))
             line.barh(k, last - first, left=first, height=0.6, color=_SPANS[name], label=name if not k else None)
+    days = pd.date_range(min(pd.Timestamp(f["times"][n]["first"]) for f in p["spans"] for n in shown), max(pd.Timestamp(f["times"]["test"]["last"]) for f in p["spans"]), periods=9)
+    line.set_xticks(days, [day.strftime("%Y-%m-%d") for day in days])
     line.set_yticks(range(len(numbers)), [f"fold {n}" for n in numbers]); line.invert_yaxis()
     for axis in (money, market, bars): axis.legend(loc="best", fontsize=8)
     line.legend(loc="upper right", fontsize=8)

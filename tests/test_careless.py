@@ -1,0 +1,116 @@
+"Twenty careless uses of account, environment, backtest and verdict: what people do, and the one line they get. `pytest -s tests/test_careless.py` prints the table."
+import functools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from test_backtest import FITTED, backtest, fitted, simulated, small_trainer
+from trading_lib.archive import ledger_path, read_trials
+from trading_lib.backtest import run_backtest
+from trading_lib.bars import write_bars
+from trading_lib.cli import main
+from trading_lib.config import AccountConfig, InputError, parse_parameters
+from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
+from trading_lib.judgement import assess
+from trading_lib.walk_forward import Fold, check_folds, walk_forward_folds
+
+ROOT = Path(__file__).resolve().parents[1]
+LINES = {}
+
+
+@functools.cache
+def model_bytes(version="5.6.0"): return small_trainer("crypto", version).content()
+
+
+def command(project, *arguments):
+    "What the command line says on standard error, and its exit status."
+    import contextlib, io
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()): status = main(list(arguments))
+    return status, said.getvalue().strip()
+
+
+def raised(call):
+    "The line of an InputError."
+    with pytest.raises(InputError) as e: call()
+    return 2, f"error: {e.value}"
+
+
+def all_hold(project):
+    result = backtest(actions=np.zeros(99, int), start=4000, stop=4100)
+    said = assess(result)
+    return 0, f"{said['verdict']}: {said['headline']}"
+
+
+def damaged_ledger(project):
+    path = ledger_path(project, "SIM-USD")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text('{"key": 1}\n{"key": 2}\n')
+    return raised(lambda: read_trials(path))
+
+
+def parameters(**sections): return raised(lambda: parse_parameters(sections))
+
+
+def file_of(project, bars, name="SIM-USD_15Min.parquet"): return str(write_bars(bars, project / name))
+
+
+def saved_model(project):
+    from trading_lib.checkpoint import save_checkpoint
+    return str(save_checkpoint(model_bytes(), project / "model.pt"))
+
+
+def nan_bars(project):
+    bars = simulated("crypto")[0].copy()
+    bars.iloc[100, 3] = np.nan
+    bars.reset_index(names="timestamp").to_parquet(project / "SIM-USD_15Min.parquet")
+    return command(project, "backtest", "--model", saved_model(project), "--bars", str(project / "SIM-USD_15Min.parquet"))
+
+
+# what was done -> (how, exit status, words of the answer)
+USES = {
+    "an empty span": (lambda p: raised(lambda: backtest(actions=[0], start=4000, stop=4000)), 2, "expected a span inside"),
+    "a span of one bar": (lambda p: raised(lambda: backtest(actions=[0], start=4000, stop=4001)), 2, "no decision can be made in bars 4000..4000"),
+    "a file of one bar": (lambda p: command(p, "backtest", "--model", saved_model(p), "--bars", file_of(p, simulated("crypto")[0][:1])), 2, "1 bars"),
+    "a policy that always holds": (all_hold, 0, "It made no trade"),
+    "a symbol that was never prepared": (lambda p: command(p, "backtest", "ABC-USD"), 2, "ABC-USD: no ABC-USD_15Min.parquet; run `trading-lib stage prepare --symbol ABC-USD`"),
+    "a model of another layout": (lambda p: raised(lambda: run_backtest(model_bytes(), simulated("crypto")[0], version="5.3.0")), 2, "version: the model was trained on layout 5.6.0, was '5.3.0'"),
+    "a crypto model on a share": (lambda p: raised(lambda: run_backtest(model_bytes(), simulated("equity")[0], asset_class="equity")), 2, "asset_class: the model was trained on crypto"),
+    "a model that is not one": (lambda p: ((p / "model.pt").write_text("hello"), command(p, "inspect", str(p / "model.pt")))[1], 2, "model.pt"),
+    "no model at all": (lambda p: command(p, "backtest", "--bars", file_of(p, simulated("crypto")[0])), 2, "--bars needs --model"),
+    "negative costs": (lambda p: parameters(account={"commission_bps": -1}), 2, "account.commission_bps: expected 0 or more, was -1"),
+    "an unknown cost preset": (lambda p: parameters(account={"costs": "brocker"}), 2, "account.costs: expected one of broker, conservative, zero, was 'brocker'"),
+    "no capital": (lambda p: parameters(account={"initial_account_value": 0}), 2, "account.initial_account_value: expected more than 0, was 0"),
+    "more than everything in one position": (lambda p: parameters(account={"max_position_pct": 1.5}), 2, "account.max_position_pct: expected a share from 0 to 1, was 1.5"),
+    "crypto sold short": (lambda p: raised(lambda: backtest(actions=np.zeros(99, int), start=4000, stop=4100, account=AccountConfig(allow_short=True))), 2, "crypto cannot be sold short"),
+    "splits that leave no test span": (lambda p: parameters(data={"train_fraction": 0.9, "validation_fraction": 0.2}), 2, "leave a share for the test span"),
+    "folds that overlap": (lambda p: raised(lambda: check_folds([Fold(1, (0, 1000), (1200, 1400), (1300, 1800))], 100, 1, 0)), 2, "validation"),
+    "more folds than history": (lambda p: raised(lambda: walk_forward_folds(400, 5)), 2, "bars"),
+    "an environment on a later span without a fit": (lambda p: raised(lambda: GPUVectorizedTradingEnv(market_data(simulated("crypto")[0], "5.6.0", None, "15Min", "crypto"), GPUEnvConfig())), 2, "fit"),
+    "NaN in a price": (nan_bars, 2, "close is missing"),
+    "a policy with other actions": (lambda p: raised(lambda: backtest(actions=np.full(99, 9), start=4000, stop=4100)), 2, "actions: expected one list of whole numbers from 0 to 7"),
+    "an unknown reward preset": (lambda p: raised(lambda: GPUVectorizedTradingEnv(simulated("crypto")[0][:FITTED], GPUEnvConfig(reward_preset="sharp"))), 2, "env.reward_preset: unknown name 'sharp'"),
+    "a ledger that somebody edited": (damaged_ledger, 2, "SIM-USD.jsonl"),
+    "a deploy zip before any verdict": (lambda p: command(p, "deploy", "SIM-USD"), 2, "is missing; run `dvc repro` first"),
+}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A folder with the project's parameters."
+    for name in ("params.yaml", "settings.ini"): shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_careless_use_gets_one_line(project, use):
+    act, expected_status, words = USES[use]
+    status, line = act(project)
+    print(f"\n{use:45} {status}  {line}", end="")
+    assert status == expected_status and words in line and "\n" not in line and "Traceback" not in line
