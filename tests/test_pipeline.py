@@ -268,7 +268,8 @@ def test_a_walk_forward_is_a_stage_of_its_own(job):
     table, told = pd.read_csv(tree.report("SIM-USD") / "walk_forward.csv"), json.loads((tree.report("SIM-USD") / "walk_forward.json").read_text())
     trials = read_trials(ledger_path(tree.root, "SIM-USD"))
     assert len(table) == 2 and ledger_summary(trials)["n_runs"] == 2 and len({tuple(t["span"]) for t in trials}) == 2 and "Simulated" in (tree.report("SIM-USD") / "walk_forward.html").read_text()
-    assert math.isclose(told["metrics"]["total_return"], np.prod(1 + table["return"]) - 1, rel_tol=1e-9)
+    figures, = told["metrics"].values()
+    assert math.isclose(figures["total_return"], np.prod(1 + table["return"]) - 1, rel_tol=1e-9)
 
 
 def test_a_repro_without_a_wish_walks_nobody_forward(job):
@@ -323,7 +324,7 @@ def test_a_notebook_run_in_jupyter_is_up_to_date_once_cleaned(job):
 def test_metrics_and_plots_are_shown(job):
     tree, *_ = job("first")
     shown = json.loads(tree.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
-    assert set(shown) == {f"reports/{s}_15Min/{name}.json" for s in SYMBOLS for name in ("data", "train", "metrics")}
+    assert set(shown) == {f"reports/{s}_15Min/{name}.json" for s in SYMBOLS for name in ("data", "train", "metrics", "verdict")}
     written = json.loads((tree.report("SIMA") / "metrics.json").read_text())["agent"]
     assert shown["reports/SIMA_15Min/metrics.json"]["data"]["agent"] == {name: v for name, v in written.items() if v is not None}  # DVC leaves out what has no value
     tree.run("dvc", "plots", "show", "--out", tree.root / "plots")

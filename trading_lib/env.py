@@ -176,7 +176,7 @@ def decision_span(
     require(usable.any(), f"{market.symbol or 'bars'}: no decision can be made in bars {market.start}..{market.stop - 1}: they are warm-up, or the span is shorter than the reward horizon of {horizon}; use more history")
     return usable, last_decision
 
-# %% ../nbs/09_env.ipynb #a9eb334f
+# %% ../nbs/09_env.ipynb #85699110
 class Obs(NamedTuple):
     "An observation of n accounts."
     index: Tensor | None  # (n,) int64 rows of the observation table; None where there is no table
@@ -216,6 +216,7 @@ class ObservationTable:
         self.window, self.n_features, self.n_account = window, layout.n_features, order.n_account
         # a copy: numpy's array may be read-only
         self.features = (features if torch.is_tensor(features) else torch.tensor(np.asarray(features))).to(device=device, dtype=torch.float32)
+        self._places = order.windowed_places
         self.windowed, self.broadcast = (torch.tensor(places, device=device) for places in (order.windowed_places, order.broadcast_places))
         at = {name: i for i, name in enumerate(layout.market_columns)}
         self._windowed_rows = self.features[:, [at[c] for c in order.windowed]].contiguous()
@@ -232,9 +233,10 @@ class ObservationTable:
     def materialise(self, obs: Obs) -> Tensor:  # (n, window × n_features) float32, bar-major
         "The whole windows, as a plain network or another library wants them."
         windowed, broadcast = self.parts(obs)
-        out = torch.empty(len(windowed), self.window, self.n_features, device=self.features.device)
-        out[:, :, self.windowed] = windowed
-        out[:, :, self.broadcast] = broadcast[:, None, :]
+        row = broadcast.new_empty(len(broadcast), self.n_features)
+        row[:, self.broadcast] = broadcast
+        out = row[:, None, :].repeat(1, self.window, 1)  # whole rows are copied much faster than columns
+        for place, column in zip(self._places, windowed.unbind(2)): out[:, :, place] = column
         return out.flatten(1)
 
 # %% ../nbs/09_env.ipynb #4f66ed4f
@@ -335,7 +337,7 @@ class GPUEnvConfig:
         require(self.episode_length >= 1, f"GPUEnvConfig.episode_length: expected 1 or more bars, was {self.episode_length}")
         layout_of(self.version)
 
-# %% ../nbs/09_env.ipynb #45142df3
+# %% ../nbs/09_env.ipynb #59514c75
 class Moved(NamedTuple):
     "Accounts one bar later, before any restart; tensors of shape (n,)."
     bar: Tensor
@@ -360,8 +362,8 @@ def step_functions(
     components, weights = [REWARD_COMPONENTS[name] for name in env.reward_names], list(env.reward.weights.values())
     sharpe, full_move, own_columns = "differential_sharpe" in env.reward_names, env._full_move, env._own_columns if env.layout.account_columns else None
 
-    def advance(market, actions_mean, rules, actions, before, bar, end, first, tally, oldest, mean_return, mean_square) -> Moved:
-        row, (direction, size, is_close) = market.index_select(0, bar).unbind(1), (column.index_select(0, actions) for column in actions_mean)
+    def advance(market, meanings, rules, actions, before, bar, end, first, tally, oldest, mean_return, mean_square) -> Moved:
+        row, (direction, size, is_close) = market.index_select(0, bar).unbind(1), (column.index_select(0, actions) for column in meanings)
         forward, forward_direction, forward_strength, volatility = row[8:]
         after, fills = account_step(before, direction, size, is_close, next_bar(row, (row[7], *row[1:])), rules)  # the next bar's columns lie in the same row
         age, place = bar - first, _BITS * actions
@@ -386,20 +388,28 @@ def step_functions(
     if not env.compiled: return advance, restarted
     # a loop over accounts writes numbers as whole vectors, what is true or false one by one: that is left to the end
     compiled_advance = _compiled(lambda *arguments: _flags(advance(*arguments), torch.Tensor.float))
-    return lambda *arguments: _flags(compiled_advance(*arguments), torch.Tensor.bool), _compiled(restarted)
+
+    def checked_advance(market, meanings, rules, actions, *rest) -> Moved:
+        if actions.device.type == "cpu":
+            lowest, highest = map(int, torch.aminmax(actions))
+            require(0 <= lowest and highest < env.n_actions and actions.dtype == torch.int64, f"step: actions are int64, 0 to {env.n_actions - 1}, was {actions.dtype}, {lowest} to {highest}")
+        return _flags(compiled_advance(market, meanings, rules, actions, *rest), torch.Tensor.bool)
+    return checked_advance, _compiled(restarted)
 
 
 def _compiled(function):
     "The function by torch.compile; where no compiler works, an `InputError` that says what to do."
     from torch._dynamo.exc import BackendCompilerFailed
-    from torch._inductor.exc import InductorError
-    inner = torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True)
+    from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+    # actions are checked before, bars are ours: checking both for every gather takes as long as the rest of the loop
+    inner = torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True, options={"assert_indirect_indexing": False})
 
     def call(*arguments):
         try: return inner(*arguments)
-        except (BackendCompilerFailed, InductorError) as e:
-            reason = str(e).strip().splitlines() or [type(e).__name__]
-            raise InputError(f"compiled: expected a working C++ compiler ({reason[0][:200]}); install g++, name another in the environment variable CXX, or use compiled=False") from None
+        except (BackendCompilerFailed, InductorError, CppCompileError, InvalidCxxCompiler) as e:
+            cause = getattr(e, "inner_exception", e)
+            if not isinstance(cause, (CppCompileError, InvalidCxxCompiler, FileNotFoundError)): raise
+            raise InputError(f"compiled: expected a working C++ compiler ({type(cause).__name__}); install g++, name another in the environment variable CXX, or use compiled=False") from None
     return call
 
 
@@ -409,7 +419,7 @@ def _flags(moved: Moved, convert) -> Moved:
     return moved._replace(terminated=convert(moved.terminated), truncated=convert(moved.truncated), done=convert(moved.done),
                           fills=fills._replace(stopped=convert(fills.stopped), targeted=convert(fills.targeted), trade_closed=convert(fills.trade_closed)))
 
-# %% ../nbs/09_env.ipynb #3d80aa94
+# %% ../nbs/09_env.ipynb #11041f5e
 class GPUVectorizedTradingEnv:
     "`n_envs` accounts trading one symbol, stepped together on one device."
 
@@ -599,5 +609,6 @@ class GPUVectorizedTradingEnv:
         require(actions.shape == (self.n_envs,) and not actions.is_floating_point(), f"step: expected {self.n_envs} whole-number actions, was {actions.dtype} of shape {tuple(actions.shape)}")
         require(bool(((actions >= 0) & (actions < self.n_actions)).all()), f"step: actions are 0 to {self.n_actions - 1}, was {int(actions.min())} to {int(actions.max())}")
         obs, reward, terminated, truncated, infos = self.step_index(actions.long())
-        infos["final_obs"] = self._present(infos["final_obs"])
-        return self._present(obs), reward, terminated, truncated, infos
+        restarted, last = obs is not infos["final_obs"], self._present(infos["final_obs"])
+        infos["final_obs"] = last
+        return self._present(obs) if restarted else last, reward, terminated, truncated, infos

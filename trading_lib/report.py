@@ -57,7 +57,7 @@ def plot_backtest(
     prices.set_title(title or result.symbol, loc="left", fontsize=10)
     return figure
 
-# %% ../nbs/16_report.ipynb #a6d302b1
+# %% ../nbs/16_report.ipynb #13e9530f
 # figure -> (label, how it is written)
 _FIGURES = {
     "total_return": ("total return", "{:+.2%}"), "annual_return": ("annual return", "{:+.2%}"), "volatility": ("volatility, annual", "{:.2%}"), "sharpe": ("Sharpe ratio", "{:.2f}"),
@@ -175,7 +175,7 @@ def render_report(
     probes = [(kind, _written(f["information_coefficient"], "{:+.3f}"), _written(f["r_squared"], "{:+.4f}"), f"{result.baselines[kind]:+.2%}") for kind, f in p.get("probes", {}).items()]
     title = f"{p['symbol']} {p['timeframe']} backtest"
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1><p class="source{' simulated' if simulated else ''}"><b>{'Simulated' if simulated else 'Real'} data.</b> {html.escape(describe_source(data))}</p>
+<h1>{html.escape(title)}</h1><p class="source{' simulated' if simulated else ''}"><b>{'Simulated data' if simulated else 'Real data' if data.get('source') else 'Data of unknown origin'}.</b> {html.escape(describe_source(data))}</p>
 <p class="verdict">{html.escape(said['headline'])}</p>{_judgement(said)}
 {_image(plot_backtest(result, title_of(result)), "price with trades, equity, drawdown, position")}
 <h2>Figures, after costs</h2><div class="columns">{_table(figures[:half])}{_table(figures[half:])}</div>

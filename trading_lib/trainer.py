@@ -260,7 +260,7 @@ class Validation:
         days, first = np.unique(day, return_index=True)
         return {"sharpe_per_bar": sharpe_ratio(returns), "bars": len(returns), "days": [str(np.datetime64(int(d), "D")) for d in days], "returns": (np.multiply.reduceat(1 + np.maximum(returns, -1), first) - 1).tolist()}
 
-# %% ../nbs/13_trainer.ipynb #49719af0
+# %% ../nbs/13_trainer.ipynb #e2ee3637
 def layout_of_env(
     env,  # an environment; one without a table gives None
 ) -> InputLayout | None:
@@ -450,8 +450,14 @@ class NativePPOTrainer:
             content |= get_checkpoint_metadata(env.config.version, env.config.window)
             content["config"]["env"] = asdict(env.config)
             content |= {"environment_state": env.state_dict(), "fit": env.market.fit, "observation_index": self._obs.index if self._obs else None,
-                        "data": {"symbol": env.market.symbol, "timeframe": env.market.timeframe, "asset_class": env.market.asset_class, **env.market.fingerprint}}
+                        "data": {"symbol": env.market.symbol, "timeframe": env.market.timeframe, "asset_class": env.market.asset_class, **env.market.fingerprint, "spans": self._spans()}}
         return content
+
+    def _spans(self) -> dict:
+        "First and last moment of what was trained on, and of what chose the checkpoint."
+        moment = lambda market, bar: str(np.datetime64(int(market.timestamp[bar]), "ns").astype("datetime64[s]")) + "Z"
+        markets = {"train": self.env.market} | ({"validation": self.validation.env.market} if self.validation else {})
+        return {name: {"first": moment(m, m.start), "last": moment(m, m.stop - 1)} for name, m in markets.items()}
 
     def save(self, path: str | Path) -> Path:
         "Write the present state as a checkpoint."
