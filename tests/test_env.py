@@ -792,6 +792,8 @@ def test_compiled_steps_are_the_plain_ones():
     compiled.load_state_dict(state)
     worst, restarts = closest(plain, compiled, actions[400:])
     assert worst < 1e-12 and restarts > 100 and float(plain.account.quantity.min()) < 0 < float(plain.account.costs.max())
+    for wrong in (-1, 8):
+        with pytest.raises(InputError, match="actions are int64, 0 to 7"): compiled.step_index(torch.full((40,), wrong))
 
 
 @pytest.mark.proof

@@ -133,7 +133,7 @@ class _SeenConfig(NamedTuple):
     initial_account_value: Tensor  # (n,)
     max_position_pct: float
 
-# %% ../nbs/15_backtest.ipynb #82779e5e
+# %% ../nbs/15_backtest.ipynb #87db655b
 @dataclass
 class BacktestResult:
     "What happened, and what it is worth."
@@ -255,7 +255,7 @@ def _add_intervals(result: BacktestResult, seed: int):
     returns, periods = equity_returns(result.equity.to_numpy()), result.metrics["periods_per_year"]
     if len(returns) < 8 or not result.metrics["orders"]: return
     of = {"total_return": lambda r: np.expm1(np.log1p(np.maximum(r, -1 + 1e-12)).sum()), "sharpe": lambda r: sharpe_ratio(r, periods)}
-    result.metrics["intervals"] = {name: list(block_bootstrap_interval(returns, f, n=_RESAMPLES, seed=seed)) for name, f in of.items()}
+    result.metrics["intervals"] = {name: dict(zip(("low", "high"), block_bootstrap_interval(returns, f, n=_RESAMPLES, seed=seed))) for name, f in of.items()}
 
 # %% ../nbs/15_backtest.ipynb #4570c62a
 def _subject(

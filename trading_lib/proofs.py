@@ -42,7 +42,7 @@ from .simulation import simulate_market
 from .trainer import COST_WARM_UP, NativePPOConfig, NativePPOTrainer, build_policy
 from .walk import Run, Walked, decision_bars, walk_and_keep
 
-# %% ../nbs/20_proofs.ipynb #f9dc37ec
+# %% ../nbs/20_proofs.ipynb #498ac49e
 KINDS = ("edge", "martingale", "leak")
 _VERSION, _SYMBOL, _TIMEFRAME, _ASSET_CLASS = "5.6.0", "SIM-USD", "15Min", "crypto"
 _INITIAL = AccountConfig().initial_account_value
@@ -62,15 +62,15 @@ class ProofSettings:
     network_n_epochs: int = 4  # passes over a rollout
     network_learning_rate: float = 1e-3
     network_episode_length: int = 256  # bars
-    edge_planted: float = 0.2  # drift in units of volatility per bar
-    edge_start: str = "2022-01-01"  # of each seed's history
+    edge_planted: float = 0.3  # drift in units of volatility per bar
+    edge_start: str = "2023-01-01"  # of each seed's history
     edge_end: str = "2024-01-01"
-    edge_fractions: tuple[float, float] = (0.8, 0.1)  # of training and validation; the rest is the span that is never seen
-    edge_steps: int = 600_000  # environment steps of a training
+    edge_fractions: tuple[float, float] = (0.7, 0.15)  # of training and validation; the rest is the span that is never seen
+    edge_steps: int = 500_000  # environment steps of a training
     martingale_start: str = "2023-01-01"  # of each seed's history
     martingale_end: str = "2023-07-01"
     martingale_fractions: tuple[float, float] = (0.8, 0.2)
-    martingale_steps: int = 400_000
+    martingale_steps: int = 300_000
     martingale_paths_start: str = "2024-01-01"  # fresh paths follow each other
     martingale_path_days: int = 28
     leak_noise: float = 0.5  # of the planted column, in standard deviations of a bar's return

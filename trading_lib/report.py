@@ -57,7 +57,7 @@ def plot_backtest(
     prices.set_title(title or result.symbol, loc="left", fontsize=10)
     return figure
 
-# %% ../nbs/16_report.ipynb #13e9530f
+# %% ../nbs/16_report.ipynb #c77e8001
 # figure -> (label, how it is written)
 _FIGURES = {
     "total_return": ("total return", "{:+.2%}"), "annual_return": ("annual return", "{:+.2%}"), "volatility": ("volatility, annual", "{:.2%}"), "sharpe": ("Sharpe ratio", "{:.2f}"),
@@ -163,7 +163,7 @@ def render_report(
     simulated = data.get("source") == "simulated"
     figures = [(label, _written(m[name], form)) for name, (label, form) in _FIGURES.items() if name in m]
     for name, (label, form) in (("total_return", ("total return, 95 % interval", "{:+.2%}")), ("sharpe", ("Sharpe ratio, 95 % interval", "{:.2f}"))):
-        if name in m.get("intervals", {}): figures.append((label, " to ".join(form.format(v) for v in m["intervals"][name])))
+        if name in m.get("intervals", {}): figures.append((label, " to ".join(form.format(v) for v in m["intervals"][name].values())))
     half = (len(figures) + 1) // 2
     span = [("span of the backtest", f"{p['span'][0][:16]} to {p['span'][1][:16]} UTC, {m['bars']} bars that training never saw"),
             ("all bars", f"{p['bars']['bars']} from {p['bars']['start']} to {p['bars']['end']}"), ("fingerprint of the bars", p["bars"]["sha256"]), ("layout", p["version"])]
