@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -11,3 +12,9 @@ def real_bars_folder() -> Path:
     folder = os.environ.get("TRADING_LIB_BARS")
     if not folder: pytest.skip("TRADING_LIB_BARS is not set: no folder of real market bars here")
     return Path(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    "Small tensors gain nothing from more, and wait for them on a busy machine."
+    torch.set_num_threads(1)

@@ -31,15 +31,6 @@ TIGHT = {name: replace(config, stop_pct=0.006, target_pct=0.008) for name, confi
 BUY_75, SELL_75, CLOSE = 3, 6, 7
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Small tensors gain nothing from more, and wait for them on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def simulated(asset_class, edge=0.1):
     symbol, first, last = MARKETS[asset_class]

@@ -22,15 +22,6 @@ MARKETS = {"crypto": ("SIM-USD", "2023-01-01", "2023-02-15", 2500), "equity": ("
 AT_END = 600  # bars from which a tail is enough, in every layout
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Small tensors: threads only wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def simulated(asset_class):
     symbol, start, end, _ = MARKETS[asset_class]

@@ -1,15 +1,12 @@
 "Twenty careless uses of account, environment, backtest and verdict: what people do, and the one line they get. `pytest -s tests/test_careless.py` prints the table."
 import functools
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
-import yaml
 
-from test_backtest import FITTED, backtest, fitted, simulated, small_trainer
+from test_backtest import FITTED, backtest, simulated, small_trainer
 from trading_lib.archive import ledger_path, read_trials
 from trading_lib.backtest import run_backtest
 from trading_lib.bars import write_bars
@@ -20,7 +17,6 @@ from trading_lib.judgement import assess
 from trading_lib.walk_forward import Fold, check_folds, walk_forward_folds
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = {}
 
 
 @functools.cache

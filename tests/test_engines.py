@@ -30,15 +30,6 @@ HOLD, BUY_75, CLOSE = 0, 3, 7
 ACCOUNT = dict(costs="broker", initial_account_value=INITIAL, stop_pct=0.00613, target_pct=0.00837)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Small tensors gain nothing from more, and wait for them on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # bars, actions and our backtest
 
 

@@ -40,15 +40,6 @@ MARKETS = {"crypto": ("SIM-USD", "2023-01-01", "2023-02-20"), "equity": ("SIMA",
 FITTED = 3000  # bars of the training span
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Small tensors gain nothing from more, and wait for them on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def simulated(asset_class):
     symbol, first, last = MARKETS[asset_class]

@@ -37,15 +37,6 @@ BUY_50, BUY_75, SELL_75, CLOSE = 2, 3, 6, 7
 FREE = {"costs": "zero", "stop_pct": 0, "target_pct": 0}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Small tensors gain nothing from more, and wait for them on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def simulated(asset_class):
     symbol, last = {"crypto": ("SIM-USD", "2023-01-25"), "equity": ("SIMA", "2023-05-01")}[asset_class]

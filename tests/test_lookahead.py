@@ -49,7 +49,7 @@ def same_bar_fill(patch):
     step = GPUVectorizedTradingEnv.step_index
     def at_once(self, actions):
         market = self._market.clone()
-        self._market[6, 1:] = market[6, :-1]
+        self._market[1:, 4] = market[:-1, 4]
         try: return step(self, actions)
         finally: self._market = market
     patch.setattr(GPUVectorizedTradingEnv, "step_index", at_once)
@@ -101,7 +101,7 @@ def test_a_stop_that_sees_the_next_bar_is_caught(market, monkeypatch):
     step = GPUVectorizedTradingEnv.step_index
     def foresighted(self, actions):
         market = self._market.clone()
-        self._market[8, :-1] = market[8, :-1].minimum(market[8, 1:])
+        self._market[:-1, 6] = market[:-1, 6].minimum(market[1:, 6])
         try: return step(self, actions)
         finally: self._market = market
     monkeypatch.setattr(GPUVectorizedTradingEnv, "step_index", foresighted)

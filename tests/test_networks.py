@@ -25,15 +25,6 @@ VERSIONS = ["5.6.0", "5.3.0", "2.7.0", "2.3.0"]  # without and with columns of t
 CASES = [(version, shared) for version in VERSIONS for shared in (True, False)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Small matrices: threads only wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Case:
     "A random market, observations of it as indices and as windows, and one folded network with a plain copy of its weights."
 

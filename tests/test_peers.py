@@ -6,7 +6,6 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from trading_lib import metrics as M
 from trading_lib.backtest import run_backtest
@@ -22,15 +21,6 @@ arch_bootstrap, empyrical, ffn, purgedcv, quantstats, scipy_stats, skfolio_measu
 VERSION = "5.6.0"
 # span of real bars; of SPY there is no 2025 here, so QQQ stands for that year
 CASES = {"SIM-USD": None, "SIMA": None, "BTC-USDT": ("2025-04-20", "2025-06-25"), "SPY": ("2024-03-26", "2024-12-31"), "QQQ": ("2025-05-12", "2025-11-28")}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Small tensors gain nothing from more, and wait for them on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @functools.cache

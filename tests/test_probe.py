@@ -24,15 +24,6 @@ DATES = {"SIM-USD": ("crypto", "2023-01-01", "2023-05-01"), "SIMA": ("equity", "
 HOLD, BUY_75, SELL_75, CLOSE = 0, 3, 6, 7
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Small tensors gain nothing from more, and wait for them on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def simulated(symbol, edge, seed=5):
     asset_class, first, last = DATES[symbol]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from test_backtest import FITTED, TIGHT, backtest, long_run, market_of, one_thread, random_list, simulated  # noqa: F401  (one_thread is a fixture)
+from test_backtest import FITTED, TIGHT, backtest, long_run, market_of, random_list, simulated
 from trading_lib.backtest import read_backtest, write_backtest
 from trading_lib.judgement import assess, capacity_limit, headline, judge, judge_stress
 from trading_lib.metrics import GATES

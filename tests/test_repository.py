@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from trading_lib import config
-from trading_lib.config import MODES, InputError, Parameters, TrainParameters, load_parameters
+from trading_lib.config import MODES, Parameters, TrainParameters, load_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trading_lib"

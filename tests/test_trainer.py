@@ -23,15 +23,6 @@ from trading_lib.sources import simulate_bars
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer, Validation, generalized_advantages, get_a100_config, get_auto_config, learning_rate_at, minibatches
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    "Small matrices: threads only wait for each other."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def refusal(make, *arguments, **named) -> str:
     "The one line that a mistake gets."
     with pytest.raises(InputError) as e: make(*arguments, **named)

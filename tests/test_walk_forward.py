@@ -38,15 +38,6 @@ SHORT = [replace(f, test=(f.test[0], f.test[0] + 25)) for f in FOLDS]  # where i
 SETTINGS = dict(hidden_dims=(8,), n_steps=16, minibatch_size=64, n_epochs=1, total_timesteps=512, validation_interval=1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    "Small tensors gain nothing from more, and wait for them on a busy machine."
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @functools.cache
 def simulated(): return simulate_market("SIM-USD", "15Min", "2023-01-01", "2023-01-24", seed=3, edge=0.2, asset_class="crypto")
 

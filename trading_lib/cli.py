@@ -11,7 +11,7 @@ import sys
 
 from .config import InputError, load_parameters
 
-# %% ../nbs/21_cli.ipynb #2edff97e
+# %% ../nbs/21_cli.ipynb #7e6c0215
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
     run_stage(arguments.name, arguments.symbol)
@@ -120,6 +120,11 @@ def _deploy(arguments):
     require(said["verdict"] == "APPROVED" or arguments.anyway, f"{arguments.symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate (--anyway makes one all the same, and says so inside)")
     written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": said["verdict"], "headline": said["headline"]})
     print(f"{written}: {len(load_deploy_zip(written)['files'])} files, verified")
+
+
+def _prove(arguments):
+    from trading_lib.proofs import prove
+    return 0 if prove(arguments.out, arguments.seeds, arguments.paths, workers=arguments.workers)["passed"] else 1
 
 
 def _inspect(arguments):
@@ -243,6 +248,9 @@ COMMANDS = {
     "trials": ("how much was tried on a symbol", [(("symbols",), dict(nargs="*"))], _trials),
     "history": ("the runs of a symbol, in order", [(("symbols",), dict(nargs="*"))], _history),
     "deploy": ("pack a model with its report and a manifest of hashes", [(("symbol",), {}), (("--out",), dict(help="a .zip file")), (("--anyway",), dict(action="store_true", help="whatever the verdict"))], _deploy),
+    "prove": ("train and judge small agents on markets whose truth is known; a run that was interrupted goes on", [
+        (("--out",), dict(default="reports/proofs", help="folder of one JSON for each seed, a summary and a picture")), (("--seeds",), dict(type=int, default=20)),
+        (("--paths",), dict(type=int, default=50, help="fresh histories for each model of the martingale")), (("--workers",), dict(type=int, help="processes; default: one for each core"))], _prove),
     "verdict": ("print the verdict of the last backtests", [], _verdict),
     "inspect": ("show what a checkpoint holds", [(("file",), dict(help="a .pt file"))], _inspect),
     "export": ("write a checkpoint's policy alone, as safetensors", [(("file",), {}), (("out",), {})], _export),

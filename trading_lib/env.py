@@ -7,7 +7,8 @@ __all__ = ['REWARD_COMPONENTS', 'MarketData', 'layout_of', 'split_bounds', 'mark
            'decision_span', 'Obs', 'ColumnOrder', 'column_order', 'ObservationTable', 'RewardPreset', 'reward_preset',
            'StepFacts', 'GPUEnvConfig', 'Moved', 'step_functions', 'GPUVectorizedTradingEnv']
 
-# %% ../nbs/09_env.ipynb #35b03995
+# %% ../nbs/09_env.ipynb #7dbcf709
+import inspect
 import io
 import json
 from collections import deque
@@ -337,7 +338,7 @@ class GPUEnvConfig:
         require(self.episode_length >= 1, f"GPUEnvConfig.episode_length: expected 1 or more bars, was {self.episode_length}")
         layout_of(self.version)
 
-# %% ../nbs/09_env.ipynb #59514c75
+# %% ../nbs/09_env.ipynb #822cae00
 class Moved(NamedTuple):
     "Accounts one bar later, before any restart; tensors of shape (n,)."
     bar: Tensor
@@ -402,7 +403,8 @@ def _compiled(function):
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
     # actions are checked before, bars are ours: checking both for every gather takes as long as the rest of the loop
-    inner = torch.compile(function, fullgraph=True, dynamic=False, isolate_recompiles=True, options={"assert_indirect_indexing": False})
+    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}  # torch 2.12 and later: each environment has a compiled step of its own
+    inner = torch.compile(function, fullgraph=True, dynamic=False, options={"assert_indirect_indexing": False}, **apart)
 
     def call(*arguments):
         try: return inner(*arguments)

@@ -220,9 +220,9 @@ def prove_leak(
     named = lambda report: sorted({leak["column"] for leak in report.leaks})
     return prove_martingale(seed, paths, settings, leak=True) | {"lookahead": {"honest": named(honest), "leaking": named(dishonest)}, "planted": _LEAKING}
 
-# %% ../nbs/20_proofs.ipynb #96f32a92
+# %% ../nbs/20_proofs.ipynb #b3375424
 BANDS = {"edge_share": 0.10, "edge_seeds": 0.70, "level": 0.99, "identity": 1e-9, "trades_per_path": 1.0}
-_RESAMPLES = 10_000
+_RESAMPLES = 5_000
 
 
 def _interval(values, level: float, n: int = _RESAMPLES) -> list[float]:
