@@ -53,7 +53,7 @@ def test_all_proofs_hold(tmp_path):
 
 
 TINY = ProofSettings(edge_start="2023-10-01", edge_steps=16_384, martingale_start="2023-05-01", martingale_steps=16_384, martingale_path_days=10)
-RESULTS = {"edge-00.json", "edge-01.json", "martingale-00.json", "martingale-01.json", "leak-00.json"}
+RESULTS = {"edge-00.json", "edge-01.json", "martingale-00.json", "martingale-01.json", "leak-00.json", "leak-01.json"}
 ASKED = dict(seeds=2, paths=3, settings=TINY)
 
 
@@ -105,7 +105,7 @@ def test_after_a_kill_it_goes_on_where_it_was(finished, tmp_path):
     assert 0 < len(before) < len(RESULTS) and all(json.loads(content) for content in contents(folder).values())
     lines = []
     prove(folder, workers=1, progress=lines.append, **ASKED)
-    assert lines[0] == f"{len(before)} of 5 results are there already"
+    assert lines[0] == f"{len(before)} of 6 results are there already"
     assert {name: (folder / name).stat().st_mtime_ns for name in before} == before, "what was finished is not done again"
     assert {name: without_times(content) for name, content in contents(folder).items()} == {name: without_times(content) for name, content in contents(finished[0]).items()}
 
@@ -114,7 +114,7 @@ def test_what_was_changed_is_run_again_and_nothing_else(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "proofs")
     before = contents(tmp_path / "proofs")
     prove(tmp_path / "proofs", workers=1, progress=None, **ASKED | {"settings": replace(TINY, leak_noise=0.1)})
-    assert {name for name, content in contents(tmp_path / "proofs").items() if content != before[name]} == {"leak-00.json"}
+    assert {name for name, content in contents(tmp_path / "proofs").items() if content != before[name]} == {"leak-00.json", "leak-01.json"}
 
 
 def test_a_result_of_other_code_settings_paths_or_a_torn_file_does_not_count(finished, tmp_path):
@@ -205,13 +205,14 @@ def made_up(share=0.4, spread=0.1, gross=0.0, leak=10.0, verdict="DROP", error=0
         figures = {"gross": values.tolist(), "costs": [5.0] * 50, "net": (values - 5.0 + (error if seed == 3 else 0)).tolist(), "trades": [trades] * 50, "pooled": {"verdict": verdict if seed == 7 else "DROP"}}
         return {"kind": kind, "seed": seed, "figures": figures | ({"lookahead": {"leaking": list(named), "honest": list(honest)}, "planted": "returns"} if kind == "leak" else {})}
     edge = [{"kind": "edge", "seed": i, "figures": {"share_of_oracle": a, "total_return": 0.3 * a, "oracle": 0.3, "buy_and_hold_at_exposure": 0.01}} for i, a in enumerate(agents)]
-    return edge + [model("martingale", i, gross) for i in range(models)] + [model("leak", 0, leak)]
+    return edge + [model("martingale", i, gross) for i in range(models)] + [model("leak", i, leak) for i in range(3)]
 
 
 def test_figures_inside_the_bands_pass():
     results = made_up()
     summary = summarise_proofs(results)
     assert summary["passed"] and summary["failed"] == []
+    assert summary["leak"]["models"] == 3 and summary["leak"]["paths"] == 150 and summary["martingale"]["paths"] == 1000
     # normal theory is a second source for the intervals of means of many independent values
     gross = np.concatenate([r["figures"]["gross"] for r in results if r["kind"] == "martingale"])
     error = gross.std(ddof=1) / np.sqrt(len(gross))
