@@ -216,10 +216,10 @@ def test_figures_inside_the_bands_pass():
     # normal theory is a second source for the intervals of means of many independent values
     gross = np.concatenate([r["figures"]["gross"] for r in results if r["kind"] == "martingale"])
     error = gross.std(ddof=1) / np.sqrt(len(gross))
-    assert summary["martingale"]["interval_99"] == pytest.approx([gross.mean() - 2.576 * error, gross.mean() + 2.576 * error], abs=0.1 * error)
+    assert summary["martingale"]["interval_99"] == pytest.approx([gross.mean() - 2.576 * error, gross.mean() + 2.576 * error], abs=0.25 * error)
     shares = np.array([r["figures"]["share_of_oracle"] for r in results if r["kind"] == "edge"])
     error = shares.std() / np.sqrt(len(shares))
-    assert summary["edge"]["interval_95"] == pytest.approx([shares.mean() - 1.96 * error, shares.mean() + 1.96 * error], abs=0.15 * error)
+    assert summary["edge"]["interval_95"] == pytest.approx([shares.mean() - 1.96 * error, shares.mean() + 1.96 * error], abs=0.25 * error)
 
 
 @pytest.mark.parametrize("wrong, sentence", [

@@ -82,6 +82,14 @@ def test_an_agent_that_never_trades_is_dropped_and_says_so():
     json.dumps(said, allow_nan=False)
 
 
+def test_an_agent_that_holds_is_called_one_that_holds():
+    "Buying once and holding on correlates with buy-and-hold by construction; an agent at random does not. The coefficient is pandas'."
+    holds = backtest(actions=np.array([3, *[0] * 298]), start=FITTED, stop=FITTED + 300, account=replace(TIGHT["crypto"], stop_pct=0.0, target_pct=0.0))
+    assert any("It holds more than it trades" in line for line in assess(holds)["sentences"]) and not any("holds more" in line for line in assess(long_run("crypto")[0])["sentences"])
+    returns = long_run("crypto")[0].curves.pct_change().dropna()
+    assert long_run("crypto")[0].metrics["correlation_with_holding"] == pytest.approx(returns["agent"].corr(returns["buy_and_hold"]), abs=1e-12)
+
+
 def test_an_earlier_checkpoint_that_was_fitter_is_named():
     said = assess(scripted(), history=[("update 5", 0.9), ("update 10", 0.8)])
     assert any("'update 5' is the better checkpoint" in flag for flag in said["flags"])

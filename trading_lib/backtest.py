@@ -133,7 +133,7 @@ class _SeenConfig(NamedTuple):
     initial_account_value: Tensor  # (n,)
     max_position_pct: float
 
-# %% ../nbs/15_backtest.ipynb #87db655b
+# %% ../nbs/15_backtest.ipynb #021e29f0
 @dataclass
 class BacktestResult:
     "What happened, and what it is worth."
@@ -229,6 +229,8 @@ def _result(s: _Subject, walked: list[Walked], account: AccountState) -> Backtes
     curves = {"agent": equity.to_numpy(), "cash": np.full(len(equity), rules.initial), "buy_and_hold": buy_and_hold(market, equity.index, rules),
               "buy_and_hold_at_exposure": buy_and_hold(market, equity.index, rules, metrics["exposure"])}
     result.curves = pd.DataFrame(curves, equity.index)
+    own, held = (np.diff(curves[name]) / curves[name][:-1] for name in ("agent", "buy_and_hold"))
+    metrics["correlation_with_holding"] = float(np.corrcoef(own, held)[0, 1]) if len(own) > 2 and own.std() > 0 and held.std() > 0 else None
     result.baselines = {name: float(values[-1] / rules.initial - 1) for name, values in curves.items() if name != "agent"}
     profit = account.equity.numpy() - rules.initial
     result.baselines |= {name: float(p / rules.initial) for name, p in zip(s.baseline_actions(), profit[len(questions):])}

@@ -63,7 +63,10 @@ def capacity_limit(
     share = (returns[k - 1] - returns[0] / 2) / (returns[k - 1] - returns[k])
     return float(np.exp(np.log(sizes[k - 1]) + share * np.log(sizes[k] / sizes[k - 1])))
 
-# %% ../nbs/15_judgement.ipynb #dd247714
+# %% ../nbs/15_judgement.ipynb #096a157a
+_HOLDING = 0.9  # a correlation of bar returns from which an agent is a buy-and-hold at a smaller size
+
+
 def assess(
     result: BacktestResult,
     trials: list[dict] = (),  # of the symbol's ledger
@@ -79,6 +82,8 @@ def assess(
     if result.metrics["break_even_cost_bps"] is not None:
         bearable = result.metrics["break_even_cost_bps"]
         sentences.append(f"It paid {result.metrics['cost_bps']:.1f} basis points of traded value; " + (f"at {bearable:.1f} nothing would be left." if bearable > 0 else "without any costs it would have lost money as well."))
+    alike = result.metrics["correlation_with_holding"]
+    if alike is not None and alike > _HOLDING: sentences.append(f"It holds more than it trades: the correlation of its returns with buy-and-hold is {alike:.2f}.")
     if limit is not None:
         largest = result.capacity[-1]["initial"]
         sentences.append(f"Half of the return is gone with an account of {limit:,.0f}." if math.isfinite(limit) else f"More than half of the return is left with an account of {largest:,.0f}.")

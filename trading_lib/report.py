@@ -57,14 +57,14 @@ def plot_backtest(
     prices.set_title(title or result.symbol, loc="left", fontsize=10)
     return figure
 
-# %% ../nbs/16_report.ipynb #c77e8001
+# %% ../nbs/16_report.ipynb #293c9fe8
 # figure -> (label, how it is written)
 _FIGURES = {
     "total_return": ("total return", "{:+.2%}"), "annual_return": ("annual return", "{:+.2%}"), "volatility": ("volatility, annual", "{:.2%}"), "sharpe": ("Sharpe ratio", "{:.2f}"),
     "sortino": ("Sortino ratio", "{:.2f}"), "calmar": ("Calmar ratio", "{:.2f}"), "max_drawdown": ("largest drawdown", "{:.2%}"), "drawdown_days": ("longest drawdown, days", "{:.0f}"),
     "profit_factor": ("profit factor", "{:.2f}"), "win_rate": ("share of winning trades", "{:.1%}"), "average_win": ("average win", "{:.2f}"), "average_loss": ("average loss", "{:.2f}"),
     "trades": ("trades, flat to flat", "{}"), "open_trades": ("still open at the end", "{}"), "orders": ("orders filled", "{}"), "hold_share": ("bars without an order", "{:.1%}"),
-    "exposure": ("average exposure", "{:.1%}"), "turnover": ("turnover, times the account", "{:.1f}"), "gross_profit": ("profit before costs", "{:+.2f}"), "costs": ("costs", "{:.2f}"),
+    "exposure": ("average exposure", "{:.1%}"), "correlation_with_holding": ("correlation of returns with buy and hold", "{:+.2f}"), "turnover": ("turnover, times the account", "{:.1f}"), "gross_profit": ("profit before costs", "{:+.2f}"), "costs": ("costs", "{:.2f}"),
     "net_profit": ("profit after costs", "{:+.2f}"), "break_even_cost_bps": ("break-even cost, bp of traded value", "{:.1f}"), "consistency": ("share of profitable weeks", "{:.0%}"),
     "percentile_among_random": ("percentile among its own time-shifted copies", "{:.0f}"), "share_of_oracle": ("share of the oracle's profit", "{:.0%}"),
 }
