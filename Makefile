@@ -25,7 +25,7 @@ test: install  ## all tests: exported code and clean notebooks, notebook tests, 
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest
 
-prove: install  ## the heavy end-to-end proofs, about half an hour on two cores
+prove: install  ## the heavy end-to-end proofs, about an hour on two cores
 	$(BIN)/pytest -m proof -s
 
 bench: install  ## every benchmark, beside its peers where there are any; minutes each

@@ -52,7 +52,7 @@ def test_all_proofs_hold(tmp_path):
 # -- stopping and going on -------------------------------------------------------------------------------------------
 
 
-TINY = ProofSettings(edge_start="2023-10-01", edge_steps=16_384, martingale_start="2023-05-01", martingale_steps=16_384, martingale_path_days=10)
+TINY = ProofSettings(edge_start="2023-11-01", edge_steps=16_384, martingale_start="2023-06-01", martingale_steps=16_384, martingale_path_days=10)
 RESULTS = {"edge-00.json", "edge-01.json", "martingale-00.json", "martingale-01.json", "leak-00.json", "leak-01.json"}
 ASKED = dict(seeds=2, paths=3, settings=TINY)
 
@@ -61,11 +61,37 @@ def contents(folder) -> dict: return {path.name: path.read_bytes() for path in P
 def without_times(content: bytes) -> str: return content.decode().partition('"processor_seconds"')[0]
 
 
+def children_of(process) -> list[int]:
+    "Its processes; none where the system does not say."
+    listed = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in listed.read_text().split()] if listed.exists() else []
+
+
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    "A folder in which a small run has ended, and its summary."
-    folder = tmp_path_factory.mktemp("proofs")
-    return folder, prove(folder, workers=1, progress=None, **ASKED)
+def run(tmp_path_factory) -> dict:
+    "A run with two processes that gets a SIGKILL once the first result is there, and another in this process that goes on."
+    place = tmp_path_factory.mktemp("proofs")
+    folder, program = place / "results", place / "program.py"
+    program.write_text(f"from trading_lib.proofs import ProofSettings, prove\nif __name__ == '__main__': prove({str(folder)!r}, seeds=2, paths=3, workers=2, settings={TINY!r})\n")
+    process = subprocess.Popen([sys.executable, program], cwd=ROOT)
+    try:
+        patience = time.monotonic() + 300
+        while not contents(folder):
+            assert process.poll() is None and time.monotonic() < patience, "it ended, or wrote nothing"
+            time.sleep(0.02)
+        children = children_of(process)
+    finally: process.kill()
+    process.wait()
+    patience = time.monotonic() + 60
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < patience: time.sleep(0.02)
+    left = [child for child in children if Path(f"/proc/{child}").exists()]
+    before, lines = {path.name: path.stat().st_mtime_ns for path in folder.glob("*-*.json")}, []
+    summary = prove(folder, workers=1, progress=lines.append, **ASKED)
+    return {"folder": folder, "summary": summary, "lines": lines, "left": left, "before": before}
+
+
+@pytest.fixture
+def finished(run): return run["folder"], run["summary"]
 
 
 def test_a_small_run_writes_a_file_for_each_seed_and_says_what_holds(finished):
@@ -83,38 +109,26 @@ def test_a_small_run_writes_a_file_for_each_seed_and_says_what_holds(finished):
     assert edge[0]["oracle"] != edge[1]["oracle"], "each seed has its own history"
 
 
-def test_after_a_kill_it_goes_on_where_it_was(finished, tmp_path):
-    "SIGKILL in the middle of a run with two processes; then the rest is done, and everything is what an undisturbed run gives."
-    program = (f"from trading_lib.proofs import ProofSettings, prove\n"
-               f"if __name__ == '__main__': prove({str(tmp_path / 'proofs')!r}, seeds=2, paths=3, workers=2, settings={TINY!r})\n")
-    (tmp_path / "program.py").write_text(program)
-    process, folder = subprocess.Popen([sys.executable, tmp_path / "program.py"], cwd=ROOT), tmp_path / "proofs"
-    try:
-        patience = time.monotonic() + 120
-        while not contents(folder):
-            assert process.poll() is None and time.monotonic() < patience, "it ended, or wrote nothing"
-            time.sleep(0.02)
-        children = [int(p) for p in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()] if Path("/proc/self/task").exists() else []
-    finally: process.kill()
-    process.wait()
-    for _ in range(500):  # the workers end with it: nobody goes on writing
-        if not any(Path(f"/proc/{child}").exists() for child in children): break
-        time.sleep(0.02)
-    else: raise AssertionError("a worker outlives the process that it worked for")
-    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*-*.json")}
-    assert 0 < len(before) < len(RESULTS) and all(json.loads(content) for content in contents(folder).values())
-    lines = []
-    prove(folder, workers=1, progress=lines.append, **ASKED)
-    assert lines[0] == f"{len(before)} of 6 results are there already"
-    assert {name: (folder / name).stat().st_mtime_ns for name in before} == before, "what was finished is not done again"
-    assert {name: without_times(content) for name, content in contents(folder).items()} == {name: without_times(content) for name, content in contents(finished[0]).items()}
+def test_after_a_kill_it_goes_on_where_it_was(run):
+    assert not run["left"], "a worker outlives the process that it worked for, and would go on writing"
+    assert 0 < len(run["before"]) < len(RESULTS)
+    assert run["lines"][0] == f"{len(run['before'])} of 6 results are there already"
+    assert {name: (run["folder"] / name).stat().st_mtime_ns for name in run["before"]} == run["before"], "what was finished is not done again"
+
+
+def test_another_process_computes_the_same_bytes(run, tmp_path):
+    "What the killed run's workers had written, computed again in this process."
+    shutil.copytree(run["folder"], tmp_path / "proofs")
+    for name in run["before"]: (tmp_path / "proofs" / name).unlink()
+    prove(tmp_path / "proofs", workers=1, progress=None, **ASKED)
+    assert {name: without_times(content) for name, content in contents(tmp_path / "proofs").items()} == {name: without_times(content) for name, content in contents(run["folder"]).items()}
 
 
 def test_what_was_changed_is_run_again_and_nothing_else(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "proofs")
     before = contents(tmp_path / "proofs")
-    prove(tmp_path / "proofs", workers=1, progress=None, **ASKED | {"settings": replace(TINY, leak_noise=0.1)})
-    assert {name for name, content in contents(tmp_path / "proofs").items() if content != before[name]} == {"leak-00.json", "leak-01.json"}
+    prove(tmp_path / "proofs", workers=1, progress=None, **ASKED | {"settings": replace(TINY, edge_planted=0.2)})
+    assert {name for name, content in contents(tmp_path / "proofs").items() if content != before[name]} == {"edge-00.json", "edge-01.json"}
 
 
 def test_a_result_of_other_code_settings_paths_or_a_torn_file_does_not_count(finished, tmp_path):
@@ -134,13 +148,15 @@ def test_the_hash_of_the_code_follows_the_account_and_not_the_command_line(tmp_p
     here = code_hash()
     monkeypatch.setattr(trading_lib, "__file__", str(tmp_path / "trading_lib/__init__.py"))
     assert code_hash() == here
-    append = lambda name: (tmp_path / "trading_lib" / name).open("a").write("# changed\n")
+    append = lambda name, text="# changed\n": (tmp_path / "trading_lib" / name).open("a").write(text)
     append("cli.py")
     assert code_hash() == here
-    append("bars.py")  # imported inside functions only
-    changed = code_hash()
-    append("account.py")
-    assert len({here, changed, code_hash()}) == 3
+    append("bars.py")
+    seen = [here, code_hash()]
+    append("account.py", "def later():\n    from trading_lib import cli\n")
+    seen.append(code_hash())
+    append("cli.py")  # takes part from now on, if only inside a function
+    assert len({*seen, code_hash()}) == 4
 
 
 @pytest.mark.parametrize("wrong", [dict(seeds=1), dict(seeds="20"), dict(paths=1), dict(paths=10**6), dict(workers=0)])
