@@ -36,4 +36,5 @@ lab: install  ## JupyterLab, with the hook that saves stage notebooks without ou
 	JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter $(BIN)/jupyter lab
 
 clean:  ## remove what the pipeline made; .venv and your own files in data/raw stay
-	rm -rf models/*.pt models/runs/*.ipynb data/*.parquet data/*.npz reports/*/ dvc.lock
+	rm -rf models/*.pt models/*_deploy.zip models/folds models/runs/*.ipynb data/*.parquet data/*.npz dvc.lock
+	find reports -mindepth 1 -maxdepth 1 -type d ! -name proofs -exec rm -rf {} +

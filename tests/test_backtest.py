@@ -298,7 +298,7 @@ def test_the_oracle_earns_where_there_is_an_edge_and_rests_where_there_is_none(a
         if edge == 0: assert not actions.any() and result.baselines["oracle"] == 0 and result.metrics["net_profit"] == 0 and result.metrics["share_of_oracle"] is None
         else:
             assert result.baselines["oracle"] > max(0.01, result.baselines["buy_and_hold_at_exposure"]) and result.metrics["share_of_oracle"] == 1 and result.metrics["percentile_among_random"] > 95
-            assert result.baselines["oracle"] == pytest.approx(result.metrics["total_return"], abs=1e-12) and result.baselines["random_policies_median"] < result.baselines["oracle"]
+            assert result.baselines["oracle"] == pytest.approx(result.metrics["total_return"], abs=1e-12) and result.baselines["time_shifted_copies_median"] < result.baselines["oracle"]
 
 
 def test_the_oracle_leaves_the_old_side_before_it_takes_the_new():
@@ -326,7 +326,7 @@ def test_the_percentile_is_the_agents_place_among_its_shifts():
     market = market_of("crypto").span(FITTED, FITTED + 700)
     _, account = walk_and_keep(runs_of(market, TIGHT["crypto"], shifted(torch.from_numpy(actions), 40, 0)), keep=0)
     luck, agent = account.equity.numpy() - 1000, result.metrics["net_profit"]
-    assert result.metrics["percentile_among_random"] == pytest.approx(100 * ((luck < agent).sum() + 0.5 * (luck == agent).sum()) / 40) and result.baselines["random_policies_median"] == pytest.approx(np.median(luck) / 1000)
+    assert result.metrics["percentile_among_random"] == pytest.approx(100 * ((luck < agent).sum() + 0.5 * (luck == agent).sum()) / 40) and result.baselines["time_shifted_copies_median"] == pytest.approx(np.median(luck) / 1000)
 
 
 # policies
@@ -442,6 +442,37 @@ def test_a_late_order_is_the_same_list_shifted():
         own = backtest(bars=gap_bars(), actions=shifted_list, start=3300, stop=4100).metrics
         row = result.stress[3 + late]
         assert row["bars_late"] == late and row["net_profit"] == own["net_profit"] != result.metrics["net_profit"] and row["trades"] == own["trades"]
+
+
+def test_an_order_that_could_not_be_placed_is_not_placed_late():
+    "Equities: what was decided on a session's last bar lapses, also for the account whose orders come late."
+    bars, n = simulated("equity")[0], 120
+    market = market_of("equity").span(FITTED, FITTED + n)
+    at = decision_bars(market)
+    last = np.flatnonzero(~market.can_fill[at])
+    assert len(last) > 2
+    result = backtest("equity", np.where(np.isin(np.arange(len(at)), last), BUY_75, 0), start=FITTED, stop=FITTED + n)
+    assert result.metrics["orders"] == 0 and all(row["trades"] == 0 and row["net_profit"] == 0 for row in result.stress)
+    before = backtest("equity", np.where(np.arange(len(at)) == last[1] - 3, BUY_75, 0), start=FITTED, stop=FITTED + n)
+    assert all(row["net_profit"] != 0 for row in before.stress[4:6]) and before.stress[6]["net_profit"] == 0, "three bars late it meets the session's end"
+
+
+def test_a_model_on_bars_that_it_has_seen_is_no_evidence():
+    "Told from the spans in the checkpoint: unseen after them, seen before, not known of a list."
+    from trading_lib.judgement import assess
+    content = small_trainer("crypto", "5.6.0").content()
+    after, within = (run_backtest(content, simulated("crypto")[0], start=start, stop=start + 100) for start in (FITTED, 1500))
+    assert after.provenance["unseen"] is True and "unseen bars" in assess(after)["headline"] and not any("No evidence" in line for line in assess(after)["sentences"])
+    assert within.provenance["unseen"] is False and "unseen" not in assess(within)["headline"] and f"bars up to {simulated('crypto')[0].index[FITTED - 1]:%Y-%m-%d %H:%M}" in assess(within)["sentences"][0]
+    assert backtest(actions=random_list(99), start=4000, stop=4100).provenance["unseen"] is None
+
+
+def test_shorts_too_small_for_a_share_are_counted():
+    "With 1,000 an order of 78.75 is less than one share at a higher price; with 100,000 it is placed."
+    price = simulated("equity")[0]["close"].iloc[FITTED]
+    for initial, refused in ((1.2 * price, True), (1000 * price, False)):  # 0.7 × 0.15 × 0.75 of it
+        m = backtest("equity", np.where(np.arange(99) == 40, SELL_75, 0), start=FITTED, stop=FITTED + 100, account=replace(BROKER["equity"], initial_account_value=initial)).metrics
+        assert (m["orders_below_one_share"], m["orders"]) == ((1, 0) if refused else (0, 1))
 
 
 def test_a_late_order_of_a_policy_that_sees_its_account_is_its_own_decision():

@@ -314,7 +314,7 @@ def ledger_summary(
     return {"n_trials": len(trials), "n_runs": count("timeframe", "data", "span", "parameters", "seed"), "n_seeds": count("seed"), "n_parameter_sets": count("parameters"),
             "n_checkpoints": sum(t["kind"] == "checkpoint" for t in trials)}
 
-# %% ../nbs/14_archive.ipynb #051bb1cc
+# %% ../nbs/14_archive.ipynb #add9a7f2
 class TrialReturns(NamedTuple):
     "Daily returns of the trials that can be compared."
     matrix: np.ndarray  # (days, trials)
@@ -371,13 +371,14 @@ def luck_adjusted(
     returns_per_bar,  # simple returns per bar of the policy that was chosen
     trials: list,  # from `read_trials`
     timeframe: str | None = None,  # of the returns: only Sharpe ratios per bar of the same length can be compared; None: of the last trial
+    data_sha256: str | None = None,  # of the bars: only trials on them tell of overfitting to them; None: the largest group of trials
 ) -> dict:  # n_trials, deflated_sharpe, deflated_sharpe_of_spread, expected_maximum_sharpe, overfitting_probability, …
     "What is left of a policy's Sharpe ratio once everything that was tried is taken into account."
     trials = _unique(trials)
     n, n_bars = max(1, len(trials)), len(returns_per_bar)  # the policy itself was tried
     timeframe = timeframe or (trials[-1]["timeframe"] if trials else None)
     sharpes = [t["sharpe_per_bar"] for t in trials if t["timeframe"] == timeframe]
-    pbo = overfitting_probability(trials)
+    pbo = overfitting_probability([t for t in trials if data_sha256 in (None, t["data"]["sha256"])])
     return {"n_trials": n, "deflated_sharpe": deflated_sharpe_ratio(returns_per_bar, n), "deflated_sharpe_of_spread": deflated_sharpe_ratio(returns_per_bar, n, sharpes) if len(sharpes) >= 2 else None,
             "expected_maximum_sharpe": expected_maximum_sharpe(n, 1 / max(n_bars - 1, 1)), "overfitting_probability": pbo.probability, "overfitting_reason": pbo.reason,
             "overfitting_trials": pbo.trials, "overfitting_days": pbo.days, "overfitting_left_out": pbo.left_out}

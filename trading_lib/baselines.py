@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .env import MarketData
 
-# %% ../nbs/14_baselines.ipynb #06f7bf93
+# %% ../nbs/14_baselines.ipynb #93fd13ae
 _FAST, _SLOW = 20, 100  # bars of the moving averages
 
 
@@ -64,7 +64,9 @@ def oracle_actions(
     buy, sell, out = _largest(spec, "BUY"), _largest(spec, "SELL"), _flatten(spec)
     action = np.where(side > 0, buy, np.where(side < 0, sell if allow_short else out, 0))
     turned = np.concatenate([[False], side[1:] != side[:-1]])
-    return torch.as_tensor(np.where(turned & (side != 0), out, action))  # leave the old side first: an order never crosses zero
+    # leave the old side first where there may be one: an order never crosses zero
+    leaves = allow_short and "CLOSE" in spec.action_meanings.values()
+    return torch.as_tensor(np.where(turned & (side != 0) & leaves, out, action))
 
 
 def shifted(

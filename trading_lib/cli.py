@@ -11,7 +11,7 @@ import sys
 
 from .config import InputError, load_parameters
 
-# %% ../nbs/21_cli.ipynb #7e6c0215
+# %% ../nbs/21_cli.ipynb #b9ccaee4
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
     run_stage(arguments.name, arguments.symbol)
@@ -29,6 +29,13 @@ def _train(arguments):
     for symbol in arguments.symbols or load_parameters().symbols: run_stage("train", symbol, **{name: value for name, value in given.items() if value is not None})
 
 
+def _edge(bars, text, name: str, default: int) -> int:
+    "Number of the first bar at or after a day that was given."
+    import numpy as np
+    from trading_lib.bars import moment
+    return default if text is None else int(np.searchsorted(bars.index, moment(text, name)))
+
+
 def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `run_backtest`, of the project's own symbols
     from trading_lib.bars import path_symbol, read_bars
     from trading_lib.config import require
@@ -37,32 +44,33 @@ def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `r
     jobs = []
     for symbol in map(path_symbol, arguments.symbols or parameters.symbols):
         paths = artefacts(parameters, symbol)
-        for path, stage in ((paths.bars, "prepare"), (paths.model, "train")):
+        for path, stage in ((paths.bars, "prepare"), *([] if arguments.model else [(paths.model, "train")])):
             require(path.exists(), f"{symbol}: no {path.name}; run `trading-lib stage {stage} --symbol {symbol}` (symbols of params.yaml: {', '.join(parameters.symbols)})")
         bars = read_bars(paths.bars)
         start, stop = split_bounds(len(bars), parameters.data.train_fraction, parameters.data.validation_fraction)["test"]
         truth = market_truth(parameters, symbol)
-        jobs.append((dict(model=arguments.model or paths.model, bars=bars, start=start, stop=stop, symbol=symbol, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
+        start, stop = max(start, _edge(bars, arguments.start, "--start", start)), min(stop, _edge(bars, arguments.end, "--end", stop))
+        jobs.append((dict(model=arguments.model or paths.model, bars=bars, start=start, stop=stop, symbol=symbol, account=parameters.account, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
     return jobs
 
 
-def _file_backtests(arguments) -> list[dict]:  # the same, of files of bars
+def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files of bars
     from pathlib import Path
-    import numpy as np
-    from trading_lib.bars import moment
     from trading_lib.checkpoint import load_checkpoint
-    from trading_lib.config import require
+    from trading_lib.config import AccountConfig, require, typed
     from trading_lib.sources import load_with_report
     require(arguments.model is not None, "backtest: --bars needs --model, the checkpoint that trades them")
+    require(not arguments.symbols, "backtest: give symbols of the project or --bars, not both")
     content, jobs = load_checkpoint(arguments.model), []
     trained = content["config"]["env"]
+    account = typed(AccountConfig, trained["account"], "account")
+    how = {name: getattr(parameters.data, name) for name in ("timezone", "labels", "price_scale", "columns")}
     for file in arguments.bars:
         symbol = Path(file).stem.split("_")[0]
-        bars, _ = load_with_report(symbol, trained["timeframe"], "files", path=file, asset_class=trained["asset_class"])
-        edge = lambda text, name, default: default if text is None else int(np.searchsorted(bars.index, moment(text, name)))
-        jobs.append((dict(model=content, bars=bars, start=edge(arguments.start, "--start", 0), stop=edge(arguments.end, "--end", len(bars)), symbol=symbol), {"source": f"the file {Path(file).name}"}))
-        if content["data"]["start"] <= str(bars.index[-1]) and content["data"]["end"] >= str(bars.index[0]):
-            print(f"{symbol}: the model was made from a history of {content['data']['start'][:10]} to {content['data']['end'][:10]}; what it was trained on is no evidence", file=sys.stderr)
+        bars, _ = load_with_report(symbol, trained["timeframe"], "files", path=file, asset_class=trained["asset_class"], **how)
+        jobs.append((dict(model=content, bars=bars, start=_edge(bars, arguments.start, "--start", 0), stop=_edge(bars, arguments.end, "--end", len(bars)), symbol=symbol, account=account), {"source": f"the file {Path(file).name}"}))
+    names = [job["symbol"] for job, _ in jobs]
+    require(len(set(names)) == len(names), f"backtest: the files hold {', '.join(names)}, by their names; expected each symbol once (a file's symbol is what stands before the first '_')")
     return jobs
 
 
@@ -75,9 +83,9 @@ def _backtest(arguments):
     from trading_lib.judgement import assess
     from trading_lib.report import comparison_table, write_report
     parameters = load_parameters()
-    account = parameters.account if arguments.costs is None else replace(parameters.account, costs=arguments.costs)
-    jobs = _file_backtests(arguments) if arguments.bars else _prepared_backtests(arguments, parameters)
-    results = run_backtests([job | dict(account=account, random_policies=arguments.random_policies) for job, _ in jobs])
+    jobs = _file_backtests(arguments, parameters) if arguments.bars else _prepared_backtests(arguments, parameters)
+    other = {} if arguments.costs is None else {"costs": arguments.costs}
+    results = run_backtests([job | dict(account=replace(job["account"], **other), random_policies=arguments.random_policies) for job, _ in jobs])
     said = []
     for result, (_, data) in zip(results, jobs):
         result.provenance["data"] = data
@@ -109,6 +117,7 @@ def _history(arguments):
 
 
 def _deploy(arguments):
+    import hashlib
     import json
     from trading_lib.archive import load_deploy_zip, write_deploy_zip
     from trading_lib.config import project_root, require
@@ -116,7 +125,8 @@ def _deploy(arguments):
     paths = artefacts(load_parameters(), arguments.symbol)
     files = {name: paths.report / name for name in ("report.html", "metrics.json", "verdict.json")} | {"params.yaml": project_root() / "params.yaml"}
     for path in (paths.model, *files.values()): require(path.exists(), f"{arguments.symbol}: {path} is missing; run `dvc repro` first")
-    said = json.loads(files["verdict.json"].read_text())
+    said, judged = (json.loads(files[name].read_text()) for name in ("verdict.json", "metrics.json"))
+    require({said.get("model_sha256"), judged["provenance"].get("model_sha256")} == {hashlib.sha256(paths.model.read_bytes()).hexdigest()}, f"{arguments.symbol}: the verdict is about another model than {paths.model.name}; run `dvc repro` first")
     require(said["verdict"] == "APPROVED" or arguments.anyway, f"{arguments.symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate (--anyway makes one all the same, and says so inside)")
     written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": said["verdict"], "headline": said["headline"]})
     print(f"{written}: {len(load_deploy_zip(written)['files'])} files, verified")

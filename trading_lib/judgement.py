@@ -14,7 +14,7 @@ from .archive import ledger_summary, luck_adjusted
 from .backtest import BacktestResult
 from .metrics import assess_model_quality, equity_returns, expected_maximum_sharpe, sharpe_probability
 
-# %% ../nbs/15_judgement.ipynb #ed0d0536
+# %% ../nbs/15_judgement.ipynb #d1aa2335
 def headline(
     result: BacktestResult,
 ) -> str:  # one line
@@ -23,7 +23,7 @@ def headline(
     beaten = {"cash": r > 0, "buy-and-hold": r > b["buy_and_hold"], "buy-and-hold at its own exposure": r > b["buy_and_hold_at_exposure"]}
     won, lost = [n for n, w in beaten.items() if w], [n for n, w in beaten.items() if not w]
     share = result.metrics.get("share_of_oracle")
-    return (f"{result.symbol}: agent {r:+.2%} after costs over {result.metrics['bars']} unseen bars; cash +0.00%, buy-and-hold {b['buy_and_hold']:+.2%}, "
+    return (f"{result.symbol}: agent {r:+.2%} after costs over {result.metrics['bars']}{' unseen' if result.provenance.get('unseen') else ''} bars; cash +0.00%, buy-and-hold {b['buy_and_hold']:+.2%}, "
             f"at the agent's exposure of {result.metrics['exposure']:.1%} {b['buy_and_hold_at_exposure']:+.2%}"
             + (f", oracle {b['oracle']:+.2%}" + (f" (the agent has {share:.0%} of it)" if share is not None else "") if "oracle" in b else "")
             + (". It made no trade" if not result.metrics["orders"] else "") + (f". Beats {', '.join(won)}" if won else "") + (f". Does not beat {', '.join(lost)}" if lost else "") + ".")
@@ -63,7 +63,7 @@ def capacity_limit(
     share = (returns[k - 1] - returns[0] / 2) / (returns[k - 1] - returns[k])
     return float(np.exp(np.log(sizes[k - 1]) + share * np.log(sizes[k] / sizes[k - 1])))
 
-# %% ../nbs/15_judgement.ipynb #096a157a
+# %% ../nbs/15_judgement.ipynb #e9d14683
 _HOLDING = 0.9  # a correlation of bar returns from which an agent is a buy-and-hold at a smaller size
 
 
@@ -82,11 +82,14 @@ def assess(
     if result.metrics["break_even_cost_bps"] is not None:
         bearable = result.metrics["break_even_cost_bps"]
         sentences.append(f"It paid {result.metrics['cost_bps']:.1f} basis points of traded value; " + (f"at {bearable:.1f} nothing would be left." if bearable > 0 else "without any costs it would have lost money as well."))
+    if result.provenance.get("unseen") is False: sentences.insert(0, f"No evidence: the model was trained or chosen on bars up to {result.provenance['seen_to'][:16]}, and this span begins at {result.provenance['span'][0][:16]}.")
+    if result.metrics["orders_below_one_share"]: sentences.append(f"{result.metrics['orders_below_one_share']} orders to open a short were too small for a whole share; a larger account would have placed them.")
     alike = result.metrics["correlation_with_holding"]
     if alike is not None and alike > _HOLDING: sentences.append(f"It holds more than it trades: the correlation of its returns with buy-and-hold is {alike:.2f}.")
     if limit is not None:
         largest = result.capacity[-1]["initial"]
         sentences.append(f"Half of the return is gone with an account of {limit:,.0f}." if math.isfinite(limit) else f"More than half of the return is left with an account of {largest:,.0f}.")
-    luck = luck_adjusted(equity_returns(result.equity.to_numpy()), list(trials), result.provenance["timeframe"]) if trials else {}
+    luck = luck_adjusted(equity_returns(result.equity.to_numpy()), list(trials), result.provenance["timeframe"], result.provenance["bars"]["sha256"]) if trials else {}
     return {"verdict": judged["verdict"], "headline": headline(result), "failed": judged["failed"], "flags": judged["flags"], "fitness": judged["fitness"], "deflated_sharpe": judged["deflated_sharpe"],
-            "trials": summary | {"n_trials": n_trials}, "luck": luck, "stress": stress, "sentences": sentences, "capacity": limit if limit is None or math.isfinite(limit) else None}
+            "trials": summary | {"n_trials": n_trials}, "luck": luck, "stress": stress, "sentences": sentences, "capacity": limit if limit is None or math.isfinite(limit) else None,
+            "model_sha256": result.provenance.get("model_sha256")}

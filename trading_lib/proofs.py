@@ -367,7 +367,7 @@ def _results(jobs: list[tuple], workers: int):  # yields them as they are done
             if value is None: os.environ.pop(name, None)
             else: os.environ[name] = value
 
-# %% ../nbs/20_proofs.ipynb #758ccb59
+# %% ../nbs/20_proofs.ipynb #842aeb42
 def _line(result: dict) -> str:
     "One result in one line."
     f, name = result["figures"], f"{result['kind']:10} {result['seed']:02d}"
@@ -404,6 +404,7 @@ def plot_proofs(
     left.bar([r["seed"] for r in of["edge"]], [100 * (s or 0) for s in e["shares"]], color="#0b5394", width=0.7)
     left.axhspan(*(100 * x for x in e["interval_95"]), color="#e69138", alpha=0.3, lw=0)
     left.axhline(100 * e["share_of_oracle"], color="#e69138", lw=1.5, label=f"together {e['share_of_oracle']:.0%}, 95 % interval {e['interval_95'][0]:.0%} to {e['interval_95'][1]:.0%}")
+    for axis in (left, right): axis.xaxis.get_major_locator().set_params(integer=True)
     left.set_xlabel("seed"); left.set_ylabel("share of the oracle's profit, %"); left.set_title("planted edge", loc="left", fontsize=10); left.legend(fontsize=8, loc="upper right")
     for r in of["martingale"] + of["leak"]:
         gross, leaks = np.array(r["figures"]["gross"]), r["kind"] == "leak"

@@ -57,7 +57,7 @@ def plot_backtest(
     prices.set_title(title or result.symbol, loc="left", fontsize=10)
     return figure
 
-# %% ../nbs/16_report.ipynb #293c9fe8
+# %% ../nbs/16_report.ipynb #73dd3948
 # figure -> (label, how it is written)
 _FIGURES = {
     "total_return": ("total return", "{:+.2%}"), "annual_return": ("annual return", "{:+.2%}"), "volatility": ("volatility, annual", "{:.2%}"), "sharpe": ("Sharpe ratio", "{:.2f}"),
@@ -165,7 +165,7 @@ def render_report(
     for name, (label, form) in (("total_return", ("total return, 95 % interval", "{:+.2%}")), ("sharpe", ("Sharpe ratio, 95 % interval", "{:.2f}"))):
         if name in m.get("intervals", {}): figures.append((label, " to ".join(form.format(v) for v in m["intervals"][name].values())))
     half = (len(figures) + 1) // 2
-    span = [("span of the backtest", f"{p['span'][0][:16]} to {p['span'][1][:16]} UTC, {m['bars']} bars that training never saw"),
+    span = [("span of the backtest", f"{p['span'][0][:16]} to {p['span'][1][:16]} UTC, {m['bars']} bars" + {True: " that training never saw", False: ", of which training has seen some", None: ""}[p.get("unseen")]),
             ("all bars", f"{p['bars']['bars']} from {p['bars']['start']} to {p['bars']['end']}"), ("fingerprint of the bars", p["bars"]["sha256"]), ("layout", p["version"])]
     baselines = [(name.replace("_", " "), f"{value:+.2%}") for name, value in result.baselines.items()]
     costs = [(name, f"{value:.2f}") for name, value in result.costs.items()]

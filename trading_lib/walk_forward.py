@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SCHEMES', 'Fold', 'walk_forward_folds', 'check_folds', 'CombinatorialFold', 'combinatorial_purged_folds',
-           'combinatorial_paths', 'training_span', 'chain_curves', 'WalkForwardResult', 'walk_forward',
-           'plot_walk_forward', 'write_walk_forward']
+           'combinatorial_paths', 'chain_curves', 'WalkForwardResult', 'walk_forward', 'plot_walk_forward',
+           'write_walk_forward']
 
-# %% ../nbs/18_walk_forward.ipynb #a8b21d49
+# %% ../nbs/18_walk_forward.ipynb #5b0e65a2
 import base64
 import hashlib
 import html
@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .backtest import run_backtest
+from .backtest import run_backtest, training_span
 from .bars import bar_clock, fingerprint, timeframe_name
 from .checkpoint import library_versions, load_checkpoint, save_checkpoint
 from .config import AccountConfig, InputError, require, unknown_name
@@ -179,25 +179,7 @@ def combinatorial_paths(
         for k in chosen: testing[k].append(number)
     return list(zip(*testing))
 
-# %% ../nbs/18_walk_forward.ipynb #293d39ef
-def _moment(text) -> pd.Timestamp | None:
-    if text is None: return None
-    try: moment = pd.Timestamp(text)
-    except (TypeError, ValueError): return None
-    return moment.tz_localize("UTC") if moment.tzinfo is None else moment.tz_convert("UTC")
-
-
-def training_span(
-    content: dict,  # of a checkpoint
-) -> dict:  # first; last: the model has certainly seen bars up to it; possible: nothing later can have been seen. None: not recorded
-    "What a checkpoint says about the bars it comes from."
-    data, fit = content.get("data") or {}, content.get("fit") or {}
-    spans = [s for s in (data.get("spans") or {}).values() if s]
-    first = min((m for m in [_moment(fit.get("first")), *(_moment(s.get("first")) for s in spans)] if m is not None), default=None)
-    last = max((m for m in [_moment(fit.get("last")), *(_moment(s.get("last")) for s in spans)] if m is not None), default=None)
-    return {"first": first, "last": last, "possible": last if spans else _moment(data.get("end"))}
-
-
+# %% ../nbs/18_walk_forward.ipynb #0a38bf2a
 def _day(moment) -> str: return "an unknown time" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
 
 
@@ -220,7 +202,7 @@ def chain_curves(
         value = chained[-1][-1]
     return np.concatenate(chained)
 
-# %% ../nbs/18_walk_forward.ipynb #6be93567
+# %% ../nbs/18_walk_forward.ipynb #fd4e55e7
 _CURVES = ("agent", "buy_and_hold", "buy_and_hold_at_exposure")
 _TIMES = ("train_first", "train_last", "validation_first", "validation_last", "test_first", "test_last")
 
@@ -285,7 +267,7 @@ class WalkForwardResult:
         if len(self.models) > 1: return self._verdict_of_many()
         s, model, rows, n = self.summary, self.models[0], self.folds, len(self.folds)
         low, high = s["mean_return_low"], s["mean_return_high"]
-        sure = ("it made no trade" if not s["costs"] and low == high == 0 else "above zero: more than luck" if low > 0 else "below zero: it loses" if high < 0 else "it contains zero: luck would do as well")
+        sure = ("it made no trade" if not s["costs"] and low == high == 0 else "above zero: more than luck, but perhaps no more than drift" if low > 0 else "below zero: it loses" if high < 0 else "it contains zero: luck would do as well")
         unseen = " that training never saw" if (rows["unseen"] == "yes").all() else ""
         who = "retrained for each fold" if model == "retrained" else f"model {model}"
         spread = f"{s['sharpe_mean']:+.2f}" + (f" ± {s['sharpe_deviation']:.2f}" if s["sharpe_deviation"] is not None else "")
