@@ -421,7 +421,7 @@ def _flags(moved: Moved, convert) -> Moved:
     return moved._replace(terminated=convert(moved.terminated), truncated=convert(moved.truncated), done=convert(moved.done),
                           fills=fills._replace(stopped=convert(fills.stopped), targeted=convert(fills.targeted), trade_closed=convert(fills.trade_closed)))
 
-# %% ../nbs/09_env.ipynb #11041f5e
+# %% ../nbs/09_env.ipynb #20a33ff4
 class GPUVectorizedTradingEnv:
     "`n_envs` accounts trading one symbol, stepped together on one device."
 
@@ -464,6 +464,14 @@ class GPUVectorizedTradingEnv:
         self.compiled = compiled
         self._advance, self._restarted = step_functions(self)
         self.set_cost_scale(1.0)
+
+    def __getstate__(self) -> dict:
+        "For pickle and copy: functions are made again from what they are made of."
+        return {name: value for name, value in vars(self).items() if name not in ("_advance", "_restarted")}
+
+    def __setstate__(self, state: dict):
+        vars(self).update(state)
+        self._advance, self._restarted = step_functions(self)
 
     def _load_market(self, market: MarketData):
         "Everything a step gathers, as one row of a float64 table (T, fields) for each bar decided at."
