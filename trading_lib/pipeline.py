@@ -122,7 +122,7 @@ def market_truth(
     options = {name: value for name, value in dict(start=d.start, end=d.end).items() if value is not None}
     return simulate_market(symbol, d.timeframe, seed=d.seed, edge=d.edge, asset_class=asset_class_of(symbol), recipe=d.recipe, **options)[1]
 
-# %% ../nbs/20_pipeline.ipynb #9207c507
+# %% ../nbs/20_pipeline.ipynb #f561d9cc
 STAGES = ("prepare", "train", "backtest", "report", "walk_forward")
 
 
@@ -153,7 +153,9 @@ def run_stage(
         shown.addFilter(_notebook_output)
     try:
         papermill.execute_notebook(root / "nbs" / f"{stage}.ipynb", output, dict(symbol=symbol, **parameters), cwd=root, log_output=True, progress_bar=False,
-                                   config=Config({"KernelManager": {"transport": "ipc"}}))  # sockets in a private folder, not on the network
+                                   config=Config({"KernelManager": {"transport": "ipc"},  # sockets in a private folder, not on the network
+                                                  # the interrupt that precedes a kernel's shutdown is no error of the person's
+                                                  "NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}}))
     except PapermillExecutionError as e:
         if e.ename == "InputError": raise InputError(e.evalue) from None
         raise
