@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REWARD_COMPONENTS', 'MarketData', 'layout_of', 'split_bounds', 'market_data', 'bar_table', 'next_bar',
            'decision_span', 'Obs', 'ColumnOrder', 'column_order', 'ObservationTable', 'RewardPreset', 'reward_preset',
-           'StepFacts', 'GPUEnvConfig', 'Moved', 'step_functions', 'GPUVectorizedTradingEnv']
+           'StepFacts', 'GPUEnvConfig', 'Moved', 'begun_afresh', 'step_function', 'GPUVectorizedTradingEnv']
 
 # %% ../nbs/09_env.ipynb #7dbcf709
 import inspect
@@ -338,7 +338,7 @@ class GPUEnvConfig:
         require(self.episode_length >= 1, f"GPUEnvConfig.episode_length: expected 1 or more bars, was {self.episode_length}")
         layout_of(self.version)
 
-# %% ../nbs/09_env.ipynb #822cae00
+# %% ../nbs/09_env.ipynb #d65a6d21
 class Moved(NamedTuple):
     "Accounts one bar later, before any restart; tensors of shape (n,)."
     bar: Tensor
@@ -354,16 +354,31 @@ class Moved(NamedTuple):
     mean_return: Tensor
     mean_square: Tensor
     own_columns: Tensor | None  # (n, D) float32; None in layouts that hide the account
+    decision_equity: Tensor  # when the action was taken
 
 
-def step_functions(
+def begun_afresh(
+    renew: Tensor | None,  # (n,) bool: whose last episode is over; None: nobody's
+    fresh: AccountState,  # one account
+    account: AccountState,
+    tally: Tensor,
+    mean_return: Tensor,
+    mean_square: Tensor,
+) -> tuple[AccountState, Tensor, Tensor, Tensor]:
+    "What a new episode makes of an account and its averages."
+    if renew is None: return account, tally, mean_return, mean_square
+    return account.where(renew, fresh), torch.where(renew, 0, tally), torch.where(renew, 0.0, mean_return), torch.where(renew, 0.0, mean_square)
+
+
+def step_function(
     env,  # GPUVectorizedTradingEnv
-):  # two pure functions: one bar for every account, and what restarts make of it
-    "The functions that move accounts, with the environment's settings as constants."
+):  # a pure function: one bar for every account
+    "The function that moves accounts, with the environment's settings as constants."
     components, weights = [REWARD_COMPONENTS[name] for name in env.reward_names], list(env.reward.weights.values())
     sharpe, full_move, own_columns = "differential_sharpe" in env.reward_names, env._full_move, env._own_columns if env.layout.account_columns else None
 
-    def advance(market, meanings, rules, actions, before, bar, end, first, tally, oldest, mean_return, mean_square) -> Moved:
+    def advance(market, meanings, rules, actions, before, renew, fresh, bar, end, first, tally, oldest, mean_return, mean_square) -> Moved:
+        before, tally, mean_return, mean_square = begun_afresh(renew, fresh, before, tally, mean_return, mean_square)
         row, (direction, size, is_close) = market.index_select(0, bar).unbind(1), (column.index_select(0, actions) for column in meanings)
         forward, forward_direction, forward_strength, volatility = row[8:]
         after, fills = account_step(before, direction, size, is_close, next_bar(row, (row[7], *row[1:])), rules)  # the next bar's columns lie in the same row
@@ -380,13 +395,9 @@ def step_functions(
             mean_return, mean_square = mean_return + _SHARPE_RATE * (r - mean_return), mean_square + _SHARPE_RATE * (r**2 - mean_square)
         bar, terminated = bar + 1, after.equity <= 0
         done = (bar >= end) | terminated
-        return Moved(bar, after, fills, reward.float(), torch.stack(rewards).T, terminated, done & ~terminated, done, tally, place, mean_return, mean_square, own_columns and own_columns(after))
+        return Moved(bar, after, fills, reward.float(), torch.stack(rewards).T, terminated, done & ~terminated, done, tally, place, mean_return, mean_square, own_columns and own_columns(after), before.equity)
 
-    def restarted(done, start, start_end, bar, end, first, tally, mean_return, mean_square, account, fresh):
-        where = lambda new, old: torch.where(done, new, old)
-        return where(start, bar), where(start_end, end), where(start, first), where(0, tally), where(0.0, mean_return), where(0.0, mean_square), account.where(done, fresh)
-
-    if not env.compiled: return advance, restarted
+    if not env.compiled: return advance
     # a loop over accounts writes numbers as whole vectors, what is true or false one by one: that is left to the end
     compiled_advance = _compiled(lambda *arguments: _flags(advance(*arguments), torch.Tensor.float))
 
@@ -395,7 +406,7 @@ def step_functions(
             lowest, highest = map(int, torch.aminmax(actions))
             require(0 <= lowest and highest < env.n_actions and actions.dtype == torch.int64, f"step: actions are int64, 0 to {env.n_actions - 1}, was {actions.dtype}, {lowest} to {highest}")
         return _flags(compiled_advance(market, meanings, rules, actions, *rest), torch.Tensor.bool)
-    return checked_advance, _compiled(restarted)
+    return checked_advance
 
 
 def _compiled(function):
@@ -421,7 +432,7 @@ def _flags(moved: Moved, convert) -> Moved:
     return moved._replace(terminated=convert(moved.terminated), truncated=convert(moved.truncated), done=convert(moved.done),
                           fills=fills._replace(stopped=convert(fills.stopped), targeted=convert(fills.targeted), trade_closed=convert(fills.trade_closed)))
 
-# %% ../nbs/09_env.ipynb #20a33ff4
+# %% ../nbs/09_env.ipynb #b2f5fe5c
 class GPUVectorizedTradingEnv:
     "`n_envs` accounts trading one symbol, stepped together on one device."
 
@@ -462,16 +473,16 @@ class GPUVectorizedTradingEnv:
         self._actions = tensor(direction, torch.float64), tensor(size, torch.float64), tensor(is_close, torch.bool)
         self._no_columns = torch.empty(self.n_envs, 0, device=self.device)
         self.compiled = compiled
-        self._advance, self._restarted = step_functions(self)
+        self._advance = step_function(self)
         self.set_cost_scale(1.0)
 
     def __getstate__(self) -> dict:
         "For pickle and copy: functions are made again from what they are made of."
-        return {name: value for name, value in vars(self).items() if name not in ("_advance", "_restarted")}
+        return {name: value for name, value in vars(self).items() if name != "_advance"}
 
     def __setstate__(self, state: dict):
         vars(self).update(state)
-        self._advance, self._restarted = step_functions(self)
+        self._advance = step_function(self)
 
     def _load_market(self, market: MarketData):
         "Everything a step gathers, as one row of a float64 table (T, fields) for each bar decided at."
@@ -529,10 +540,22 @@ class GPUVectorizedTradingEnv:
     def _begin(self, start: Tensor, end: Tensor, account: AccountState | None = None):
         zeros = lambda: torch.zeros(self.n_envs, dtype=torch.float64, device=self.device)
         self.bar, self.end, self._first = start, end, start.clone()  # compiled code asks which of its arguments are one
-        self._fresh = AccountState.initial(self.rules, 1, self.device)
-        self.account = account if account is not None else AccountState.initial(self.rules, self.n_envs, self.device)
+        self._take(account if account is not None else AccountState.initial(self.rules, self.n_envs, self.device))
         self._tally, self._recent = torch.zeros_like(start), deque([torch.zeros_like(start)] * _RECENT_ACTIONS, _RECENT_ACTIONS)
         self._mean_return, self._mean_square = zeros(), zeros()
+
+    def _take(self, account: AccountState):
+        "Go on with these accounts, of which none begins afresh."
+        self._fresh, self._account = AccountState.initial(self.rules, 1, self.device), account
+        # compiled code wants a mask in any case
+        self._renew = self._nobody = torch.zeros(self.n_envs, dtype=torch.bool, device=self.device) if self.compiled else None
+
+    @property
+    def account(self) -> AccountState:
+        "Each account as the next step finds it."
+        self._account, self._tally, self._mean_return, self._mean_square = begun_afresh(None if self._renew is self._nobody else self._renew, self._fresh, self._account, self._tally, self._mean_return, self._mean_square)
+        self._renew = self._nobody
+        return self._account
 
     def reset_index(self, seed: int | None = None) -> Obs:
         "Start every account at a random bar; a seed makes this and all that follows repeatable."
@@ -567,20 +590,20 @@ class GPUVectorizedTradingEnv:
         actions: Tensor,  # (n_envs,) int64, 0 .. n_actions-1
     ) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:  # observation, reward float32, terminated, truncated, infos
         "One bar for every account; `step` with indices instead of windows."
-        before = self.account
-        moved = self._advance(self._market, self._actions, self._step_rules, actions, before, self.bar, self.end, self._first, self._tally, self._recent[0], self._mean_return, self._mean_square)
-        self.bar, self.account, self._tally, self._mean_return, self._mean_square = moved.bar, moved.account, moved.tally, moved.mean_return, moved.mean_square
+        moved = self._advance(self._market, self._actions, self._step_rules, actions, self._account, self._renew, self._fresh, self.bar, self.end, self._first, self._tally, self._recent[0], self._mean_return, self._mean_square)
+        self.bar, self._account, self._tally, self._mean_return, self._mean_square, self._renew = moved.bar, moved.account, moved.tally, moved.mean_return, moved.mean_square, self._nobody
         self._recent.append(moved.place)
         obs = Obs(self.bar, self._no_columns if moved.own_columns is None else moved.own_columns)
-        infos = {"final_obs": obs, "account": moved.account, "fills": moved.fills, "reward_components": moved.components, "decision_equity": before.equity}
-        if self.device.type != "cpu" or bool(moved.done.any()):  # asking the device would make the host wait
-            self._restart(moved.done)
-            obs = self._observe()
+        infos = {"final_obs": obs, "account": moved.account, "fills": moved.fills, "reward_components": moved.components, "decision_equity": moved.decision_equity}
+        if self.device.type != "cpu" or bool(moved.done.any()): obs = self._restart(moved.done, obs)  # asking another device would make the host wait
         return obs, moved.reward, moved.terminated, moved.truncated, infos
 
-    def _restart(self, done: Tensor):
-        self.bar, self.end, self._first, self._tally, self._mean_return, self._mean_square, self.account = self._restarted(
-            done, *self._draw_starts(), self.bar, self.end, self._first, self._tally, self._mean_return, self._mean_square, self.account, self._fresh)
+    def _restart(self, done: Tensor, obs: Obs) -> Obs:  # where episodes that are over have begun anew
+        "Send those who are done to new bars; the next step sees to their accounts, which it reads anyway."
+        start, end = self._draw_starts()
+        self.bar, self.end, self._first = (torch.where(done, new, old) for new, old in ((start, self.bar), (end, self.end), (start, self._first)))
+        self._renew = done
+        return Obs(self.bar, torch.where(done[:, None], self._own_columns(self._fresh), obs.dense) if self.layout.account_columns else obs.dense)
 
     # -- going on later --------------------------------------------------------------------------------------------
 
@@ -589,17 +612,17 @@ class GPUVectorizedTradingEnv:
     def state_dict(self) -> dict:
         "Everything that the next step depends on, as tensors and numbers."
         if not hasattr(self, "bar"): return {}
+        account = self.account
         own = {name.lstrip("_"): getattr(self, name).clone() for name in self._STATE}
         age = torch.arange(_RECENT_ACTIONS, 0, -1, device=self.device)[:, None]  # steps since each row was written
         recent = torch.where(age <= self.bar - self._first, torch.stack(tuple(self._recent)) // _BITS, -1)  # those of the present episode
-        return own | {"recent": recent, "cost_scale": self._cost_scale, "recent_row": 0, "random": self._random.get_state(), "account": {f.name: getattr(self.account, f.name).clone() for f in fields(AccountState)}}
+        return own | {"recent": recent, "cost_scale": self._cost_scale, "recent_row": 0, "random": self._random.get_state(), "account": {f.name: getattr(account, f.name).clone() for f in fields(AccountState)}}
 
     def load_state_dict(self, state: dict) -> Obs:
         "Go on exactly where `state_dict` was taken."
         n = len(state["bar"]) if "bar" in state else 0
         require(n == self.n_envs, f"environment state: n_envs is {self.n_envs} here, the state is {'of ' + str(n) + ' accounts' if n else 'empty'}")
         self.set_cost_scale(state["cost_scale"])
-        self._fresh = AccountState.initial(self.rules, 1, self.device)
         for name in self._STATE: setattr(self, name, state[name.lstrip("_")].clone().to(self.device))
         recent = state["recent"].to(self.device).roll(-state["recent_row"], 0)  # the oldest first
         place = _BITS * recent.clamp(min=0)
@@ -607,7 +630,7 @@ class GPUVectorizedTradingEnv:
         self._tally = torch.where(recent >= 0, 1 << place, 0).sum(0)
         self._first = self.bar - (recent >= 0).sum(0)
         self._random.set_state(state["random"].cpu())
-        self.account = AccountState(**{name: v.clone().to(self.device) for name, v in state["account"].items()})
+        self._take(AccountState(**{name: v.clone().to(self.device) for name, v in state["account"].items()}))
         return self._observe()
 
     def step(self,
