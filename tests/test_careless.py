@@ -1,13 +1,15 @@
 "Twenty careless uses of account, environment, backtest and verdict: what people do, and the one line they get. `pytest -s tests/test_careless.py` prints the table."
 import functools
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from test_archive import trial
 from test_backtest import FITTED, backtest, simulated, small_trainer
-from trading_lib.archive import ledger_path, read_trials
+from trading_lib.archive import ledger_path, read_trials, record_trials
 from trading_lib.backtest import run_backtest
 from trading_lib.bars import write_bars
 from trading_lib.cli import main
@@ -110,3 +112,13 @@ def test_a_careless_use_gets_one_line(project, use):
     status, line = act(project)
     print(f"\n{use:45} {status}  {line}", end="")
     assert status == expected_status and words in line and "\n" not in line and "Traceback" not in line
+
+
+def test_a_model_on_another_symbols_bars_is_discounted_by_the_trials_it_was_chosen_from(project):
+    "Not by those of the symbol that it is tested on."
+    record_trials(ledger_path(project, "SIM-USD"), [trial(seed=seed) for seed in range(40)])
+    record_trials(ledger_path(project, "OTHER-USD"), [trial(symbol="OTHER-USD", seed=seed) for seed in range(3)])
+    day = str(simulated("crypto")[0].index[FITTED].date() + np.timedelta64(2, "D").item())
+    assert command(project, "backtest", "--model", saved_model(project), "--bars", file_of(project, simulated("crypto")[0], "OTHER-USD_15Min.parquet"), "--start", day, "--out", str(project / "out")) == (0, "")
+    said = json.loads((project / "out" / "OTHER-USD" / "verdict.json").read_text())
+    assert said["trials"]["n_trials"] == 40 and said["headline"].startswith("OTHER-USD") and "unseen" in said["headline"]

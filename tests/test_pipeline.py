@@ -357,6 +357,10 @@ def test_papermill_trains_on_a_bare_clone_with_and_without_an_output_path(job):
     assert "unknown parameter" not in (with_output.stderr + without_output.stderr).lower()
     there, here = ({str(p.relative_to(r)): p.read_bytes() for f in ("data", "models", "reports") for p in (r / f).rglob("SIM-USD*/*" if f == "reports" else "SIM-USD*") if p.is_file()} for r in (elsewhere, tree.root))
     assert there == here and len(there) >= 6  # the same bytes wherever they are written
+    # what was looked at counts wherever it is written: the second run is known to the project's own ledger
+    n = len(read_trials(ledger_path(tree.root, "SIM-USD")))
+    said = "".join("".join(o.get("text", "")) for c in printed["cells"] for o in c.get("outputs", []))
+    assert n > 0 and f"ledger of SIM-USD: 0 new trials, {n} in all" in said and not (elsewhere / "ledger").exists()
 
 
 def test_papermill_refuses_a_misspelt_parameter(job):

@@ -95,6 +95,20 @@ def test_an_earlier_checkpoint_that_was_fitter_is_named():
     assert any("'update 5' is the better checkpoint" in flag for flag in said["flags"])
 
 
+def test_no_gate_is_passed_on_bars_that_training_saw():
+    "Figures that are APPROVED on unseen bars, and where it is not known, are DROP where the model was trained or chosen on them; under every stress as well."
+    base = scripted()
+    said = {unseen: assess(replace(base, provenance=base.provenance | {"unseen": unseen, "seen_to": "2023-02-01 00:00:00"})) for unseen in (True, None, False)}
+    assert [said[unseen]["verdict"] for unseen in (True, None, False)] == ["APPROVED", "APPROVED", "DROP"]
+    assert set(said[True]["stress"].values()) == {"APPROVED"} and set(said[False]["stress"].values()) == {"DROP"} and said[False]["stress"].keys() == said[True]["stress"].keys()
+    assert said[True]["failed"] == {} and said[False]["failed"].keys() == GATES.keys() and all(len(reasons) == 1 and "unseen bars are needed" in reasons[0] for reasons in said[False]["failed"].values())
+    weak = scripted()
+    weak.metrics["max_drawdown"] = 0.12  # a gate that fails by itself is named as well
+    weak.provenance = weak.provenance | {"unseen": False, "seen_to": "2023-02-01 00:00:00"}
+    assert [reason.split()[0] for reason in assess(weak)["failed"]["APPROVED"]] == ["unseen", "max_drawdown"]
+    assert "<b>DROP</b>" in render_report(weak) and "unseen bars are needed" in render_report(weak)
+
+
 # the page
 
 

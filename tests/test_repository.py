@@ -261,6 +261,7 @@ def test_stages_are_chained_by_their_files():
     figures = set(declared("backtest", "metrics")) | {p for p in declared("backtest", "plots") if p.endswith(".csv")}
     assert needs["train"] & made["prepare"] and needs["backtest"] & made["train"] and needs["backtest"] & made["prepare"] and needs["report"] & made["backtest"] and figures <= needs["report"] and needs["walk_forward"] & made["prepare"]
     assert "ledger/${item}.jsonl" in needs["report"] and not any("ledger" in path for stage in STAGES for path in made[stage]), "what was tried is an input, and nobody's output"
+    assert list(DVC).index("walk_forward") < list(DVC).index("report"), "the report reads the ledger that it adds to; stages that do not depend on each other run in the order of the file"
     for stage in STAGES:
         assert DVC[stage]["foreach"] == ("${walk_forward.symbols}" if stage == "walk_forward" else "${symbols}")  # the list itself is no parameter of a stage, so a new symbol leaves the others alone
         assert not any(p.split(".")[0] == "symbols" for p in declared(stage, "params"))

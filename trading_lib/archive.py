@@ -193,7 +193,7 @@ class Trial:
     "One thing that was tried, and what it showed on the validation span."
     symbol: str
     timeframe: str
-    kind: str  # "checkpoint" of a training run, or another word such as "probe"
+    kind: str  # "checkpoint" of a training run; another word for what you record yourself
     seed: int | None
     update: int | None  # of the training run at which it was validated
     parameters: dict  # everything else that shaped it

@@ -79,6 +79,7 @@ def _backtest(arguments):
     from pathlib import Path
     from trading_lib.archive import ledger_path, read_trials
     from trading_lib.backtest import run_backtests, write_backtest
+    from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import project_root
     from trading_lib.judgement import assess
     from trading_lib.report import comparison_table, write_report
@@ -87,9 +88,11 @@ def _backtest(arguments):
     other = {} if arguments.costs is None else {"costs": arguments.costs}
     results = run_backtests([job | dict(account=replace(job["account"], **other), random_policies=arguments.random_policies) for job, _ in jobs])
     said = []
-    for result, (_, data) in zip(results, jobs):
+    for result, (job, data) in zip(results, jobs):
         result.provenance["data"] = data
-        said.append(assess(result, read_trials(ledger_path(project_root(), result.symbol))))
+        content = job["model"] if isinstance(job["model"], dict) else load_checkpoint(job["model"])
+        tried_on = (content.get("data") or {}).get("symbol") or result.symbol  # the model was chosen among that symbol's trials
+        said.append(assess(result, read_trials(ledger_path(project_root(), tried_on.replace("/", "-")))))
         if arguments.out:
             write_backtest(result, folder := Path(arguments.out) / result.symbol)
             write_report(result, folder, said[-1])

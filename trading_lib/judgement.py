@@ -12,7 +12,7 @@ import numpy as np
 
 from .archive import ledger_summary, luck_adjusted
 from .backtest import BacktestResult
-from .metrics import assess_model_quality, equity_returns, expected_maximum_sharpe, sharpe_probability
+from .metrics import GATES, assess_model_quality, equity_returns, expected_maximum_sharpe, sharpe_probability
 
 # %% ../nbs/15_judgement.ipynb #d1aa2335
 def headline(
@@ -77,6 +77,9 @@ def assess(
     n_trials = max(1, summary["n_trials"])
     judged = judge(result.metrics, n_trials, history)
     stress, turns = judge_stress(result, n_trials)
+    if result.provenance.get("unseen") is False:  # a gate says something about bars to come, and these are not
+        judged |= {"verdict": "DROP", "failed": {v: ["unseen bars are needed, and the model was trained or chosen on some of these", *judged["failed"].get(v, [])] for v in GATES}}
+        stress, turns = dict.fromkeys(stress, "DROP"), []
     limit = capacity_limit(result)
     sentences = list(turns)
     if result.metrics["break_even_cost_bps"] is not None:
