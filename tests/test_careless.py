@@ -9,9 +9,10 @@ import pytest
 
 from test_archive import trial
 from test_backtest import FITTED, backtest, simulated, small_trainer
-from trading_lib.archive import ledger_path, read_trials, record_trials
+from trading_lib.archive import ledger_path, load_deploy_zip, read_trials, record_trials
 from trading_lib.backtest import run_backtest
 from trading_lib.bars import write_bars
+from trading_lib.checkpoint import save_checkpoint
 from trading_lib.cli import main
 from trading_lib.config import AccountConfig, InputError, parse_parameters
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
@@ -59,7 +60,6 @@ def file_of(project, bars, name="SIM-USD_15Min.parquet"): return str(write_bars(
 
 
 def saved_model(project):
-    from trading_lib.checkpoint import save_checkpoint
     return str(save_checkpoint(model_bytes(), project / "model.pt"))
 
 
@@ -114,11 +114,27 @@ def test_a_careless_use_gets_one_line(project, use):
     assert status == expected_status and words in line and "\n" not in line and "Traceback" not in line
 
 
-def test_a_model_on_another_symbols_bars_is_discounted_by_the_trials_it_was_chosen_from(project):
-    "Not by those of the symbol that it is tested on."
+def test_a_model_on_another_symbols_bars_is_discounted_by_the_trials_it_was_chosen_from(project, capsys):
+    "Not by those of the symbol that it is tested on; the gates that fail are named."
     record_trials(ledger_path(project, "SIM-USD"), [trial(seed=seed) for seed in range(40)])
     record_trials(ledger_path(project, "OTHER-USD"), [trial(symbol="OTHER-USD", seed=seed) for seed in range(3)])
     day = str(simulated("crypto")[0].index[FITTED].date() + np.timedelta64(2, "D").item())
-    assert command(project, "backtest", "--model", saved_model(project), "--bars", file_of(project, simulated("crypto")[0], "OTHER-USD_15Min.parquet"), "--start", day, "--out", str(project / "out")) == (0, "")
+    assert main(["backtest", "--model", saved_model(project), "--bars", file_of(project, simulated("crypto")[0], "OTHER-USD_15Min.parquet"), "--start", day, "--out", str(project / "out")]) == 0
     said = json.loads((project / "out" / "OTHER-USD" / "verdict.json").read_text())
     assert said["trials"]["n_trials"] == 40 and said["headline"].startswith("OTHER-USD") and "unseen" in said["headline"]
+    assert said["verdict"] == "DROP" and said["failed"]["REVIEW"] and set(said["failed"]["REVIEW"]) <= {line.strip() for line in capsys.readouterr().out.splitlines()}
+
+
+def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):
+    from hashlib import sha256
+    (project / "models").mkdir()
+    model = save_checkpoint(model_bytes(), project / "models" / "SIM-USD_15Min.pt")
+    digest, report = sha256(model.read_bytes()).hexdigest(), project / "reports" / "SIM-USD_15Min"
+    report.mkdir(parents=True)
+    said = {"verdict": "REVIEW", "headline": "a line", "failed": {"APPROVED": ["fitness 0.61, APPROVED needs >= 0.7"]}, "model_sha256": digest}
+    for name, content in {"verdict.json": json.dumps(said), "metrics.json": json.dumps({"provenance": {"model_sha256": digest}}), "report.html": "a page"}.items(): (report / name).write_text(content)
+    status, line = command(project, "deploy", "SIM-USD", "--out", str(project / "deploy.zip"))
+    assert status == 2 and "the verdict is REVIEW" in line and not (project / "deploy.zip").exists()
+    assert command(project, "deploy", "SIM-USD", "--anyway", "--out", str(project / "deploy.zip")) == (0, "")
+    deployed = load_deploy_zip(project / "deploy.zip")
+    assert deployed["manifest"]["verdict"] == {"verdict": "REVIEW", "failed": said["failed"]} and "fitness 0.61, APPROVED needs >= 0.7" in deployed["files"]["README.md"].decode()

@@ -106,6 +106,7 @@ def test_no_gate_is_passed_on_bars_that_training_saw():
     weak.metrics["max_drawdown"] = 0.12  # a gate that fails by itself is named as well
     weak.provenance = weak.provenance | {"unseen": False, "seen_to": "2023-02-01 00:00:00"}
     assert [reason.split()[0] for reason in assess(weak)["failed"]["APPROVED"]] == ["unseen", "max_drawdown"]
+    assert assess(weak)["reasons"][0] == "unseen bars are needed, and the model was trained or chosen on some of these" and assess(weak)["reasons"][1].startswith("No evidence")  # max_drawdown 0.12 is good enough for REVIEW
     assert "<b>DROP</b>" in render_report(weak) and "unseen bars are needed" in render_report(weak)
 
 

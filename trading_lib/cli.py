@@ -97,7 +97,7 @@ def _backtest(arguments):
             write_backtest(result, folder := Path(arguments.out) / result.symbol)
             write_report(result, folder, said[-1])
     print(comparison_table(results, said))
-    for s in said: print(f"{s['verdict']:8}  {s['headline']}", *s["sentences"], sep="\n          ")
+    for s in said: print(f"{s['verdict']:8}  {s['headline']}", *s["reasons"], sep="\n          ")
     if arguments.out: print(f"written: {arguments.out}/SYMBOL/report.html")
 
 
@@ -131,7 +131,7 @@ def _deploy(arguments):
     said, judged = (json.loads(files[name].read_text()) for name in ("verdict.json", "metrics.json"))
     require({said.get("model_sha256"), judged["provenance"].get("model_sha256")} == {hashlib.sha256(paths.model.read_bytes()).hexdigest()}, f"{arguments.symbol}: the verdict is about another model than {paths.model.name}; run `dvc repro` first")
     require(said["verdict"] == "APPROVED" or arguments.anyway, f"{arguments.symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate (--anyway makes one all the same, and says so inside)")
-    written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": said["verdict"], "headline": said["headline"]})
+    written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": {"verdict": said["verdict"], "failed": said["failed"]}, "headline": said["headline"]})
     print(f"{written}: {len(load_deploy_zip(written)['files'])} files, verified")
 
 

@@ -93,6 +93,7 @@ def assess(
         largest = result.capacity[-1]["initial"]
         sentences.append(f"Half of the return is gone with an account of {limit:,.0f}." if math.isfinite(limit) else f"More than half of the return is left with an account of {largest:,.0f}.")
     luck = luck_adjusted(equity_returns(result.equity.to_numpy()), list(trials), result.provenance["timeframe"], result.provenance["bars"]["sha256"]) if trials else {}
-    return {"verdict": judged["verdict"], "headline": headline(result), "failed": judged["failed"], "flags": judged["flags"], "fitness": judged["fitness"], "deflated_sharpe": judged["deflated_sharpe"],
+    reasons = judged["failed"].get("REVIEW" if judged["verdict"] == "DROP" else "APPROVED", []) + judged["flags"] + sentences
+    return {"verdict": judged["verdict"], "headline": headline(result), "reasons": reasons, "failed": judged["failed"], "flags": judged["flags"], "fitness": judged["fitness"], "deflated_sharpe": judged["deflated_sharpe"],
             "trials": summary | {"n_trials": n_trials}, "luck": luck, "stress": stress, "sentences": sentences, "capacity": limit if limit is None or math.isfinite(limit) else None,
             "model_sha256": result.provenance.get("model_sha256")}

@@ -174,6 +174,5 @@ def summary(
             lines.append(f"{symbol}: no backtest yet; run `dvc repro`")
             continue
         said = json.loads((paths.report / "verdict.json").read_text())
-        reasons = said["failed"].get("REVIEW" if said["verdict"] == "DROP" else "APPROVED", []) + said["flags"]
-        lines += [f"Report: {paths.report / 'report.html'}", f"Verdict: {said['verdict']}. {said['headline']}", *(f"  {reason}" for reason in reasons + said["sentences"])]
+        lines += [f"Report: {paths.report / 'report.html'}", f"Verdict: {said['verdict']}. {said['headline']}", *(f"  {reason}" for reason in said["reasons"])]
     return lines

@@ -142,14 +142,12 @@ _MEANING = {"APPROVED": "every gate passed; paper-trade it before anything else"
 def _judgement(said: dict) -> str:
     "The verdict, what failed, and what it was chosen from."
     trials, luck = said["trials"], said["luck"]
-    needed = "REVIEW" if said["verdict"] == "DROP" else "APPROVED"
-    reasons = said["failed"].get(needed, []) + said["flags"] + said["sentences"]
     tried = f"{trials['n_trials']} trial{'s' * (trials['n_trials'] > 1)} of this symbol (runs: {trials['n_runs']}, checkpoints looked at: {trials['n_checkpoints']})"
     rows = [("tried so far", tried), ("deflated Sharpe ratio", f"{said['deflated_sharpe']:.3f}: the probability that the true Sharpe ratio exceeds what the best of so many worthless trials would show")]
     if luck.get("deflated_sharpe_of_spread") is not None: rows.append(("… with the trials' own spread", f"{luck['deflated_sharpe_of_spread']:.3f}"))
     if luck: rows.append(("probability of backtest overfitting", f"{luck['overfitting_probability']:.2f} over {luck['overfitting_trials']} trials and {luck['overfitting_days']} days of validation" if luck["overfitting_probability"] is not None else f"not known: {luck['overfitting_reason']}"))
     colour = {"APPROVED": "approved", "REVIEW": "review"}.get(said["verdict"], "drop")
-    return (f'<div class="gate {colour}"><p class="verdict"><b>{said["verdict"]}</b>: {_MEANING[said["verdict"]]}.</p><ul>' + "".join(f"<li>{html.escape(r)}</li>" for r in reasons) + f"</ul></div>{_table(rows)}")
+    return (f'<div class="gate {colour}"><p class="verdict"><b>{said["verdict"]}</b>: {_MEANING[said["verdict"]]}.</p><ul>' + "".join(f"<li>{html.escape(r)}</li>" for r in said["reasons"]) + f"</ul></div>{_table(rows)}")
 
 
 def render_report(
