@@ -167,6 +167,7 @@ def test_deflated_sharpe_ratio_falls_with_the_number_of_trials():
     trials = [0.01, 0.03, -0.02, 0.05]
     benchmark = M.expected_maximum_sharpe(4, float(np.var(trials, ddof=1)))
     assert math.isclose(M.deflated_sharpe_ratio(RETURNS, 4, trials), M.probabilistic_sharpe_ratio(RETURNS, benchmark), rel_tol=1e-12)
+    assert M.deflated_sharpe_ratio(M.sharpe_moments(RETURNS), 4, trials) == M.deflated_sharpe_ratio(RETURNS, 4, trials) and M.deflated_sharpe_ratio(M.sharpe_moments(RETURNS), 10) == values[2]
     with pytest.raises(InputError, match="n_trials"): M.deflated_sharpe_ratio(RETURNS, 0)
 
 

@@ -32,7 +32,7 @@ import numpy as np
 from .checkpoint import flat_facts, library_versions, load_checkpoint
 from .config import InputError, require, unknown_name
 from .files import atomic_write
-from .metrics import deflated_sharpe_ratio, expected_maximum_sharpe, probability_of_backtest_overfitting
+from .metrics import deflated_sharpe_ratio, probability_of_backtest_overfitting
 from .version import declared_version
 
 # %% ../nbs/14_archive.ipynb #ea19932c
@@ -372,16 +372,15 @@ def luck_adjusted(
     trials: list,  # from `read_trials`
     timeframe: str | None = None,  # of the returns: only Sharpe ratios per bar of the same length can be compared; None: of the last trial
     data_sha256: str | None = None,  # of the bars: only trials on them tell of overfitting to them; None: the largest group of trials
-) -> dict:  # n_trials, deflated_sharpe, deflated_sharpe_of_spread, expected_maximum_sharpe, overfitting_probability, …
+) -> dict:  # n_trials, deflated_sharpe, deflated_sharpe_of_spread, overfitting_probability, …
     "What is left of a policy's Sharpe ratio once everything that was tried is taken into account."
     trials = _unique(trials)
-    n, n_bars = max(1, len(trials)), len(returns_per_bar)  # the policy itself was tried
+    n = max(1, len(trials))  # the policy itself was tried
     timeframe = timeframe or (trials[-1]["timeframe"] if trials else None)
     sharpes = [t["sharpe_per_bar"] for t in trials if t["timeframe"] == timeframe]
     pbo = overfitting_probability([t for t in trials if data_sha256 in (None, t["data"]["sha256"])])
     return {"n_trials": n, "deflated_sharpe": deflated_sharpe_ratio(returns_per_bar, n), "deflated_sharpe_of_spread": deflated_sharpe_ratio(returns_per_bar, n, sharpes) if len(sharpes) >= 2 else None,
-            "expected_maximum_sharpe": expected_maximum_sharpe(n, 1 / max(n_bars - 1, 1)), "overfitting_probability": pbo.probability, "overfitting_reason": pbo.reason,
-            "overfitting_trials": pbo.trials, "overfitting_days": pbo.days, "overfitting_left_out": pbo.left_out}
+            "overfitting_probability": pbo.probability, "overfitting_reason": pbo.reason, "overfitting_trials": pbo.trials, "overfitting_days": pbo.days, "overfitting_left_out": pbo.left_out}
 
 # %% ../nbs/14_archive.ipynb #aa3246ad
 _RUN = ("symbol", "timeframe", "parameters", "data", "metrics", "verdict", "model_sha256", "commit")

@@ -12,7 +12,7 @@ import numpy as np
 
 from .archive import ledger_summary, luck_adjusted
 from .backtest import BacktestResult
-from .metrics import GATES, assess_model_quality, equity_returns, expected_maximum_sharpe, sharpe_probability
+from .metrics import GATES, assess_model_quality, deflated_sharpe_ratio, equity_returns
 
 # %% ../nbs/15_judgement.ipynb #d1aa2335
 def headline(
@@ -35,9 +35,7 @@ def judge(
     history=(),  # (name, fitness) of checkpoints in order of training, the assessed one last
 ) -> dict:  # verdict, fitness, failed, flags, deflated_sharpe, n_trials
     "APPROVED, REVIEW or DROP after the number of trials is discounted."
-    moments = figures["moments"]
-    luck = expected_maximum_sharpe(n_trials, 1 / max(moments["n"] - 1, 1))
-    deflated = sharpe_probability(benchmark=luck, **moments)
+    deflated = deflated_sharpe_ratio(figures["moments"], n_trials)
     return assess_model_quality(figures | {"deflated_sharpe": deflated}, history) | {"deflated_sharpe": deflated, "n_trials": n_trials}
 
 

@@ -325,15 +325,15 @@ def expected_maximum_sharpe(
 
 
 def deflated_sharpe_ratio(
-    returns,  # simple returns per period of the trial that was chosen
+    returns,  # simple returns per period of the trial that was chosen, or their `sharpe_moments`
     n_trials: int,  # everything that was tried: seeds, parameters, checkpoints
     trial_sharpes=None,  # Sharpe ratios per period of the trials; None: their variance under luck alone, 1 / (n - 1)
 ) -> float:  # in [0, 1]
     "Probability that the true Sharpe ratio exceeds what the best of the trials would show by luck (Bailey & López de Prado 2014)."
-    returns = _numbers(returns, "returns")
+    moments = returns if isinstance(returns, dict) else sharpe_moments(returns)
     if trial_sharpes is not None: variance = _spread(_numbers(trial_sharpes, "trial_sharpes", min(int(n_trials), 2))) ** 2
-    else: variance = 1 / max(returns.size - 1, 1)
-    return probabilistic_sharpe_ratio(returns, expected_maximum_sharpe(n_trials, variance))
+    else: variance = 1 / max(moments["n"] - 1, 1)
+    return sharpe_probability(benchmark=expected_maximum_sharpe(n_trials, variance), **moments)
 
 # %% ../nbs/07_metrics.ipynb #45404758
 def probability_of_backtest_overfitting(
