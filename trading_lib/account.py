@@ -56,10 +56,9 @@ class AccountRules:
 
 def stack_rules(
     rules: list[AccountRules],  # one for each account
-    device: str | torch.device | None = None,
 ) -> AccountRules:  # every field a tensor (n,)
     "Accounts that live by different rules, side by side."
-    column = lambda name: torch.tensor([getattr(r, name) for r in rules], dtype=torch.bool if name == "allow_short" else torch.float64, device=device)
+    column = lambda name: torch.tensor([getattr(r, name) for r in rules], dtype=torch.bool if name == "allow_short" else torch.float64)
     return AccountRules(**{f.name: column(f.name) for f in fields(AccountRules)})
 
 

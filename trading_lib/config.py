@@ -276,9 +276,9 @@ MODES = {
 @dataclass(frozen=True)
 class BacktestParameters:
     "What the report adds to the agent's own run."
-    random_policies: int = 1000  # random policies of the same trade rate that the agent is ranked among
+    random_policies: int = 1000  # copies of the agent's own actions, shifted in time, that it is ranked among
     probes: bool = True  # ridge regression and gradient boosting on the same features and spans
-    seed: int = 0  # of the random policies and the probes
+    seed: int = 0  # of the shifted copies, the probes and the bootstrap
 
     def __post_init__(self): require(self.random_policies >= 0, f"backtest.random_policies: expected 0 or more, was {self.random_policies}")
 
@@ -290,7 +290,7 @@ class WalkForwardParameters:
     folds: int = 5  # test spans that follow each other
     scheme: typing.Literal["expanding", "rolling"] = "expanding"  # the training span grows, or moves along
     first_train_fraction: float = 0.5  # share of the history before the first test span
-    validation_fraction: float = 0.15  # share of each training span that chooses the checkpoint
+    validation_fraction: float = 0.15  # share of what lies before each test span that chooses the checkpoint, its purge included
     embargo: int = 0  # bars between spans, beside the window and the reward's horizon
     model: str | None = None  # path of a fixed checkpoint; null: each fold trains its own
 

@@ -616,7 +616,7 @@ class GPUVectorizedTradingEnv:
         own = {name.lstrip("_"): getattr(self, name).clone() for name in self._STATE}
         age = torch.arange(_RECENT_ACTIONS, 0, -1, device=self.device)[:, None]  # steps since each row was written
         recent = torch.where(age <= self.bar - self._first, torch.stack(tuple(self._recent)) // _BITS, -1)  # those of the present episode
-        return own | {"recent": recent, "cost_scale": self._cost_scale, "recent_row": 0, "random": self._random.get_state(), "account": {f.name: getattr(account, f.name).clone() for f in fields(AccountState)}}
+        return own | {"recent": recent, "cost_scale": self._cost_scale, "random": self._random.get_state(), "account": {f.name: getattr(account, f.name).clone() for f in fields(AccountState)}}
 
     def load_state_dict(self, state: dict) -> Obs:
         "Go on exactly where `state_dict` was taken."
@@ -624,7 +624,7 @@ class GPUVectorizedTradingEnv:
         require(n == self.n_envs, f"environment state: n_envs is {self.n_envs} here, the state is {'of ' + str(n) + ' accounts' if n else 'empty'}")
         self.set_cost_scale(state["cost_scale"])
         for name in self._STATE: setattr(self, name, state[name.lstrip("_")].clone().to(self.device))
-        recent = state["recent"].to(self.device).roll(-state["recent_row"], 0)  # the oldest first
+        recent = state["recent"].to(self.device).roll(-state.get("recent_row", 0), 0)  # the oldest first; older files say where that stands
         place = _BITS * recent.clamp(min=0)
         self._recent = deque(place.clone().unbind(0), _RECENT_ACTIONS)
         self._tally = torch.where(recent >= 0, 1 << place, 0).sum(0)

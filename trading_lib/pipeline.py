@@ -133,7 +133,7 @@ def _notebook_output(record) -> bool:
 
 
 def run_stage(
-    stage: str,  # prepare, train or backtest
+    stage: str,  # a name in STAGES
     symbol: str,
     **parameters,  # of the notebook
 ) -> Path:  # the executed notebook

@@ -412,7 +412,6 @@ def plot_proofs(
         right.plot([place, place], [low, high], color=colour, lw=1.5)
         right.plot(place, gross.mean(), "o", ms=4, color=colour, label="with a planted leak" if leaks and r["seed"] == 0 else None)
     right.axhspan(*m["interval_99"], color="#e69138", alpha=0.4, lw=0, label=f"all {m['paths']} paths, 99 % interval {m['interval_99'][0]:+.2f} to {m['interval_99'][1]:+.2f}")
-    right.axhline(0, color="#222", lw=0.8)
     right.set_xlabel("model (99 % interval of each)"); right.set_ylabel("gross P&L per path"); right.set_title(f"martingale; accounts of {_INITIAL:,.0f}", loc="left", fontsize=10); right.legend(fontsize=8, loc="upper left")
     for axis in (left, right): axis.axhline(0, color="#222", lw=0.8); axis.grid(alpha=0.25)
     return figure

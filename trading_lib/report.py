@@ -65,7 +65,7 @@ _FIGURES = {
     "profit_factor": ("profit factor", "{:.2f}"), "win_rate": ("share of winning trades", "{:.1%}"), "average_win": ("average win", "{:.2f}"), "average_loss": ("average loss", "{:.2f}"),
     "trades": ("trades, flat to flat", "{}"), "open_trades": ("still open at the end", "{}"), "orders": ("orders filled", "{}"), "hold_share": ("bars without an order", "{:.1%}"),
     "exposure": ("average exposure", "{:.1%}"), "correlation_with_holding": ("correlation of returns with buy and hold", "{:+.2f}"), "turnover": ("turnover, times the account", "{:.1f}"), "gross_profit": ("profit before costs", "{:+.2f}"), "costs": ("costs", "{:.2f}"),
-    "net_profit": ("profit after costs", "{:+.2f}"), "break_even_cost_bps": ("break-even cost, bp of traded value", "{:.1f}"), "consistency": ("share of profitable weeks", "{:.0%}"),
+    "net_profit": ("profit after costs", "{:+.2f}"), "break_even_cost_bps": ("break-even cost, bp of traded value", "{:.1f}"), "consistency": ("share of profitable weeks (of ten parts, below eight weeks)", "{:.0%}"),
     "percentile_among_random": ("percentile among its own time-shifted copies", "{:.0f}"), "share_of_oracle": ("share of the oracle's profit", "{:.0%}"),
 }
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;margin:.5rem 0 1.5rem}
