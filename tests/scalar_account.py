@@ -17,12 +17,19 @@ last bit. One exception: torch's square root of doubles may be a last bit off th
 agrees to the last bit, with `math.sqrt` to 1e-9 of a currency unit.
 """
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from trading_lib.config import AccountConfig
 from trading_lib.env import MarketData
 from trading_lib.layouts import LAYOUTS
+
+# accounts that trade free of costs, and at a broker's
+FREE = AccountConfig(commission_bps=0.0, half_spread_bps=0.0, slippage_bps=0.0, impact_coefficient=0.0)
+BROKER = {"crypto": replace(FREE, commission_bps=25.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0),
+          "equity": replace(FREE, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0)}
 
 # number of actions -> (direction, size, close), from the table of the versions
 SIZED = [(side, size, False) for side in (1, -1) for size in (0.25, 0.50, 0.75)]

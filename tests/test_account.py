@@ -6,14 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from scalar_account import STATE, ScalarAccount, torch_root
+from scalar_account import BROKER, FREE, STATE, ScalarAccount, torch_root
 from trading_lib.account import AccountState, NextBar, account_columns, account_rules, account_step, settle, stack_rules
 from trading_lib.config import AccountConfig, InputError
 
-FREE = AccountConfig(commission_bps=0.0, half_spread_bps=0.0, slippage_bps=0.0, impact_coefficient=0.0)
 NO_EXITS = replace(FREE, stop_pct=0.0, target_pct=0.0)
-BROKER = {"crypto": replace(FREE, commission_bps=25.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0),
-          "equity": replace(FREE, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0)}
 HOLD, CLOSE = (0, 0.0, False), (0, 1.0, True)
 BUY_25, BUY_50, BUY_75, SELL_25, SELL_50, SELL_75 = ((side, size, False) for side in (1, -1) for size in (0.25, 0.5, 0.75))
 CHOICES = (HOLD, BUY_25, BUY_50, BUY_75, SELL_25, SELL_50, SELL_75, CLOSE)

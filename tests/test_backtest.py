@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 import torch
 
-from scalar_account import STATE, ScalarAccount, hand_made_market, scalar_step, torch_root
+from scalar_account import BROKER, FREE, STATE, ScalarAccount, hand_made_market, scalar_step, torch_root
 from trading_lib.account import AccountState, account_rules
 from trading_lib.backtest import CAPACITIES, STRESSES, greedy_actions, read_backtest, run_backtest, run_backtests, write_backtest
 from trading_lib.baselines import buy_and_hold, moving_average_actions, oracle_actions, shifted
 from trading_lib.builder import BacktestObservationBuilder
-from trading_lib.config import AccountConfig, InputError
+from trading_lib.config import InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
 from trading_lib.sources import simulate_market
@@ -22,9 +22,6 @@ from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 from trading_lib.version import MODEL_SPECS
 from trading_lib.walk import Run, decision_bars, walk, walk_and_keep
 
-FREE = AccountConfig(commission_bps=0.0, half_spread_bps=0.0, slippage_bps=0.0, impact_coefficient=0.0)
-BROKER = {"crypto": replace(FREE, commission_bps=25.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0),
-          "equity": replace(FREE, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0)}
 MARKETS = {"crypto": ("SIM-USD", "2023-01-01", "2023-02-20"), "equity": ("SIMA", "2023-01-01", "2023-09-30")}
 FITTED = 3000  # bars of the training span
 TIGHT = {name: replace(config, stop_pct=0.006, target_pct=0.008) for name, config in BROKER.items()}

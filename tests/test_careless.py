@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @functools.cache
-def model_bytes(version="5.6.0"): return small_trainer("crypto", version).content()
+def model_content(version="5.6.0"): return small_trainer("crypto", version).content()
 
 
 def command(project, *arguments):
@@ -60,7 +60,7 @@ def file_of(project, bars, name="SIM-USD_15Min.parquet"): return str(write_bars(
 
 
 def saved_model(project):
-    return str(save_checkpoint(model_bytes(), project / "model.pt"))
+    return str(save_checkpoint(model_content(), project / "model.pt"))
 
 
 def nan_bars(project):
@@ -77,8 +77,8 @@ USES = {
     "a file of one bar": (lambda p: command(p, "backtest", "--model", saved_model(p), "--bars", file_of(p, simulated("crypto")[0][:1])), 2, "1 bars"),
     "a policy that always holds": (all_hold, 0, "It made no trade"),
     "a symbol that was never prepared": (lambda p: command(p, "backtest", "ABC-USD"), 2, "ABC-USD: no ABC-USD_15Min.parquet; run `trading-lib stage prepare --symbol ABC-USD`"),
-    "a model of another layout": (lambda p: raised(lambda: run_backtest(model_bytes(), simulated("crypto")[0], version="5.3.0")), 2, "version: the model was trained on layout 5.6.0, was '5.3.0'"),
-    "a crypto model on a share": (lambda p: raised(lambda: run_backtest(model_bytes(), simulated("equity")[0], asset_class="equity")), 2, "asset_class: the model was trained on crypto"),
+    "a model of another layout": (lambda p: raised(lambda: run_backtest(model_content(), simulated("crypto")[0], version="5.3.0")), 2, "version: the model was trained on layout 5.6.0, was '5.3.0'"),
+    "a crypto model on a share": (lambda p: raised(lambda: run_backtest(model_content(), simulated("equity")[0], asset_class="equity")), 2, "asset_class: the model was trained on crypto"),
     "a model that is not one": (lambda p: ((p / "model.pt").write_text("hello"), command(p, "inspect", str(p / "model.pt")))[1], 2, "model.pt"),
     "no model at all": (lambda p: command(p, "backtest", "--bars", file_of(p, simulated("crypto")[0])), 2, "--bars needs --model"),
     "negative costs": (lambda p: parameters(account={"commission_bps": -1}), 2, "account.commission_bps: expected 0 or more, was -1"),
@@ -128,7 +128,7 @@ def test_a_model_on_another_symbols_bars_is_discounted_by_the_trials_it_was_chos
 def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):
     from hashlib import sha256
     (project / "models").mkdir()
-    model = save_checkpoint(model_bytes(), project / "models" / "SIM-USD_15Min.pt")
+    model = save_checkpoint(model_content(), project / "models" / "SIM-USD_15Min.pt")
     digest, report = sha256(model.read_bytes()).hexdigest(), project / "reports" / "SIM-USD_15Min"
     report.mkdir(parents=True)
     said = {"verdict": "REVIEW", "headline": "a line", "failed": {"APPROVED": ["fitness 0.61, APPROVED needs >= 0.7"]}, "model_sha256": digest}

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 import torch
 
-from scalar_account import ACTIONS, ScalarAccount, hand_made_market, scalar_step, torch_root
+from scalar_account import ACTIONS, BROKER, FREE, ScalarAccount, hand_made_market, scalar_step, torch_root
 from trading_lib import features
 from trading_lib.account import AccountState
 from trading_lib.bars import validate_bars
@@ -30,9 +30,6 @@ from trading_lib.sources import simulate_bars
 from trading_lib.version import MODEL_SPECS
 
 DISTINCT = ["2.3.0", "2.6.0", "2.7.0", "5.3.0", "5.5.0", "5.6.0"]  # the six layouts
-FREE = AccountConfig(commission_bps=0.0, half_spread_bps=0.0, slippage_bps=0.0, impact_coefficient=0.0)
-BROKER = {"crypto": replace(FREE, commission_bps=25.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0),
-          "equity": replace(FREE, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0)}
 # nearly everything at once, so that small markets show large drawdowns
 BOLD = {name: replace(config, safety_buffer_pct=0.0, base_alloc=1.0, max_position_pct=0.9) for name, config in BROKER.items()}
 BUY_75, SELL_75, CLOSE = 3, 6, 7

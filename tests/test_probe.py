@@ -51,12 +51,9 @@ def probe_of(symbol, edge, kind, account, seed=5):
     return fit_probe(market_of(symbol, edge, seed), spans["train"], spans["validation"], account, kind)
 
 
-def test_span(symbol, edge, seed=5):
+def span_for_test(symbol, edge, seed=5):
     test = market_of(symbol, edge, seed).span(*spans_of(symbol)["test"])
     return test, np.flatnonzero(decision_span(test)[0])
-
-
-test_span.__test__ = False
 
 
 def environment_walk(market, account, actions=None, decide=None):
@@ -150,7 +147,7 @@ def test_ridge_is_least_squares_with_rows_for_the_penalty():
     standard = (x - x.mean(0)) / scale
     rows = np.vstack([standard, math.sqrt(penalty) * np.eye(x.shape[1])])
     weights = np.linalg.lstsq(rows, np.concatenate([y - y.mean(), np.zeros(x.shape[1])]), rcond=None)[0]
-    test, bars = test_span("SIM-USD", 0.2)
+    test, bars = span_for_test("SIM-USD", 0.2)
     expected = ((probe_features(test, bars) - x.mean(0)) / scale @ weights + y.mean()) * test.volatility[bars] * 2
     np.testing.assert_allclose(probe.predict(test, bars), expected, rtol=1e-6, atol=1e-9)
     assert probe.rows == len(at) and np.abs(expected).max() > 1e-3
@@ -179,7 +176,7 @@ def test_the_penalty_and_the_trees_are_the_best_on_the_validation_span():
 def test_figures_agree_with_independent_ones(kind):
     from scipy.stats import spearmanr
     from sklearn.metrics import r2_score
-    test, bars = test_span("SIMA", 0.3)
+    test, bars = span_for_test("SIMA", 0.3)
     probe = probe_of("SIMA", 0.3, kind, BROKER)
     figures, forecast = probe_figures(probe, test, bars), probe.predict(test, bars)
     last = spans_of("SIMA")["test"][1] - 1
@@ -211,7 +208,7 @@ def test_rank_correlation_with_ties():
 @functools.cache
 def oracle_profit(symbol, edge):
     "What someone makes who knows the hidden trend, by the same rule."
-    test, bars = test_span(symbol, edge)
+    test, bars = span_for_test(symbol, edge)
     known, allow_short = dict(zip(bars.tolist(), simulated(symbol, edge)[1]["expected_return"].to_numpy()[bars].tolist())), symbol == "SIMA"
     return float(environment_walk(test, FREE, decide=lambda bar, held: rule(known[bar], held, 0.0, 0.0, allow_short, BUY_75, SELL_75, CLOSE, CLOSE))[1].equity) / FREE.initial_account_value - 1
 
@@ -219,7 +216,7 @@ def oracle_profit(symbol, edge):
 @pytest.mark.parametrize("kind", PROBES)
 @pytest.mark.parametrize("symbol", DATES)
 def test_a_planted_edge_is_found_in_bars_never_seen(symbol, kind):
-    test, bars = test_span(symbol, 0.3)
+    test, bars = span_for_test(symbol, 0.3)
     probe, truth = probe_of(symbol, 0.3, kind, FREE), simulated(symbol, 0.3)[1]["expected_return"].to_numpy()[bars]
     figures, forecast = probe_figures(probe, test, bars), probe.predict(test, bars)
     assert figures["information_coefficient"] > 3 * figures["information_coefficient_error"] and figures["r_squared"] > 0.02
@@ -234,7 +231,7 @@ def test_a_planted_edge_is_found_in_bars_never_seen(symbol, kind):
 @pytest.mark.parametrize("symbol", DATES)
 @pytest.mark.parametrize("seed", [5, pytest.param(6, marks=pytest.mark.proof)])
 def test_a_martingale_holds_nothing(symbol, seed):
-    test, bars = test_span(symbol, 0.0, seed=seed)
+    test, bars = span_for_test(symbol, 0.0, seed=seed)
     probe = probe_of(symbol, 0.0, "ridge", BROKER, seed=seed)
     figures = probe_figures(probe, test, bars)
     assert abs(figures["information_coefficient"]) < 3 * figures["information_coefficient_error"] and figures["r_squared"] < 0.01
@@ -270,7 +267,7 @@ def changed_after(cut):
 @pytest.mark.parametrize("kind", PROBES)
 def test_later_bars_change_neither_the_fit_nor_earlier_actions(kind):
     spans, market, probe = spans_of("SIM-USD"), market_of("SIM-USD", 0.3), probe_of("SIM-USD", 0.3, kind, BROKER)
-    (test, decisions), rest = test_span("SIM-USD", 0.3), np.arange(*spans["test"])
+    (test, decisions), rest = span_for_test("SIM-USD", 0.3), np.arange(*spans["test"])
     actions = probe_actions(probe, test, decisions)
     for cut in (spans["validation"][1] - 1, spans["test"][0] + 1300):
         other = changed_after(cut)
@@ -321,7 +318,7 @@ def test_actions_are_the_rule_applied_to_the_environments_own_account(symbol, ve
 
 def test_no_shorts_where_the_account_says_so():
     long_only = replace(FREE, allow_short=False)
-    test, bars = test_span("SIMA", 0.3)
+    test, bars = span_for_test("SIMA", 0.3)
     actions = probe_actions(replace(probe_of("SIMA", 0.3, "ridge", FREE), account=long_only), test, bars)
     assert SELL_75 not in actions.tolist() and BUY_75 in actions.tolist()
     assert min(float(after.quantity) for _, _, _, after in environment_walk(test, long_only, actions)[0]) == 0
@@ -329,7 +326,7 @@ def test_no_shorts_where_the_account_says_so():
 
 def test_a_gap_is_crossed_flat():
     "What follows a gap is decided from a flat account: there is nothing to close."
-    test, bars = test_span("SIM-USD", 0.3)
+    test, bars = span_for_test("SIM-USD", 0.3)
     probe = replace(probe_of("SIM-USD", 0.3, "ridge", FREE), entry=0.0, exit=0.0)
     forecast = probe.predict(test, bars)
     m = next(m for m in range(100, len(bars) - 5) if forecast[m - 1] > 0 > forecast[m + 5])  # buys on the last bar before the gap, and would leave on the first one behind it
@@ -392,7 +389,7 @@ def test_bad_input_is_one_line(change, words):
 
 
 def test_a_probe_serves_its_own_kind_of_market_only():
-    probe, (test, bars) = probe_of("SIM-USD", 0.2, "ridge", BROKER), test_span("SIM-USD", 0.2)
+    probe, (test, bars) = probe_of("SIM-USD", 0.2, "ridge", BROKER), span_for_test("SIM-USD", 0.2)
     for call, words in ((lambda: probe.predict(replace(test, window=50), bars), "fitted for window 100, the market data has 50"),
                         (lambda: probe.predict(test, np.array([10])), "warm-up"), (lambda: probe.predict(test, np.array([10**6])), "expected numbers from 0"),
                         (lambda: probe.predict(test, bars / 2), "bar numbers"), (lambda: probe_actions(probe, test, bars[::-1]), "in order"),
