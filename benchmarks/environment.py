@@ -1,6 +1,6 @@
 """The environment: steps per second on one core, beside two single environments from elsewhere, and whether compiled code agrees with plain code.
 
-    python benchmarks/environment.py            # about three minutes, most of them compiling
+    python benchmarks/environment.py            # about four minutes, most of them compiling
 
 Random actions, every feature on: all rewards of v2.4.5, costs with impact, stops and targets, shorts of equity, and episodes that restart at
 all times. Ratios between rows come from one run on one machine; absolute rates depend on it.
@@ -24,7 +24,7 @@ from trading_lib.features import fit_features
 from trading_lib.sources import simulate_bars
 from trading_lib.version import MODEL_SPECS
 
-ACCOUNTS = (1_024, 4_096, 8_192, 16_384)
+ACCOUNTS = (1_024, 4_096, 8_192, 16_384, 32_768)
 WINDOWED = 1_024  # accounts whose windows are made
 WINDOW, EPISODE, BEST_OF, SECONDS = 100, 256, 20, 2.0
 COMPARED = (512, 2_100)  # accounts and steps compared, plain with compiled
