@@ -1,4 +1,5 @@
 """Alpaca's historical bars, fetched by the real client from a server on this computer that misbehaves on demand."""
+import importlib.util
 import json
 import logging
 import os
@@ -73,6 +74,8 @@ OUTCOMES = {  # fault: (where it happens once, where it stays): all bars, or wor
     "repeated token": (GOOD, "leads back to a page", 4), "empty token": (GOOD, "does not say whether more pages follow", 3), "page N fails": (GOOD, r"\(500", 5), "duplicate across pages": (GOOD, GOOD, 6), "disorder": (GOOD, GOOD, 6),
     "missing field": (f"{BAR}Z, has no high",) * 2 + (1,), "unknown enum or field": (GOOD, GOOD, 6), "naive time": (f"{BAR}, has a time without a zone",) * 2 + (1,), "NaN literal": (f"{BAR}Z, has no number as low, was .nan.",) * 2 + (1,),
 }
+# requests reads with simplejson where that is installed, and it takes NaN for what it is: no JSON
+if importlib.util.find_spec("simplejson"): OUTCOMES["NaN literal"] = OUTCOMES["cut JSON"]
 
 
 def test_the_table_is_whole():

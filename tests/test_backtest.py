@@ -18,7 +18,9 @@ from trading_lib.config import InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
 from trading_lib.sources import simulate_market
-from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
+from trading_lib.recurrent import RecurrentActorCritic
+from trading_lib.tiers import NativePPOConfig
+from trading_lib.trainer import NativePPOTrainer, layout_of_env
 from trading_lib.version import MODEL_SPECS
 from trading_lib.walk import Run, decision_bars, walk, walk_and_keep
 
@@ -360,7 +362,8 @@ def test_a_policy_that_sees_its_account_is_asked_with_its_account(asset_class):
         for _ in range(n - 1):
             actions.append(int(policy(obs)[0].argmax()))
             obs = env.step(torch.tensor(actions[-1:]))[0]
-        blind = greedy_actions(policy, BacktestObservationBuilder(simulated(asset_class)[0], "5.3.0", fitted(asset_class, "5.3.0"), "15Min", asset_class, 20, account), np.arange(FITTED, FITTED + n - 1), AccountState.initial(account, n - 1))
+        builder = BacktestObservationBuilder(simulated(asset_class)[0], "5.3.0", fitted(asset_class, "5.3.0"), "15Min", asset_class, 20, account)
+        blind = policy(builder.observations(np.arange(FITTED, FITTED + n - 1), AccountState.initial(account, n - 1)).flatten(1))[0].argmax(1)
     assert actions == taken.tolist()
     assert blind.tolist() != actions, "a fresh account at every bar would have decided otherwise"
 
@@ -374,6 +377,25 @@ def test_a_policy_without_its_account_is_asked_in_one_go():
     together, small = greedy_actions(policy, builder, at), greedy_actions(policy, builder, at, batch=7)
     with torch.no_grad(): alone = [int(policy(torch.from_numpy(builder.get_obs_at_bar(int(i))).flatten()[None])[0].argmax()) for i in at]
     assert together.tolist() == small.tolist() == alone and len(set(alone)) > 1
+
+
+@pytest.mark.parametrize("version", ["5.6.0", "5.3.0"])
+def test_a_recurrent_policy_remembers_from_bar_to_bar(version):
+    "With and without an account in its sight: as in the environment, where it is asked step by step; what it remembers matters."
+    torch.manual_seed(3)
+    env = GPUVectorizedTradingEnv(market_data(simulated("crypto")[0], version, fitted("crypto", version), "15Min", "crypto", 20).span(FITTED, FITTED + 80), GPUEnvConfig(n_envs=1, version=version, window=20, reward_preset="equity", episode_length=100))
+    policy = RecurrentActorCritic(env.obs_dim, env.n_actions, 16, 1, layout=layout_of_env(env)).eval()
+    with torch.no_grad():
+        for p in policy.actor_head.parameters(): p.mul_(3).add_(0.5 * torch.randn(p.shape))  # opinions
+        for p in policy.encoder.parameters(): p.mul_(2)
+        result, obs, state, actions, forgetful = backtest(model=policy, version=version, window=20, start=FITTED, stop=FITTED + 80), env.reset_at([FITTED]), policy.initial_state(1), [], []
+        for _ in range(79):
+            forgetful.append(int(policy.evaluate_step(policy.window_inputs(obs), policy.initial_state(1))[0].argmax()))
+            logits, _, state = policy.evaluate_step(policy.window_inputs(obs), state)
+            actions.append(int(logits.argmax()))
+            obs = env.step(torch.tensor(actions[-1:]))[0]
+    meanings = {name: i for i, name in MODEL_SPECS[version].action_meanings.items()}
+    assert result.actions["action"].map(meanings).tolist() == actions != forgetful and len(set(actions)) > 1
 
 
 @pytest.mark.parametrize("version", ["5.6.0", "5.3.0"])

@@ -94,7 +94,7 @@ def test_it_is_made_by_name_alone_in_a_fresh_python_and_nothing_else_here_needs_
     """
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)], check=True, timeout=120)
     users = {p.name for p in Path(gymnasium_env.__file__).parent.glob("*.py") if "gymnasium" in p.read_text() and p.name != "_modidx.py"}
-    assert users == {"gymnasium_env.py"}
+    assert users == {"gymnasium_env.py", "tensor_env.py"}
 
 
 @pytest.mark.parametrize("changes", [{}, dict(flatten=True), dict(scaled=True, bars=("equity", "5.3.0")), dict(bars=("crypto", "2.7.0"), reward_preset="v2.5.0", render_mode="ansi")])

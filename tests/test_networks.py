@@ -277,9 +277,9 @@ def test_the_optimizers_state_is_that_of_adam_on_the_plain_network(version, shar
 
     dense_step = lambda net, optimizer: step(net, optimizer, c.windows, lambda: nn.utils.clip_grad_norm_(net.parameters(), MAX_NORM))
     folded_step = lambda net, optimizer: step(net, optimizer, x, lambda: clip_gradients(optimizer.param_groups, MAX_NORM))
-    assert plain_optimizer_state(folded, other)["state"] == {}
+    assert plain_optimizer_state(folded, [other])["state"] == {}
     for _ in range(20): dense_step(plain, adam); folded_step(folded, other)
-    mine, theirs = plain_optimizer_state(folded, other), adam.state_dict()
+    mine, theirs = plain_optimizer_state(folded, [other]), adam.state_dict()
     assert mine["state"].keys() == theirs["state"].keys() and mine["param_groups"][0].keys() == theirs["param_groups"][0].keys() and math.isclose(mine["param_groups"][0]["lr"], RATE)
     for i, state in theirs["state"].items():
         assert {name: v.shape for name, v in mine["state"][i].items()} == {name: v.shape for name, v in state.items()} and mine["state"][i]["step"] == state["step"] == 20
@@ -292,7 +292,7 @@ def test_the_optimizers_state_is_that_of_adam_on_the_plain_network(version, shar
     back = copy.deepcopy(c.folded)
     back.load_state_dict(plain.state_dict() | {name: v for name, v in folded.state_dict().items() if name.startswith("input_")})
     back_adam = torch.optim.Adam(parameter_groups(back, RATE), eps=1e-5)
-    load_plain_optimizer_state(back, back_adam, theirs)
+    load_plain_optimizer_state(back, [back_adam], theirs)
     for _ in range(20): dense_step(plain, adam); dense_step(crossed, crossed_adam); folded_step(back, back_adam)
     for out in (evaluate(crossed, c.windows), evaluate(back, x)):
         assert distance(out[0], evaluate(plain, c.windows)[0]) < 1e-9 and distance(out[1], evaluate(plain, c.windows)[1]) < 1e-9
@@ -310,9 +310,9 @@ def test_the_optimizers_state_loads_back_bit_for_bit():
     go(policy, optimizer, 0)
     again = copy.deepcopy(policy)
     other = torch.optim.Adam(parameter_groups(again, RATE), eps=1e-5, fused=True)
-    load_plain_optimizer_state(again, other, plain_optimizer_state(policy, optimizer))
+    load_plain_optimizer_state(again, [other], plain_optimizer_state(policy, [optimizer]))
     for a, b in zip(moments(policy, optimizer), moments(again, other)): assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-    for own in plain_optimizer_state(policy, optimizer)["state"].values():
+    for own in plain_optimizer_state(policy, [optimizer])["state"].values():
         for v in own.values(): v.zero_()  # a copy: the optimizer does not notice
     go(policy, optimizer, 1); go(again, other, 1)
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters()))
@@ -460,7 +460,7 @@ def saved(policy, folder):
     optimizer = torch.optim.Adam(parameter_groups(policy, RATE), eps=1e-5)
     for p in policy.parameters(): p.grad = torch.ones_like(p)
     optimizer.step()
-    return save_checkpoint({"policy_state_dict": policy.state_dict(), "folded_sums": folded_sums(policy), "optimizer_state_dict": plain_optimizer_state(policy, optimizer)}, folder / "model.pt")
+    return save_checkpoint({"policy_state_dict": policy.state_dict(), "folded_sums": folded_sums(policy), "optimizer_state_dict": plain_optimizer_state(policy, [optimizer])}, folder / "model.pt")
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -280,6 +280,12 @@ def test_a_repro_without_a_wish_walks_nobody_forward(job):
 
 # --- what makes which stage stale ----------------------------------------------------------------------------------------
 
+def shown_in(notebook: dict) -> str:
+    "All text of a notebook's outputs."
+    outputs = [o for cell in notebook["cells"] for o in cell.get("outputs", [])]
+    return "".join("".join(o.get("text", "")) + "".join(o.get("data", {}).get("text/plain", "")) for o in outputs)
+
+
 def both(*stages): return {f"{stage}@{symbol}" for stage in stages for symbol in SYMBOLS}
 
 
@@ -314,7 +320,7 @@ def test_a_notebook_run_in_jupyter_is_up_to_date_once_cleaned(job):
     before = tree.files()
     tree.run("jupyter", "nbconvert", "--execute", "--inplace", "nbs/train.ipynb")
     ran = json.loads((tree.root / "nbs" / "train.ipynb").read_text())
-    assert any("saved" in "".join(o.get("text", "")) for c in ran["cells"] for o in c.get("outputs", [])) and set(tree.stale()) == both("train")
+    assert "saved" in shown_in(ran) and set(tree.stale()) == both("train")
     tree.run("jupyter", "nbconvert", "--clear-output", "--inplace", "nbs/train.ipynb")
     tree.run("nbdev_clean")
     assert tree.stale() == {} and tree.files() == before
@@ -325,7 +331,7 @@ def test_a_notebook_run_in_jupyter_is_up_to_date_once_cleaned(job):
 def test_metrics_and_plots_are_shown(job):
     tree, *_ = job("first")
     shown = json.loads(tree.run("dvc", "metrics", "show", "--json").stdout)[""]["data"]
-    assert set(shown) == {f"reports/{s}_15Min/{name}.json" for s in SYMBOLS for name in ("data", "train", "metrics", "verdict")}
+    assert set(shown) == {f"reports/{s}_15Min/{name}.json" for s in SYMBOLS for name in ("data", "train", "live/metrics", "metrics", "verdict")}
     written = json.loads((tree.report("SIMA") / "metrics.json").read_text())["agent"]
     assert shown["reports/SIMA_15Min/metrics.json"]["data"]["agent"] == {name: v for name, v in written.items() if v is not None}  # DVC leaves out what has no value
     tree.run("dvc", "plots", "show", "--out", tree.root / "plots")
@@ -360,7 +366,7 @@ def test_papermill_trains_on_a_bare_clone_with_and_without_an_output_path(job):
     assert there == here and len(there) >= 6  # the same bytes wherever they are written
     # what was looked at counts wherever it is written: the second run is known to the project's own ledger
     n = len(read_trials(ledger_path(tree.root, "SIM-USD")))
-    said = "".join("".join(o.get("text", "")) for c in printed["cells"] for o in c.get("outputs", []))
+    said = shown_in(printed)
     assert n > 0 and f"ledger of SIM-USD: 0 new trials, {n} in all" in said and not (elsewhere / "ledger").exists()
 
 

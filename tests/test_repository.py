@@ -1,5 +1,6 @@
 """The repository as a whole: floors, a core that stands on torch and numpy, notebooks and code that agree, stages that declare what they use."""
 import ast
+import inspect
 import asyncio
 import importlib.metadata
 import json
@@ -24,7 +25,7 @@ from trading_lib.config import MODES, Parameters, TrainParameters, load_paramete
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trading_lib"
 STAGES = ("prepare", "train", "backtest", "report", "walk_forward")
-CORE = {"config", "files", "layouts", "version", "metrics", "account", "env", "networks", "checkpoint", "trainer", "markov", "features"}
+CORE = {"config", "files", "layouts", "version", "metrics", "account", "env", "networks", "checkpoint", "run_folder", "stopping", "recurrent", "distributed", "evaluation", "memory", "ppo", "tiers", "trainer", "markov", "features"}
 BIN = Path(sys.executable).parent
 
 
@@ -225,7 +226,7 @@ def test_stage_notebooks_have_one_cell_of_literal_parameters(stage):
     assert len(calls) == 1
     dotted = {k.arg: ast.literal_eval(k.value) for k in calls[0].keywords}
     assert set(given) == {"symbol", "out_dir", *dotted}
-    for name in dotted.values(): assert name.split(".")[1] in field_names(section_class(name.split(".")[0])), name
+    for name in filter(None, dotted.values()): assert name.split(".")[1] in field_names(section_class(name.split(".")[0])), name
 
 
 # --- stages and parameters -------------------------------------------------------------------------------------------
@@ -306,12 +307,15 @@ def test_params_yaml_starts_with_a_simulated_market():
 
 
 def test_what_may_be_set_for_training_is_a_field_of_the_trainer():
-    from trading_lib.trainer import NativePPOConfig
-    assert field_names(TrainParameters) - {"mode", "device"} <= field_names(NativePPOConfig)
-    everything = {f.name: {"hidden_dims": [4]}.get(f.name, 1) for f in fields(TrainParameters) if f.name not in ("mode", "device")}
-    overrides = config.parse_parameters({"train": everything | {"mode": "standard", "shared_trunk": True, "amp": False}}).train.overrides()
+    from trading_lib.tiers import NativePPOConfig, get_auto_config
+    budget_and_memory = {"episodes", "iterations", "high_vram", "low_vram"}  # arguments of `get_auto_config`
+    elsewhere = {"mode", "device", "max_vram_gpu0", "max_vram_gpu1"}
+    assert field_names(TrainParameters) - elsewhere - budget_and_memory <= field_names(NativePPOConfig) and budget_and_memory <= set(inspect.signature(get_auto_config).parameters)
+    kinds = {"hidden_dims": [4], "gru_hidden_dim": 4, "network": "gru", "amp_dtype": "fp16"} | dict.fromkeys(("shared_trunk", "separate_optimizers", "amp", "compile", "recovery", "early_stop", "high_vram", "low_vram"), False)
+    everything = {f.name: kinds.get(f.name, 1) for f in fields(TrainParameters) if f.name not in elsewhere}
+    overrides = config.parse_parameters({"train": everything | {"mode": "standard"}}).train.overrides()
     assert set(overrides) == set(everything)
-    NativePPOConfig(**overrides)
+    get_auto_config(device="cpu", **overrides)
 
 
 # --- what is in the repository ---------------------------------------------------------------------------------------

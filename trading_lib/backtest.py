@@ -49,17 +49,38 @@ def _questions(rules: AccountRules) -> list[_Question]:
     return ([_Question(rules)] + [_Question(rules.with_costs(costs), delay) for costs, delay in STRESSES.values() if (costs, delay) != (1, 0)]
             + [_Question(replace(rules, initial=rules.initial * times)) for times in CAPACITIES if times != 1])
 
-# %% ../nbs/15_backtest.ipynb #2cf29c8e
+# %% ../nbs/15_backtest.ipynb #eaf8cdae
+@torch.no_grad()
 def greedy_actions(
-    policy,  # NativeActorCritic
+    policy,  # NativeActorCritic or RecurrentActorCritic
     builder: BacktestObservationBuilder,
-    bars: np.ndarray,  # bar numbers
-    account: AccountState | None = None,  # for layouts that show the account
+    bars: np.ndarray,  # bar numbers, in time order
+    begins: np.ndarray | None = None,  # (len(bars),) bool: a policy with a memory begins afresh here; None: it does at every bar
     batch: int = 1024,  # observations at once
 ) -> Tensor:  # (len(bars),) int64
-    "The most probable action at each bar."
-    with torch.no_grad():
-        return torch.cat([policy(builder.observations(bars[i:i + batch], account).flatten(1))[0].argmax(1) for i in range(0, len(bars), batch)])
+    "The most probable action at each bar, of a policy that does not see its account."
+    state, begins, logits = _fresh_state(policy, 1), np.ones(len(bars), bool) if begins is None else begins, []
+    for i in range(0, len(bars), batch):
+        windows = builder.observations(bars[i:i + batch]).flatten(1)
+        if state is None: logits.append(policy(windows)[0])
+        else:
+            some, _, state = policy.evaluate_sequences(policy.window_inputs(windows)[:, None], state, torch.as_tensor(begins[i:i + batch])[:, None])
+            logits.append(some[:, 0])
+    return torch.cat(logits).argmax(1)
+
+
+def _fresh_state(policy, n: int) -> Tensor | None:
+    "What a policy remembers of nothing; None: it has no memory."
+    return policy.initial_state(n) if hasattr(policy, "initial_state") else None
+
+
+@torch.no_grad()
+def _next_actions(policy, builder: BacktestObservationBuilder, bar: int, account: AccountState, state: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (n,) int64, state
+    "What n accounts do at one bar, each for itself."
+    windows = builder.observations(np.full(len(account.cash), bar), account).flatten(1)
+    if state is None: return policy(windows)[0].argmax(1), None
+    logits, _, state = policy.evaluate_step(policy.window_inputs(windows), state)
+    return logits.argmax(1), state
 
 
 def _late(actions: Tensor, delay: int, stretch: np.ndarray, can_fill: np.ndarray) -> Tensor:
@@ -114,6 +135,7 @@ def _asker(subjects: list[_Subject], places: list[slice], n: int):
     asked = [(s, place, _questions(s.rules)) for s, place in zip(subjects, places) if s.actions is None]
     if not asked: return None
     said = {id(s): [] for s, _, _ in asked}  # decisions of the past, for orders that come late
+    states = {}  # what each policy remembers
 
     def decide(number: int, state: AccountState) -> Tensor:
         actions = torch.zeros(n, dtype=torch.int64)
@@ -122,8 +144,10 @@ def _asker(subjects: list[_Subject], places: list[slice], n: int):
             own = AccountState(**{name: value[place][:len(questions)] for name, value in vars(state).items()})
             initial = torch.tensor([q.rules.initial for q in questions], dtype=torch.float64)
             s.builder.account_config = _SeenConfig(initial, s.account.max_position_pct)
-            now = greedy_actions(s.policy, s.builder, np.full(len(questions), s.decisions.bars[number]), own)
-            if s.decisions.begins[number]: said[id(s)].clear()
+            if s.decisions.begins[number]:
+                said[id(s)].clear()
+                states[id(s)] = _fresh_state(s.policy, len(questions))
+            now, states[id(s)] = _next_actions(s.policy, s.builder, s.decisions.bars[number], own, states[id(s)])
             past = said[id(s)]
             past.append(now * int(s.market.can_fill[s.decisions.bars[number]]))  # what could not be placed in time is not placed late
             actions[place.start:place.start + len(questions)] = torch.stack([now[i] if q.delay == 0 else past[-1 - q.delay][i] if q.delay < len(past) else torch.tensor(0) for i, q in enumerate(questions)])
@@ -272,7 +296,7 @@ def _add_intervals(result: BacktestResult, seed: int):
     of = {"total_return": lambda r: np.expm1(np.log1p(np.maximum(r, -1 + 1e-12)).sum()), "sharpe": lambda r: sharpe_ratio(r, periods)}
     result.metrics["intervals"] = {name: dict(zip(("low", "high"), block_bootstrap_interval(returns, f, n=_RESAMPLES, seed=seed))) for name, f in of.items()}
 
-# %% ../nbs/15_backtest.ipynb #1433eadd
+# %% ../nbs/15_backtest.ipynb #d892912f
 def _subject(
     model, bars: pd.DataFrame, *, start=0, stop=None, actions=None, fit=None, version=None, timeframe=None, asset_class=None, window=None, account=None, symbol=None,
     truth=None, others=None, random_policies=0, seed=0,
@@ -304,7 +328,7 @@ def _subject(
     checked = {name: _checked_actions(list_, n_actions, len(decisions.bars)) for name, list_ in ({"actions": actions} | (others or {})).items() if list_ is not None}
     builder = BacktestObservationBuilder(bars, version, fit, timeframe, asset_class, window, account) if actions is None else None
     decided = checked.pop("actions", None)
-    if actions is None and not LAYOUTS[version].account_columns: decided = greedy_actions(policy, builder, decisions.bars)
+    if actions is None and not LAYOUTS[version].account_columns: decided = greedy_actions(policy, builder, decisions.bars, decisions.begins)
     return _Subject(market, account, account_rules(account, asset_class), decisions, policy if actions is None else None, builder, decided, truth, checked, random_policies, seed, training_span(content or {}))
 
 

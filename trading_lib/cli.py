@@ -11,7 +11,7 @@ import sys
 
 from .config import InputError, load_parameters
 
-# %% ../nbs/21_cli.ipynb #b9ccaee4
+# %% ../nbs/21_cli.ipynb #3810d00f
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
     run_stage(arguments.name, arguments.symbol)
@@ -22,11 +22,81 @@ def _verdict(arguments):
     print("\n".join(summary(load_parameters())))
 
 
-def _train(arguments):
+# option of `train` -> field of the train section, type (None: a switch), help
+_TRAINING = {
+    "--mode": ("mode", str, "a key of `modes` in params.yaml, or auto: the budget that suits the asset class"),
+    "--seed": ("seed", int, "of weights, episodes and actions"),
+    "--device": ("device", str, "auto, cpu, cuda, cuda:1"),
+    "--network": ("network", str, "mlp, or gru: a recurrent policy"),
+    "--hidden-dims": ("hidden_dims", str, "such as 512,256,128"),
+    "--timesteps": ("total_timesteps", int, "budget in environment steps; comes before --episodes"),
+    "--episodes": ("episodes", int, "budget in episodes; comes before --iterations"),
+    "--iterations": ("iterations", int, "budget in rollouts; comes before the mode's"),
+    "--learning-rate": ("learning_rate", float, "peak of the schedule"),
+    "--gamma": ("gamma", float, "discount per bar"),
+    "--gae-lambda": ("gae_lambda", float, "1: Monte Carlo, 0: TD(0)"),
+    "--entropy": ("entropy_coefficient", float, "weight of the entropy bonus"),
+    "--target-kl": ("target_kl", float, "stop a rollout's epochs beyond it"),
+    "--n-epochs": ("n_epochs", int, "passes over a rollout"),
+    "--critic-epochs": ("critic_epochs", int, "further passes that train the value alone"),
+    "--n-envs": ("n_envs", int, "accounts stepped together"),
+    "--n-steps": ("n_steps", int, "steps of each per rollout"),
+    "--minibatch-size": ("minibatch_size", int, "samples per gradient step"),
+    "--separate-optimizers": ("separate_optimizers", None, "one for the value head, one for everything else"),
+    "--amp": ("amp", None, "matrix products in half precision"),
+    "--compile": ("compile", None, "torch.compile, where it works"),
+    "--recovery": ("recovery", None, "halve the learning rate when a validation's drawdown is too deep"),
+    "--early-stop": ("early_stop", None, "end when a validation's drawdown is too deep"),
+    "--patience": ("patience", int, "end after so many validations without a better score"),
+    "--checkpoint-interval": ("checkpoint_interval", int, "updates between numbered checkpoints; 0: none"),
+    "--high-vram": ("high_vram", None, "sizes for a GPU with a lot of memory"),
+    "--low-vram": ("low_vram", None, "sizes for 8 GB"),
+    "--max-vram-gpu0": ("max_vram_gpu0", float, "GB that may be used of GPU 0"),
+    "--max-vram-gpu1": ("max_vram_gpu1", float, "GB that may be used of each other one"),
+}
+
+
+def _train_parameters(arguments):
+    from dataclasses import replace
     from trading_lib.config import parse_hidden_dims
-    from trading_lib.pipeline import run_stage
-    given = {"mode": arguments.mode, "seed": arguments.seed, "total_timesteps": arguments.total_timesteps, "hidden_dims": parse_hidden_dims(arguments.hidden_dims) if arguments.hidden_dims else None}
-    for symbol in arguments.symbols or load_parameters().symbols: run_stage("train", symbol, **{name: value for name, value in given.items() if value is not None})
+    given = {f"train.{field}": getattr(arguments, field) for field, *_ in _TRAINING.values()}
+    if given["train.hidden_dims"]: given["train.hidden_dims"] = parse_hidden_dims(given["train.hidden_dims"])
+    parameters, durations = load_parameters(**given), ("total_timesteps", "episodes", "iterations")
+    if all(given[f"train.{name}"] is None for name in durations): return parameters
+    # a duration that is asked for here comes before any that is written there
+    return replace(parameters, train=replace(parameters.train, **{name: given[f"train.{name}"] for name in durations}))
+
+
+def _train(arguments):
+    import shlex
+    from trading_lib.bars import path_symbol
+    from trading_lib.config import require
+    from trading_lib.pipeline import artefacts
+    from trading_lib.training import train_symbol
+    parameters = _train_parameters(arguments)
+    symbols = [path_symbol(symbol) for symbol in arguments.symbols] or parameters.symbols
+    require(arguments.checkpoint is None or len(symbols) == 1, f"--checkpoint: is of one symbol, asked to train {', '.join(symbols)}; name the one")
+    require(not (arguments.verbose and arguments.quiet), "--verbose and --quiet were both given; choose one")
+    for symbol in symbols:
+        _, stopped = train_symbol(parameters, symbol, artefacts(parameters, symbol), f"trading-lib {shlex.join(arguments.line)}", arguments.resume, arguments.checkpoint,
+                                  "verbose" if arguments.verbose else "quiet" if arguments.quiet else None)
+        if stopped is not None: return
+
+
+def _preflight(arguments):
+    from trading_lib.bars import path_symbol, read_bars
+    from trading_lib.env import split_bounds
+    from trading_lib.pipeline import artefacts, prepared_market
+    from trading_lib.preflight import preflight
+    from trading_lib.training import make_trainer
+    parameters = _train_parameters(arguments)
+    for symbol in [path_symbol(symbol) for symbol in arguments.symbols] or parameters.symbols:
+        paths = artefacts(parameters, symbol)
+        market = prepared_market(parameters, symbol, paths)
+        spans = split_bounds(len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction)
+        fresh = lambda: make_trainer(parameters, market, spans["train"], spans["validation"], None)
+        print(f"{symbol}\n{fresh().description}")
+        preflight(fresh, read_bars(paths.bars) if paths.bars.exists() else None)
 
 
 def _edge(bars, text, name: str, default: int) -> int:
@@ -241,6 +311,9 @@ _BAR_FILE = [(("file",), dict(help="CSV or parquet file of bars")), (("--timefra
 _SPAN = [(("--start",), dict(help="first day, such as 2022-01-01")), (("--end",), dict(help="first day that is left out"))]
 
 # command -> (help, arguments, function); two words are a command of a group
+_TRAINING_OPTIONS = [((flag,) + (("--total-timesteps",) if flag == "--timesteps" else ()), dict(dest=field, help=text) | (dict(type=kind) if kind else dict(action="store_true", default=None))) for flag, (field, kind, text) in _TRAINING.items()]
+
+
 COMMANDS = {
     "data download": ("fetch bars from Alpaca into the cache; what is there is not fetched again", [
         (("symbols",), dict(nargs="*", help="such as SPY BTC/USD; default: those of params.yaml, as all that follows")), (("--timeframe",), {}), *_SPAN,
@@ -252,9 +325,11 @@ COMMANDS = {
         (("--seed",), dict(type=int, default=0)), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale")),
         (("--recipe",), dict(default="lifelike", help="plain, bridged or lifelike, by what it has of real markets"))], _data_simulate),
     "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest", "report", "walk_forward"))), (("--symbol",), dict(required=True, help="as in params.yaml, such as SIM-USD"))], _stage),
-    "train": ("train the symbols of params.yaml, or those named", [
-        (("symbols",), dict(nargs="*")), (("--mode",), dict(help="a key of `modes` in params.yaml")), (("--seed",), dict(type=int)),
-        (("--hidden-dims",), dict(help="such as 512,256,128")), (("--total-timesteps",), dict(type=int))], _train),
+    "train": ("train the symbols of params.yaml, or those named; Ctrl+C saves, --resume goes on", [
+        (("symbols",), dict(nargs="*")), (("--resume",), dict(action="store_true", help="go on from the newest good checkpoint of an unfinished run")),
+        (("--checkpoint",), dict(metavar="FILE", help="go on from this one")), *_TRAINING_OPTIONS,
+        (("-v", "--verbose"), dict(action="store_true", help="what each rollout and its advantages looked like")), (("-q", "--quiet"), dict(action="store_true", help="a line for each validation"))], _train),
+    "preflight": ("try everything that a long run will do, in seconds", [(("symbols",), dict(nargs="*")), *_TRAINING_OPTIONS], _preflight),
     "backtest": ("backtest the trained symbols, or a model on files of bars, into one table", [
         (("symbols",), dict(nargs="*", help="default: those of params.yaml")), (("--model",), dict(help="another checkpoint than the symbol's own")), (("--bars",), dict(nargs="+", help="CSV or parquet files instead of prepared symbols")),
         *_SPAN, (("--costs",), dict(help="broker, conservative or zero")), (("--random-policies",), dict(type=int, default=0, help="shifted copies to rank the agent among")), (("--out",), dict(help="folder for reports"))], _backtest),
@@ -293,7 +368,11 @@ def main(
         for flags, settings in options: command.add_argument(*flags, **settings)
         command.set_defaults(run=run)
     chosen = parser.parse_args(arguments)
+    chosen.line = sys.argv[1:] if arguments is None else list(arguments)
     try: return chosen.run(chosen) or 0
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was saved before is complete", file=sys.stderr)
+        return 130

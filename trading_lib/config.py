@@ -144,7 +144,7 @@ def parse_hidden_dims(
     try: return _convert(list[int], text if text.startswith("[") else f"[{text}]")
     except (TypeError, ValueError): raise InputError(f"hidden_dims: expected widths such as 512,256,128, was {text!r}") from None
 
-# %% ../nbs/00_config.ipynb #da76467f
+# %% ../nbs/00_config.ipynb #e6f77c2c
 @dataclass(frozen=True)
 class DataParameters:
     "Where the bars come from, and how the history is split."
@@ -224,32 +224,60 @@ class TrainParameters:
     mode: str = "quick_test"  # a key of `modes`
     seed: int = 0  # of weights, episodes and actions
     device: str = "auto"  # auto, cpu, cuda, cuda:1 …
-    hidden_dims: list[int] | None = None  # widths of the hidden layers, such as [256, 128, 64]
-    shared_trunk: bool | None = None  # one trunk for actor and critic
+    network: typing.Literal["mlp", "gru"] | None = None  # gru: a recurrent policy
+    hidden_dims: list[int] | None = None  # mlp: widths of the hidden layers, such as [256, 128, 64]
+    shared_trunk: bool | None = None  # mlp: one trunk for actor and critic
+    gru_hidden_dim: int | None = None  # gru: width of the encoder and of the state
+    n_gru_layers: int | None = None  # gru: layers of the recurrence
     total_timesteps: int | None = None  # environment steps in all
+    episodes: int | None = None  # the same as a number of episodes
+    iterations: int | None = None  # the same as a number of rollouts
     n_envs: int | None = None  # accounts stepped together
     n_steps: int | None = None  # steps of each per rollout
     minibatch_size: int | None = None  # samples per gradient step
     n_epochs: int | None = None  # passes over a rollout
+    critic_epochs: int | None = None  # further passes that train the value alone
     learning_rate: float | None = None  # peak of the schedule
+    separate_optimizers: bool | None = None  # one for the value head, one for everything else
+    critic_learning_rate: float | None = None  # of the value head, where optimizers are separate
     gamma: float | None = None  # discount per bar
     gae_lambda: float | None = None  # 1: Monte Carlo, 0: TD(0)
     clip_range: float | None = None  # of the probability ratio
+    value_clip_range: float | None = None  # of the value's change
     entropy_coefficient: float | None = None  # weight of the entropy bonus
+    value_coefficient: float | None = None  # weight of the value's loss
+    max_grad_norm: float | None = None  # of all gradients together
+    target_kl: float | None = None  # stop a rollout's epochs beyond it
     cost_warm_up: float | None = None  # share of the updates over which costs rise from 0 to their full size; 0: full at once
-    amp: bool | None = None  # bf16 matrix products with float32 weights
+    amp: bool | None = None  # matrix products in half precision, weights in float32
+    amp_dtype: typing.Literal["bf16", "fp16"] | None = None  # which
+    compile: bool | None = None  # torch.compile, where it works
+    validation_interval: int | None = None  # updates between validations
+    checkpoint_interval: int | None = None  # updates between numbered checkpoints; 0: none
+    keep_checkpoints: int | None = None  # the newest so many
+    max_drawdown_threshold: float | None = None  # of the validation equity; beyond it the score is cut …
+    drawdown_penalty_weight: float | None = None  # … by this much per threshold
+    recovery: bool | None = None  # halve the learning rate beyond it, at most three times
+    early_stop: bool | None = None  # end beyond it
+    patience: int | None = None  # end after so many validations without a better score
+    high_vram: bool | None = None  # sizes for a GPU with a lot of memory
+    low_vram: bool | None = None  # sizes for 8 GB
+    max_vram_gpu0: float = 45.0  # GB that may be used of GPU 0
+    max_vram_gpu1: float = 20.0  # GB that may be used of each other one
 
     def __post_init__(self):
         require(self.hidden_dims is None or all(h > 0 for h in self.hidden_dims), f"train.hidden_dims: expected widths above 0 such as [256, 128], was {self.hidden_dims}")
-        for names, fits, words in ((("total_timesteps", "n_envs", "n_steps", "minibatch_size", "n_epochs", "learning_rate", "clip_range"), lambda v: v > 0, "more than 0"),
-                                   (("gamma", "gae_lambda", "cost_warm_up"), lambda v: 0 <= v <= 1, "0 to 1"), (("entropy_coefficient",), lambda v: v >= 0, "0 or more")):
+        above_0 = ("gru_hidden_dim", "n_gru_layers", "total_timesteps", "episodes", "iterations", "n_envs", "n_steps", "minibatch_size", "n_epochs", "learning_rate", "critic_learning_rate", "clip_range", "value_clip_range",
+                   "max_grad_norm", "target_kl", "validation_interval", "keep_checkpoints", "max_drawdown_threshold", "patience", "max_vram_gpu0", "max_vram_gpu1")
+        for names, fits, words in ((above_0, lambda v: v > 0, "more than 0"), (("gamma", "gae_lambda", "cost_warm_up"), lambda v: 0 <= v <= 1, "0 to 1"),
+                                   (("seed", "critic_epochs", "entropy_coefficient", "value_coefficient", "checkpoint_interval", "drawdown_penalty_weight"), lambda v: v >= 0, "0 or more")):
             for name in names:
                 value = getattr(self, name)
                 require(value is None or fits(value), f"train.{name}: expected {words}, was {value}")
 
     def overrides(self) -> dict:  # the fields a person has set, by name
         "What overrides the tier and the mode."
-        return {k: v for k, v in asdict(self).items() if v is not None and k not in ("mode", "device")}
+        return {k: v for k, v in asdict(self).items() if v is not None and k not in ("mode", "device", "max_vram_gpu0", "max_vram_gpu1")}
 
 
 @dataclass(frozen=True)

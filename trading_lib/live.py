@@ -18,7 +18,7 @@ from .config import InputError, require, typed
 from .trainer import build_policy
 from .version import assert_compatibility, interpret_action
 
-# %% ../nbs/19_live.ipynb #2369cd71
+# %% ../nbs/19_live.ipynb #71d20a2e
 class NativeModelWrapper:
     "A checkpoint's policy, validated when it is loaded."
 
@@ -31,6 +31,7 @@ class NativeModelWrapper:
         self.model_spec = assert_compatibility(self.content, strict=strict_version)
         self.model_version = self.model_spec.version
         self.policy = build_policy(self.content)
+        require(self.policy.initial_state(1) is None, f"{self.path}: holds a recurrent policy, whose memory a single observation does not give; backtest it, or trade a multilayer one")
         require(self.policy.n_actions == self.model_spec.n_actions, f"{self.path}: version {self.model_version} has {self.model_spec.n_actions} actions, the network {self.policy.n_actions}")
 
     def builder(self) -> InferenceObservationBuilder:

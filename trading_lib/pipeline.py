@@ -6,9 +6,10 @@
 __all__ = ['STAGES', 'Artefacts', 'artefacts', 'stage_parameters', 'source_facts', 'source_options', 'prepare_symbol',
            'prepared_market', 'market_truth', 'run_stage', 'summary']
 
-# %% ../nbs/20_pipeline.ipynb #ed041842
+# %% ../nbs/20_pipeline.ipynb #606e96d0
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bars import asset_class_of, write_bars
@@ -18,7 +19,7 @@ from .features import fit_features
 from .files import atomic_write
 from .sources import load_with_report, simulate_market
 
-# %% ../nbs/20_pipeline.ipynb #a061240c
+# %% ../nbs/20_pipeline.ipynb #a0f8bf34
 @dataclass(frozen=True)
 class Artefacts:
     "Paths of everything that is made for one symbol and bar length."
@@ -50,16 +51,16 @@ def artefacts(
 
 def stage_parameters(
     namespace: dict,  # the notebook's globals(), after its parameters cell
-    **dotted,  # notebook parameter -> dotted name in params.yaml, such as mode="train.mode"
+    **dotted,  # notebook parameter -> dotted name in params.yaml, such as mode="train.mode"; None: the notebook's own
 ) -> tuple[Parameters, str, Artefacts]:  # checked parameters, the symbol, the paths
     "Read params.yaml, apply what papermill injected, refuse what nobody knows."
     values = check_notebook_parameters(namespace, ["symbol", "out_dir", *dotted])
-    parameters = load_parameters(**{name: values[short] for short, name in dotted.items()})
+    parameters = load_parameters(**{name: values[short] for short, name in dotted.items() if name})
     symbol = values["symbol"] or parameters.symbols[0]
     require(isinstance(symbol, str) and "/" not in symbol, f"symbol: write '{str(symbol).replace('/', '-')}' for {symbol!r}: symbols name files, so '/' is written '-'")
     return parameters, symbol, artefacts(parameters, symbol, values["out_dir"])
 
-# %% ../nbs/20_pipeline.ipynb #9da1c498
+# %% ../nbs/20_pipeline.ipynb #b3a3c0e2
 def source_facts(
     parameters: Parameters,
     symbol: str,
@@ -89,8 +90,9 @@ def prepare_symbol(
     needed = max(700, parameters.features.window + 600)
     require(spans["train"][1] >= needed, f"{symbol}: {len(bars)} bars leave {spans['train'][1]} for training; a window of {parameters.features.window} and its warm-up need {needed}; use more history, a shorter bar or a smaller features.window")
     fit = fit_features(bars.iloc[slice(*spans["train"])], parameters.features.version, d.timeframe, asset_class)
-    market = market_data(bars, parameters.features.version, fit, d.timeframe, asset_class, parameters.features.window, symbol)
-    report = {**source_facts(parameters, symbol), "asset_class": asset_class, "fingerprint": market.fingerprint, "checks": report,
+    market, facts = market_data(bars, parameters.features.version, fit, d.timeframe, asset_class, parameters.features.window, symbol), source_facts(parameters, symbol)
+    market = replace(market, fingerprint=market.fingerprint | {name: value for name, value in facts.items() if name not in ("symbol", "timeframe")})  # goes into checkpoints
+    report = {**facts, "asset_class": asset_class, "fingerprint": market.fingerprint, "checks": report,
               "spans": {name: {"first": str(bars.index[a]), "last": str(bars.index[b - 1]), "bars": b - a} for name, (a, b) in spans.items()}}
     write_bars(bars, paths.bars)
     market.save(paths.market)
@@ -122,7 +124,7 @@ def market_truth(
     options = {name: value for name, value in dict(start=d.start, end=d.end).items() if value is not None}
     return simulate_market(symbol, d.timeframe, seed=d.seed, edge=d.edge, asset_class=asset_class_of(symbol), recipe=d.recipe, **options)[1]
 
-# %% ../nbs/20_pipeline.ipynb #f561d9cc
+# %% ../nbs/20_pipeline.ipynb #e209af97
 STAGES = ("prepare", "train", "backtest", "report", "walk_forward")
 
 
@@ -146,6 +148,7 @@ def run_stage(
     root = project_root()
     output = root / "models" / "runs" / f"{stage}-{symbol}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TRADING_LIB_PROGRESS", "lines")  # of the notebook's kernel: what it shows goes into a log
     logger = logging.getLogger("papermill")
     logger.setLevel(logging.INFO)
     if not logger.handlers:  # lines of the notebook as they come, and nothing of papermill's own

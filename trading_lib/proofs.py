@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'LEAK_MODELS', 'BANDS', 'ProofSettings', 'prove_edge', 'prove_martingale', 'plant_leak', 'prove_leak',
            'summarise_proofs', 'code_hash', 'plot_proofs', 'prove']
 
-# %% ../nbs/20_proofs.ipynb #70e0613c
+# %% ../nbs/20_proofs.ipynb #c89a97d0
 import ast
 import hashlib
 import json
@@ -39,7 +39,8 @@ from .lookahead import check_lookahead
 from .metrics import block_bootstrap_interval, equity_returns, sharpe_moments, summarise_equity
 from .report import figure_bytes
 from .simulation import simulate_market
-from .trainer import COST_WARM_UP, NativePPOConfig, NativePPOTrainer, build_policy
+from .tiers import COST_WARM_UP, NativePPOConfig
+from .trainer import NativePPOTrainer, build_policy
 from .walk import Run, Walked, decision_bars, walk_and_keep
 
 # %% ../nbs/20_proofs.ipynb #823b1d63
@@ -367,7 +368,7 @@ def _results(jobs: list[tuple], workers: int):  # yields them as they are done
             if value is None: os.environ.pop(name, None)
             else: os.environ[name] = value
 
-# %% ../nbs/20_proofs.ipynb #842aeb42
+# %% ../nbs/20_proofs.ipynb #c55d0b6b
 def _line(result: dict) -> str:
     "One result in one line."
     f, name = result["figures"], f"{result['kind']:10} {result['seed']:02d}"
