@@ -1,9 +1,13 @@
 """Shared fixtures. Real market bars are used where TRADING_LIB_BARS names a folder that holds them; they are not part of the project."""
 import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+
+# a job that a shell has put into the background ignores Ctrl+C, and so would every process that a test starts and interrupts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
