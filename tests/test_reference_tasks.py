@@ -146,7 +146,7 @@ def test_the_same_steps_make_the_same_advantages_and_the_same_update(benchmark, 
     advantage = generalized_advantages(reward, value, next_value, terminated, done, settings["gamma"], settings["gae_lambda"])
     assert torch.allclose(advantage, buffer["advantages"], atol=1e-4) and torch.allclose(advantage + value, buffer["returns"], atol=1e-4)
     theirs.train()
-    ours._learn({"dense": dense, "action": actions, "log_probability": buffer["log_probs"], "logits": logits, "value": value, "reward": reward, "advantage": advantage, "return": advantage + value})
+    ours._learn({"dense": dense, "action": actions, "log_probability": buffer["log_probs"], "logits": log_softmax(logits, 2), "value": value, "reward": reward, "advantage": advantage, "return": advantage + value})
     moved, apart = (math.sqrt(sum(float(((a[name] - b[name]) ** 2).sum()) for name in first)) for a, b in ((weights(), first), (weights(), ours.policy.state_dict())))
     assert moved > 1e-2 and apart < 3e-3 * moved, (moved, apart)  # theirs divides advantages by a deviation with n - 1, 0.2 % more at 256
 

@@ -264,7 +264,7 @@ def test_every_term_of_the_loss_equals_a_plain_reimplementation(settings):
         for p in trainer.policy.parameters(): p += 0.3 * draw(*p.shape)  # away from the uniform policy
         data = {"dense": draw(64, 6), "action": torch.randint(3, (64,), generator=random), "advantage": 2 + 3 * draw(64)}
         logits, values = trainer.policy(data["dense"])
-        data |= {"logits": logits + draw(64, 3), "log_probability": torch.log_softmax(logits, 1).gather(1, data["action"][:, None])[:, 0] + 0.3 * draw(64), "value": values + 0.5 * draw(64), "return": values + draw(64)}
+        data |= {"logits": torch.log_softmax(logits + draw(64, 3), 1), "log_probability": torch.log_softmax(logits, 1).gather(1, data["action"][:, None])[:, 0] + 0.3 * draw(64), "value": values + 0.5 * draw(64), "return": values + draw(64)}
     other = copy.deepcopy(trainer.policy)
     batch = torch.randperm(64, generator=random)[:50]
     loss, watched = trainer._losses(data, batch, trainer.config.entropy_coefficient)
@@ -435,9 +435,9 @@ def test_a_loaded_policy_reads_the_table_with_the_scale_it_was_trained_with(tmp_
     first._begin()
     obs = first._obs
     with torch.no_grad():
-        assert not same(list(first._act(obs, None)), list(second._act(obs, None)))
+        assert not same(list(first._acting()(obs, None)), list(second._acting()(obs, None)))
         second.load(tmp_path / "model.pt")
-        assert same(list(first._act(obs, None)), list(second._act(obs, None)))
+        assert same(list(first._acting()(obs, None)), list(second._acting()(obs, None)))
 
 
 def test_a_real_checkpoint_weighs_what_was_estimated(tmp_path):
@@ -496,7 +496,7 @@ def test_every_kind_of_network_trains(settings):
 def test_mixed_precision_is_at_work_and_close():
     a, b = trading_trainer(amp=False), trading_trainer(amp=True)
     a._begin()
-    with torch.no_grad(): plain, mixed = a._act(a._obs, None)[:2], b._act(a._obs, None)[:2]
+    with torch.no_grad(): plain, mixed = a._acting()(a._obs, None)[:2], b._acting()(a._obs, None)[:2]
     assert all(v.dtype == torch.float32 for v in mixed) and not torch.equal(plain[1], mixed[1])
     assert (plain[1] - mixed[1]).norm() < 0.02 * plain[1].norm() and (plain[0] - mixed[0]).norm() < 0.02 * plain[0].norm()
 

@@ -177,7 +177,7 @@ def decision_span(
     require(usable.any(), f"{market.symbol or 'bars'}: no decision can be made in bars {market.start}..{market.stop - 1}: they are warm-up, or the span is shorter than the reward horizon of {horizon}; use more history")
     return usable, last_decision
 
-# %% ../nbs/09_env.ipynb #85699110
+# %% ../nbs/09_env.ipynb #8194d131
 class Obs(NamedTuple):
     "An observation of n accounts."
     index: Tensor | None  # (n,) int64 rows of the observation table; None where there is no table
@@ -225,11 +225,18 @@ class ObservationTable:
 
     def parts(self, obs: Obs) -> tuple[Tensor, Tensor]:  # (n, window, windowed columns), (n, broadcast columns)
         "Windows of the windowed columns, oldest bar first, and the broadcast columns once."
+        k, w, rows = self._windowed_rows.shape[1], self.window, self.folded(obs)
+        return rows[:, :w * k].view(-1, w, k), rows[:, w * k:]
+
+    def folded(self, obs: Obs) -> Tensor:  # (n, window × windowed columns + broadcast columns)
+        "The parts side by side."
         k, w = self._windowed_rows.shape[1], self.window
-        windows = self._windowed_rows.as_strided((max(len(self._windowed_rows) - w + 1, 0), w * k), (k, 1))
-        windowed = windows.index_select(0, obs.index - (w - 1)).view(-1, w, k)
-        broadcast = self._broadcast_rows.index_select(0, obs.index)
-        return windowed, torch.cat([broadcast, obs.dense], 1) if self.n_account else broadcast
+        windows = self._windowed_rows.as_strided((max(len(self._windowed_rows) - w + 1, 0), w * k), (k, 1))  # a window is a run of numbers in the table
+        out, market = windows.new_empty(len(obs.index), w * k + self._broadcast_rows.shape[1] + self.n_account), w * k + self._broadcast_rows.shape[1]
+        torch.index_select(windows, 0, obs.index - (w - 1), out=out[:, :w * k])
+        torch.index_select(self._broadcast_rows, 0, obs.index, out=out[:, w * k:market])
+        out[:, market:] = obs.dense
+        return out
 
     def materialise(self, obs: Obs) -> Tensor:  # (n, window × n_features) float32, bar-major
         "The whole windows, as a plain network or another library wants them."

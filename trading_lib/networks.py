@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HIDDEN_DIMS', 'RECOMMENDED_FOR', 'InputLayout', 'input_layout', 'FoldedLinear', 'FoldsInputs', 'NativeActorCritic',
-           'FoldedInputs', 'parameter_groups', 'clip_gradients', 'plain_optimizer_state', 'load_plain_optimizer_state',
-           'folded_sums', 'load_folded_sums', 'estimate_model', 'decision_latency']
+           'FoldedInputs', 'ActingTable', 'parameter_groups', 'clip_gradients', 'plain_optimizer_state',
+           'load_plain_optimizer_state', 'folded_sums', 'load_folded_sums', 'estimate_model', 'decision_latency']
 
-# %% ../nbs/11_networks.ipynb #9dec64ab
+# %% ../nbs/11_networks.ipynb #45a3b37b
 import copy
 import math
 import time
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from .config import require
 from .env import Obs, ObservationTable, column_order
+from .fused import linear_relu
 
-# %% ../nbs/11_networks.ipynb #9585df49
+# %% ../nbs/11_networks.ipynb #1df1c88b
 HIDDEN_DIMS = {"large": (2048, 1024, 512, 256), "medium": (1024, 512, 256), "small": (512, 256, 128), "tiny": (256, 128, 64)}
 # what each is for
 RECOMMENDED_FOR = {"large": "volatile symbols, 500 M steps and more", "medium": "standard production runs", "small": "quick tests, less than a year of data", "tiny": "runs on a CPU"}
@@ -34,10 +35,23 @@ def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
     return layer
 
 
-def _trunk(obs_dim: int, hidden_dims) -> nn.Sequential:
+class _Trunk(nn.Sequential):
     "Linear and ReLU, once per hidden layer."
-    widths = [obs_dim, *hidden_dims]
-    return nn.Sequential(*(m for a, b in zip(widths, widths[1:]) for m in (_linear(a, b, math.sqrt(2)), nn.ReLU())))
+
+    def __init__(self, obs_dim: int, hidden_dims):
+        widths = [obs_dim, *hidden_dims]
+        super().__init__(*(m for a, b in zip(widths, widths[1:]) for m in (_linear(a, b, math.sqrt(2)), nn.ReLU())))
+
+    def forward(self, x: Tensor) -> Tensor: return self._through(list(self)[::2], x)
+
+    def from_products(self, first: Tensor) -> Tensor:  # (n, H) -> (n, width of the last)
+        "The rest, where the first layer's products with its bias are known."
+        return self._through(list(self)[2::2], F.relu(first))
+
+    @staticmethod
+    def _through(layers: list, x: Tensor) -> Tensor:
+        for layer in layers: x = linear_relu(x, layer.weight, layer.bias)
+        return x
 
 
 @dataclass(frozen=True)
@@ -64,7 +78,7 @@ def input_layout(
     plain = lambda values, default: tuple(float(v) for v in values) if values is not None else (default,) * n
     return InputLayout(window, order.windowed_places, order.broadcast_places, plain(shift, 0.0), plain(scale, 1.0))
 
-# %% ../nbs/11_networks.ipynb #dd6e568d
+# %% ../nbs/11_networks.ipynb #1eb2c0c1
 class FoldedLinear(nn.Module):
     "A linear layer on flat windows that multiplies each broadcast input once; its state dict is that of `nn.Linear`."
 
@@ -120,10 +134,12 @@ class FoldedLinear(nn.Module):
         with torch.no_grad():
             for parameter, value in zip((self.windowed_weight, self.broadcast_weight, self.bias), (*self._fold(weight.to(self.bias)), bias)): parameter.copy_(value)
 
-    def forward(self, x: Tensor) -> Tensor:  # (n, folded width) -> (n, H)
-        return F.linear(x, torch.cat([self.windowed_weight, self.broadcast_weight], 1), self.bias)
+    @property
+    def weight(self) -> Tensor: return torch.cat([self.windowed_weight, self.broadcast_weight], 1)  # (H, folded width)
 
-# %% ../nbs/11_networks.ipynb #b3ca030d
+    def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight, self.bias)  # (n, folded width) -> (n, H)
+
+# %% ../nbs/11_networks.ipynb #5547286f
 class FoldsInputs:
     "What networks share whose first layers may be folded; their `_trunks` are the stacks that begin with them."
 
@@ -175,7 +191,7 @@ class NativeActorCritic(FoldsInputs, nn.Module):
         super().__init__()
         require(len(hidden_dims) > 0 and all(int(h) == h and h > 0 for h in hidden_dims), f"hidden_dims: expected widths such as [256, 128], was {hidden_dims!r}")
         self.obs_dim, self.n_actions, self.hidden_dims, self.shared_trunk = obs_dim, n_actions, tuple(int(h) for h in hidden_dims), shared_trunk
-        for name in ("trunk",) if shared_trunk else ("actor_trunk", "critic_trunk"): setattr(self, name, _trunk(obs_dim, self.hidden_dims))
+        for name in ("trunk",) if shared_trunk else ("actor_trunk", "critic_trunk"): setattr(self, name, _Trunk(obs_dim, self.hidden_dims))
         self.actor_head = _linear(self.hidden_dims[-1], n_actions, 0.01)
         self.critic_head = _linear(self.hidden_dims[-1], 1, 1.0)
         self._fold(layout)
@@ -186,7 +202,15 @@ class NativeActorCritic(FoldsInputs, nn.Module):
         x: Tensor,  # what `inputs` returned
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "Policy and value of gathered inputs."
-        out = [trunk(x) for trunk in self._trunks()]
+        return self._heads([trunk(x) for trunk in self._trunks()])
+
+    def from_products(self,
+        first: Tensor,  # (n, H of all trunks) products of their first layers, biases added
+    ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
+        "Policy and value where the first layer's work is done."
+        return self._heads([trunk.from_products(z) for trunk, z in zip(self._trunks(), first.split(self.hidden_dims[0], 1))])
+
+    def _heads(self, out: list[Tensor]) -> tuple[Tensor, Tensor]:
         # bf16 products come back in the weights' own precision
         return self.actor_head(out[0]).to(self.actor_head.weight.dtype), self.critic_head(out[-1]).to(self.critic_head.weight.dtype).squeeze(-1)
 
@@ -214,16 +238,58 @@ class FoldedInputs:
         first = policy._trunks()[0][0]
         scale = lambda rows, places: ((rows - policy.input_shift[places]) * policy.input_scale[places]).to(dtype)
         n_market = len(first.broadcast) - table.n_account
-        self._account, self._dtype = first.broadcast[n_market:], dtype
+        self._account, self.dtype, self.n_account = first.broadcast[n_market:], dtype, table.n_account
         self._shift, self._scale = policy.input_shift[self._account], policy.input_scale[self._account]
         self._table = copy.copy(table)
         self._table._windowed_rows = scale(table._windowed_rows, first.windowed)
         self._table._broadcast_rows = scale(table._broadcast_rows, first.broadcast[:n_market])
 
     def __call__(self, obs: Obs) -> Tensor:  # (n, folded width)
-        dense = ((obs.dense - self._shift) * self._scale).to(self._dtype)
-        windowed, broadcast = self._table.parts(Obs(obs.index, dense))
-        return torch.cat([windowed.flatten(1), broadcast], 1)
+        return self._table.folded(Obs(obs.index, self.account(obs)))
+
+    def account(self, obs: Obs) -> Tensor:  # (n, account columns)
+        "What the observation says of the account, scaled."
+        return ((obs.dense - self._shift) * self._scale).to(self.dtype)
+
+    def market(self, index: Tensor) -> Tensor:  # (n, folded width without the account columns)
+        "What it says of the market."
+        return self._table.folded(Obs(index, self._scale.new_zeros(len(index), self.n_account)))[:, :-self.n_account or None]
+
+
+class ActingTable:
+    "What a policy makes of all bars, computed once for a rollout: its weights stand still meanwhile, and the accounts share the bars."
+
+    _CHUNK = 8192  # bars at a time
+
+    def __init__(self,
+        policy: NativeActorCritic,
+        inputs: FoldedInputs,
+        bars: range,  # at which it will act
+    ):
+        self._policy, self._inputs, self._first, self._products, self._answers = policy, inputs, bars.start, None, None
+        layers = [trunk[0] for trunk in policy._trunks()]
+        chunks = torch.arange(bars.start, bars.stop, device=layers[0].bias.device).split(self._CHUNK)
+        with torch.no_grad():
+            if not inputs.n_account:  # nothing of the account is seen: what to do at a bar is known
+                self._answers = [torch.cat(part) for part in zip(*(policy.evaluate(inputs.market(rows)) for rows in chunks))]
+                return
+            # rounded as the products of training are, and added up in float32 as they are
+            weight, bias = (torch.cat([v.to(inputs.dtype).float() for v in values]) for values in ([m.weight for m in layers], [m.bias for m in layers]))
+            self._products, self._account_weight = weight.new_empty(len(bars), len(bias)), weight[:, -inputs.n_account:].t().contiguous()
+            with torch.autocast(weight.device.type, enabled=False):
+                for rows, out in zip(chunks, self._products.split(self._CHUNK)): torch.addmm(bias, inputs.market(rows).float(), weight[:, :-inputs.n_account].t(), out=out)
+
+    @staticmethod
+    def bytes(policy: NativeActorCritic, inputs: FoldedInputs, bars: range) -> int:
+        "Memory that what is known of so many bars takes."
+        return 4 * len(bars) * (policy.hidden_dims[0] * len(policy._trunks()) if inputs.n_account else policy.n_actions + 1)
+
+    def __call__(self, obs: Obs) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
+        "`policy.evaluate`, to rounding."
+        at = obs.index - self._first
+        if self._answers is not None: return tuple(answer.index_select(0, at) for answer in self._answers)
+        with torch.autocast(at.device.type, enabled=False): first = self._products.index_select(0, at).addmm_(self._inputs.account(obs).float(), self._account_weight)
+        return self._policy.from_products(first)
 
 
 def parameter_groups(

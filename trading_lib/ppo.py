@@ -51,7 +51,7 @@ def minibatches(
     "Shuffle and split; the last partial batch counts."
     return list(torch.randperm(n, generator=generator, device=generator.device).split(size))
 
-# %% ../nbs/13_ppo.ipynb #d603ec31
+# %% ../nbs/13_ppo.ipynb #9a65d3ec
 def normalised(
     advantage: Tensor,  # (n,) of one minibatch
 ) -> Tensor:
@@ -74,7 +74,7 @@ def value_loss(
 def ppo_loss(
     logits: Tensor,  # (n, actions) now
     value: Tensor,  # (n,) now
-    data: dict[str, Tensor],  # of the same n samples: action, log_probability, logits, value, advantage (normalised), return
+    data: dict[str, Tensor],  # of the same n samples: action, log_probability, logits (normalised: all log-probabilities), value, advantage (normalised), return
     config,  # clip_range, value_clip_range, value_coefficient
     entropy_coefficient: float | Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (), and what to watch
@@ -85,7 +85,7 @@ def ppo_loss(
     policy_loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * advantage).mean()
     of_value, entropy = value_loss(value, data["value"], data["return"], config.value_clip_range), -(log_probabilities.exp() * log_probabilities).sum(1).mean()
     with torch.no_grad():
-        before = F.log_softmax(data["logits"], 1)
+        before = data["logits"]
         watch = {"policy_loss": policy_loss, "value_loss": of_value, "entropy": entropy, "kl": (before.exp() * (before - log_probabilities)).sum(1).mean(),
                  "clip_fraction": ((ratio - 1).abs() > config.clip_range).float().mean()}
     return policy_loss + config.value_coefficient * of_value - entropy_coefficient * entropy, {name: v.detach() for name, v in watch.items()}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layout_of_env', 'make_policy', 'build_policy', 'Lines', 'Diverged', 'NativePPOTrainer']
 
-# %% ../nbs/13_trainer.ipynb #89069aa6
+# %% ../nbs/13_trainer.ipynb #2964ba6e
 import copy
 import math
 import time
@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import git_state, library_versions, load_checkpoint, save_checkpoint
@@ -21,9 +22,10 @@ from .config import InputError, require
 from .distributed import gathered, mean_over_processes, of_first, processes
 from .env import MarketData, Obs
 from .evaluation import Validation
+from .fused import fast_products
 from .memory import allocate_rollout, sample_fields
 from .metrics import composite_score
-from .networks import (FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
+from .networks import (ActingTable, FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
                                   parameter_groups, plain_optimizer_state)
 from .ppo import generalized_advantages, learning_rate_at, minibatches, normalised, ppo_loss, value_loss
 from .recurrent import RecurrentActorCritic
@@ -96,12 +98,15 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #7d1cc5c6
+# %% ../nbs/13_trainer.ipynb #7576364d
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
 
 _TERMINATED, _TRUNCATED = 1, 2  # how a step ended an episode
+_ACTING_BYTES = {"cpu": 128e6, "cuda": 2e9}  # that what is known of all bars may take during a rollout
+_DISTINCT = 0.9  # share of different bars in a minibatch below which each is computed once
+_SIZES = 16  # of the products that they then have
 _RECOVERIES = 3  # at most so many times the learning rate is halved
 
 
@@ -143,6 +148,7 @@ class NativePPOTrainer:
         self._random.manual_seed(c.seed + self.rank)
         self.validation = Validation(validation_market, env.config, self.device) if validation_market is not None else None
         self._samples = env.n_envs * c.n_steps
+        self._shares_bars = self._many_at_each_bar()
         self.updates = math.ceil(c.total_timesteps / (self._samples * self.world))
         self.update, self.global_step, self.history, self.best, self.best_update, self.best_score = 0, 0, [], None, None, -math.inf
         self.validations = []  # one row for each checkpoint that was looked at: what a ledger of trials needs
@@ -211,8 +217,20 @@ class NativePPOTrainer:
     @staticmethod
     def _as_obs(obs) -> Obs: return obs if isinstance(obs, Obs) else Obs(None, obs)
 
-    def _act(self, obs: Obs, state):  # logits, values, state
-        with self._autocast(): return self.policy.evaluate_step(self._inputs(obs), state)
+    def _acting(self):  # called with an observation and a state; logits, values, state
+        "How the policy acts in one rollout."
+        plain = lambda obs, state: self.policy.evaluate_step(self._inputs(obs), state)
+        act = plain
+        if self.table is not None and not self.recurrent:
+            bars = self._bars()
+            # its own cost is that of acting once at every bar
+            if len(bars) <= self._samples and ActingTable.bytes(self.policy, self._inputs, bars) <= _ACTING_BYTES[self.device.type]:
+                with self._autocast(): table = ActingTable(self.policy, self._inputs, bars)
+                act = lambda obs, state: (*table(obs), state)
+
+        def acted(obs: Obs, state):
+            with self._autocast(): return act(obs, state)
+        return acted
 
     @torch.no_grad()
     def _rollout(self) -> dict[str, Tensor]:  # (n_steps, n_envs, …)
@@ -220,28 +238,34 @@ class NativePPOTrainer:
         c, env, step = self.config, self.env, self.env.step_index if self.table is not None else self.env.step
         if self._buffer is None: self._buffer = allocate_rollout(env.n_envs, c.n_steps, sample_fields(self._obs.dense.shape[1], env.n_actions, indexed=self.table is not None), self.device)
         out, bootstrap, components, obs = self._buffer, torch.zeros(c.n_steps, env.n_envs, device=self.device), 0, self._obs
-        first_state = self._state
+        first_state, act = self._state, self._acting()
+        deferred = self.table is not None and not self.recurrent  # then the last observations of all episodes that were cut are looked at together
+        finals = []
         for t in range(c.n_steps):
-            logits, value, state = self._act(obs, self._state)
+            logits, value, state = act(obs, self._state)
             log_probabilities = torch.log_softmax(logits, 1)
             # the exponential race draws from the categorical distribution in one pass
             action = (log_probabilities.exp() / torch.empty_like(logits).exponential_(generator=self._random)).argmax(1)
             after, reward, terminated, truncated, infos = step(action)
             ended = terminated * _TERMINATED + (truncated & ~terminated) * _TRUNCATED
             for name, x in (("index", obs.index), ("dense", obs.dense), ("action", action), ("log_probability", log_probabilities.gather(1, action[:, None]).squeeze(1)),
-                            ("value", value), ("reward", reward), ("ended", ended), ("logits", logits)):
+                            ("value", value), ("reward", reward), ("ended", ended), ("logits", log_probabilities)):
                 if name in out: out[name][t] = x
-            if bool(truncated.any()):  # the value of an episode that went on without us
+            if deferred: finals.append(infos["final_obs"])
+            elif bool(truncated.any()):  # the value of an episode that went on without us
                 cut, final = truncated.nonzero().squeeze(1), self._as_obs(infos["final_obs"])
                 last = Obs(final.index[cut] if final.index is not None else None, final.dense[cut])
-                bootstrap[t, cut] = self._act(last, state[:, cut] if self.recurrent else None)[1]
+                bootstrap[t, cut] = act(last, state[:, cut] if self.recurrent else None)[1]
             if self.recurrent: state = torch.where((ended > 0)[:, None], 0.0, state)
             if "reward_components" in infos: components = components + infos["reward_components"].mean(0)
             obs, self._state = self._as_obs(after), state
             self.progress.phase("rollout", t + 1, c.n_steps)
         self._obs = obs
         terminated, done = out["ended"] == _TERMINATED, out["ended"] > 0
-        next_values = torch.cat([out["value"][1:], self._act(obs, self._state)[1][None]])
+        if deferred:
+            (step, account), last = (out["ended"] == _TRUNCATED).nonzero(as_tuple=True), Obs(*map(torch.stack, zip(*finals)))
+            for t, a in zip(step.split(c.minibatch_size), account.split(c.minibatch_size)): bootstrap[t, a] = act(Obs(last.index[t, a], last.dense[t, a]), None)[1]
+        next_values = torch.cat([out["value"][1:], act(obs, self._state)[1][None]])
         next_values = torch.where(out["ended"] == _TRUNCATED, bootstrap, next_values)
         advantage = generalized_advantages(out["reward"], out["value"], next_values, terminated, done, c.gamma, c.gae_lambda)
         self._component_means = components / c.n_steps if torch.is_tensor(components) else None
@@ -280,10 +304,32 @@ class NativePPOTrainer:
         accounts, step = minibatches(n, max(1, c.minibatch_size // c.n_steps), self._random), torch.arange(c.n_steps, device=self.device)[:, None] * n
         return [(step + some).flatten() for some in accounts]
 
+    def _bars(self) -> range:
+        "Rows of the table at which the policy acts."
+        market = self.env.market
+        return range(max(market.start, market.window - 1), market.stop)
+
+    def _many_at_each_bar(self) -> bool:
+        "Whether a minibatch looks at the same bars so often, and at nothing else, that it pays to compute each of them once."
+        if self.table is None or self.table.n_account or self.recurrent or self.device.type != "cpu": return False  # elsewhere the host would wait to hear how many they are
+        n, bars = min(self.config.minibatch_size, self._samples), len(self._bars())
+        return bars * -math.expm1(-n / bars) < _DISTINCT * n
+
+    def _distinct(self, index: Tensor) -> tuple[Tensor, Tensor]:  # (k,) each row once, and the first as often as it takes; (n,) where it is among them
+        "What `torch.unique` gives, without sorting, and a few rows more: products of a size that was never seen are compiled before they are computed."
+        first, n = self._bars().start, len(index)
+        seen = torch.zeros(len(self._bars()), dtype=torch.bool, device=index.device)
+        seen[index - first] = True
+        bars, sizes = seen.nonzero().squeeze(1) + first, max(1, n // _SIZES)
+        return F.pad(bars, (0, min(n, -(-len(bars) // sizes) * sizes) - len(bars)), value=int(bars[0])), (seen.cumsum(0) - 1)[index - first]
+
     def _batch_forward(self, forward, data: dict[str, Tensor], batch: Tensor) -> tuple[Tensor, Tensor]:
         "Logits and values of a minibatch."
         obs = Obs(data["index"][batch] if "index" in data else None, data["dense"][batch] if "dense" in data else torch.empty(len(batch), 0, device=self.device))
         with self._autocast():
+            if self._shares_bars:
+                bars, place = self._distinct(obs.index)
+                return tuple(answer.index_select(0, place) for answer in forward(self._inputs(Obs(bars, obs.dense[:len(bars)]))))
             x = self._inputs(obs)
             if not self.recurrent: return forward(x)
             T = self.config.n_steps
@@ -377,6 +423,9 @@ class NativePPOTrainer:
         stop=lambda: False,  # asked after every update whether to end here; `StopRequest` answers for signals
     ) -> list[dict]:  # one row per update
         "Train; may be called again to go on."
+        with fast_products(self.device): return self._train(max_updates, stop)
+
+    def _train(self, max_updates: int | None, stop) -> list[dict]:
         c = self.config
         if self._obs is None: self._begin()
         last = self.updates if max_updates is None else min(self.updates, self.update + max_updates)

@@ -1,0 +1,136 @@
+"""Is it as good when it is fast? The shipped defaults beside plain float32 on a market with a planted edge: what they earn unseen, and seconds to a stated validation result.
+
+    python benchmarks/learning.py                # five seeds a way; about a quarter of an hour on two cores
+    python benchmarks/learning.py --kept         # trains nothing: table of what is kept
+
+`fast` is what `quick_test` does on this machine: products in bfloat16 where the chip has instructions for them, hidden layers in one pass, each bar once
+where bars repeat. `float32` is the same network and the same settings without any of that. Both make the same number of steps from the same seeds. The
+dense network, which multiplies whole windows, is too slow to train here: its seconds are those of one update times the updates that `float32` needed.
+
+Each run has one thread; seconds are its own processor time, so that what else the machine does counts less. The result is the validation return after costs
+at which a seed is first at or above THRESHOLD; the share is the part of the oracle's profit that the kept policy earns on the span that it never saw.
+Numbers are kept in benchmarks/results/learning.json; the command fails where the fast way earns less than the float32 way by more than the seeds' spread.
+"""
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import torch
+
+from environment import processor
+from trading_lib import networks
+from trading_lib.backtest import run_backtest
+from trading_lib.config import AccountConfig
+from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data, split_bounds
+from trading_lib.features import fit_features
+from trading_lib.files import atomic_write
+from trading_lib.simulation import simulate_market
+from trading_lib.tiers import get_auto_config
+from trading_lib.trainer import NativePPOTrainer
+
+RESULTS = Path(__file__).resolve().parent / "results" / "learning.json"
+MARKET = dict(start="2023-01-01", end="2024-06-01", edge=0.2, recipe="lifelike")
+VERSION, TIMEFRAME, ASSET_CLASS, WINDOW = "5.6.0", "15Min", "crypto", 100
+SEEDS, STEPS, THRESHOLD = range(5), 1_500_000, 0.05
+WAYS = {"fast": dict(), "float32": dict(amp=False)}
+
+
+def plain_layers():
+    "Hidden layers as PyTorch makes them."
+    networks.linear_relu = lambda x, weight, bias: torch.relu(torch.nn.functional.linear(x, weight, bias))
+
+
+class Watch:
+    "Progress that notes when which validation result was there."
+
+    def __init__(self): self.rows, self.began = [], time.thread_time()
+
+    def start(self, trainer): pass
+
+    def phase(self, name, done, total): pass
+
+    def say(self, line): pass
+
+    def updated(self, trainer, row):
+        if "validation_return" in row: self.rows.append({"seconds": round(time.thread_time() - self.began, 2), "update": row["update"], "return": row["validation_return"]})
+
+
+def made(way: str, seed: int, dense: bool = False, **settings):
+    "A trainer on its own history, and what its policy is judged by."
+    bars, truth = simulate_market("SIM-USD", TIMEFRAME, MARKET["start"], MARKET["end"], seed=seed, edge=MARKET["edge"], recipe=MARKET["recipe"])
+    spans = split_bounds(len(bars), 0.7, 0.15)
+    market = market_data(bars, VERSION, fit_features(bars.iloc[slice(*spans["train"])], VERSION, TIMEFRAME, ASSET_CLASS), TIMEFRAME, ASSET_CLASS, WINDOW, "SIM-USD")
+    config = get_auto_config(STEPS, "quick_test", "cpu", **WAYS[way], seed=seed, **settings)
+    env = GPUVectorizedTradingEnv(market.span(*spans["train"]), GPUEnvConfig(n_envs=config.n_envs, version=VERSION, window=WINDOW, timeframe=TIMEFRAME, asset_class=ASSET_CLASS, reward_preset="equity",
+                                                                          account=AccountConfig(costs="broker")), device="cpu")
+    if dense:
+        from _peers import DenseEnv
+        env = DenseEnv(env)
+    watch = Watch()
+    return NativePPOTrainer(env, config, None if dense else market.span(*spans["validation"]), watch), watch, lambda best: run_backtest(best, bars, start=spans["test"][0], truth=truth).metrics
+
+
+def run(way: str, seed: int) -> dict:
+    "One line of the results."
+    torch.set_num_threads(1)
+    if way == "float32": plain_layers()
+    trainer, watch, judged = made(way, seed)
+    if way == "float32": trainer._shares_bars = False
+    trainer.train()
+    figures = judged(trainer.best)
+    first = next((row for row in watch.rows if row["return"] >= THRESHOLD), {"seconds": None, "update": None})
+    return {"seed": seed, "share": figures["share_of_oracle"], "return": figures["total_return"], "precision": "bfloat16" if trainer.config.amp else "float32",
+            "seconds": first["seconds"], "update": first["update"], "all_seconds": watch.rows[-1]["seconds"], "updates": trainer.updates}
+
+
+def dense_seconds(seed: int = 0) -> float:
+    "One update of the dense network, in float32."
+    torch.set_num_threads(1)
+    plain_layers()
+    trainer, *_ = made("float32", seed, dense=True)
+    trainer.train(1)
+    begin = time.thread_time()
+    trainer.train(1)
+    return time.thread_time() - begin
+
+
+def table(results: dict) -> int:  # exit status
+    "Print what came out."
+    median = lambda values: float(np.median([np.inf if v is None else v for v in values]))
+    shares = {way: np.array([r["share"] for r in results["ways"][way]]) for way in WAYS}
+    print(f"{results['machine']}; {STEPS:,} steps, planted edge {MARKET['edge']}, broker's costs\n{'':8} {'precision':10} {'share of the oracle, unseen: mean, range':44} seconds to a validation return of {THRESHOLD:.0%}: median, range; whole run")
+    for way, rows in results["ways"].items():
+        own, seconds = shares[way], [r["seconds"] for r in rows]
+        reached = [s for s in seconds if s is not None]
+        print(f"{way:8} {rows[0]['precision']:10} {f'{own.mean():.1%}, {own.min():.1%} to {own.max():.1%}':44} {median(seconds):.0f}, {min(reached, default=np.inf):.0f} to {max(reached, default=np.inf):.0f} "
+              f"({len(reached)} of {len(rows)} seeds); {np.median([r['all_seconds'] for r in rows]):.0f}")
+    updates = median([r["update"] for r in results["ways"]["float32"]])
+    print(f"{'dense':8} {'float32':10} {'not trained':44} {results['dense_seconds_per_update'] * updates:,.0f}, from {results['dense_seconds_per_update']:.1f} s an update × {updates:.0f} updates")
+    spread, behind = float(shares["float32"].std(ddof=1)), float(shares["float32"].mean() - shares["fast"].mean())
+    print(f"the fast way is {abs(behind):.1%} {'behind' if behind > 0 else 'ahead'} on average, the seeds' standard deviation is {spread:.1%}: {'within it' if behind <= spread else 'MISSED'}")
+    return int(behind > spread)
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kept", action="store_true", help="train nothing")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    given = parser.parse_args(arguments)
+    if not given.kept:
+        with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+            running = {way: [pool.submit(run, way, seed) for seed in SEEDS] for way in WAYS}
+            dense = pool.submit(dense_seconds)
+            ways = {way: [future.result() for future in futures] for way, futures in running.items()}
+            atomic_write(RESULTS, (json.dumps({"machine": f"{processor()}, one thread a run", "torch": torch.__version__, "market": MARKET, "steps": STEPS, "ways": ways, "dense_seconds_per_update": dense.result()}, indent=1, default=float) + "\n").encode())
+    return table(json.loads(RESULTS.read_text()))
+
+
+if __name__ == "__main__": sys.exit(main())

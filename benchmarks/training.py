@@ -1,0 +1,518 @@
+"""Whole PPO training, rollout and update, beside other people's trainers: steps per second, share of what the chip can multiply, and memory.
+
+    python benchmarks/training.py                # everything below, one after another; half an hour on two cores
+    python benchmarks/training.py --training     # ours and the peers; needs pip install stable-baselines3 sbx-rl torchrl, rows without their package are left out
+    python benchmarks/training.py --memory       # what a long rollout takes
+    python benchmarks/training.py --scaling      # what a transition costs as environments, bars, network and window grow
+    python benchmarks/training.py --kept         # measures nothing: tables and pictures of what is kept
+    python benchmarks/training.py --rows NAME …  # some rows of ROWS, or of LARGE; not kept
+    python benchmarks/training.py --small        # tiny sizes, to see that it runs; not kept
+
+Every row has a process of its own, one after another, with all cores (`--threads`), the GPU where there is one. All trainers get the same bars, the same
+accounts and the same hyper-parameters; the peers read the dense windows of the same environment. Each row runs one iteration to warm up and then some more for
+`SECONDS`; its time is their median. What others did on the machine meanwhile shows in the column `busy`: processor time by time and threads.
+
+FLOPs are those that are done, counted from the layers' shapes: acting, and forward and backward of each epoch, without the gradient of the inputs, which nobody
+needs. Where samples of a minibatch look at the same bars, and at nothing else, ours computes each bar once: with 12,288 samples of 20,000 bars that is 75 % of them.
+The limit is the best rate of a matrix product of the same precision, over shapes that occur in training, measured in the same run; which precision a
+product really has is told by its error. Memory is the kernel's own peak of the process (VmHWM), which is set back when the environment stands, or when model and
+table do; whatever is allocated then counts: gradients, moments, the rollout, work areas of the libraries. Numbers are kept in benchmarks/results/training.json and drawn to docs/training_speed.png and docs/training_scaling.png.
+"""
+import argparse
+import ctypes
+import datetime
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, market_data
+from trading_lib.files import atomic_write
+from trading_lib.networks import HIDDEN_DIMS
+from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, SPEED, SCALING_PICTURE = ROOT / "benchmarks" / "results" / "training.json", ROOT / "docs" / "training_speed.png", ROOT / "docs" / "training_scaling.png"
+SECONDS, MOST_ITERATIONS = 40, 15  # a row is measured for so long, but at least once
+
+PPO = dict(learning_rate=3e-4, gamma=0.99, gae_lambda=0.95, clip_range=0.2, entropy_coefficient=0.01, value_coefficient=0.5, max_grad_norm=0.5)
+SETTINGS = dict(n_envs=1_024, n_steps=24, minibatch_size=12_288, n_epochs=10, hidden_dims=[512, 256, 128], version="5.6.0", window=100, bars=20_000, episode_length=256, **PPO)
+SMALL = dict(n_envs=32, n_steps=8, minibatch_size=128, n_epochs=2, hidden_dims=[32, 16], window=10, bars=4_000)
+
+# one line a row: `peer` is a name of `_peers.PEERS`; without it the trainer is ours, `dense` reads whole windows, `settings` replace some above, `matmul` sets
+# torch.set_float32_matmul_precision, and all else goes to NativePPOConfig
+ROWS = {
+    "stable-baselines3": dict(peer="stable-baselines3"),
+    "CleanRL-style": dict(peer="CleanRL-style"),
+    "sbx": dict(peer="sbx"),
+    "TorchRL": dict(peer="TorchRL"),
+    "ours: dense, two trunks": dict(dense=True, shared_trunk=False),
+    "ours: folded, two trunks": dict(shared_trunk=False),
+    "ours: folded, shared trunk": dict(shared_trunk=True),
+    "ours: folded, two trunks, bf16": dict(shared_trunk=False, amp=True),
+    "ours: folded, shared trunk, bf16": dict(shared_trunk=True, amp=True),
+}
+DEFAULTS = "ours: folded, shared trunk, bf16"
+# on a GPU also these
+LARGE = {f"ours: 1,024 × 256, {'-'.join(map(str, HIDDEN_DIMS[size]))}": dict(shared_trunk=True, amp=True, settings=dict(n_steps=256, hidden_dims=list(HIDDEN_DIMS[size]))) for size in ("small", "medium", "large")}
+# row -> compared with -> at least so many times as fast; None: steps per second
+GOALS = {"ours: folded, two trunks": {"stable-baselines3": 12, "CleanRL-style": 11, "sbx": 6.5}, DEFAULTS: {"stable-baselines3": 40}}
+GOALS |= {name: {None: rate} for name, rate in zip(LARGE, (3e6, 1.4e6, 0.6e6))}
+SMALLEST_SHARE = 0.55  # of the limit, for the rows that are compared
+
+ROLLOUT = dict(n_steps=256, n_epochs=1)  # the memory of a rollout does not depend on how often it is learnt from
+MOST_MEMORY = 200e6
+
+SCALED = dict(n_steps=48)  # 49,152 samples in every row
+SCALING = {  # label -> settings that change
+    "n_envs": {n: dict(n_envs=n, n_steps=49_152 // n) for n in (64, 256, 1_024, 4_096, 16_384)},
+    "bars": {n: dict(bars=n) for n in (10_000, 100_000, 1_000_000)},
+    "hidden_dims": {"-".join(map(str, HIDDEN_DIMS[size])): dict(hidden_dims=list(HIDDEN_DIMS[size])) for size in ("tiny", "small", "medium", "large")},
+    "window": {n: dict(window=n) for n in (10, 50, 100, 200)},
+}
+SCALING_SECONDS = 10
+MOST_COST = {"n_envs": 1.2, "bars": 1.5}  # of any row, relative to the row before it with the least cost
+
+SHAPES = [(12_288, 355, 512), (12_288, 5_800, 512), (4_096, 4_096, 4_096)]
+# how products are asked for: torch.set_float32_matmul_precision and the numbers' type
+PATHS = {"float32, torch's default": ("highest", torch.float32), "float32, precision high": ("high", torch.float32), "float32, precision medium": ("medium", torch.float32),
+         "float32, oneDNN by name": ("highest", torch.float32), "bfloat16": ("highest", torch.bfloat16)}
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------------
+
+def flops_per_step(
+    inputs: int,  # that the first layer reads
+    hidden_dims,
+    n_actions: int,
+    trunks: int,  # 1: shared by policy and value, 2: one each
+    n_epochs: int,
+) -> dict[str, int]:  # forward, backward, and all of a step: acting and every epoch
+    "Multiplications and additions of the layers."
+    widths = [inputs, *hidden_dims]
+    first = trunks * 2 * inputs * widths[1]
+    forward = trunks * sum(2 * a * b for a, b in zip(widths, widths[1:])) + 2 * widths[-1] * (n_actions + 1)
+    backward = 2 * forward - first  # gradients of weights and of inputs, but for those of the observation
+    return {"forward": forward, "backward": backward, "step": forward + n_epochs * (forward + backward)}
+
+
+def precision_of(error: float) -> str:
+    "What a product's relative error says about the numbers that were multiplied: 24, 11 or 8 significant bits."
+    return "float32" if error < 5e-6 else "tf32" if error < 1e-3 else "bf16"
+
+
+def limit_of(limits: list[dict], precision: str) -> float | None:  # FLOP/s; None: not measured
+    "The best rate of a matrix product of this precision."
+    return max((rate for row in limits if row["precision"] == precision for rate in row["rates"]), default=None)
+
+
+def compared(part: dict) -> list[dict]:  # one row for each trainer that was measured
+    "What the table shows."
+    rates = {name: row["samples"] / statistics.median(row["seconds"]) for name, row in part["rows"].items() if "seconds" in row}
+    out = []
+    for name, rate in rates.items():
+        row, flops = part["rows"][name], part["rows"][name]["flops"]
+        limit = limit_of(part["limits"], row["precision"])
+        out.append({"name": name, "rate": rate, "ratios": {peer: rate / rates[peer] for peer in ROWS if "peer" in ROWS[peer] and peer in rates}, "flops": flops, "flop_rate": rate * flops,
+                    "share": rate * flops / limit if limit else None, "busy": row["busy"], "peak": row["peak"], "precision": row["precision"]})
+    return out
+
+
+def judged(rows: list[dict]) -> list[str]:
+    "Each goal in words."
+    by_name, lines = {row["name"]: row for row in rows}, []
+    for name, goals in GOALS.items():
+        if name not in by_name: continue
+        row = by_name[name]
+        for peer, least in goals.items():
+            if peer is None: reached, text = row["rate"], f"{least:,.0f} steps/s"
+            elif peer in row["ratios"]: reached, text = row["ratios"][peer], f"{least:g} times {peer}"
+            else: continue
+            lines.append(f"{'met   ' if reached >= least else 'missed'} {name}: {text}, is {reached:,.{0 if peer is None else 1}f}")
+        if row["share"] is not None and None not in goals: lines.append(f"{'met   ' if row['share'] >= SMALLEST_SHARE else 'missed'} {name}: {SMALLEST_SHARE:.0%} of the limit, is {row['share']:.0%}")
+    return lines
+
+
+def costs(rows: list[dict]) -> list[dict]:  # with `cost`, seconds per transition, and `relative`, to the least of the rows before
+    "What a transition costs, row by row."
+    out, least = [], None
+    for row in rows:
+        cost = statistics.median(row["seconds"]) / row["samples"]
+        out.append(row | {"cost": cost, "relative": cost / least if least else 1.0})
+        least = cost if least is None else min(least, cost)
+    return out
+
+
+# --- in the process of a row -----------------------------------------------------------------------------------------------
+
+def seconds(function, device: torch.device) -> float:
+    "How long a call takes; on a GPU until its work there is done, by events."
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        function()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1e3
+    begin = time.perf_counter()
+    function()
+    return time.perf_counter() - begin
+
+
+def peak_memory() -> int:  # bytes
+    "The most that this process ever had in memory; `ru_maxrss` of a new process may begin with what its parent had."
+    try: return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    except (OSError, StopIteration): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory_now() -> int:  # bytes
+    "What this process has in memory, with nothing kept that was given back: from here on `peak_memory` is that of what follows, where the system can forget older peaks."
+    try: ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError): pass  # not GNU's C library
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    except (OSError, StopIteration): return peak_memory()
+
+
+def make_env(job: dict) -> GPUVectorizedTradingEnv:
+    s, market = job["settings"], MarketData.load(job["market"])
+    if market.window != s["window"]: market = replace(market, window=s["window"])  # features do not depend on it, and indicators are warm after 600 bars in any case
+    return GPUVectorizedTradingEnv(market, GPUEnvConfig(n_envs=s["n_envs"], version=s["version"], window=s["window"], timeframe=market.timeframe, asset_class=market.asset_class, episode_length=s["episode_length"]), device=job["device"])
+
+
+def our_trainer(env, settings: dict, **config) -> NativePPOTrainer:
+    "Ours, silent, and with no end."
+    names = ("n_steps", "minibatch_size", "n_epochs", "hidden_dims", *PPO)
+    return NativePPOTrainer(env, NativePPOConfig(**{name: settings[name] for name in names} | config, total_timesteps=1000 * settings["n_envs"] * settings["n_steps"]), progress=None)
+
+
+def iteration_of(row: dict, env, settings: dict, device: torch.device):  # called with a number of epochs
+    "What runs one iteration of a row's trainer."
+    import _peers
+    if "peer" in row: return _peers.PEERS[row["peer"]](env, settings, device)
+    config = {name: value for name, value in row.items() if name not in ("dense", "settings", "matmul")}
+    trainer = our_trainer(_peers.DenseEnv(env) if row.get("dense") else env, settings, **config)
+    return lambda n_epochs: trainer.train(1)
+
+
+def flops_of(row: dict, env, settings: dict) -> int:  # per step
+    folded = "peer" not in row and not row.get("dense")
+    windowed = int(env.layout.windowed.sum())
+    inputs = windowed * env.config.window + env.layout.n_features - windowed if folded else env.obs_dim
+    shared = "peer" not in row and row.get("shared_trunk", True)
+    flops = flops_per_step(inputs, settings["hidden_dims"], env.n_actions, 1 if shared else 2, settings["n_epochs"])
+    return round(flops["forward"] + (flops["step"] - flops["forward"]) * (computed_share(env, settings) if folded else 1.0))
+
+
+def computed_share(env, settings: dict) -> float:
+    "Of a minibatch's samples, those that the network computes: expected different bars, where `NativePPOTrainer` takes advantage of it."
+    n, bars = min(settings["minibatch_size"], settings["n_envs"] * settings["n_steps"]), env.market.stop - max(env.market.start, env.market.window - 1)
+    share = bars * -math.expm1(-n / bars) / n
+    return share if share < 0.9 and not env.table.n_account and torch.device(env.device).type == "cpu" else 1.0
+
+
+def product_error(multiply, m: int, k: int, n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, torch.Tensor, torch.Tensor]:  # and the factors
+    "How far a product is from the exact one, relative."
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=random).to(device, dtype) for shape in ((m, k), (n, k)))
+    exact = a[:256].double() @ b.double().T
+    return float((multiply(a, b)[:256].double() - exact).norm() / exact.norm()), a, b
+
+
+def measure_row(job: dict) -> dict:
+    "Time a trainer's iterations."
+    row, s, device = job["row"], job["settings"], torch.device(job["device"])
+    torch.set_float32_matmul_precision(row.get("matmul", "highest"))
+    env = make_env(job)
+    before = memory_now()
+    iterate = iteration_of(row, env, s, device)
+    iterate(1)  # to warm up: compilers, allocators and caches
+    if device.type == "cuda": torch.cuda.synchronize(device)
+    times, begin, processor_begin = [], time.perf_counter(), time.process_time()
+    while not times or (sum(times) < job["seconds"] and len(times) < MOST_ITERATIONS): times.append(seconds(lambda: iterate(s["n_epochs"]), device))
+    busy = (time.process_time() - processor_begin) / (time.perf_counter() - begin) / torch.get_num_threads()
+    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
+    precision = "bf16" if row.get("amp") else precision_of(product_error(torch.nn.functional.linear, 1_024, 355, 512, device)[0])  # as torch multiplies float32 now
+    return {"seconds": [round(t, 5) for t in times], "samples": s["n_envs"] * s["n_steps"], "flops": flops_of(row, env, s), "precision": precision, "busy": round(busy, 3),
+            "peak": peak, "above_environment": peak - (0 if device.type == "cuda" else before)}
+
+
+def measure_memory(job: dict) -> dict:
+    "What one update takes above the model and the table, which stand when it begins."
+    env, device = make_env(job), torch.device(job["device"])
+    trainer = our_trainer(env, job["settings"], **job["row"])
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    else: before = memory_now()
+    trainer.train(1)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+    return {"before": before, "peak": peak, "above": peak - before, "samples": job["settings"]["n_envs"] * job["settings"]["n_steps"], "inputs": env.obs_dim}
+
+
+def measure_limits(job: dict) -> dict:
+    "How fast this machine multiplies, and how exactly."
+    device, rows = torch.device(job["device"]), []
+    for path, (precision, dtype) in PATHS.items():
+        rates, errors = [], []
+        for m, k, n in job["shapes"]:
+            torch.set_float32_matmul_precision(precision)
+            if path != "float32, oneDNN by name": multiply = torch.nn.functional.linear
+            elif device.type == "cpu" and torch.backends.mkldnn.is_available(): multiply = lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+            else: continue
+            error, a, b = product_error(multiply, m, k, n, device, dtype)
+            errors.append(error)
+            shortest, end = float("inf"), time.perf_counter() + job["seconds"]
+            while time.perf_counter() < end: shortest = min(shortest, seconds(lambda: multiply(a, b), device))
+            rates.append(2 * m * k * n / shortest)
+        if rates: rows.append({"path": path, "rates": rates, "error": max(errors), "precision": precision_of(max(errors))})
+    return {"shapes": job["shapes"], "rows": rows}
+
+
+MEASURES = {"row": measure_row, "memory": measure_memory, "limits": measure_limits}
+
+
+def work(job: dict):
+    "One measurement, as a line for the parent."
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if job["threads"] < len(allowed): os.sched_setaffinity(0, allowed[:job["threads"]])  # for libraries that take every core they see
+    torch.set_num_threads(job["threads"])
+    try: result = MEASURES[job["measure"]](job)
+    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as e: result = {"left_out": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"}
+    print("\n" + json.dumps(result), flush=True)
+
+
+# --- in the parent -----------------------------------------------------------------------------------------------------
+
+def measured(job: dict) -> dict:
+    "A measurement in a process of its own."
+    variables = {"OMP_NUM_THREADS": str(job["threads"]), "MKL_NUM_THREADS": str(job["threads"]), "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3", "RL_LOGGING_LEVEL": "ERROR"}
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--job", json.dumps(job)], env=os.environ | variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if done.returncode: return {"left_out": f"ended with status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+class Markets:
+    "Simulated bars with their features as files, made when they are first asked for. Columns are scaled already, so that all trainers read the same numbers."
+
+    def __init__(self, folder: str | Path): self.folder, self.fit = Path(folder), None
+
+    def of(self, settings: dict) -> str:  # file
+        import numpy as np
+        import pandas as pd
+
+        from trading_lib.features import fit_features
+        from trading_lib.sources import simulate_bars
+        path = self.folder / f"{settings['version']}-{settings['bars']}.npz"
+        if path.exists(): return str(path)
+        kind = (settings["version"], "15Min", "crypto")
+        bars = simulate_bars("SIM-USD", "15Min", "2000-01-01", pd.Timestamp("2000-01-01") + pd.Timedelta(15 * settings["bars"], "min"), seed=0)
+        if self.fit is None: self.fit = fit_features(bars.iloc[:SETTINGS["bars"]], *kind)
+        market = market_data(bars, settings["version"], self.fit, "15Min", "crypto", settings["window"], "SIM-USD")
+        shift, scale = (np.asarray(market.fit[name]) for name in ("shift", "scale"))
+        if market.features.shape[1] == len(shift):  # no columns of the account among them
+            market = replace(market, features=((market.features - shift) * scale).astype(np.float32), fit={name: v for name, v in market.fit.items() if name not in ("shift", "scale")})
+        market.save(path)
+        return str(path)
+
+
+def about(settings: dict, device: str, threads: int) -> dict:
+    "What the numbers depend on."
+    def of(name):
+        try: return version(name)
+        except PackageNotFoundError: return None
+    if device == "cpu":
+        done = subprocess.run([sys.executable, "-c", "from environment import processor; print(processor())"], cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True)  # by a process: it sets threads
+        chip = f"{done.stdout.strip()}, {threads} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    else: chip = torch.cuda.get_device_name(device)
+    packages = {name: of(name) for name in ("torch", "numpy", "stable-baselines3", "sbx-rl", "jax", "torchrl", "trading_lib")}
+    return {"settings": settings, "machine": chip, "device": device, "load": round(os.getloadavg()[0], 1), "date": datetime.date.today().isoformat(), "versions": {"python": platform.python_version()} | packages}
+
+
+class Bench:
+    "One run on one machine."
+
+    def __init__(self, folder: str, small: bool, threads: int):
+        self.markets, self.small, self.threads, self.device = Markets(folder), small, threads, "cuda" if torch.cuda.is_available() else "cpu"
+
+    def settings(self, *changes: dict) -> dict:
+        "The sizes of a job; small ones keep what a small run cannot."
+        out = SETTINGS | {name: value for change in changes for name, value in change.items()}
+        return out | SMALL if self.small else out
+
+    def measure(self, name: str, what: str, settings: dict, **job) -> dict:
+        job |= {"measure": what, "settings": settings, "device": self.device, "threads": self.threads}
+        if what != "limits": job["market"] = self.markets.of(settings)
+        result = measured(job)
+        if "left_out" in result: print(f"  {name} is left out: {result['left_out']}", flush=True)
+        return result
+
+    def limits(self) -> list[dict]:
+        shapes = [(64, 32, 16)] if self.small else SHAPES
+        limits = self.measure("limits", "limits", self.settings(), shapes=shapes, seconds=0.05 if self.small else 2.0)
+        print_limits(limits)
+        return limits
+
+    def training(self, names: list[str] | None = None) -> dict:
+        part = about(self.settings(), self.device, self.threads) | {"rows": {}}
+        print(f"{part['machine']}, load {part['load']}; " + ", ".join(f"{name} {v}" for name, v in part["versions"].items() if v), flush=True)
+        limits = self.limits()
+        part |= {"shapes": limits["shapes"], "limits": limits["rows"]}
+        for name, row in (ROWS | LARGE).items():
+            if name not in (names or [*ROWS, *(LARGE if self.device == "cuda" else ())]): continue
+            part["rows"][name] = result = self.measure(name, "row", self.settings(row.get("settings", {})), row=row, seconds=0.2 if self.small else SECONDS)
+            if "seconds" in result: print(f"  {name:34} {result['samples'] / statistics.median(result['seconds']):>12,.0f} steps/s", flush=True)
+        return part
+
+    def memory(self) -> dict:
+        part = about(self.settings(ROLLOUT), self.device, self.threads) | {"rows": {}}
+        for name in (DEFAULTS, "ours: folded, two trunks"): part["rows"][name] = self.measure(name, "memory", part["settings"], row=ROWS[name])
+        return part
+
+    def scaling(self) -> dict:
+        part = about(self.settings(SCALED), self.device, self.threads) | {"row": DEFAULTS, "tables": {}}
+        for axis, changes in SCALING.items():
+            rows = part["tables"][axis] = []
+            for label, change in changes.items():
+                if self.small: change = {}
+                result = self.measure(f"{axis} {label}", "row", self.settings(SCALED, change), row=ROWS[DEFAULTS], seconds=0.1 if self.small else SCALING_SECONDS)
+                if "seconds" not in result: continue
+                rows.append({"label": label, **result})
+                print(f"  {axis:12} {label!s:>20} {1e6 * statistics.median(result['seconds']) / result['samples']:>9.2f} µs a transition", flush=True)
+        return part
+
+
+# --- what came out -------------------------------------------------------------------------------------------------------
+
+def flop_text(rate: float) -> str: return f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"
+
+
+def print_limits(limits: dict):
+    "How fast the machine multiplies."
+    print(f"{'matrix products, GFLOP/s':28}" + "".join(f"{'×'.join(map(str, shape)):>18}" for shape in limits["shapes"]) + f"{'error':>10}  is")
+    for row in limits["rows"]: print(f"{row['path']:28}" + "".join(f"{rate / 1e9:>18,.0f}" for rate in row["rates"]) + f"{row['error']:>10.1e}  {row['precision']}")
+    print(flush=True)
+
+
+def print_training(part: dict):
+    "The table, and the goals."
+    rows, peers = compared(part), [name for name, row in ROWS.items() if "peer" in row]
+    print(f"\n{'':34}{'steps/s':>12}" + "".join(f"{'× ' + name:>{len(name) + 4}}" for name in peers) + f"{'MFLOP/step':>12}{'rate':>16}{'of limit':>14}{'busy':>6}{'peak':>9}")
+    for row in rows:
+        ratios = "".join((f"{row['ratios'][name]:.1f}" if name in row["ratios"] else "").rjust(len(name) + 4) for name in peers)
+        share = f"{row['share']:.0%} {row['precision']}" if row["share"] else ""
+        print(f"{row['name']:34}{row['rate']:>12,.0f}{ratios}{row['flops'] / 1e6:>12.1f}{flop_text(row['flop_rate']):>16}{share:>14}"
+              f"{row['busy']:>6.0%}{row['peak'] / 1e9:>6.1f} GB")
+    for name, row in part["rows"].items():
+        if "left_out" in row: print(f"{name:34} left out: {row['left_out']}")
+    if part["settings"] == SETTINGS:
+        for line in judged(rows): print(line)
+
+
+def print_memory(part: dict):
+    for name, row in part["rows"].items():
+        if "above" not in row: continue
+        print(f"{'met   ' if row['above'] <= MOST_MEMORY else 'missed'} {name}: {row['above'] / 1e6:.0f} MB above model and table ({row['before'] / 1e6:.0f} MB) in an update of {row['samples']:,} steps with {row['inputs']:,} inputs, at most {MOST_MEMORY / 1e6:.0f}")
+
+
+def print_scaling(part: dict):
+    for axis, rows in part["tables"].items():
+        rows = costs(rows)
+        print(f"\n{axis:>24}{'µs a transition':>18}{'relative':>10}{'MFLOP/step':>12}")
+        for row in rows: print(f"{row['label']!s:>24}{1e6 * row['cost']:>18.2f}{row['relative']:>10.2f}{row['flops'] / 1e6:>12.1f}")
+        if axis in MOST_COST and rows:
+            worst = max(row["relative"] for row in rows)
+            print(f"{'met   ' if worst <= MOST_COST[axis] else 'missed'} {axis}: at most {MOST_COST[axis]:g} times the least cost of the rows before, is {worst:.2f}")
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def draw_training(part: dict, path: Path = SPEED):
+    "Steps per second as bars."
+    rows = compared(part)[::-1]
+    figure = _figure(10, 0.42 * len(rows) + 1.4)
+    axes = figure.subplots()
+    first = next(iter(ROWS))
+    bars = axes.barh([row["name"] for row in rows], [row["rate"] for row in rows], color=["tab:blue" if row["name"].startswith("ours") else "tab:orange" for row in rows])
+    text = lambda row: f"{row['rate']:,.0f}" + (f", {row['ratios'][first]:.1f} × {first}" if first in row["ratios"] and row["name"] != first else "") + (f", {row['share']:.0%} of the {row['precision']} limit" if row["share"] else "")
+    axes.bar_label(bars, [text(row) for row in rows], padding=3, fontsize=8)
+    axes.set_xlim(0, 1.75 * max(row["rate"] for row in rows))
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g} k")
+    axes.set_xlabel("environment steps a second, rollout and update")
+    s = part["settings"]
+    axes.set_title(f"{s['n_envs']:,} × {s['n_steps']} steps, minibatch {s['minibatch_size']:,}, {s['n_epochs']} epochs, {s['hidden_dims']}, windows of {s['window']} bars\n{part['machine']}, {part['date']}", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+def draw_scaling(part: dict, path: Path = SCALING_PICTURE):
+    "What a transition costs, a panel for each thing that grows."
+    figure = _figure(13, 3.6)
+    for axes, (axis, rows) in zip(figure.subplots(1, len(part["tables"])), part["tables"].items()):
+        rows = costs(rows)
+        axes.plot([str(row["label"]) if isinstance(row["label"], str) else f"{row['label']:,}" for row in rows], [1e6 * row["cost"] for row in rows], marker="o")
+        axes.set_title(axis, fontsize=10)
+        axes.set_ylim(bottom=0)
+        axes.tick_params(axis="x", labelsize=8, rotation=20)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("µs a transition")
+    s = part["settings"]
+    figure.suptitle(f"{part['row']}, {s['n_envs'] * s['n_steps']:,} samples, minibatch {s['minibatch_size']:,}, {s['n_epochs']} epochs; {part['machine']}, {part['date']}", fontsize=9)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+SHOW = {"training": (print_training, draw_training), "memory": (print_memory, None), "scaling": (print_scaling, draw_scaling)}
+
+
+def read(path: Path = RESULTS) -> dict: return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in SHOW: parser.add_argument(f"--{name}", action="store_true", help="measure this part only")
+    parser.add_argument("--kept", action="store_true", help="measure nothing")
+    parser.add_argument("--small", action="store_true", help="tiny sizes; not kept")
+    parser.add_argument("--rows", nargs="+", choices=[*ROWS, *LARGE], metavar="NAME", help="trainers to measure; not kept: " + "; ".join([*ROWS, *LARGE]))
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    parser.add_argument("--job", help=argparse.SUPPRESS)  # a measurement as JSON: how this file calls itself
+    given = parser.parse_args(arguments)
+    if given.job: return work(json.loads(given.job))
+    parts, results = ["training"] if given.rows else [name for name in SHOW if getattr(given, name)] or list(SHOW), read()
+    keep = not (given.kept or given.small or given.rows)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(folder, given.small, given.threads)
+        for name in parts:
+            if not given.kept: results[name] = bench.training(given.rows) if name == "training" else getattr(bench, name)()
+            if name not in results: continue
+            show, draw = SHOW[name]
+            if given.kept: print(f"\n{results[name]['machine']}, {results[name]['date']}")
+            if given.kept and name == "training": print_limits({"shapes": results[name]["shapes"], "rows": results[name]["limits"]})
+            show(results[name])
+            if keep:
+                RESULTS.parent.mkdir(exist_ok=True)
+                atomic_write(RESULTS, (json.dumps({n: results[n] for n in SHOW if n in results}, indent=1) + "\n").encode())
+            if draw and (keep or given.kept): draw(results[name])
+
+
+if __name__ == "__main__": main()

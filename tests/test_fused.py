@@ -1,0 +1,171 @@
+"""Fast paths beside the plain ones: hidden layers in one pass, products of all bars known before a rollout, episodes that were cut looked at together."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+from test_trainer import market, trading_trainer
+from trading_lib import trainer as trainer_module
+from trading_lib.env import Obs
+from trading_lib.fused import _medium_is_exact, fast_products, fuses, linear_relu
+from trading_lib.networks import ActingTable, FoldedInputs
+
+WIDTHS = [(1, 1, 1), (7, 355, 64), (300, 64, 5), (513, 33, 17)]
+
+
+def difference(a, b) -> float:
+    a, b = a.detach(), b.detach()
+    return float((a.double() - b.double()).norm() / b.double().norm().clamp(min=1e-30))
+
+
+def layer(n, inputs, outputs, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator).to(dtype).requires_grad_() for shape in ((n, inputs), (outputs, inputs), (outputs,))]
+
+
+def gradients(f, arguments, weight):
+    out = f(*arguments)
+    return out, torch.autograd.grad((out.float() * weight).sum(), arguments)
+
+
+# --- one pass ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", WIDTHS)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 0.0)])
+def test_a_hidden_layer_is_the_plain_one(shape, dtype, tolerance):
+    "Output and gradients, against the same numbers in float64; float64 itself has no fast path."
+    arguments = layer(*shape, dtype)
+    weight = torch.randn(shape[0], shape[2], generator=torch.Generator().manual_seed(9))
+    out, found = gradients(linear_relu, arguments, weight)
+    exact = [v.detach().double().requires_grad_() for v in arguments]
+    expected, of = gradients(lambda x, w, b: F.relu(F.linear(x, w, b)), exact, weight)
+    assert out.dtype == dtype and out.shape == (shape[0], shape[2])
+    assert difference(out, expected) <= tolerance and max(difference(*pair) for pair in zip(found, of)) <= max(tolerance, 0.0)
+    if out.any(): assert difference(out, F.linear(*exact)) > 0.01 or bool((F.linear(*exact) >= 0).all())  # without the ReLU it would be seen
+
+
+def test_an_input_that_needs_no_gradient_gets_none_and_one_that_is_not_contiguous_is_read_rightly():
+    x, weight, bias = layer(40, 12, 6)
+    strided = torch.randn(12, 40).t()
+    assert not strided.is_contiguous() and difference(linear_relu(strided, weight, bias), F.relu(F.linear(strided, weight, bias))) < 1e-6
+    linear_relu(x.detach(), weight, bias).sum().backward()
+    assert x.grad is None and weight.grad is not None and bias.grad is not None
+    assert linear_relu(x[:0], weight, bias).shape == (0, 6)
+
+
+@pytest.mark.skipif(not fuses(torch.bfloat16), reason="this CPU has no products in bfloat16")
+def test_in_autocast_the_weights_stay_and_their_gradients_are_float32():
+    x, weight, bias = layer(64, 32, 16)
+    with torch.autocast("cpu", torch.bfloat16): out = linear_relu(x, weight, bias)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    plain = layer(64, 32, 16)
+    with torch.autocast("cpu", torch.bfloat16): F.relu(F.linear(*plain)).float().square().sum().backward()
+    assert weight.grad.dtype == x.grad.dtype == torch.float32 and max(difference(a.grad, b.grad) for a, b in zip((x, weight, bias), plain)) < 1e-2
+
+
+def test_a_gradient_of_a_gradient_is_refused():
+    x, weight, bias = layer(8, 4, 3)
+    if not fuses(torch.float32): pytest.skip("plain layers have one")
+    first, = torch.autograd.grad(linear_relu(x, weight, bias).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"): first.sum().backward()
+
+
+def test_float32_products_are_exact_and_the_setting_is_put_back():
+    before = torch.get_float32_matmul_precision()
+    a, b = torch.randn(500, 300), torch.randn(300, 200)
+    with pytest.raises(ZeroDivisionError), fast_products(torch.device("cpu")):
+        assert difference(a @ b, a.double() @ b.double()) < 1e-6
+        assert (torch.get_float32_matmul_precision() == "medium") == _medium_is_exact()
+        1 / 0
+    assert torch.get_float32_matmul_precision() == before
+
+
+# --- acting ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("version", ["5.6.0", "2.7.0"])
+@pytest.mark.parametrize("settings", [dict(), dict(shared_trunk=False, hidden_dims=(32, 16))], ids=["shared", "separate"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
+def test_what_is_known_of_all_bars_is_what_the_policy_computes(version, settings, dtype, tolerance):
+    t = trading_trainer(0, market(version).span(5500, 5700), version=version, **settings)
+    with torch.no_grad():
+        for p in t.policy.parameters(): p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))  # a new head says nothing
+        inputs = FoldedInputs(t.policy, t.table, dtype)
+        bars = range(t.env.market.start + t.env.market.window, t.env.market.stop)
+        obs = t.env.reset_index(3)
+        for _ in range(20): obs, *_ = t.env.step_index(torch.randint(t.env.n_actions, (t.env.n_envs,)))  # accounts that own something
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            table = ActingTable(t.policy, inputs, bars)
+            found, expected = table(obs), t.policy.evaluate(inputs(obs))
+        assert all(difference(*pair) < tolerance for pair in zip(found, expected)) and float(expected[0].std()) > 1e-3
+        assert (table._answers is not None) == (inputs.n_account == 0)
+        other = Obs(obs.index.roll(1), obs.dense)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32): assert difference(table(other)[0], expected[0]) > 2 * tolerance  # of other bars it would be something else
+        if inputs.n_account: assert difference(table(Obs(obs.index, obs.dense + 1.0))[0], expected[0]) > 2 * tolerance
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(shared_trunk=False)], ids=["shared", "separate"])
+def test_a_rollout_with_it_is_the_rollout_without(monkeypatch, settings):
+    "The same actions; values, advantages and returns to rounding; the values of episodes that were cut among them."
+    rollouts, acted = [], []
+    original = ActingTable.__init__
+    monkeypatch.setattr(ActingTable, "__init__", lambda self, *given: (acted.append(1), original(self, *given))[1])
+    for most in (1e9, 0):
+        monkeypatch.setitem(trainer_module._ACTING_BYTES, "cpu", most)
+        t = trading_trainer(0, market().span(5500, 5700), n_steps=1400, **settings)
+        t._begin()
+        rollouts.append({name: v.clone() for name, v in t._rollout().items()})
+    fast, plain = rollouts
+    assert acted == [1] and set(fast) == set(plain)
+    for name in ("index", "action", "ended"): assert torch.equal(fast[name], plain[name]), name
+    for name in set(fast) - {"index", "action", "ended"}: assert difference(fast[name], plain[name]) < 1e-4, name
+    cut = fast["ended"] == 2
+    assert int(cut.sum()) > 10 and difference(fast["next_value"][cut], plain["next_value"][cut]) < 1e-4
+
+
+def test_a_cut_episode_is_valued_by_its_own_last_observation():
+    "Not by the first of the episode that follows: against the policy on every last observation, one by one."
+    t = trading_trainer(0, market().span(5500, 5700), n_steps=300)
+    t._begin()
+    step, seen = t.env.step_index, []
+    t.env.step_index = lambda actions: (lambda out: (seen.append((out[3].clone(), out[4]["final_obs"])), out)[1])(step(actions))
+    rollout = t._rollout()
+    checked = 0
+    for at, (truncated, final) in enumerate(seen):
+        for account in (truncated & (rollout["ended"][at] == 2)).nonzero().flatten().tolist():
+            with torch.no_grad(): value = t.policy.evaluate(t._inputs(Obs(final.index[account:account + 1], final.dense[account:account + 1])))[1]
+            assert abs(float(value) - float(rollout["next_value"][at, account])) < 1e-4
+            checked += 1
+    assert checked > 10
+
+
+# --- learning ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("settings", [dict(), dict(shared_trunk=False, separate_optimizers=True, critic_epochs=2), dict(value_clip_range=0.2, target_kl=0.01)])
+def test_each_bar_once_is_the_same_update(settings):
+    "A layout without account columns: samples at one bar share the network's work, and their gradients are added up."
+    weights, rows = [], []
+    for shares in (True, False):
+        t = trading_trainer(0, None, n_steps=64, minibatch_size=512, **settings)
+        assert t.table.n_account == 0
+        t._shares_bars = shares
+        rows.append(t.train(2)[-1])
+        weights.append({name: v.detach().clone() for name, v in t.policy.named_parameters()})
+    fresh = dict(trading_trainer(0, None, n_steps=64, minibatch_size=512, **settings).policy.named_parameters())
+    for name, v in weights[0].items():
+        moved = float((weights[1][name] - fresh[name]).abs().max())
+        assert float((v - weights[1][name]).abs().max()) < 1e-3 * moved and moved > 0, name
+    assert all(rows[0][name] == pytest.approx(rows[1][name], rel=1e-4, abs=1e-6) for name in rows[0])
+
+
+def test_it_is_chosen_where_bars_repeat_and_nothing_else_is_seen():
+    few = trading_trainer(0, None, minibatch_size=256)
+    bars = len(few._bars())
+    assert not few._shares_bars  # 256 of thousands of bars: hardly any twice
+    many = trading_trainer(0, None, n_steps=bars // 8, minibatch_size=bars)
+    assert many._shares_bars  # as many samples as bars: a share of 1 - 1/e of them is seen
+    assert not trading_trainer(0, None, version="2.7.0", n_steps=bars // 8, minibatch_size=bars)._shares_bars  # accounts are seen too
+    index = torch.randint(many._bars().start, many._bars().stop, (5000,), generator=torch.Generator().manual_seed(1))
+    (bars, place), (expected, inverse) = many._distinct(index), torch.unique(index, return_inverse=True)
+    assert torch.equal(bars[:len(expected)], expected) and torch.equal(place, inverse) and bool((bars[len(expected):] == expected[0]).all())
+    assert len(bars) % (5000 // 16) == 0 and len(bars) - len(expected) < 5000 // 16  # a handful of sizes, whatever is drawn
+    assert len(many._distinct(expected)[0]) == len(expected)  # never more than there were
