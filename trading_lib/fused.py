@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/11_fused.ipynb #153246db
+# %% ../nbs/11_fused.ipynb #6672493a
 def _one_pass(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
 
 
@@ -54,7 +54,7 @@ def linear_relu(
     bias: Tensor,  # (outputs,)
 ) -> Tensor:  # (n, outputs), in autocast's precision where that is on
     "ReLU of a linear layer, in one pass where the machine has it."
-    if x.device.type != "cpu" or not len(x): return F.relu(F.linear(x, weight, bias))
+    if x.device.type != "cpu" or not len(x) or torch.compiler.is_compiling(): return F.relu(F.linear(x, weight, bias))  # a compiler fuses them itself
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     if not fuses(dtype): return F.relu(F.linear(x, weight, bias))
     return _LinearReLU.apply(x.to(dtype).contiguous(), weight.to(dtype), bias.to(dtype))
