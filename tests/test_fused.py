@@ -43,6 +43,16 @@ def test_a_hidden_layer_is_the_plain_one(shape, dtype, tolerance):
     if out.any(): assert difference(out, F.linear(*exact)) > 0.01 or bool((F.linear(*exact) >= 0).all())  # without the ReLU it would be seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["input", "weight", "bias"])
+def test_what_is_not_a_number_stays_so(dtype, which):
+    "A ReLU that made 0 of it would hide what is wrong from everybody."
+    arguments = [v.detach() for v in layer(20, 40, 16, dtype)]
+    arguments[which].view(-1)[3] = float("nan")
+    expected = F.relu(F.linear(*(v.float() for v in arguments))).isnan()
+    assert torch.equal(linear_relu(*arguments).isnan(), expected) and expected.any()
+
+
 def test_an_input_that_needs_no_gradient_gets_none_and_one_that_is_not_contiguous_is_read_rightly():
     x, weight, bias = layer(40, 12, 6)
     strided = torch.randn(12, 40).t()

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/11_fused.ipynb #6672493a
-def _one_pass(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "relu", [], "")
+# %% ../nbs/11_fused.ipynb #6ba06f01
+def _one_pass(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    # oneDNN's own ReLU makes 0 of NaN, and nobody would hear of it
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "").relu_()
 
 
 @lru_cache(maxsize=None)
