@@ -22,7 +22,6 @@ import argparse
 import ctypes
 import datetime
 import json
-import math
 import os
 import platform
 import resource
@@ -213,14 +212,7 @@ def flops_of(row: dict, env, settings: dict) -> int:  # per step
     inputs = windowed * env.config.window + env.layout.n_features - windowed if folded else env.obs_dim
     shared = "peer" not in row and row.get("shared_trunk", True)
     flops = flops_per_step(inputs, settings["hidden_dims"], env.n_actions, 1 if shared else 2, settings["n_epochs"])
-    return round(flops["forward"] + (flops["step"] - flops["forward"]) * (computed_share(env, settings) if folded else 1.0))
-
-
-def computed_share(env, settings: dict) -> float:
-    "Of a minibatch's samples, those that the network computes: expected different bars, where `NativePPOTrainer` takes advantage of it."
-    n, bars = min(settings["minibatch_size"], settings["n_envs"] * settings["n_steps"]), env.market.stop - max(env.market.start, env.market.window - 1)
-    share = bars * -math.expm1(-n / bars) / n
-    return share if share < 0.9 and not env.table.n_account and torch.device(env.device).type == "cpu" else 1.0
+    return round(flops["forward"] + (flops["step"] - flops["forward"]) * (our_trainer(env, settings).computed_share if folded else 1.0))
 
 
 def product_error(multiply, m: int, k: int, n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, torch.Tensor, torch.Tensor]:  # and the factors

@@ -98,7 +98,7 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #7576364d
+# %% ../nbs/13_trainer.ipynb #9873c562
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
@@ -148,7 +148,7 @@ class NativePPOTrainer:
         self._random.manual_seed(c.seed + self.rank)
         self.validation = Validation(validation_market, env.config, self.device) if validation_market is not None else None
         self._samples = env.n_envs * c.n_steps
-        self._shares_bars = self._many_at_each_bar()
+        self._shares_bars = self.computed_share < 1
         self.updates = math.ceil(c.total_timesteps / (self._samples * self.world))
         self.update, self.global_step, self.history, self.best, self.best_update, self.best_score = 0, 0, [], None, None, -math.inf
         self.validations = []  # one row for each checkpoint that was looked at: what a ledger of trials needs
@@ -309,11 +309,13 @@ class NativePPOTrainer:
         market = self.env.market
         return range(max(market.start, market.window - 1), market.stop)
 
-    def _many_at_each_bar(self) -> bool:
-        "Whether a minibatch looks at the same bars so often, and at nothing else, that it pays to compute each of them once."
-        if self.table is None or self.table.n_account or self.recurrent or self.device.type != "cpu": return False  # elsewhere the host would wait to hear how many they are
+    @property
+    def computed_share(self) -> float:
+        "Of a minibatch's samples, those that the network computes: expected different bars, where it looks at the same ones so often, and at nothing else, that it pays to compute each of them once."
+        if self.table is None or self.table.n_account or self.recurrent or self.device.type != "cpu": return 1.0  # elsewhere the host would wait to hear how many they are
         n, bars = min(self.config.minibatch_size, self._samples), len(self._bars())
-        return bars * -math.expm1(-n / bars) < _DISTINCT * n
+        share = bars * -math.expm1(-n / bars) / n
+        return share if share < _DISTINCT else 1.0
 
     def _distinct(self, index: Tensor) -> tuple[Tensor, Tensor]:  # (k,) each row once, and the first as often as it takes; (n,) where it is among them
         "What `torch.unique` gives, without sorting, and a few rows more: products of a size that was never seen are compiled before they are computed."
