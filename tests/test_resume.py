@@ -94,7 +94,7 @@ def digests(trainer: NativePPOTrainer) -> dict[str, str]:
         "model": [dict(trainer.policy.named_parameters()), dict(trainer.policy.named_buffers())],
         "optimizers": moments,
         "scheduler": [trainer.update, trainer.updates, trainer.global_step, [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups], trainer.recoveries],
-        "RNG": [trainer._random.get_state(), env._random.get_state()],
+        "RNG": [trainer._random.get_state(), *(random.get_state() for random in env._random)],
         "environment": [env.state_dict(), env.rules, env.account, env.bar, env.end, list(trainer._obs), trainer._state],
         "best": [trainer.best_score, trainer.best_update, trainer._without_better, best and {name: best[name] for name in ("policy_state_dict", "update", "metrics", "history", "optimizer_state_dict", "processes")}],
         "validations": trainer.validations,

@@ -439,7 +439,7 @@ def _flags(moved: Moved, convert) -> Moved:
     return moved._replace(terminated=convert(moved.terminated), truncated=convert(moved.truncated), done=convert(moved.done),
                           fills=fills._replace(stopped=convert(fills.stopped), targeted=convert(fills.targeted), trade_closed=convert(fills.trade_closed)))
 
-# %% ../nbs/09_env.ipynb #b2f5fe5c
+# %% ../nbs/09_env.ipynb #b2a3e5cf
 class GPUVectorizedTradingEnv:
     "`n_envs` accounts trading one symbol, stepped together on one device."
 
@@ -473,8 +473,7 @@ class GPUVectorizedTradingEnv:
         self.n_envs, self.n_actions, self.obs_dim = config.n_envs, self.spec.n_actions, config.window * self.layout.n_features
         self.table = ObservationTable(market.features, config.version, config.window, self.device)
         self._load_market(market)
-        self._random = torch.Generator(self.device)
-        self._random.manual_seed(0)
+        self._seed([0])
         direction, size, is_close = action_table(self.spec)
         tensor = lambda a, dtype: torch.as_tensor(np.asarray(a), device=self.device).to(dtype)
         self._actions = tensor(direction, torch.float64), tensor(size, torch.float64), tensor(is_close, torch.bool)
@@ -539,9 +538,16 @@ class GPUVectorizedTradingEnv:
 
     # -- starting ------------------------------------------------------------------------------------------------
 
-    def _draw_starts(self) -> tuple[Tensor, Tensor]:
-        "Random first bars, and where those episodes end."
-        start = self._starts[torch.randint(len(self._starts), (self.n_envs,), generator=self._random, device=self.device)]
+    def _seed(self, seeds: list[int]):
+        "Random numbers for each group of accounts."
+        self._random = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+
+    def _draw_starts(self, done: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        "Random first bars, and where those episodes end; nothing is drawn for a group of which nobody is done."
+        groups, size = len(self._random), self.n_envs // len(self._random)
+        needed = [True] * groups if groups == 1 or done is None or self.device.type != "cpu" else done.view(groups, size).any(1).tolist()
+        drawn = [torch.randint(len(self._starts), (size,), generator=random, device=self.device) if need else torch.zeros(size, dtype=torch.int64) for random, need in zip(self._random, needed)]
+        start = self._starts[torch.cat(drawn) if groups > 1 else drawn[0]]
         return start, torch.minimum(start + self.config.episode_length, self._final[start])
 
     def _begin(self, start: Tensor, end: Tensor, account: AccountState | None = None):
@@ -564,9 +570,12 @@ class GPUVectorizedTradingEnv:
         self._renew = self._nobody
         return self._account
 
-    def reset_index(self, seed: int | None = None) -> Obs:
-        "Start every account at a random bar; a seed makes this and all that follows repeatable."
-        if seed is not None: self._random.manual_seed(seed)
+    def reset_index(self, seed: int | list[int] | None = None) -> Obs:
+        "Start every account at a random bar; a seed makes this and all that follows repeatable. Several seeds: as many groups of accounts, each as in an environment of its own."
+        if seed is not None:
+            seeds = list(seed) if isinstance(seed, (list, tuple)) else [int(seed)]
+            require(len(seeds) > 0 and self.n_envs % len(seeds) == 0, f"reset: {self.n_envs} accounts cannot be divided into {len(seeds)} equal groups, one for each seed")
+            self._seed(seeds)
         self._begin(*self._draw_starts())
         return self._observe()
 
@@ -587,7 +596,7 @@ class GPUVectorizedTradingEnv:
         "`reset_at_index`, as windows where the configuration says so."
         return self._present(self.reset_at_index(start, end, account))
 
-    def reset(self, seed: int | None = None):  # windows (n_envs, obs_dim), or Obs
+    def reset(self, seed: int | list[int] | None = None):  # windows (n_envs, obs_dim), or Obs
         "Start every account at a random bar."
         return self._present(self.reset_index(seed))
 
@@ -607,7 +616,7 @@ class GPUVectorizedTradingEnv:
 
     def _restart(self, done: Tensor, obs: Obs) -> Obs:  # where episodes that are over have begun anew
         "Send those who are done to new bars; the next step sees to their accounts, which it reads anyway."
-        start, end = self._draw_starts()
+        start, end = self._draw_starts(done)
         self.bar, self.end, self._first = (torch.where(done, new, old) for new, old in ((start, self.bar), (end, self.end), (start, self._first)))
         self._renew = done
         return Obs(self.bar, torch.where(done[:, None], self._own_columns(self._fresh), obs.dense) if self.layout.account_columns else obs.dense)
@@ -623,7 +632,7 @@ class GPUVectorizedTradingEnv:
         own = {name.lstrip("_"): getattr(self, name).clone() for name in self._STATE}
         age = torch.arange(_RECENT_ACTIONS, 0, -1, device=self.device)[:, None]  # steps since each row was written
         recent = torch.where(age <= self.bar - self._first, torch.stack(tuple(self._recent)) // _BITS, -1)  # those of the present episode
-        return own | {"recent": recent, "cost_scale": self._cost_scale, "random": self._random.get_state(), "account": {f.name: getattr(account, f.name).clone() for f in fields(AccountState)}}
+        return own | {"recent": recent, "cost_scale": self._cost_scale, "random": torch.stack([random.get_state() for random in self._random]), "account": {f.name: getattr(account, f.name).clone() for f in fields(AccountState)}}
 
     def load_state_dict(self, state: dict) -> Obs:
         "Go on exactly where `state_dict` was taken."
@@ -636,7 +645,8 @@ class GPUVectorizedTradingEnv:
         self._recent = deque(place.clone().unbind(0), _RECENT_ACTIONS)
         self._tally = torch.where(recent >= 0, 1 << place, 0).sum(0)
         self._first = self.bar - (recent >= 0).sum(0)
-        self._random.set_state(state["random"].cpu())
+        self._seed([0] * len(random := state["random"].cpu().view(-1, state["random"].shape[-1])))  # older files hold one row, as it is
+        for own, row in zip(self._random, random): own.set_state(row)
         self._take(AccountState(**{name: v.clone().to(self.device) for name, v in state["account"].items()}))
         return self._observe()
 

@@ -14,7 +14,7 @@ import torch
 from .env import GPUVectorizedTradingEnv, MarketData
 from .metrics import consistency, fitness, max_drawdown, profit_factor, sharpe_ratio, skewness
 
-# %% ../nbs/13_evaluation.ipynb #7f4180b7
+# %% ../nbs/13_evaluation.ipynb #440024e1
 _RUN_LENGTH = 512  # bars of one account's run
 _DAY = 86_400 * 10**9
 
@@ -37,9 +37,10 @@ class Validation:
         market: MarketData,  # bounded to the span
         config,  # GPUEnvConfig of the training environment
         device: torch.device,
+        policies: int = 1,  # that play side by side, each on accounts of its own
     ):
         self.starts, self.ends = runs_through(GPUVectorizedTradingEnv(market, replace(config, n_envs=1)))
-        self.env = GPUVectorizedTradingEnv(market, replace(config, n_envs=len(self.starts)), device=device)
+        self.env, self.policies = GPUVectorizedTradingEnv(market, replace(config, n_envs=policies * len(self.starts)), device=device), policies
         self.bars = np.concatenate([np.arange(a, b) for a, b in zip(self.starts, self.ends)]) + 1  # at whose closes the returns are known, in time order
         years = (market.timestamp[market.stop - 1] - market.timestamp[market.start]) / 1e9 / (365.25 * 86_400)
         self.periods_per_year = (market.stop - market.start) / years  # bars of this very span: no calendar needed here
@@ -48,13 +49,20 @@ class Validation:
         "Metrics of the most probable actions over the span, after costs."
         return self.summarise(self.play(policy))
 
-    @torch.no_grad()
     def play(self,
         policy,  # NativeActorCritic or RecurrentActorCritic
     ) -> dict[str, np.ndarray]:  # per bar: return, held, reward, order, and each component of the reward; per trade: profit; per run: run_return
         "What the most probable actions did, in time order."
-        env, length = self.env, self.ends - self.starts
-        obs, state = env.reset_at_index(self.starts, self.ends), policy.initial_state(env.n_envs, env.device)
+        return self.play_each(policy)[0]
+
+    @torch.no_grad()
+    def play_each(self,
+        policy,  # that answers for the accounts of each of its networks, one group after another
+    ) -> list[dict[str, np.ndarray]]:  # of each network, as `play`
+        "What each of several networks did."
+        env, starts, ends = self.env, *(np.tile(bars, self.policies) for bars in (self.starts, self.ends))
+        length = ends - starts
+        obs, state = env.reset_at_index(starts, ends), policy.initial_state(env.n_envs, env.device)
         rows = {name: [] for name in ("return", "held", "reward", "order", *env.reward_names, "profit")}
         growth = torch.ones(env.n_envs, dtype=torch.float64, device=env.device)
         for step in range(int(length.max())):
@@ -67,8 +75,9 @@ class Validation:
             values = (step_return, (account.position_value / account.equity).abs(), reward, (fills.quantity != 0).double(), *infos["reward_components"].T)
             for name, value in zip(rows, values): rows[name].append(torch.where(active, value, torch.nan))
             rows["profit"].append(torch.where(active & fills.trade_closed, fills.trade_profit, torch.nan))
-        in_order = lambda columns: (lambda x: x[~np.isnan(x)])(torch.stack(columns, 1).cpu().numpy().astype(np.float64).ravel())  # run by run
-        return {name: in_order(columns) for name, columns in rows.items()} | {"run_return": growth.cpu().numpy() - 1}
+        in_order = lambda x: (lambda x: x[~np.isnan(x)])(x.numpy().astype(np.float64).ravel())  # run by run
+        each = {name: torch.stack(columns, 1).cpu().chunk(self.policies) for name, columns in rows.items()}
+        return [{name: in_order(parts[k]) for name, parts in each.items()} | {"run_return": of_runs.numpy() - 1} for k, of_runs in enumerate(growth.cpu().chunk(self.policies))]
 
     def summarise(self, played: dict[str, np.ndarray]) -> dict[str, float]:
         "The figures of what was played."

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['layout_of_env', 'make_policy', 'build_policy', 'Lines', 'Diverged', 'NativePPOTrainer']
 
-# %% ../nbs/13_trainer.ipynb #2964ba6e
+# %% ../nbs/13_trainer.ipynb #05f41f4a
 import copy
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #9873c562
+# %% ../nbs/13_trainer.ipynb #b4625bc6
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
@@ -108,6 +108,15 @@ _ACTING_BYTES = {"cpu": 128e6, "cuda": 2e9}  # that what is known of all bars ma
 _DISTINCT = 0.9  # share of different bars in a minibatch below which each is computed once
 _SIZES = 16  # of the products that they then have
 _RECOVERIES = 3  # at most so many times the learning rate is halved
+
+
+_FIGURES = ("explained_variance", "reward", "advantage_mean", "advantage_deviation", "return_mean", "value_mean")
+
+
+def _figures(data: dict[str, Tensor]) -> list[Tensor]:
+    "What is told of a rollout's samples."
+    explained = 1 - (data["return"] - data["value"]).var() / data["return"].var().clamp(min=1e-12)
+    return [explained, data["reward"].mean(), data["advantage"].mean(), data["advantage"].std(), data["return"].mean(), data["value"].mean()]
 
 
 class _Evaluate(nn.Module):
@@ -232,6 +241,14 @@ class NativePPOTrainer:
             with self._autocast(): return act(obs, state)
         return acted
 
+    def _race(self, logits: Tensor) -> Tensor:
+        "Exponential random numbers, one for each logit."
+        return torch.empty_like(logits).exponential_(generator=self._random)
+
+    def _values(self, act, obs: Obs, account: Tensor) -> Tensor:  # (n,)
+        "Values of observations of these accounts."
+        return act(obs, None)[1]
+
     @torch.no_grad()
     def _rollout(self) -> dict[str, Tensor]:  # (n_steps, n_envs, …)
         "Let the policy act `n_steps` times; store indices, not windows."
@@ -245,7 +262,7 @@ class NativePPOTrainer:
             logits, value, state = act(obs, self._state)
             log_probabilities = torch.log_softmax(logits, 1)
             # the exponential race draws from the categorical distribution in one pass
-            action = (log_probabilities.exp() / torch.empty_like(logits).exponential_(generator=self._random)).argmax(1)
+            action = (log_probabilities.exp() / self._race(logits)).argmax(1)
             after, reward, terminated, truncated, infos = step(action)
             ended = terminated * _TERMINATED + (truncated & ~terminated) * _TRUNCATED
             for name, x in (("index", obs.index), ("dense", obs.dense), ("action", action), ("log_probability", log_probabilities.gather(1, action[:, None]).squeeze(1)),
@@ -264,7 +281,7 @@ class NativePPOTrainer:
         terminated, done = out["ended"] == _TERMINATED, out["ended"] > 0
         if deferred:
             (step, account), last = (out["ended"] == _TRUNCATED).nonzero(as_tuple=True), Obs(*map(torch.stack, zip(*finals)))
-            for t, a in zip(step.split(c.minibatch_size), account.split(c.minibatch_size)): bootstrap[t, a] = act(Obs(last.index[t, a], last.dense[t, a]), None)[1]
+            for t, a in zip(step.split(c.minibatch_size), account.split(c.minibatch_size)): bootstrap[t, a] = self._values(act, Obs(last.index[t, a], last.dense[t, a]), a)
         next_values = torch.cat([out["value"][1:], act(obs, self._state)[1][None]])
         next_values = torch.where(out["ended"] == _TRUNCATED, bootstrap, next_values)
         advantage = generalized_advantages(out["reward"], out["value"], next_values, terminated, done, c.gamma, c.gae_lambda)
@@ -284,9 +301,11 @@ class NativePPOTrainer:
             bad = ~rollout[name].isfinite()
             if bool(bad.any()):
                 place = bad.nonzero()[0].tolist()
-                which = f"account {place[1]} at step {place[0]} of the rollout"
+                which = f"{self._account(place[1])} at step {place[0]} of the rollout"
                 own = " (their own numbers were finite: the weights are not)" if name in ("value", "logits") and not all(bool(p.isfinite().all()) for p in self.policy.parameters()) else ""
                 return f"{text} became {float(rollout[name][tuple(place)])}, first of {which}{own}; check the environment's data and rewards"
+
+    def _account(self, i: int) -> str: return f"account {i}"
 
     def _diverged(self, cause: str) -> Diverged:
         "Keep what is good, and say where."
@@ -348,11 +367,13 @@ class NativePPOTrainer:
             for p in self._head: mean_over_processes(p.grad)
         if self._scaler:
             for optimizer in optimizers: self._scaler.unscale_(optimizer)
-        norm = clip_gradients([group for optimizer in optimizers for group in optimizer.param_groups], self.config.max_grad_norm)
+        norm = self._clip([group for optimizer in optimizers for group in optimizer.param_groups])
         # an overflow anywhere has made all clipped gradients NaN: no optimizer may take them
         if self._scaler is None or bool(norm.isfinite()):
             for optimizer in optimizers: optimizer.step()
         if self._scaler: self._scaler.update()
+
+    def _clip(self, groups: list[dict]) -> Tensor: return clip_gradients(groups, self.config.max_grad_norm)
 
     def _normalised(self, advantage: Tensor) -> Tensor:
         "Over the minibatches of all processes."
@@ -383,15 +404,17 @@ class NativePPOTrainer:
             self.progress.phase("epochs", epoch + 1, c.n_epochs)
             if c.target_kl is not None and float(mean_over_processes(watch["kl"])) > 1.5 * c.target_kl: break
         self._learn_values(data)
-        means = mean_over_processes(torch.stack(watched).mean(0)).tolist()
-        if not all(map(math.isfinite, means)) or not bool(torch.stack([p.isfinite().all() for p in self.policy.parameters()]).all()):
-            worst = next((name for name, v in zip(watch, means) if not math.isfinite(v)), "a weight")
+        means = mean_over_processes(torch.stack(watched).mean(0))
+        finite = means.isfinite().view(len(means), -1).all(1).tolist()
+        if not all(finite) or not bool(torch.stack([p.isfinite().all() for p in self.policy.parameters()]).all()):
+            worst = next((name for name, is_finite in zip(watch, finite) if not is_finite), "a weight")
             self._restore(good)
             raise self._diverged(f"{worst.replace('_', ' ')} became NaN or infinite though the rollout was finite; use a smaller learning_rate (was {rate:.2g}) or max_grad_norm ({c.max_grad_norm})")
-        explained = 1 - (data["return"] - data["value"]).var() / data["return"].var().clamp(min=1e-12)
-        figures = torch.stack([explained, data["reward"].mean(), data["advantage"].mean(), data["advantage"].std(), data["return"].mean(), data["value"].mean()])
-        names = ("explained_variance", "reward", "advantage_mean", "advantage_deviation", "return_mean", "value_mean")
-        return dict(zip(watch, means)) | {"learning_rate": rate, "entropy_coefficient": entropy_coefficient} | dict(zip(names, mean_over_processes(figures).tolist()))
+        return self._row(dict(zip(watch, means)) | {"learning_rate": rate, "entropy_coefficient": entropy_coefficient}, data)
+
+    def _row(self, watched: dict, data: dict[str, Tensor]) -> dict[str, float]:
+        "What is kept of an update."
+        return {name: float(v) for name, v in watched.items()} | dict(zip(_FIGURES, mean_over_processes(torch.stack(_figures(data))).tolist()))
 
     def _learn_values(self, data: dict[str, Tensor]):
         "Epochs of the value head alone, after the joint ones."
@@ -453,16 +476,19 @@ class NativePPOTrainer:
         content = self.content()
         return save(content) if self.rank == 0 else None
 
-    def _validate(self, row: dict):
-        "Add the validation's metrics to the update's row; the best policy so far is kept."
-        c = self.config
-        metrics, daily = of_first(lambda: (lambda played: (self.validation.summarise(played), self.validation.daily(played)))(self.validation.play(self.policy)))
-        self.validations.append({"update": self.update, **daily})
+    def _scored(self, metrics: dict, row: dict) -> tuple[float, float]:  # by which checkpoints are chosen; drawdown beyond the threshold, in thresholds
+        "Add the composite score to a validation's metrics, and judge them."
+        c, deviation = self.config, metrics["reward_deviation"]
         excess = max(0.0, metrics["max_drawdown"] - c.max_drawdown_threshold) / c.max_drawdown_threshold
-        score = metrics["sharpe"] - c.drawdown_penalty_weight * excess
-        deviation = metrics["reward_deviation"]
         metrics["composite"] = composite_score(100 * metrics["run_return"], metrics["win_rate"], metrics["reward"] / deviation if deviation else 0.0, row["explained_variance"],
                                                row["entropy"] / math.log(self.env.n_actions), row["kl"], row["clip_fraction"])
+        return metrics["sharpe"] - c.drawdown_penalty_weight * excess, excess
+
+    def _validate(self, row: dict):
+        "Add the validation's metrics to the update's row; the best policy so far is kept."
+        metrics, daily = of_first(lambda: (lambda played: (self.validation.summarise(played), self.validation.daily(played)))(self.validation.play(self.policy)))
+        self.validations.append({"update": self.update, **daily})
+        score, excess = self._scored(metrics, row)
         row |= {f"validation_{name}": v for name, v in metrics.items()} | {"validation_score": score}
         better = self.best_score == -math.inf or score > self.best_score
         if better: self.best_score, self.best_update, self._without_better = score, self.update, 0
@@ -490,19 +516,24 @@ class NativePPOTrainer:
         obs = None if self._obs is None else {"index": self._obs.index, "dense": self._obs.dense}
         return {"environment_state": state, "rng_state": self._random.get_state(), "observation": obs, "recurrent_state": self._state}
 
-    def content(self, metrics: dict | None = None) -> dict:
-        "Everything a checkpoint holds: plain containers and tensors."
-        env, own = self.env, gathered(self._own())
-        content = {"policy_state_dict": self.policy.state_dict(), "folded_sums": folded_sums(self.policy), "optimizer_state_dict": plain_optimizer_state(self.policy, self.optimizers),
-                   "global_step": self.global_step, "update": self.update, "policy_obs_dim": env.obs_dim, "policy_n_actions": env.n_actions, "processes": own,
-                   "scheduler_state_dict": {"update": self.update, "updates": self.updates}, "scaler_state_dict": self._scaler.state_dict() if self._scaler else None, "best_score": self.best_score if self.best_score > -math.inf else None, "best_update": self.best_update,
-                   "history": self.history, "validations": self.validations, "recoveries": self.recoveries, "without_better": self._without_better, "ended": self.ended,
-                   "config": {"train": asdict(self.config)}, "metrics": metrics or {}, **self._made_with}
+    def _policy_content(self, policy: nn.Module, config: NativePPOConfig, n_envs: int) -> dict:
+        "What a checkpoint says of a policy: its weights, what it reads, what it was trained on and how."
+        env = self.env
+        content = {"policy_state_dict": policy.state_dict(), "folded_sums": folded_sums(policy), "global_step": self.global_step, "update": self.update,
+                   "policy_obs_dim": env.obs_dim, "policy_n_actions": env.n_actions, "config": {"train": asdict(config)}, **self._made_with}
         if self.table is not None:
             content |= get_checkpoint_metadata(env.config.version, env.config.window)
-            content["config"]["env"] = asdict(env.config)
+            content["config"]["env"] = asdict(replace(env.config, n_envs=n_envs))
             content |= {"fit": env.market.fit, "data": self._data()}
         return content
+
+    def content(self, metrics: dict | None = None) -> dict:
+        "Everything a checkpoint holds: plain containers and tensors."
+        return self._policy_content(self.policy, self.config, self.env.n_envs) | {
+            "optimizer_state_dict": plain_optimizer_state(self.policy, self.optimizers), "processes": gathered(self._own()),
+            "scheduler_state_dict": {"update": self.update, "updates": self.updates}, "scaler_state_dict": self._scaler.state_dict() if self._scaler else None,
+            "best_score": self.best_score if self.best_score > -math.inf else None, "best_update": self.best_update, "history": self.history, "validations": self.validations,
+            "recoveries": self.recoveries, "without_better": self._without_better, "ended": self.ended, "metrics": metrics or {}}
 
     def _data(self) -> dict:
         "Which bars these are."
