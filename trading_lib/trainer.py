@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layout_of_env', 'make_policy', 'build_policy', 'Lines', 'Diverged', 'NativePPOTrainer']
 
-# %% ../nbs/13_trainer.ipynb #05f41f4a
+# %% ../nbs/13_trainer.ipynb #b46e7317
 import copy
 import math
 import time
@@ -22,7 +22,7 @@ from .config import InputError, require
 from .distributed import gathered, mean_over_processes, of_first, processes
 from .env import MarketData, Obs
 from .evaluation import Validation
-from .fused import fast_products
+from .fused import fast_products, keep_freed_memory
 from .memory import allocate_rollout, sample_fields
 from .metrics import composite_score
 from .networks import (ActingTable, FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
@@ -98,7 +98,7 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #b4625bc6
+# %% ../nbs/13_trainer.ipynb #38f521ef
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
@@ -108,15 +108,6 @@ _ACTING_BYTES = {"cpu": 128e6, "cuda": 2e9}  # that what is known of all bars ma
 _DISTINCT = 0.9  # share of different bars in a minibatch below which each is computed once
 _SIZES = 16  # of the products that they then have
 _RECOVERIES = 3  # at most so many times the learning rate is halved
-
-
-_FIGURES = ("explained_variance", "reward", "advantage_mean", "advantage_deviation", "return_mean", "value_mean")
-
-
-def _figures(data: dict[str, Tensor]) -> list[Tensor]:
-    "What is told of a rollout's samples."
-    explained = 1 - (data["return"] - data["value"]).var() / data["return"].var().clamp(min=1e-12)
-    return [explained, data["reward"].mean(), data["advantage"].mean(), data["advantage"].std(), data["return"].mean(), data["value"].mean()]
 
 
 class _Evaluate(nn.Module):
@@ -412,9 +403,17 @@ class NativePPOTrainer:
             raise self._diverged(f"{worst.replace('_', ' ')} became NaN or infinite though the rollout was finite; use a smaller learning_rate (was {rate:.2g}) or max_grad_norm ({c.max_grad_norm})")
         return self._row(dict(zip(watch, means)) | {"learning_rate": rate, "entropy_coefficient": entropy_coefficient}, data)
 
+    _FIGURES = ("explained_variance", "reward", "advantage_mean", "advantage_deviation", "return_mean", "value_mean")
+
+    @staticmethod
+    def _figures(data: dict[str, Tensor]) -> list[Tensor]:
+        "What is told of a rollout's samples."
+        explained = 1 - (data["return"] - data["value"]).var() / data["return"].var().clamp(min=1e-12)
+        return [explained, data["reward"].mean(), data["advantage"].mean(), data["advantage"].std(), data["return"].mean(), data["value"].mean()]
+
     def _row(self, watched: dict, data: dict[str, Tensor]) -> dict[str, float]:
         "What is kept of an update."
-        return {name: float(v) for name, v in watched.items()} | dict(zip(_FIGURES, mean_over_processes(torch.stack(_figures(data))).tolist()))
+        return {name: float(v) for name, v in watched.items()} | dict(zip(self._FIGURES, mean_over_processes(torch.stack(self._figures(data))).tolist()))
 
     def _learn_values(self, data: dict[str, Tensor]):
         "Epochs of the value head alone, after the joint ones."
@@ -448,6 +447,7 @@ class NativePPOTrainer:
         stop=lambda: False,  # asked after every update whether to end here; `StopRequest` answers for signals
     ) -> list[dict]:  # one row per update
         "Train; may be called again to go on."
+        if self.device.type == "cpu": keep_freed_memory()
         with fast_products(self.device): return self._train(max_updates, stop)
 
     def _train(self, max_updates: int | None, stop) -> list[dict]:
