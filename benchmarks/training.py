@@ -4,6 +4,7 @@
     python benchmarks/training.py --training     # ours and the peers; needs pip install stable-baselines3 sbx-rl torchrl, rows without their package are left out
     python benchmarks/training.py --memory       # what a long rollout takes
     python benchmarks/training.py --scaling      # what a transition costs as environments, bars, network and window grow
+    python benchmarks/training.py --seeds        # eight seeds at once beside one
     python benchmarks/training.py --kept         # measures nothing: tables and pictures of what is kept
     python benchmarks/training.py --rows NAME …  # some rows of ROWS, or of LARGE; not kept
     python benchmarks/training.py --small        # tiny sizes, to see that it runs; not kept
@@ -82,6 +83,11 @@ SCALING = {  # label -> settings that change
 }
 SCALING_SECONDS = 10
 MOST_COST = {"n_envs": 1.2, "bars": 1.5}  # of any row, relative to the row before it with the least cost
+
+# seeds at once and alone: the sizes of a quick test on a CPU, and widths of small networks
+SEEDS, MOST_SECONDS, SEEDS_SECONDS = 8, 3.0, 10
+FEW = dict(n_envs=64, n_steps=128, minibatch_size=2_048)
+WIDTHS = {"64-64": [64, 64], "128-64": [128, 64], "tiny, 256-128-64": list(HIDDEN_DIMS["tiny"])}
 
 SHAPES = [(12_288, 355, 512), (12_288, 5_800, 512), (4_096, 4_096, 4_096)]
 # how products are asked for: torch.set_float32_matmul_precision and the numbers' type
@@ -255,6 +261,20 @@ def measure_memory(job: dict) -> dict:
     return {"before": before, "peak": peak, "above": peak - before, "samples": job["settings"]["n_envs"] * job["settings"]["n_steps"], "inputs": env.obs_dim}
 
 
+def measure_seeds(job: dict) -> dict:
+    "One iteration of several seeds and of one, in turns."
+    from trading_lib.seeds import SeedsTrainer
+    s, times = job["settings"], {"alone": [], "together": []}
+    names = ("n_steps", "minibatch_size", "n_epochs", "hidden_dims", *PPO)
+    config = NativePPOConfig(**{name: s[name] for name in names}, amp=job["amp"], total_timesteps=1000 * s["n_envs"] * s["n_steps"])
+    env = lambda seeds: make_env(job | {"settings": s | {"n_envs": seeds * s["n_envs"]}})
+    trainers = {"alone": NativePPOTrainer(env(1), config, progress=None), "together": SeedsTrainer(env(job["seeds"]), config, job["seeds"], progress=None)}
+    for trainer in trainers.values(): trainer.train(1)
+    while not times["alone"] or (sum(times["together"]) < job["seconds"] and len(times["alone"]) < MOST_ITERATIONS):
+        for name, trainer in trainers.items(): times[name].append(round(seconds(lambda: trainer.train(1), torch.device(job["device"])), 5))
+    return {**times, "seeds": job["seeds"], "samples": s["n_envs"] * s["n_steps"]}
+
+
 def measure_limits(job: dict) -> dict:
     "How fast this machine multiplies, and how exactly."
     device, rows = torch.device(job["device"]), []
@@ -274,7 +294,7 @@ def measure_limits(job: dict) -> dict:
     return {"shapes": job["shapes"], "rows": rows}
 
 
-MEASURES = {"row": measure_row, "memory": measure_memory, "limits": measure_limits}
+MEASURES = {"row": measure_row, "memory": measure_memory, "seeds": measure_seeds, "limits": measure_limits}
 
 
 def work(job: dict):
@@ -387,6 +407,16 @@ class Bench:
         return part
 
 
+    def seeds(self) -> dict:
+        part = about(self.settings(FEW), self.device, self.threads) | {"rows": []}
+        for label, widths in WIDTHS.items():
+            for amp in (False, True):
+                settings = self.settings(FEW, {} if self.small else {"hidden_dims": widths})
+                result = self.measure(f"{SEEDS} seeds, {label}", "seeds", settings, seeds=SEEDS, amp=amp, seconds=0.1 if self.small else SEEDS_SECONDS)
+                if "alone" in result: part["rows"].append({"label": label, "precision": "bf16" if amp else "float32", **result})
+        return part
+
+
 # --- what came out -------------------------------------------------------------------------------------------------------
 
 def flop_text(rate: float) -> str: return f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"
@@ -428,6 +458,14 @@ def print_scaling(part: dict):
         if axis in MOST_COST and rows:
             worst = max(row["relative"] for row in rows)
             print(f"{'met   ' if worst <= MOST_COST[axis] else 'missed'} {axis}: at most {MOST_COST[axis]:g} times the least cost of the rows before, is {worst:.2f}")
+
+
+def print_seeds(part: dict):
+    "Eight beside one."
+    print(f"\n{'hidden layers':>20}{'':>9}{'one seed':>11}{part['rows'][0]['seeds'] if part['rows'] else SEEDS:>4} at once{'times':>8}{'steps/s of all':>16}")
+    for row in part["rows"]:
+        alone, together = (statistics.median(row[name]) for name in ("alone", "together"))
+        print(f"{row['label']:>20}{row['precision']:>9}{alone:>9.3f} s{together:>10.3f} s{together / alone:>8.2f}{row['seeds'] * row['samples'] / together:>16,.0f}  {'met' if together <= MOST_SECONDS * alone else 'missed'}: at most {MOST_SECONDS:g}")
 
 
 def _figure(width: float, height: float):
@@ -474,7 +512,7 @@ def draw_scaling(part: dict, path: Path = SCALING_PICTURE):
     figure.savefig(path)
 
 
-SHOW = {"training": (print_training, draw_training), "memory": (print_memory, None), "scaling": (print_scaling, draw_scaling)}
+SHOW = {"training": (print_training, draw_training), "memory": (print_memory, None), "scaling": (print_scaling, draw_scaling), "seeds": (print_seeds, None)}
 
 
 def read(path: Path = RESULTS) -> dict: return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -439,7 +439,7 @@ def _flags(moved: Moved, convert) -> Moved:
     return moved._replace(terminated=convert(moved.terminated), truncated=convert(moved.truncated), done=convert(moved.done),
                           fills=fills._replace(stopped=convert(fills.stopped), targeted=convert(fills.targeted), trade_closed=convert(fills.trade_closed)))
 
-# %% ../nbs/09_env.ipynb #b2a3e5cf
+# %% ../nbs/09_env.ipynb #b6543590
 class GPUVectorizedTradingEnv:
     "`n_envs` accounts trading one symbol, stepped together on one device."
 
@@ -646,7 +646,7 @@ class GPUVectorizedTradingEnv:
         self._tally = torch.where(recent >= 0, 1 << place, 0).sum(0)
         self._first = self.bar - (recent >= 0).sum(0)
         self._seed([0] * len(random := state["random"].cpu().view(-1, state["random"].shape[-1])))  # older files hold one row, as it is
-        for own, row in zip(self._random, random): own.set_state(row)
+        for own, row in zip(self._random, random): own.set_state(row.clone())  # torch reads a view as if it began where its storage does
         self._take(AccountState(**{name: v.clone().to(self.device) for name, v in state["account"].items()}))
         return self._observe()
 

@@ -91,9 +91,9 @@ def clip_each(
     for grad, _ in grads: grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
     return total
 
-# %% ../nbs/14_seeds.ipynb #dc8082c2
+# %% ../nbs/14_seeds.ipynb #9833a661
 # settings of `NativePPOConfig` that would make seeds part ways, or that are not for several networks -> what they must be
-_ALIKE = {"network": "mlp", "separate_optimizers": False, "critic_epochs": None, "target_kl": None, "recovery": False, "early_stop": False, "patience": None, "compile": False, "checkpoint_interval": 0}
+_ALIKE = {"network": "mlp", "separate_optimizers": False, "critic_epochs": None, "target_kl": None, "recovery": False, "early_stop": False, "patience": None, "compile": False}
 
 
 class SeedsTrainer(NativePPOTrainer):
@@ -113,10 +113,10 @@ class SeedsTrainer(NativePPOTrainer):
         require(not c.amp or c.amp_dtype == "bf16", f"NativePPOConfig.amp_dtype: expected 'bf16' with several seeds, was {c.amp_dtype!r}; an overflow of one would hold up all")
         require(processes()[1] == 1, "seeds: several at once are trained by one process; start it without torchrun")
         require(getattr(env, "table", None) is not None, "seeds: several at once need an environment with a table of bars (GPUVectorizedTradingEnv)")
-        self.accounts, rest = divmod(env.n_envs, len(self.seeds))  # of each seed
-        require(rest == 0 and c.n_envs in (None, self.accounts), f"environment: expected n_envs = {len(self.seeds)} seeds × {c.n_envs or 'equally many'}, was {env.n_envs}")
+        accounts, rest = divmod(env.n_envs, len(self.seeds))
+        require(rest == 0 and c.n_envs in (None, accounts), f"environment: expected n_envs = {len(self.seeds)} seeds × {c.n_envs or 'equally many'}, was {env.n_envs}")
         super().__init__(env, replace(c, n_envs=None), None, progress)
-        self.config, self._samples, self._shares_bars = replace(c, n_envs=self.accounts), self.accounts * c.n_steps, False
+        self.accounts, self.config, self._samples, self._shares_bars = accounts, replace(c, n_envs=accounts), accounts * c.n_steps, False
         self.updates = -(-c.total_timesteps // self._samples)
         self._randoms = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
         self.policy = StackedActorCritic([self._alone(seed) for seed in self.seeds])
@@ -197,13 +197,15 @@ class SeedsTrainer(NativePPOTrainer):
             if self.best_scores[k] is None or score > self.best_scores[k]: self.best_scores[k], self.bests[k] = score, copy.deepcopy(self.content(k, {"validation": metrics, "validation_score": score}))
         row |= {name: float(np.mean([history[-1][name] for history in self.histories])) for name in self.histories[0][-1] if name.startswith("validation")}
 
+    def validations_by_seed(self) -> list[tuple[int, list[dict]]]: return list(zip(self.seeds, self.each_validations))
+
     def content(self,
         k: int,  # which of the seeds, from 0
         metrics: dict | None = None,
     ) -> dict:
         "What a checkpoint of one seed's policy holds. It can be judged and traded; there is no run to go on with in it."
         config = replace(self.config, seed=self.seeds[k])
-        return self._policy_content(self.policy.network(k), config, self.accounts) | {"history": self.histories[k], "validations": self.each_validations[k], "metrics": metrics or {}}
+        return self._policy_content(self.policy.network(k), config) | {"history": self.histories[k], "validations": self.each_validations[k], "metrics": metrics or {}}
 
     def save(self,
         folder: str | Path,

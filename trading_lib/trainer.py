@@ -98,7 +98,7 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #38f521ef
+# %% ../nbs/13_trainer.ipynb #161ae063
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
@@ -147,6 +147,7 @@ class NativePPOTrainer:
         self._random = torch.Generator(self.device)
         self._random.manual_seed(c.seed + self.rank)
         self.validation = Validation(validation_market, env.config, self.device) if validation_market is not None else None
+        self.accounts = env.n_envs  # of each seed that is trained
         self._samples = env.n_envs * c.n_steps
         self._shares_bars = self.computed_share < 1
         self.updates = math.ceil(c.total_timesteps / (self._samples * self.world))
@@ -498,6 +499,10 @@ class NativePPOTrainer:
         self.best = copy.deepcopy(self.content({"validation": metrics, "validation_score": score}))  # all of the update is in it: a run can go on from it too
         if self.folder is not None and self.rank == 0: self.folder.save_best(self.best)
 
+    def validations_by_seed(self) -> list[tuple[int, list[dict]]]:
+        "What was looked at, of each seed that is trained."
+        return [(self.config.seed, self.validations)]
+
     def _react(self, excess: float):
         "Recover from a drawdown, or end the run, where the configuration asks for it."
         c = self.config
@@ -516,20 +521,20 @@ class NativePPOTrainer:
         obs = None if self._obs is None else {"index": self._obs.index, "dense": self._obs.dense}
         return {"environment_state": state, "rng_state": self._random.get_state(), "observation": obs, "recurrent_state": self._state}
 
-    def _policy_content(self, policy: nn.Module, config: NativePPOConfig, n_envs: int) -> dict:
+    def _policy_content(self, policy: nn.Module, config: NativePPOConfig) -> dict:
         "What a checkpoint says of a policy: its weights, what it reads, what it was trained on and how."
         env = self.env
         content = {"policy_state_dict": policy.state_dict(), "folded_sums": folded_sums(policy), "global_step": self.global_step, "update": self.update,
                    "policy_obs_dim": env.obs_dim, "policy_n_actions": env.n_actions, "config": {"train": asdict(config)}, **self._made_with}
         if self.table is not None:
             content |= get_checkpoint_metadata(env.config.version, env.config.window)
-            content["config"]["env"] = asdict(replace(env.config, n_envs=n_envs))
+            content["config"]["env"] = asdict(replace(env.config, n_envs=self.accounts))
             content |= {"fit": env.market.fit, "data": self._data()}
         return content
 
     def content(self, metrics: dict | None = None) -> dict:
         "Everything a checkpoint holds: plain containers and tensors."
-        return self._policy_content(self.policy, self.config, self.env.n_envs) | {
+        return self._policy_content(self.policy, self.config) | {
             "optimizer_state_dict": plain_optimizer_state(self.policy, self.optimizers), "processes": gathered(self._own()),
             "scheduler_state_dict": {"update": self.update, "updates": self.updates}, "scaler_state_dict": self._scaler.state_dict() if self._scaler else None,
             "best_score": self.best_score if self.best_score > -math.inf else None, "best_update": self.best_update, "history": self.history, "validations": self.validations,

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['rollout_shape', 'make_trainer', 'record_training', 'resume', 'run_until_stopped', 'finish_training', 'train_symbol']
 
-# %% ../nbs/20_training.ipynb #eb040f80
+# %% ../nbs/20_training.ipynb #b186e666
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -30,12 +30,13 @@ from .pipeline import Artefacts, prepared_market
 from .preflight import preflight
 from .progress import progress_for
 from .run_folder import RunFolder
+from .seeds import SeedsTrainer
 from .stopping import StopRequest
 from .tiers import describe, fit_config, get_auto_config, resolve_device
 from .trainer import NativePPOTrainer
 from .version import MODEL_SPECS
 
-# %% ../nbs/20_training.ipynb #f55a30ca
+# %% ../nbs/20_training.ipynb #806cbefb
 def _device(name: str) -> torch.device:
     "The device of this process: `torchrun` starts one for each GPU."
     device = resolve_device(name)
@@ -57,20 +58,24 @@ def make_trainer(
     validation: tuple[int, int],  # bars of the span that chooses the checkpoint
     progress=print,  # called with a line now and then, or an object like `trainer.Lines`; None: silent
     folder: RunFolder | None = None,  # where checkpoints of the run go; None: nowhere
-) -> NativePPOTrainer:
+    seeds: int | None = None,  # so many at once, from the configured one on; None: that one alone
+) -> NativePPOTrainer:  # or SeedsTrainer
     "Hardware tier, mode and overrides as params.yaml says; the environment stands on the training span."
     p, shape, device = parameters, rollout_shape(market), _device(parameters.train.device)
     config = get_auto_config(training_mode=p.train.mode, device=device, asset_class=market.asset_class, modes=p.modes, episode_length=p.env.episode_length, **p.train.overrides())
     limit = memory_limit(device, p.train.max_vram_gpu0, p.train.max_vram_gpu1)
     config, warnings = fit_config(config, shape, limit, modes=p.modes)
+    if seeds is not None:
+        together = fit_config(replace(config, **{name: max(1, seeds) * getattr(config, name) for name in ("n_envs", "minibatch_size")}), shape, limit, modes=p.modes)[1]
+        require(not together, f"seeds: {seeds} at once do not fit into memory; take fewer seeds, or fewer environments ({'; '.join(together)})")
     env = GPUVectorizedTradingEnv(market.span(*train), GPUEnvConfig(
-        n_envs=config.n_envs, version=market.version, window=market.window, timeframe=market.timeframe, asset_class=market.asset_class,
+        n_envs=max(1, seeds or 1) * config.n_envs, version=market.version, window=market.window, timeframe=market.timeframe, asset_class=market.asset_class,
         episode_length=p.env.episode_length, reward_preset=p.env.reward_preset, account=p.account), device=device)
-    trainer = NativePPOTrainer(env, config, market.span(*validation), progress, folder)
+    trainer = NativePPOTrainer(env, config, market.span(*validation), progress, folder) if seeds is None else SeedsTrainer(env, config, seeds, market.span(*validation), progress)
     trainer.description = describe(config, device, shape, limit=limit, warnings=warnings)
     return trainer
 
-# %% ../nbs/20_training.ipynb #01a91894
+# %% ../nbs/20_training.ipynb #1c46b329
 def record_training(
     trainer: NativePPOTrainer,  # after `train`
     root: str | Path,  # the project
@@ -78,8 +83,8 @@ def record_training(
     "Enter every validated checkpoint of a run into the symbol's ledger."
     market, validation = trainer.env.market, trainer.validation.env.market
     moment = lambda bar: str(np.datetime64(int(market.timestamp[bar]), "ns").astype("datetime64[s]"))
-    parameters = {"train": asdict(trainer.config), "env": asdict(trainer.env.config), "trained_on": [moment(market.start), moment(market.stop - 1)]}
-    trials = run_trials(market.symbol, market.timeframe, market.fingerprint, (moment(validation.start), moment(validation.stop - 1)), parameters, trainer.config.seed, trainer.validations)
+    parameters = {"train": asdict(trainer.config), "env": asdict(replace(trainer.env.config, n_envs=trainer.accounts)), "trained_on": [moment(market.start), moment(market.stop - 1)]}
+    trials = [trial for seed, rows in trainer.validations_by_seed() for trial in run_trials(market.symbol, market.timeframe, market.fingerprint, (moment(validation.start), moment(validation.stop - 1)), parameters, seed, rows)]
     return record_trials(ledger_path(root, market.symbol), trials)
 
 # %% ../nbs/20_training.ipynb #bf3ac81e
