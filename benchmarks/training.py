@@ -78,11 +78,13 @@ SCALED = dict(n_steps=48)  # 49,152 samples in every row
 SCALING = {  # label -> settings that change
     "n_envs": {n: dict(n_envs=n, n_steps=49_152 // n) for n in (64, 256, 1_024, 4_096, 16_384)},
     "bars": {n: dict(bars=n) for n in (10_000, 100_000, 1_000_000)},
+    "bars, every sample computed": {n: dict(bars=n) for n in (10_000, 100_000, 1_000_000)},
     "hidden_dims": {"-".join(map(str, HIDDEN_DIMS[size])): dict(hidden_dims=list(HIDDEN_DIMS[size])) for size in ("tiny", "small", "medium", "large")},
     "window": {n: dict(window=n) for n in (10, 50, 100, 200)},
 }
+SCALED_ROW = {"bars, every sample computed": dict(every_sample=True)}  # without what makes few bars cheap: a bar that several samples look at is computed once
 SCALING_SECONDS = 10
-MOST_COST = {"n_envs": 1.2, "bars": 1.5}  # of any row, relative to the row before it with the least cost
+MOST_COST = {"n_envs": 1.2, "bars": 1.5, "bars, every sample computed": 1.5}  # of any row, relative to the row before it with the least cost
 
 # seeds at once and alone: the sizes of a quick test on a CPU, and widths of small networks
 SEEDS, MOST_SECONDS, SEEDS_SECONDS = 8, 3.0, 10
@@ -207,8 +209,9 @@ def iteration_of(row: dict, env, settings: dict, device: torch.device):  # calle
     "What runs one iteration of a row's trainer."
     import _peers
     if "peer" in row: return _peers.PEERS[row["peer"]](env, settings, device)
-    config = {name: value for name, value in row.items() if name not in ("dense", "settings", "matmul")}
+    config = {name: value for name, value in row.items() if name not in ("dense", "settings", "matmul", "every_sample")}
     trainer = our_trainer(_peers.DenseEnv(env) if row.get("dense") else env, settings, **config)
+    if row.get("every_sample"): trainer._shares_bars = False
     return lambda n_epochs: trainer.train(1)
 
 
@@ -218,7 +221,7 @@ def flops_of(row: dict, env, settings: dict) -> int:  # per step
     inputs = windowed * env.config.window + env.layout.n_features - windowed if folded else env.obs_dim
     shared = "peer" not in row and row.get("shared_trunk", True)
     flops = flops_per_step(inputs, settings["hidden_dims"], env.n_actions, 1 if shared else 2, settings["n_epochs"])
-    return round(flops["forward"] + (flops["step"] - flops["forward"]) * (our_trainer(env, settings).computed_share if folded else 1.0))
+    return round(flops["forward"] + (flops["step"] - flops["forward"]) * (our_trainer(env, settings).computed_share if folded and not row.get("every_sample") else 1.0))
 
 
 def product_error(multiply, m: int, k: int, n: int, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[float, torch.Tensor, torch.Tensor]:  # and the factors
@@ -400,10 +403,10 @@ class Bench:
             rows = part["tables"][axis] = []
             for label, change in changes.items():
                 if self.small: change = {}
-                result = self.measure(f"{axis} {label}", "row", self.settings(SCALED, change), row=ROWS[DEFAULTS], seconds=0.1 if self.small else SCALING_SECONDS)
+                result = self.measure(f"{axis} {label}", "row", self.settings(SCALED, change), row=ROWS[DEFAULTS] | SCALED_ROW.get(axis, {}), seconds=0.1 if self.small else SCALING_SECONDS)
                 if "seconds" not in result: continue
                 rows.append({"label": label, **result})
-                print(f"  {axis:12} {label!s:>20} {1e6 * statistics.median(result['seconds']) / result['samples']:>9.2f} µs a transition", flush=True)
+                print(f"  {axis:28} {label!s:>20} {1e6 * statistics.median(result['seconds']) / result['samples']:>9.2f} µs a transition", flush=True)
         return part
 
 
@@ -453,8 +456,8 @@ def print_memory(part: dict):
 def print_scaling(part: dict):
     for axis, rows in part["tables"].items():
         rows = costs(rows)
-        print(f"\n{axis:>24}{'µs a transition':>18}{'relative':>10}{'MFLOP/step':>12}")
-        for row in rows: print(f"{row['label']!s:>24}{1e6 * row['cost']:>18.2f}{row['relative']:>10.2f}{row['flops'] / 1e6:>12.1f}")
+        print(f"\n{axis:>28}{'µs a transition':>18}{'relative':>10}{'MFLOP/step':>12}")
+        for row in rows: print(f"{row['label']!s:>28}{1e6 * row['cost']:>18.2f}{row['relative']:>10.2f}{row['flops'] / 1e6:>12.1f}")
         if axis in MOST_COST and rows:
             worst = max(row["relative"] for row in rows)
             print(f"{'met   ' if worst <= MOST_COST[axis] else 'missed'} {axis}: at most {MOST_COST[axis]:g} times the least cost of the rows before, is {worst:.2f}")
@@ -497,7 +500,7 @@ def draw_training(part: dict, path: Path = SPEED):
 
 def draw_scaling(part: dict, path: Path = SCALING_PICTURE):
     "What a transition costs, a panel for each thing that grows."
-    figure = _figure(13, 3.6)
+    figure = _figure(15, 3.6)
     for axes, (axis, rows) in zip(figure.subplots(1, len(part["tables"])), part["tables"].items()):
         rows = costs(rows)
         axes.plot([str(row["label"]) if isinstance(row["label"], str) else f"{row['label']:,}" for row in rows], [1e6 * row["cost"] for row in rows], marker="o")

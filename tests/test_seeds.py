@@ -1,12 +1,17 @@
 """Several seeds at once: each is the run it would be alone."""
 import json
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from test_pipeline import edit
 from trading_lib.checkpoint import load_checkpoint
+from trading_lib.cli import main
 from trading_lib.config import InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data, split_bounds
 from trading_lib.features import fit_features
@@ -15,6 +20,7 @@ from trading_lib.seeds import SeedsTrainer, StackedActorCritic, clip_each
 from trading_lib.sources import simulate_bars
 from trading_lib.trainer import Diverged, NativePPOConfig, NativePPOTrainer, build_policy
 
+ROOT = Path(__file__).resolve().parents[1]
 CONFIG = NativePPOConfig(hidden_dims=[16, 8], n_steps=24, minibatch_size=100, n_epochs=3, total_timesteps=24 * 12 * 20, learning_rate=3e-3, validation_interval=2)
 SEEDS = [5, 0, 11]
 ACCOUNT = "5.3.0"  # a layout with columns of the account
@@ -168,3 +174,26 @@ def test_what_would_make_seeds_part_ways_is_refused(markets, change, message):
 @pytest.mark.parametrize("seeds, message", [([1, 2, 1], "different"), ([], "one or more"), (0, "one or more"), (5, "5 seeds × equally many, was 36")])
 def test_careless_seeds(markets, seeds, message):
     with pytest.raises(InputError, match=message): SeedsTrainer(env_of(markets, 36), CONFIG, seeds, progress=None)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+def test_the_command_trains_what_train_would_and_leaves_models_alone(tmp_path, monkeypatch, capsys):
+    for name in ("params.yaml", "settings.ini"): shutil.copy(ROOT / name, tmp_path / name)
+    edit(tmp_path / "params.yaml", **{"data.start": "2023-01-01", "data.end": "2023-01-25", "features.window": 20, "train.device": "cpu", "train.hidden_dims": [8], "train.iterations": 6, "train.n_envs": 8, "train.n_steps": 32, "train.amp": False})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRADING_LIB_PROGRESS", "quiet")
+    assert main(["seeds", "SIM-USD", "--seeds", "3"]) == 0
+    shown, report = capsys.readouterr().out, tmp_path / "reports" / "SIM-USD_15Min"
+    content = json.loads((report / "seeds.json").read_text())
+    assert content["seeds"] == [0, 1, 2] and (report / "seeds.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("models/**/*.pt"))
+    at = [line.split()[0] for line in shown.splitlines()].index("seed,")
+    assert [line.split()[0] for line in shown.splitlines()[at:]] == ["seed,", "0,", "1,", "2,", "mean", "95", "validation"]
+    assert main(["train", "SIM-USD", "--seed", "1"]) == 0
+    alone = json.loads((report / "train.json").read_text())
+    assert content["best_updates"][1] == alone["best_update"] and content["validation"]["sharpe"]["seeds"][1] == pytest.approx(alone["best"]["sharpe"], rel=1e-3)
+    told = re.search(r"ledger of SIM-USD: (\d+) new trials, (\d+) in all", capsys.readouterr().out)
+    seen = re.search(r"ledger of SIM-USD: (\d+) new trials, (\d+) in all", shown)
+    assert int(seen[1]) == 3 * len(content["course"][0]) and int(told[1]) == 0 and told[2] == seen[2]  # the same checkpoints of the same seed are no new trials
+    assert main(["seeds", "SIM-USD", "--seeds", "1"]) == 2 and "--seeds: expected 2 or more, was 1" in capsys.readouterr().err
+    assert main(["seeds", "SIM-USD", "--n-envs", "100000000"]) == 2 and "8 at once do not fit into memory" in capsys.readouterr().err
