@@ -91,7 +91,7 @@ def clip_each(
     for grad, _ in grads: grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
     return total
 
-# %% ../nbs/14_seeds.ipynb #9833a661
+# %% ../nbs/14_seeds.ipynb #044bb209
 # settings of `NativePPOConfig` that would make seeds part ways, or that are not for several networks -> what they must be
 _ALIKE = {"network": "mlp", "separate_optimizers": False, "critic_epochs": None, "target_kl": None, "recovery": False, "early_stop": False, "patience": None, "compile": False}
 
@@ -178,10 +178,10 @@ class SeedsTrainer(NativePPOTrainer):
 
     def _clip(self, groups: list[dict]) -> Tensor: return clip_each(groups, self.config.max_grad_norm)
 
-    def _row(self, watched: dict, data: dict[str, Tensor]) -> dict[str, float]:
+    def _row(self, watched: list[str], means: Tensor, settings: dict[str, float], data: dict[str, Tensor]) -> dict[str, float]:
         "A row for each seed; their means are what is shown of an update."
         figures = torch.vmap(self._figures)({name: self._each(data[name]) for name in ("return", "value", "reward", "advantage")})
-        columns = {name: v.tolist() if torch.is_tensor(v) else [v] * len(self.seeds) for name, v in (watched | dict(zip(self._FIGURES, figures))).items()}
+        columns = dict(zip(watched, means.tolist())) | {name: [v] * len(self.seeds) for name, v in settings.items()} | dict(zip(self._FIGURES, torch.stack(figures).tolist()))
         for k, history in enumerate(self.histories): history.append({"update": self.update + 1, "timesteps": self.global_step + self._samples} | {name: column[k] for name, column in columns.items()})
         return {name: float(np.mean(column)) for name, column in columns.items()}
 

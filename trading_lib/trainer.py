@@ -98,7 +98,7 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #161ae063
+# %% ../nbs/13_trainer.ipynb #f235c056
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
@@ -288,14 +288,14 @@ class NativePPOTrainer:
 
     def _cause(self, rollout: dict[str, Tensor]) -> str | None:
         "What of a rollout is not finite."
-        for name, text in (("dense", "the observations"), ("reward", "the rewards"), ("value", "the values"), ("logits", "the logits"), ("next_value", "the value of a last observation")):
-            if name not in rollout: continue
-            bad = ~rollout[name].isfinite()
-            if bool(bad.any()):
-                place = bad.nonzero()[0].tolist()
-                which = f"{self._account(place[1])} at step {place[0]} of the rollout"
-                own = " (their own numbers were finite: the weights are not)" if name in ("value", "logits") and not all(bool(p.isfinite().all()) for p in self.policy.parameters()) else ""
-                return f"{text} became {float(rollout[name][tuple(place)])}, first of {which}{own}; check the environment's data and rewards"
+        texts = {"dense": "the observations", "reward": "the rewards", "value": "the values", "logits": "the logits", "next_value": "the value of a last observation"}
+        finite = {name: rollout[name].isfinite() for name in texts if name in rollout}
+        if bool(torch.stack([of.all() for of in finite.values()]).all()): return  # one answer to wait for
+        name = next(name for name, of in finite.items() if not bool(of.all()))
+        place = (~finite[name]).nonzero()[0].tolist()
+        which = f"{self._account(place[1])} at step {place[0]} of the rollout"
+        own = " (their own numbers were finite: the weights are not)" if name in ("value", "logits") and not all(bool(p.isfinite().all()) for p in self.policy.parameters()) else ""
+        return f"{texts[name]} became {float(rollout[name][tuple(place)])}, first of {which}{own}; check the environment's data and rewards"
 
     def _account(self, i: int) -> str: return f"account {i}"
 
@@ -402,7 +402,7 @@ class NativePPOTrainer:
             worst = next((name for name, is_finite in zip(watch, finite) if not is_finite), "a weight")
             self._restore(good)
             raise self._diverged(f"{worst.replace('_', ' ')} became NaN or infinite though the rollout was finite; use a smaller learning_rate (was {rate:.2g}) or max_grad_norm ({c.max_grad_norm})")
-        return self._row(dict(zip(watch, means)) | {"learning_rate": rate, "entropy_coefficient": entropy_coefficient}, data)
+        return self._row(list(watch), means, {"learning_rate": rate, "entropy_coefficient": entropy_coefficient}, data)
 
     _FIGURES = ("explained_variance", "reward", "advantage_mean", "advantage_deviation", "return_mean", "value_mean")
 
@@ -412,9 +412,9 @@ class NativePPOTrainer:
         explained = 1 - (data["return"] - data["value"]).var() / data["return"].var().clamp(min=1e-12)
         return [explained, data["reward"].mean(), data["advantage"].mean(), data["advantage"].std(), data["return"].mean(), data["value"].mean()]
 
-    def _row(self, watched: dict, data: dict[str, Tensor]) -> dict[str, float]:
+    def _row(self, watched: list[str], means: Tensor, settings: dict[str, float], data: dict[str, Tensor]) -> dict[str, float]:
         "What is kept of an update."
-        return {name: float(v) for name, v in watched.items()} | dict(zip(self._FIGURES, mean_over_processes(torch.stack(self._figures(data))).tolist()))
+        return dict(zip(watched, means.tolist())) | settings | dict(zip(self._FIGURES, mean_over_processes(torch.stack(self._figures(data))).tolist()))
 
     def _learn_values(self, data: dict[str, Tensor]):
         "Epochs of the value head alone, after the joint ones."
