@@ -505,7 +505,7 @@ def draw_scaling(part: dict, path: Path = SCALING_PICTURE):
         rows = costs(rows)
         axes.plot([str(row["label"]) if isinstance(row["label"], str) else f"{row['label']:,}" for row in rows], [1e6 * row["cost"] for row in rows], marker="o")
         axes.set_title(axis, fontsize=10)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1e6 * max(row["cost"] for row in rows))
         axes.tick_params(axis="x", labelsize=8, rotation=20)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel("µs a transition")

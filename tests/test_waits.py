@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trading_lib import trainer as trainer_module
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
 from trading_lib.sources import simulate_bars
@@ -42,7 +41,7 @@ def without_data(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, fused, **options: adam(groups, **options))
-    monkeypatch.setitem(trainer_module._ACTING_BYTES, "meta", 2e9)
+    monkeypatch.setattr(NativePPOTrainer, "_acting_bytes", 10**9)
     monkeypatch.setattr(NativePPOTrainer, "_race", lambda self, logits: torch.empty_like(logits).exponential_())
     with _config.patch(meta_nonzero_assume_all_nonzero=True): yield
 

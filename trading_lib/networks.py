@@ -139,7 +139,7 @@ class FoldedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight, self.bias)  # (n, folded width) -> (n, H)
 
-# %% ../nbs/11_networks.ipynb #5547286f
+# %% ../nbs/11_networks.ipynb #c99c67b1
 class FoldsInputs:
     "What networks share whose first layers may be folded; their `_trunks` are the stacks that begin with them."
 
@@ -259,16 +259,15 @@ class FoldedInputs:
 class ActingTable:
     "What a policy makes of all bars, computed once for a rollout: its weights stand still meanwhile, and the accounts share the bars."
 
-    _CHUNK = 8192  # bars at a time
-
     def __init__(self,
         policy: NativeActorCritic,
         inputs: FoldedInputs,
         bars: range,  # at which it will act
+        chunk: int = 8192,  # bars at a time
     ):
         self._policy, self._inputs, self._first, self._products, self._answers = policy, inputs, bars.start, None, None
         layers = [trunk[0] for trunk in policy._trunks()]
-        chunks = torch.arange(bars.start, bars.stop, device=layers[0].bias.device).split(self._CHUNK)
+        chunks = torch.arange(bars.start, bars.stop, device=layers[0].bias.device).split(chunk)
         with torch.no_grad():
             if not inputs.n_account:  # nothing of the account is seen: what to do at a bar is known
                 self._answers = [torch.cat(part) for part in zip(*(policy.evaluate(inputs.market(rows)) for rows in chunks))]
@@ -277,7 +276,7 @@ class ActingTable:
             weight, bias = (torch.cat([v.to(inputs.dtype).float() for v in values]) for values in ([m.weight for m in layers], [m.bias for m in layers]))
             self._products, self._account_weight = weight.new_empty(len(bars), len(bias)), weight[:, -inputs.n_account:].t().contiguous()
             with torch.autocast(weight.device.type, enabled=False):
-                for rows, out in zip(chunks, self._products.split(self._CHUNK)): torch.addmm(bias, inputs.market(rows).float(), weight[:, :-inputs.n_account].t(), out=out)
+                for rows, out in zip(chunks, self._products.split(chunk)): torch.addmm(bias, inputs.market(rows).float(), weight[:, :-inputs.n_account].t(), out=out)
 
     @staticmethod
     def bytes(policy: NativeActorCritic, inputs: FoldedInputs, bars: range) -> int:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['layout_of_env', 'make_policy', 'build_policy', 'Lines', 'Diverged', 'NativePPOTrainer']
 
-# %% ../nbs/13_trainer.ipynb #b46e7317
+# %% ../nbs/13_trainer.ipynb #80121d56
 import copy
 import math
 import time
@@ -23,14 +23,14 @@ from .distributed import gathered, mean_over_processes, of_first, processes
 from .env import MarketData, Obs
 from .evaluation import Validation
 from .fused import fast_products, keep_freed_memory
-from .memory import allocate_rollout, sample_fields
+from .memory import allocate_rollout, memory_use, sample_fields
 from .metrics import composite_score
 from .networks import (ActingTable, FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
                                   parameter_groups, plain_optimizer_state)
 from .ppo import generalized_advantages, learning_rate_at, minibatches, normalised, ppo_loss, value_loss
 from .recurrent import RecurrentActorCritic
 from .run_folder import RunFolder
-from .tiers import NativePPOConfig, get_a100_config, get_auto_config, is_due  # some for those who look for them here
+from .tiers import NativePPOConfig, get_a100_config, get_auto_config, is_due, layer_widths  # some for those who look for them here
 from .version import assert_compatibility, get_checkpoint_metadata
 
 # %% ../nbs/13_trainer.ipynb #a449e617
@@ -98,13 +98,12 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #f235c056
+# %% ../nbs/13_trainer.ipynb #da1152a2
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
 
 _TERMINATED, _TRUNCATED = 1, 2  # how a step ended an episode
-_ACTING_BYTES = {"cpu": 128e6, "cuda": 2e9}  # that what is known of all bars may take during a rollout
 _DISTINCT = 0.9  # share of different bars in a minibatch below which each is computed once
 _SIZES = 16  # of the products that they then have
 _RECOVERIES = 3  # at most so many times the learning rate is halved
@@ -218,6 +217,12 @@ class NativePPOTrainer:
     @staticmethod
     def _as_obs(obs) -> Obs: return obs if isinstance(obs, Obs) else Obs(None, obs)
 
+    @property
+    def _acting_bytes(self) -> int:
+        "What is known of all bars may take what a minibatch takes, which is not there meanwhile: so the memory that was predicted is enough."
+        c, widths = self.config, layer_widths(self.config, self.env.n_actions)
+        return memory_use(self.env.n_envs, c.n_steps, c.minibatch_size, {}, inputs=self.policy._trunks()[0][0].weight.shape[1], widths=widths).minibatch
+
     def _acting(self):  # called with an observation and a state; logits, values, state
         "How the policy acts in one rollout."
         plain = lambda obs, state: self.policy.evaluate_step(self._inputs(obs), state)
@@ -225,8 +230,8 @@ class NativePPOTrainer:
         if self.table is not None and not self.recurrent:
             bars = self._bars()
             # its own cost is that of acting once at every bar
-            if len(bars) <= self._samples and ActingTable.bytes(self.policy, self._inputs, bars) <= _ACTING_BYTES[self.device.type]:
-                with self._autocast(): table = ActingTable(self.policy, self._inputs, bars)
+            if len(bars) <= self._samples and ActingTable.bytes(self.policy, self._inputs, bars) <= self._acting_bytes:
+                with self._autocast(): table = ActingTable(self.policy, self._inputs, bars, min(8192, self.config.minibatch_size))
                 act = lambda obs, state: (*table(obs), state)
 
         def acted(obs: Obs, state):
