@@ -5,14 +5,13 @@
 # %% auto #0
 __all__ = ['StackedActorCritic', 'clip_each', 'SeedsTrainer']
 
-# %% ../nbs/14_seeds.ipynb #f8217940
+# %% ../nbs/14_seeds.ipynb #a1293eb7
 import copy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import save_checkpoint
@@ -26,7 +25,7 @@ from .ppo import minibatches, normalised, ppo_loss
 from .tiers import NativePPOConfig
 from .trainer import NativePPOTrainer, layout_of_env, make_policy
 
-# %% ../nbs/14_seeds.ipynb #ef9aeb3e
+# %% ../nbs/14_seeds.ipynb #a2d65583
 class StackedActorCritic(nn.Module):
     "Several `NativeActorCritic` of one shape as one batched network."
 
@@ -52,7 +51,7 @@ class StackedActorCritic(nn.Module):
         for name in ("trunk",) if one.shared_trunk else ("actor_trunk", "critic_trunk"):
             out.append(x.view(self.n_networks, -1, x.shape[-1]))
             for place, module in getattr(one, name).named_children():
-                out[-1] = F.relu(out[-1]) if isinstance(module, nn.ReLU) else self._linear(out[-1], module, f"{name}.{place}")
+                out[-1] = out[-1].relu_() if isinstance(module, nn.ReLU) else self._linear(out[-1], module, f"{name}.{place}")
         # half-precision products come back in the weights' own precision
         head = lambda name, x: self._linear(x, getattr(one, name), name).to(self.stacked[0].dtype).flatten(0, 1)
         return head("actor_head", out[0]), head("critic_head", out[-1]).squeeze(-1)
