@@ -11,7 +11,7 @@ import sys
 
 from .config import InputError, load_parameters
 
-# %% ../nbs/21_cli.ipynb #7f532509
+# %% ../nbs/21_cli.ipynb #52033eb9
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
     run_stage(arguments.name, arguments.symbol)
@@ -91,7 +91,8 @@ def _seeds(arguments):
     parameters = _train_parameters(arguments)
     require(arguments.seeds >= 2, f"--seeds: expected 2 or more, was {arguments.seeds}; one seed is what `trading-lib train` trains")
     for symbol in [path_symbol(symbol) for symbol in arguments.symbols] or parameters.symbols:
-        if train_seeds(parameters, symbol, artefacts(parameters, symbol), arguments.seeds).update == 0: return
+        trainer = train_seeds(parameters, symbol, artefacts(parameters, symbol), arguments.seeds)
+        if trainer.update < trainer.updates: return
 
 
 def _preflight(arguments):
@@ -340,7 +341,7 @@ COMMANDS = {
         (("symbols",), dict(nargs="*")), (("--resume",), dict(action="store_true", help="go on from the newest good checkpoint of an unfinished run")),
         (("--checkpoint",), dict(metavar="FILE", help="go on from this one")), *_TRAINING_OPTIONS,
         (("-v", "--verbose"), dict(action="store_true", help="what each rollout and its advantages looked like")), (("-q", "--quiet"), dict(action="store_true", help="a line for each validation"))], _train),
-    "seeds": ("train several seeds at once, to see what is the idea and what is the seed; models stay as they are", [
+    "seeds": ("train several seeds at once, to see what is the idea and what is the seed; models stay as they are, and the ledger counts what was looked at", [
         (("symbols",), dict(nargs="*")), (("--seeds",), dict(type=int, default=8, help="how many, from the configured one on; default: 8")), *_TRAINING_OPTIONS], _seeds),
     "preflight": ("try everything that a long run will do, in seconds", [(("symbols",), dict(nargs="*")), *_TRAINING_OPTIONS], _preflight),
     "backtest": ("backtest the trained symbols, or a model on files of bars, into one table", [

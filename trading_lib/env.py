@@ -439,7 +439,7 @@ def _flags(moved: Moved, convert) -> Moved:
     return moved._replace(terminated=convert(moved.terminated), truncated=convert(moved.truncated), done=convert(moved.done),
                           fills=fills._replace(stopped=convert(fills.stopped), targeted=convert(fills.targeted), trade_closed=convert(fills.trade_closed)))
 
-# %% ../nbs/09_env.ipynb #b6543590
+# %% ../nbs/09_env.ipynb #df2b6562
 class GPUVectorizedTradingEnv:
     "`n_envs` accounts trading one symbol, stepped together on one device."
 
@@ -543,7 +543,7 @@ class GPUVectorizedTradingEnv:
         self._random = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
 
     def _draw_starts(self, done: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        "Random first bars, and where those episodes end; nothing is drawn for a group of which nobody is done."
+        "Random first bars, and where those episodes end; on a CPU nothing is drawn for a group of which nobody is done, as for an environment alone."
         groups, size = len(self._random), self.n_envs // len(self._random)
         needed = [True] * groups if groups == 1 or done is None or self.device.type != "cpu" else done.view(groups, size).any(1).tolist()
         drawn = [torch.randint(len(self._starts), (size,), generator=random, device=self.device) if need else torch.zeros(size, dtype=torch.int64) for random, need in zip(self._random, needed)]

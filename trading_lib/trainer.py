@@ -98,7 +98,7 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #da1152a2
+# %% ../nbs/13_trainer.ipynb #24f6951a
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
@@ -242,6 +242,8 @@ class NativePPOTrainer:
         "Exponential random numbers, one for each logit."
         return torch.empty_like(logits).exponential_(generator=self._random)
 
+    def _of_accounts(self, x: Tensor) -> Tensor: "Their mean."; return x.mean(0)
+
     def _values(self, act, obs: Obs, account: Tensor) -> Tensor:  # (n,)
         "Values of observations of these accounts."
         return act(obs, None)[1]
@@ -271,7 +273,7 @@ class NativePPOTrainer:
                 last = Obs(final.index[cut] if final.index is not None else None, final.dense[cut])
                 bootstrap[t, cut] = act(last, state[:, cut] if self.recurrent else None)[1]
             if self.recurrent: state = torch.where((ended > 0)[:, None], 0.0, state)
-            if "reward_components" in infos: components = components + infos["reward_components"].mean(0)
+            if "reward_components" in infos: components = components + self._of_accounts(infos["reward_components"])
             obs, self._state = self._as_obs(after), state
             self.progress.phase("rollout", t + 1, c.n_steps)
         self._obs = obs
@@ -419,7 +421,12 @@ class NativePPOTrainer:
 
     def _row(self, watched: list[str], means: Tensor, settings: dict[str, float], data: dict[str, Tensor]) -> dict[str, float]:
         "What is kept of an update."
-        return dict(zip(watched, means.tolist())) | settings | dict(zip(self._FIGURES, mean_over_processes(torch.stack(self._figures(data))).tolist()))
+        figures = dict(zip(self._FIGURES, mean_over_processes(torch.stack(self._figures(data))).tolist()))
+        components = {} if self._component_means is None else dict(zip(self._component_names, mean_over_processes(self._component_means).tolist()))
+        return dict(zip(watched, means.tolist())) | settings | figures | components
+
+    @property
+    def _component_names(self) -> list[str]: return [f"reward_{name}" for name in self.env.reward_names]
 
     def _learn_values(self, data: dict[str, Tensor]):
         "Epochs of the value head alone, after the joint ones."
@@ -469,7 +476,6 @@ class NativePPOTrainer:
             self.update += 1
             self.global_step += self._samples * self.world
             row = {"update": self.update, "timesteps": self.global_step, **row}
-            if self._component_means is not None: row |= {f"reward_{n}": v for n, v in zip(self.env.reward_names, mean_over_processes(self._component_means).tolist())}
             self.history.append(row)
             if self.validation and (is_due(self.update, c.validation_interval) or self.update == self.updates): self._validate(row)
             if self.folder is not None and is_due(self.update, c.checkpoint_interval): self._keep(self.folder.save)

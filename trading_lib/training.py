@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rollout_shape', 'make_trainer', 'record_training', 'resume', 'run_until_stopped', 'finish_training', 'train_symbol']
 
-# %% ../nbs/20_training.ipynb #b186e666
+# %% ../nbs/20_training.ipynb #9448dce3
 import json
 import math
 import os
@@ -24,7 +24,7 @@ from .curves import Curves
 from .distributed import join_processes, processes
 from .env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, column_order, layout_of, split_bounds
 from .files import atomic_write
-from .memory import RolloutShape, memory_limit
+from .memory import RolloutShape, memory_limit, memory_text
 from .model_card import write_model_card
 from .pipeline import Artefacts, prepared_market
 from .preflight import preflight
@@ -32,11 +32,11 @@ from .progress import progress_for
 from .run_folder import RunFolder
 from .seeds import SeedsTrainer
 from .stopping import StopRequest
-from .tiers import describe, fit_config, get_auto_config, resolve_device
+from .tiers import describe, fit_config, get_auto_config, memory_of, resolve_device
 from .trainer import NativePPOTrainer
 from .version import MODEL_SPECS
 
-# %% ../nbs/20_training.ipynb #806cbefb
+# %% ../nbs/20_training.ipynb #403424f4
 def _device(name: str) -> torch.device:
     "The device of this process: `torchrun` starts one for each GPU."
     device = resolve_device(name)
@@ -66,12 +66,13 @@ def make_trainer(
     limit = memory_limit(device, p.train.max_vram_gpu0, p.train.max_vram_gpu1)
     config, warnings = fit_config(config, shape, limit, modes=p.modes)
     if seeds is not None:
-        together = fit_config(replace(config, **{name: max(1, seeds) * getattr(config, name) for name in ("n_envs", "minibatch_size")}), shape, limit, modes=p.modes)[1]
-        require(not together, f"seeds: {seeds} at once do not fit into memory; take fewer seeds, or fewer environments ({'; '.join(together)})")
+        together = seeds * memory_of(config, shape).total
+        require(limit is None or together <= limit, f"seeds: {seeds} at once would take {memory_text(together)}, and {memory_text(limit or 0)} may be used; take fewer seeds, or fewer environments")
     env = GPUVectorizedTradingEnv(market.span(*train), GPUEnvConfig(
         n_envs=max(1, seeds or 1) * config.n_envs, version=market.version, window=market.window, timeframe=market.timeframe, asset_class=market.asset_class,
         episode_length=p.env.episode_length, reward_preset=p.env.reward_preset, account=p.account), device=device)
     trainer = NativePPOTrainer(env, config, market.span(*validation), progress, folder) if seeds is None else SeedsTrainer(env, config, seeds, market.span(*validation), progress)
+    if seeds is not None: warnings = [*warnings, f"memory of all {seeds} seeds: {memory_text(together)}"]
     trainer.description = describe(config, device, shape, limit=limit, warnings=warnings)
     return trainer
 

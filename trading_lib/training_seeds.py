@@ -5,23 +5,23 @@
 # %% auto #0
 __all__ = ['seeds_table', 'plot_seeds', 'train_seeds']
 
-# %% ../nbs/20_training_seeds.ipynb #3e641ad0
+# %% ../nbs/20_training_seeds.ipynb #75a8c08f
 import json
+import os
 
 import numpy as np
 
 from .archive import ledger_path, ledger_summary, read_trials
-from .config import Parameters, project_root
+from .config import Parameters, project_root, require
 from .env import split_bounds
 from .files import atomic_write
-from .metrics import block_bootstrap_interval
 from .pipeline import Artefacts, prepared_market
 from .progress import progress_for
-from .seeds import SeedsTrainer
+from .seeds import SeedsTrainer, mean_interval
 from .stopping import StopRequest
 from .training import make_trainer, record_training
 
-# %% ../nbs/20_training_seeds.ipynb #dbbeb05a
+# %% ../nbs/20_training_seeds.ipynb #a0388801
 # metric of the validation -> how it is shown
 _SHOWN = {"return": "{:+.2%}", "sharpe": "{:+.2f}", "max_drawdown": "{:.2%}", "trades": "{:,.0f}"}
 
@@ -49,7 +49,7 @@ def plot_seeds(
     FigureCanvasAgg(figure)
     axes, seen = figure.subplots(), np.array([[(row["timesteps"], row["validation_sharpe"]) for row in history if "validation_sharpe" in row] for history in trainer.histories])
     steps, sharpe = seen[0, :, 0] / 1e6, seen[:, :, 1]
-    low, high = np.array([block_bootstrap_interval(column, np.mean, level=0.95, block_length=1) for column in sharpe.T]).T
+    low, high = np.array([mean_interval(column) for column in sharpe.T]).T
     for k, row in enumerate(sharpe): axes.plot(steps, row, color="0.75", linewidth=1, label="a seed" if k == 0 else None)
     axes.plot(steps, sharpe.mean(0), color="tab:blue", label=f"mean of {len(sharpe)}")
     axes.fill_between(steps, low, high, color="tab:blue", alpha=0.2, label="95 % interval of the mean")
@@ -59,7 +59,7 @@ def plot_seeds(
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
-# %% ../nbs/20_training_seeds.ipynb #20d302b8
+# %% ../nbs/20_training_seeds.ipynb #e50da4eb
 def train_seeds(
     parameters: Parameters,
     symbol: str,
@@ -68,11 +68,14 @@ def train_seeds(
     progress: str | None = None,  # a key of PROGRESS; None: what suits whoever is looking
 ) -> SeedsTrainer:
     "Train them, print what they reached, and write seeds.json and seeds.png into the symbol's report; a signal ends it after the present update."
+    require(int(os.environ.get("WORLD_SIZE", 1)) == 1, "seeds: several at once are trained by one process; start it without torchrun")
     market = prepared_market(parameters, symbol, paths)
     spans = split_bounds(len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction)
     trainer = make_trainer(parameters, market, spans["train"], spans["validation"], progress_for(progress), seeds=seeds)
     say = trainer.progress.say
-    say(f"{symbol}, seeds {', '.join(map(str, trainer.seeds))} at once; steps are those of each\n{trainer.description}")
+    say(f"{symbol}, seeds {', '.join(map(str, trainer.seeds))} at once. What follows is of each seed; memory is that of all together, and no checkpoints are written\n{trainer.description}")
+    files = [paths.report / name for name in ("seeds.json", "seeds.png")]
+    for path in files: path.unlink(missing_ok=True)  # of an earlier study
     try:
         with StopRequest(say) as stop: trainer.train(stop=lambda: stop.requested)
     finally:
@@ -81,9 +84,10 @@ def train_seeds(
     if not all(trainer.bests):
         say("stopped before the first validation: there is nothing to show")
         return trainer
+    if trainer.update < trainer.updates: say(f"stopped after update {trainer.update} of {trainer.updates}: what follows is of an unfinished study")
     course = [[{name: row[name] for name in ("update", "timesteps", "validation_return", "validation_sharpe", "validation_score")} for row in history if "validation_score" in row] for history in trainer.histories]
     content = {"symbol": symbol, "seeds": trainer.seeds, "updates": trainer.update, "of": trainer.updates, "best_updates": [best["update"] for best in trainer.bests], "validation": trainer.results(*_SHOWN), "course": course}
-    atomic_write(paths.report / "seeds.json", json.dumps(content, indent=1) + "\n")
-    plot_seeds(trainer).savefig(paths.report / "seeds.png", metadata={"Software": None})
-    say(f"{seeds_table(trainer)}\nvalidation span, which chose them; written to {paths.report / 'seeds.json'} and seeds.png")
+    atomic_write(files[0], json.dumps(content, indent=1) + "\n")
+    plot_seeds(trainer).savefig(files[1], metadata={"Software": None})
+    say(f"{seeds_table(trainer)}\nvalidation span, which chose them; written to {files[0]} and {files[1].name}")
     return trainer
