@@ -279,12 +279,16 @@ def test_a_small_run_from_end_to_end(benchmark, capsys):
 def test_the_kept_results_are_of_the_settings_here(benchmark, capsys):
     kept = benchmark.read()
     if not kept: pytest.skip("nothing is kept")
-    wanted = {"training": benchmark.SETTINGS, "memory": benchmark.SETTINGS | benchmark.ROLLOUT, "scaling": benchmark.SETTINGS | benchmark.SCALED}
+    wanted = {"training": benchmark.SETTINGS, "memory": benchmark.SETTINGS | benchmark.ROLLOUT, "scaling": benchmark.SETTINGS | benchmark.SCALED, "seeds": benchmark.SETTINGS | benchmark.FEW}
     for name, part in kept.items(): assert part["settings"] == wanted[name] and part["machine"] and part["date"] and part["versions"]["torch"]
     if "training" in kept:
         assert set(kept["training"]["rows"]) >= set(benchmark.ROWS) and {"stable-baselines3", "CleanRL-style", benchmark.DEFAULTS} <= {row["name"] for row in benchmark.compared(kept["training"])}
         benchmark.print_training(kept["training"])
         assert capsys.readouterr().out.count("steps/s") >= 1
+    if "seeds" in kept:
+        assert [(row["label"], row["precision"]) for row in kept["seeds"]["rows"]] == [(label, precision) for label in benchmark.WIDTHS for precision in ("float32", "bf16")]
+        benchmark.print_seeds(kept["seeds"])
+        assert capsys.readouterr().out.count("at most 3") == 6
     if "scaling" in kept:
         assert set(kept["scaling"]["tables"]) == set(benchmark.SCALING)
         for axis, rows in kept["scaling"]["tables"].items(): assert [row["label"] for row in rows] == list(benchmark.SCALING[axis])
