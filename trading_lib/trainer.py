@@ -98,7 +98,7 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #24f6951a
+# %% ../nbs/13_trainer.ipynb #12e4c792
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
@@ -153,7 +153,7 @@ class NativePPOTrainer:
         self.update, self.global_step, self.history, self.best, self.best_update, self.best_score = 0, 0, [], None, None, -math.inf
         self.validations = []  # one row for each checkpoint that was looked at: what a ledger of trials needs
         self.recoveries, self._without_better, self.ended = 0, 0, None  # ended: why the run is over before its budget
-        self._obs, self._state, self._buffer = None, None, None
+        self._obs, self._state, self._buffer, self._component_means = None, None, None, None
         self._made_with = {"git": git_state(), "libraries": library_versions()}
 
     def _make_optimizers(self) -> list[torch.optim.Adam]:
