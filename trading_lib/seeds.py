@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['StackedActorCritic', 'clip_each', 'mean_interval', 'SeedsTrainer']
 
-# %% ../nbs/14_seeds.ipynb #92dba035
+# %% ../nbs/14_seeds.ipynb #4c312fca
 import copy
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ from .evaluation import Validation
 from .networks import FoldedLinear, NativeActorCritic, parameter_groups
 from .ppo import minibatches, normalised, ppo_loss
 from .tiers import NativePPOConfig
-from .trainer import NativePPOTrainer, layout_of_env, make_policy
+from .trainer import NativePPOTrainer
 
 # %% ../nbs/14_seeds.ipynb #a2d65583
 class StackedActorCritic(nn.Module):
@@ -91,7 +91,7 @@ def clip_each(
     for grad, _ in grads: grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
     return total
 
-# %% ../nbs/14_seeds.ipynb #76ed159a
+# %% ../nbs/14_seeds.ipynb #6fb5007b
 # settings of `NativePPOConfig` that would make seeds part ways, or that are not for several networks -> what they must be
 _ALIKE = {"network": "mlp", "separate_optimizers": False, "critic_epochs_in_force": 0, "target_kl": None, "recovery": False, "early_stop": False, "patience": None}
 # two-sided 95 % points of Student's t, from 1 degree of freedom on; beyond the table it is this much more than the normal's
@@ -130,19 +130,13 @@ class SeedsTrainer(NativePPOTrainer):
         require(rest == 0 and c.n_envs in (None, accounts), f"environment: expected n_envs = {len(self.seeds)} seeds × {c.n_envs or 'equally many'}, was {env.n_envs}")
         super().__init__(env, replace(c, n_envs=None, compile=False), None, progress)  # batched products are not compiled
         self.accounts, self.config, self._samples, self._shares_bars = accounts, replace(c, n_envs=accounts), accounts * c.n_steps, False
-        self.updates = -(-c.total_timesteps // self._samples)
+        self.updates = c.n_updates(accounts)
         self._randoms = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
-        self.policy = StackedActorCritic([self._alone(seed) for seed in self.seeds])
+        self.policy = StackedActorCritic([self._network(seed) for seed in self.seeds])
         self.optimizers, self._forward = [torch.optim.Adam(self.policy.groups(c.learning_rate), eps=1e-5, fused=True)], self.policy.evaluate
         if validation_market is not None: self.validation = Validation(validation_market, env.config, self.device, len(self.seeds))
         n = len(self.seeds)
         self.histories, self.each_validations, self.bests, self.best_scores = [[] for _ in range(n)], [[] for _ in range(n)], [None] * n, [None] * n
-
-    def _alone(self, seed: int) -> NativeActorCritic:
-        "The network with which a single run of this seed begins."
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return make_policy(self.env.obs_dim, self.env.n_actions, vars(self.config), layout_of_env(self.env)).to(self.device).eval()
 
     def _each(self, x: Tensor) -> Tensor:  # (n_steps × n_envs, …) as a rollout lies -> (seeds, samples of one, …)
         "Samples seed by seed."

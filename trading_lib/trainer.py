@@ -98,7 +98,7 @@ class Lines:
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}")
 
-# %% ../nbs/13_trainer.ipynb #12e4c792
+# %% ../nbs/13_trainer.ipynb #95ffa2d9
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
@@ -133,9 +133,7 @@ class NativePPOTrainer:
         c, (self.rank, self.world) = self.config, processes()
         require(c.n_envs in (None, env.n_envs), f"NativePPOConfig.n_envs: the environment has {env.n_envs}, was {c.n_envs}")
         self.device, self.table, self.recurrent = torch.device(getattr(env, "device", "cpu")), getattr(env, "table", None), c.network == "gru"
-        with torch.random.fork_rng(devices=[]):  # weights depend on the seed alone, and leave the caller's randomness alone
-            torch.manual_seed(c.seed)
-            self.policy = make_policy(env.obs_dim, env.n_actions, asdict(c), layout_of_env(env)).to(self.device).eval()  # dropout has no place in a probability ratio
+        self.policy = self._network(c.seed)
         self._set_precision()
         self._bind()
         self.optimizers, self._head = self._make_optimizers(), list(self.policy.critic_head.parameters())
@@ -155,6 +153,12 @@ class NativePPOTrainer:
         self.recoveries, self._without_better, self.ended = 0, 0, None  # ended: why the run is over before its budget
         self._obs, self._state, self._buffer, self._component_means = None, None, None, None
         self._made_with = {"git": git_state(), "libraries": library_versions()}
+
+    def _network(self, seed: int) -> nn.Module:
+        "With which a run of this seed begins: weights depend on it alone, and leave the caller's randomness alone."
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return make_policy(self.env.obs_dim, self.env.n_actions, asdict(self.config), layout_of_env(self.env)).to(self.device).eval()  # dropout has no place in a probability ratio
 
     def _make_optimizers(self) -> list[torch.optim.Adam]:
         "One for all, or one for the value head and one for everything else."
