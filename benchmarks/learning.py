@@ -83,7 +83,7 @@ def run(way: str, seed: int) -> dict:
     torch.set_num_threads(1)
     if way == "float32": plain_layers()
     trainer, watch, judged = made(way, seed)
-    if way == "float32": trainer._shares_bars = False
+    if way == "float32": trainer._whole_bars = False
     trainer.train()
     figures = judged(trainer.best)
     first = next((row for row in watch.rows if row["return"] >= THRESHOLD), {"seconds": None, "update": None})

@@ -211,7 +211,7 @@ def iteration_of(row: dict, env, settings: dict, device: torch.device):  # calle
     if "peer" in row: return _peers.PEERS[row["peer"]](env, settings, device)
     config = {name: value for name, value in row.items() if name not in ("dense", "settings", "matmul", "every_sample")}
     trainer = our_trainer(_peers.DenseEnv(env) if row.get("dense") else env, settings, **config)
-    if row.get("every_sample"): trainer._shares_bars = False
+    if row.get("every_sample"): trainer._whole_bars = False
     return lambda n_epochs: trainer.train(1)
 
 

@@ -1,7 +1,9 @@
 """Fast paths beside the plain ones: hidden layers in one pass, products of all bars known before a rollout, episodes that were cut looked at together."""
+import math
 import platform
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from test_trainer import market, trading_trainer
 from trading_lib.env import Obs
 from trading_lib.fused import _medium_is_exact, fast_products, fuses, linear_relu
 from trading_lib.networks import ActingTable, FoldedInputs
+from trading_lib.ppo import Minibatch, whole_groups
 from trading_lib.trainer import NativePPOTrainer
 
 WIDTHS = [(1, 1, 1), (7, 355, 64), (300, 64, 5), (513, 33, 17)]
@@ -165,13 +168,14 @@ def test_a_cut_episode_is_valued_by_its_own_last_observation():
 def test_each_bar_once_is_the_same_update(settings):
     "A layout without account columns: samples at one bar share the network's work, and their gradients are added up."
     weights, rows = [], []
-    for shares in (True, False):
-        t = trading_trainer(0, None, n_steps=64, minibatch_size=512, **settings)
-        assert t.table.n_account == 0
-        t._shares_bars = shares
+    for once in (True, False):
+        t = trading_trainer(0, None, n_steps=600, minibatch_size=1500, **settings)
+        assert t.table.n_account == 0 and t._whole_bars
+        shuffled = t._epochs
+        if not once: t._epochs = lambda data, n: ([Minibatch(batch.samples) for batch in epoch] for epoch in shuffled(data, n))
         rows.append(t.train(2)[-1])
         weights.append({name: v.detach().clone() for name, v in t.policy.named_parameters()})
-    fresh = dict(trading_trainer(0, None, n_steps=64, minibatch_size=512, **settings).policy.named_parameters())
+    fresh = dict(trading_trainer(0, None, n_steps=600, minibatch_size=1500, **settings).policy.named_parameters())
     for name, v in weights[0].items():
         moved = float((weights[1][name] - fresh[name]).abs().max())
         assert float((v - weights[1][name]).abs().max()) < 1e-3 * moved and moved > 0, name
@@ -179,17 +183,41 @@ def test_each_bar_once_is_the_same_update(settings):
 
 
 def test_it_is_chosen_where_bars_repeat_and_nothing_else_is_seen():
-    few = trading_trainer(0, None, minibatch_size=256)
+    few = trading_trainer(0, None, n_steps=32)
     bars = len(few._bars())
-    assert not few._shares_bars  # 256 of thousands of bars: hardly any twice
+    assert not few._whole_bars and few.computed_share == 1  # 256 of thousands of bars: hardly any twice
     many = trading_trainer(0, None, n_steps=bars // 8, minibatch_size=bars)
-    assert many._shares_bars  # as many samples as bars: a share of 1 - 1/e of them is seen
-    assert not trading_trainer(0, None, version="2.7.0", n_steps=bars // 8, minibatch_size=bars)._shares_bars  # accounts are seen too
-    index = torch.randint(many._bars().start, many._bars().stop, (5000,), generator=torch.Generator().manual_seed(1))
-    (bars, place), (expected, inverse) = many._distinct(index), torch.unique(index, return_inverse=True)
-    assert torch.equal(bars[:len(expected)], expected) and torch.equal(place, inverse) and bool((bars[len(expected):] == expected[0]).all())
-    assert len(bars) % (5000 // 16) == 0 and len(bars) - len(expected) < 5000 // 16  # a handful of sizes, whatever is drawn
-    assert len(many._distinct(expected)[0]) == len(expected)  # never more than there were
+    assert many._whole_bars and many.computed_share == pytest.approx(1 - 1 / math.e, abs=1e-3)  # as many samples as bars: a share of 1 - 1/e of them is seen
+    assert not trading_trainer(0, None, version="2.7.0", n_steps=bars // 8, minibatch_size=bars)._whole_bars  # accounts are seen too
+    first, some = many._bars().start, torch.arange(3, 73)
+    rows = many._rows_of(some, 1000)
+    assert torch.equal(rows[:70], some + first) and len(rows) == 128 and bool((rows[70:] == 72 + first).all())  # a handful of sizes, whatever is drawn
+    assert torch.equal(many._rows_of(some, 70), some + first)  # never more than there were samples
+
+
+@pytest.mark.parametrize("size", [1, 7, 500, 1999, 2000, 5000])
+def test_whole_groups_stay_together(size):
+    "2,000 samples of 300 groups, a third of which has none: each sample once an epoch, in minibatches of that size, and a group in two of them only where one was full."
+    random = torch.Generator().manual_seed(2)
+    group = torch.randint(200, (2000,), generator=random) * 3 // 2
+    epochs, again = ([*whole_groups(group, 300, size, 4, torch.Generator().manual_seed(seed))] for seed in (5, 5))
+    assert len(epochs) == 4
+    for epoch, same in zip(epochs, again):
+        samples = torch.cat([batch.samples for batch in epoch])
+        assert torch.equal(samples.sort().values, torch.arange(2000)) and torch.equal(samples, torch.cat([batch.samples for batch in same]))
+        assert [len(batch.samples) for batch in epoch] == [min(size, 2000 - at) for at in range(0, 2000, size)]
+        for batch in epoch: assert torch.equal(batch.groups[batch.place], group[batch.samples]) and len(batch.groups) == len(batch.groups.unique()) == len(batch.place.unique())
+        of = group[samples]
+        assert int((of[1:] != of[:-1]).sum()) + 1 == len(group.unique())  # side by side, so divided by the edges of minibatches alone
+    orders = [torch.cat([batch.samples for batch in epoch]) for epoch in epochs]
+    assert not any(torch.equal(a, b) for a, b in zip(orders, orders[1:]))
+
+
+def test_every_order_of_groups_is_as_likely_as_another():
+    "Three groups of 2, 1 and 1 samples: six orders in 3,000 epochs, 500 each, with a standard deviation of 20."
+    group = torch.tensor([0, 2, 1, 0])
+    seen = Counter(tuple(epoch[0].groups.tolist()) for epoch in whole_groups(group, 3, 4, 3000, torch.Generator().manual_seed(0)))
+    assert len(seen) == 6 and all(abs(n - 500) < 100 for n in seen.values())
 
 
 # --- memory that stays -----------------------------------------------------------------------------------------------

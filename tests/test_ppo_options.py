@@ -25,15 +25,16 @@ from trading_lib.trainer import Lines, NativePPOTrainer
 
 def spied(trainer):
     "What a trainer learns from: every rollout, and the samples of every minibatch, in order."
-    rollouts, batches, rollout, split = [], [], trainer._rollout, trainer._batches
+    rollouts, batches, rollout, split = [], [], trainer._rollout, trainer._epochs
     def roll():
         out = rollout()
         rollouts.append({name: v.clone() for name, v in out.items()})
         return out
-    def cut():
-        batches.append(split())
-        return batches[-1]
-    trainer._rollout, trainer._batches = roll, cut
+    def cut(data, n):
+        for epoch in split(data, n):
+            batches.append([batch.samples for batch in epoch])
+            yield epoch
+    trainer._rollout, trainer._epochs = roll, cut
     return rollouts, batches
 
 

@@ -20,7 +20,7 @@ from trading_lib.layouts import LAYOUTS
 from trading_lib.networks import estimate_model
 from trading_lib.sources import simulate_bars
 from trading_lib.evaluation import Validation, runs_through
-from trading_lib.ppo import generalized_advantages, learning_rate_at, minibatches
+from trading_lib.ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches
 from trading_lib.tiers import NativePPOConfig, get_auto_config
 from trading_lib.trainer import Lines, NativePPOTrainer, build_policy
 
@@ -128,7 +128,7 @@ def test_every_sample_is_used_once_per_epoch():
     "96 samples in minibatches of 40: 40, 40 and 16."
     trainer, used = plain_trainer(n_epochs=3), []
     losses = trainer._losses
-    trainer._losses = lambda data, batch, coefficient: (used.append(batch), losses(data, batch, coefficient))[1]
+    trainer._losses = lambda data, batch, coefficient: (used.append(batch.samples), losses(data, batch, coefficient))[1]
     trainer.train(1)
     assert [len(b) for b in used] == [40, 40, 16] * 3 and all(torch.equal(torch.cat(used[i:i + 3]).sort().values, torch.arange(96)) for i in (0, 3, 6))
 
@@ -267,7 +267,7 @@ def test_every_term_of_the_loss_equals_a_plain_reimplementation(settings):
         data |= {"logits": torch.log_softmax(logits + draw(64, 3), 1), "log_probability": torch.log_softmax(logits, 1).gather(1, data["action"][:, None])[:, 0] + 0.3 * draw(64), "value": values + 0.5 * draw(64), "return": values + draw(64)}
     other = copy.deepcopy(trainer.policy)
     batch = torch.randperm(64, generator=random)[:50]
-    loss, watched = trainer._losses(data, batch, trainer.config.entropy_coefficient)
+    loss, watched = trainer._losses(data, Minibatch(batch), trainer.config.entropy_coefficient)
     expected, terms = plain_loss(other, {name: v[batch] for name, v in data.items()}, trainer.config)
     loss.backward(); expected.backward()
     assert math.isclose(loss.item(), expected.item(), rel_tol=1e-5) and watched.keys() == terms.keys()

@@ -93,13 +93,13 @@ def test_flops_of_a_row_are_those_of_its_inputs(benchmark, env):
 
 
 def test_bars_that_are_computed_once_count_once(benchmark, env):
-    "As many samples as bars: 1 - 1/e of the bars are seen. The dense row and the peers compute every sample."
+    "A sample for each bar: 1 - 1/e of the bars are seen, but for the few bars that do not divide by the accounts. The dense row and the peers compute every sample."
     one = env()
     bars = one.market.stop - max(one.market.start, one.market.window - 1)
-    settings = benchmark.SETTINGS | dict(hidden_dims=[4], n_epochs=1, n_envs=one.n_envs, n_steps=bars, minibatch_size=bars)
+    settings = benchmark.SETTINGS | dict(hidden_dims=[4], n_epochs=1, n_envs=one.n_envs, n_steps=bars // one.n_envs, minibatch_size=bars)
     flops = benchmark.flops_per_step(79, [4], 8, 1, 1)
-    assert math.isclose(benchmark.our_trainer(one, settings).computed_share, 1 - 1 / math.e, rel_tol=1e-9)
-    assert benchmark.flops_of(benchmark.ROWS[benchmark.DEFAULTS], one, settings) == round(flops["forward"] + (1 - 1 / math.e) * (flops["forward"] + flops["backward"]))
+    assert math.isclose(benchmark.our_trainer(one, settings).computed_share, 1 - 1 / math.e, rel_tol=0.01)
+    assert math.isclose(benchmark.flops_of(benchmark.ROWS[benchmark.DEFAULTS], one, settings), flops["forward"] + (1 - 1 / math.e) * (flops["forward"] + flops["backward"]), rel_tol=0.01)
     assert benchmark.flops_of(benchmark.ROWS["CleanRL-style"], one, settings) == benchmark.flops_per_step(464, [4], 8, 2, 1)["step"]
 
 

@@ -8,6 +8,7 @@ __all__ = ['StackedActorCritic', 'clip_each', 'mean_interval', 'SeedsTrainer']
 # %% ../nbs/14_seeds.ipynb #4c312fca
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
@@ -22,7 +23,7 @@ from .distributed import processes
 from .env import Obs
 from .evaluation import Validation
 from .networks import FoldedLinear, NativeActorCritic, parameter_groups
-from .ppo import minibatches, normalised, ppo_loss
+from .ppo import Minibatch, normalised, ppo_loss
 from .tiers import NativePPOConfig
 from .trainer import NativePPOTrainer
 
@@ -129,7 +130,8 @@ class SeedsTrainer(NativePPOTrainer):
         accounts, rest = divmod(env.n_envs, len(self.seeds))
         require(rest == 0 and c.n_envs in (None, accounts), f"environment: expected n_envs = {len(self.seeds)} seeds × {c.n_envs or 'equally many'}, was {env.n_envs}")
         super().__init__(env, replace(c, n_envs=None, compile=False), None, progress)  # batched products are not compiled
-        self.accounts, self.config, self._samples, self._shares_bars = accounts, replace(c, n_envs=accounts), accounts * c.n_steps, False
+        self.accounts, self.config, self._samples = accounts, replace(c, n_envs=accounts), accounts * c.n_steps
+        self._whole_bars = self.computed_share < 1  # as one seed would have it; batched products compute every sample all the same
         self.updates = c.n_updates(accounts)
         self._randoms = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
         self.policy = StackedActorCritic([self._network(seed) for seed in self.seeds])
@@ -171,15 +173,15 @@ class SeedsTrainer(NativePPOTrainer):
 
     # -- learning --------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> list[Tensor]:
+    def _epochs(self, data: dict[str, Tensor], n: int) -> Iterator[list[Minibatch]]:
         "Each network's own minibatches, side by side."
-        own = [minibatches(self._samples, self.config.minibatch_size, random) for random in self._randoms]
+        own = [self._shuffled(index, n, random) for index, random in zip(self._each(data["index"]), self._randoms)]
         at = lambda k, sample: sample // self.accounts * self.env.n_envs + k * self.accounts + sample % self.accounts
-        return [torch.cat([at(k, sample) for k, sample in enumerate(batch)]) for batch in zip(*own)]
+        for epochs in zip(*own): yield [Minibatch(torch.cat([at(k, batch.samples) for k, batch in enumerate(batches)])) for batches in zip(*epochs)]
 
-    def _losses(self, data: dict[str, Tensor], batch: Tensor, entropy_coefficient: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, data: dict[str, Tensor], batch: Minibatch, entropy_coefficient: float) -> tuple[Tensor, dict[str, Tensor]]:
         n = len(self.seeds)
-        own = {name: data[name][batch].unflatten(0, (n, -1)) for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
+        own = {name: data[name][batch.samples].unflatten(0, (n, -1)) for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
         own["advantage"] = torch.vmap(normalised)(own["advantage"])
         answers = (x.unflatten(0, (n, -1)) for x in self._batch_forward(self._forward, data, batch))
         loss, watch = torch.vmap(lambda logits, value, data: ppo_loss(logits, value, data, self.config, entropy_coefficient))(*answers, own)

@@ -9,12 +9,12 @@ __all__ = ['layout_of_env', 'make_policy', 'build_policy', 'Lines', 'Diverged', 
 import copy
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import git_state, library_versions, load_checkpoint, save_checkpoint
@@ -27,7 +27,7 @@ from .memory import allocate_rollout, memory_use, sample_fields
 from .metrics import composite_score
 from .networks import (ActingTable, FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
                                   parameter_groups, plain_optimizer_state)
-from .ppo import generalized_advantages, learning_rate_at, minibatches, normalised, ppo_loss, value_loss
+from .ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches, normalised, ppo_loss, value_loss, whole_groups
 from .recurrent import RecurrentActorCritic
 from .run_folder import RunFolder
 from .tiers import NativePPOConfig, get_a100_config, get_auto_config, is_due, layer_widths  # some for those who look for them here
@@ -104,8 +104,8 @@ class Diverged(InputError):
 
 
 _TERMINATED, _TRUNCATED = 1, 2  # how a step ended an episode
-_DISTINCT = 0.9  # share of different bars in a minibatch below which each is computed once
-_SIZES = 16  # of the products that they then have
+_DISTINCT = 0.8  # share of different bars in a rollout below which each is computed once
+_ROWS = 64  # of which the products then have a multiple
 _RECOVERIES = 3  # at most so many times the learning rate is halved
 
 
@@ -146,7 +146,7 @@ class NativePPOTrainer:
         self.validation = Validation(validation_market, env.config, self.device) if validation_market is not None else None
         self.accounts = env.n_envs  # of each seed that is trained
         self._samples = env.n_envs * c.n_steps
-        self._shares_bars = self.computed_share < 1
+        self._whole_bars = self.computed_share < 1
         self.updates = math.ceil(c.total_timesteps / (self._samples * self.world))
         self.update, self.global_step, self.history, self.best, self.best_update, self.best_score = 0, 0, [], None, None, -math.inf
         self.validations = []  # one row for each checkpoint that was looked at: what a ledger of trials needs
@@ -319,12 +319,17 @@ class NativePPOTrainer:
 
     # -- learning --------------------------------------------------------------------------------------------------
 
-    def _batches(self) -> list[Tensor]:
-        "Indices of the flattened rollout, minibatch by minibatch; whole sequences of some accounts where the policy is recurrent."
-        c, n = self.config, self.env.n_envs
-        if not self.recurrent: return minibatches(self._samples, c.minibatch_size, self._random)
-        accounts, step = minibatches(n, max(1, c.minibatch_size // c.n_steps), self._random), torch.arange(c.n_steps, device=self.device)[:, None] * n
-        return [(step + some).flatten() for some in accounts]
+    def _epochs(self, data: dict[str, Tensor], n: int) -> Iterator[list[Minibatch]]:
+        "Minibatches of so many passes over a rollout."
+        return self._shuffled(data.get("index"), n, self._random)
+
+    def _shuffled(self, index: Tensor | None, n: int, random: torch.Generator) -> Iterator[list[Minibatch]]:
+        "By whole bars where each is computed once, else by samples; by whole sequences of some accounts where the policy is recurrent."
+        c, accounts = self.config, self.env.n_envs
+        if self._whole_bars: return whole_groups(index - self._bars().start, len(self._bars()), c.minibatch_size, n, random)
+        if not self.recurrent: return ([Minibatch(samples) for samples in minibatches(self._samples, c.minibatch_size, random)] for _ in range(n))
+        step, together = torch.arange(c.n_steps, device=self.device)[:, None] * accounts, max(1, c.minibatch_size // c.n_steps)
+        return ([Minibatch((step + some).flatten()) for some in minibatches(accounts, together, random)] for _ in range(n))
 
     def _bars(self) -> range:
         "Rows of the table at which the policy acts."
@@ -333,32 +338,28 @@ class NativePPOTrainer:
 
     @property
     def computed_share(self) -> float:
-        "Of a minibatch's samples, those that the network computes: expected different bars, where it looks at the same ones so often, and at nothing else, that it pays to compute each of them once."
-        if self.table is None or self.table.n_account or self.recurrent or self.device.type != "cpu": return 1.0  # elsewhere the host would wait to hear how many they are
-        n, bars = min(self.config.minibatch_size, self._samples), len(self._bars())
-        share = bars * -math.expm1(-n / bars) / n
+        "Of a rollout's samples, those that the network computes: expected different bars, where it looks at the same ones so often, and at nothing else, that it pays to compute each of them once."
+        if self.table is None or self.table.n_account or self.recurrent: return 1.0
+        share = len(self._bars()) * -math.expm1(-self._samples / len(self._bars())) / self._samples
         return share if share < _DISTINCT else 1.0
 
-    def _distinct(self, index: Tensor) -> tuple[Tensor, Tensor]:  # (k,) each row once, and the first as often as it takes; (n,) where it is among them
-        "What `torch.unique` gives, without sorting, and a few rows more: products of a size that was never seen are compiled before they are computed."
-        first, n = self._bars().start, len(index)
-        seen = torch.zeros(len(self._bars()), dtype=torch.bool, device=index.device)
-        seen[index - first] = True
-        bars, sizes = seen.nonzero().squeeze(1) + first, max(1, n // _SIZES)
-        return F.pad(bars, (0, min(n, -(-len(bars) // sizes) * sizes) - len(bars)), value=int(bars[0])), (seen.cumsum(0) - 1)[index - first]
+    def _rows_of(self, bars: Tensor, n: int) -> Tensor:  # rows of the table
+        "Of these bars, and the last again and again up to a round number, for at most n samples: products of a size that was never seen are compiled before they are computed."
+        k = min(n, -(-len(bars) // _ROWS) * _ROWS)
+        return bars[torch.arange(k, device=self.device).clamp_(max=len(bars) - 1)] + self._bars().start
 
-    def _batch_forward(self, forward, data: dict[str, Tensor], batch: Tensor) -> tuple[Tensor, Tensor]:
+    def _batch_forward(self, forward, data: dict[str, Tensor], batch: Minibatch) -> tuple[Tensor, Tensor]:
         "Logits and values of a minibatch."
-        obs = Obs(data["index"][batch] if "index" in data else None, data["dense"][batch] if "dense" in data else torch.empty(len(batch), 0, device=self.device))
+        samples = batch.samples
         with self._autocast():
-            if self._shares_bars:
-                bars, place = self._distinct(obs.index)
-                return tuple(answer.index_select(0, place) for answer in forward(self._inputs(Obs(bars, obs.dense[:len(bars)]))))
-            x = self._inputs(obs)
+            if batch.groups is not None:
+                rows = self._rows_of(batch.groups, len(samples))
+                return tuple(answer.index_select(0, batch.place) for answer in forward(self._inputs(Obs(rows, torch.empty(len(rows), 0, device=self.device)))))
+            x = self._inputs(Obs(data["index"][samples] if "index" in data else None, data["dense"][samples] if "dense" in data else torch.empty(len(samples), 0, device=self.device)))
             if not self.recurrent: return forward(x)
             T = self.config.n_steps
-            accounts = batch[:batch.numel() // T]
-            logits, value = forward(x.view(T, len(accounts), -1), data["first_state"][:, accounts], data["first"][batch].view(T, -1))
+            accounts = samples[:samples.numel() // T]
+            logits, value = forward(x.view(T, len(accounts), -1), data["first_state"][:, accounts], data["first"][samples].view(T, -1))
             return logits.flatten(0, 1), value.flatten()
 
     def _step(self, loss: Tensor, head_only: bool = False):
@@ -384,9 +385,9 @@ class NativePPOTrainer:
         mean, square = mean_over_processes(torch.stack([advantage.mean(), (advantage**2).mean()]))
         return (advantage - mean) / ((square - mean**2).clamp(min=0).sqrt() + 1e-8)
 
-    def _losses(self, data: dict[str, Tensor], batch: Tensor, entropy_coefficient: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, data: dict[str, Tensor], batch: Minibatch, entropy_coefficient: float) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss of one minibatch, and what to watch."
-        own = {name: data[name][batch] for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
+        own = {name: data[name][batch.samples] for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
         own["advantage"] = self._normalised(own["advantage"])
         return ppo_loss(*self._batch_forward(self._forward, data, batch), own, self.config, entropy_coefficient)
 
@@ -399,8 +400,8 @@ class NativePPOTrainer:
         rate, entropy_coefficient = learning_rate_at(self.update, self.updates, c.learning_rate) * 0.5**self.recoveries, c.entropy_coefficient * 1.5**self.recoveries
         for group in self._groups: group["lr"] = rate * group["factor"]
         watched, good = [], self._copied()
-        for epoch in range(c.n_epochs):
-            for batch in self._batches():
+        for epoch, batches in enumerate(self._epochs(data, c.n_epochs)):
+            for batch in batches:
                 loss, watch = self._losses(data, batch, entropy_coefficient)
                 self._step(loss)
                 watched.append(torch.stack(list(watch.values())))
@@ -438,10 +439,10 @@ class NativePPOTrainer:
         if not c.critic_epochs_in_force: return
         for p in self._body: p.requires_grad_(False)
         forward = _Evaluate(self.policy)  # what DistributedDataParallel expects gradients of is not all there
-        for epoch in range(c.critic_epochs_in_force):
-            for batch in self._batches():
+        for epoch, batches in enumerate(self._epochs(data, c.critic_epochs_in_force)):
+            for batch in batches:
                 _, value = self._batch_forward(forward, data, batch)
-                loss = c.value_coefficient * value_loss(value, data["value"][batch], data["return"][batch], c.value_clip_range)
+                loss = c.value_coefficient * value_loss(value, data["value"][batch.samples], data["return"][batch.samples], c.value_clip_range)
                 self._step(loss, head_only=True)
             self.progress.phase("critic epochs", epoch + 1, c.critic_epochs_in_force)
         for p in self._body: p.requires_grad_(True)
