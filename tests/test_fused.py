@@ -1,4 +1,4 @@
-"""Fast paths beside the plain ones: hidden layers in one pass, products of all bars known before a rollout, episodes that were cut looked at together."""
+"""Fast paths beside the plain ones: hidden layers in few passes, products of all bars known before a rollout, episodes that were cut looked at together."""
 import math
 import platform
 import subprocess
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from test_trainer import market, trading_trainer
 from trading_lib.env import Obs
-from trading_lib.fused import _medium_is_exact, fast_products, fuses, linear_relu
+from trading_lib.fused import _medium_is_exact, fast_products, fuses, hidden_layers
 from trading_lib.networks import ActingTable, FoldedInputs
 from trading_lib.ppo import Minibatch, whole_groups
 from trading_lib.trainer import NativePPOTrainer
@@ -34,7 +34,10 @@ def gradients(f, arguments, weight):
     return out, torch.autograd.grad((out.float() * weight).sum(), arguments)
 
 
-# --- one pass ------------------------------------------------------------------------------------------------------------
+# --- few passes ----------------------------------------------------------------------------------------------------------
+
+def linear_relu(x, weight, bias): return hidden_layers(x, [(weight, bias)])
+
 
 @pytest.mark.parametrize("shape", WIDTHS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 1e-2), (torch.float64, 0.0)])
@@ -48,6 +51,35 @@ def test_a_hidden_layer_is_the_plain_one(shape, dtype, tolerance):
     assert out.dtype == dtype and out.shape == (shape[0], shape[2])
     assert difference(out, expected) <= tolerance and max(difference(*pair) for pair in zip(found, of)) <= max(tolerance, 0.0)
     if out.any(): assert difference(out, F.linear(*exact)) > 0.01 or bool((F.linear(*exact) >= 0).all())  # without the ReLU it would be seen
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float64, 0.0)])
+@pytest.mark.parametrize("widths", [(355, 64), (20, 40, 1, 7), (33, 64, 32, 16)], ids=str)
+def test_hidden_layers_are_the_plain_ones(widths, dtype, tolerance):
+    "One after another, output and the gradients of everything that wants one; the gradient that came in is left as it was."
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+    layers = [(draw(b, a), draw(b)) for a, b in zip(widths, widths[1:])]
+    arguments = [draw(500, widths[0]), *(v for layer in layers for v in layer)]
+    exact = [v.detach().double().requires_grad_() for v in arguments]
+    def plain(x, *parameters):
+        for weight, bias in zip(parameters[::2], parameters[1::2]): x = F.relu(F.linear(x, weight, bias))
+        return x
+    together = lambda x, *parameters: hidden_layers(x, [*zip(parameters[::2], parameters[1::2])])
+    incoming = torch.randn(500, widths[-1], generator=generator).to(dtype)
+    before, out, expected = incoming.clone(), together(*arguments), plain(*exact)
+    found, of, rounded = (torch.autograd.grad(*given) for given in ((out, arguments, incoming), (expected, exact, incoming.double()), (plain(*arguments), arguments, incoming)))
+    assert out.dtype == dtype and difference(out, expected) <= tolerance and torch.equal(incoming, before)
+    for a, b, c in zip(found, of, rounded):  # where roundings let another unit through, they do so in plain layers too
+        assert a.dtype == dtype and a.shape == b.shape and bool(b.any()) and difference(a, b) <= (tolerance if dtype != torch.bfloat16 else tolerance + 1.5 * difference(c, b))
+    with torch.no_grad(): assert torch.equal(together(*arguments), out)
+    wanted = torch.autograd.grad(together(arguments[0].detach(), *arguments[1:]), arguments[1:], incoming)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found[1:]))  # whether the input wants a gradient changes no other
+
+
+def test_no_hidden_layer_is_no_change():
+    x = torch.randn(3, 4)
+    assert hidden_layers(x, []) is x
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

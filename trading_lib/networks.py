@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .config import require
 from .env import Obs, ObservationTable, column_order
-from .fused import linear_relu
+from .fused import hidden_layers
 
 # %% ../nbs/11_networks.ipynb #1df1c88b
 HIDDEN_DIMS = {"large": (2048, 1024, 512, 256), "medium": (1024, 512, 256), "small": (512, 256, 128), "tiny": (256, 128, 64)}
@@ -49,9 +49,7 @@ class _Trunk(nn.Sequential):
         return self._through(list(self)[2::2], F.relu(first))
 
     @staticmethod
-    def _through(layers: list, x: Tensor) -> Tensor:
-        for layer in layers: x = linear_relu(x, layer.weight, layer.bias)
-        return x
+    def _through(layers: list, x: Tensor) -> Tensor: return hidden_layers(x, [(layer.weight, layer.bias) for layer in layers])
 
 
 @dataclass(frozen=True)
