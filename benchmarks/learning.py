@@ -1,15 +1,20 @@
-"""Is it as good when it is fast? The shipped defaults beside plain float32 on a market with a planted edge: what they earn unseen, and seconds to a stated validation result.
+"""Is it as good when it is fast? What is fast beside what is plain, on a market with a planted edge: what they earn unseen, and seconds to a stated validation result.
 
-    python benchmarks/learning.py                # five seeds a way; about a quarter of an hour on two cores
-    python benchmarks/learning.py --kept         # trains nothing: table of what is kept
+    python benchmarks/learning.py                # five seeds a way; about half an hour on two cores
+    python benchmarks/learning.py --precision    # the shipped defaults beside plain float32
+    python benchmarks/learning.py --minibatches  # minibatches of whole bars beside minibatches of single samples
+    python benchmarks/learning.py --kept         # trains nothing: tables of what is kept
 
-`fast` is what `quick_test` does on this machine: products in bfloat16 where the chip has instructions for them, hidden layers in one pass, each bar once
-where bars repeat. `float32` is the same network and the same settings without any of that. Both make the same number of steps from the same seeds. The
-dense network, which multiplies whole windows, is too slow to train here: its seconds are those of one update times the updates that `float32` needed.
+`fast` is what `quick_test` does on this machine: products in bfloat16 where the chip has instructions for them, hidden layers in few passes. `float32` is the
+same network and the same settings without any of that. Both make the same number of steps from the same seeds. The dense network, which multiplies whole windows,
+is too slow to train here: its seconds are those of one update times the updates that `float32` needed.
+
+`whole bars` and `samples` differ in what is shuffled: in rollouts that look at the same bars again and again, the samples of a bar may stay together, so that
+the network computes it once an epoch. The sizes are those of the training benchmark, 1,024 accounts × 24 steps and minibatches of 12,288, in float32.
 
 Each run has one thread; seconds are its own processor time, so that what else the machine does counts less. The result is the validation return after costs
 at which a seed is first at or above THRESHOLD; the share is the part of the oracle's profit that the kept policy earns on the span that it never saw.
-Numbers are kept in benchmarks/results/learning.json; the command fails where the fast way earns less than the float32 way by more than the seeds' spread.
+Numbers are kept in benchmarks/results/learning.json; the command fails where the fast way earns less than the plain way by more than the seeds' spread.
 """
 import argparse
 import functools
@@ -41,7 +46,13 @@ RESULTS = Path(__file__).resolve().parent / "results" / "learning.json"
 MARKET = dict(start="2023-01-01", end="2024-06-01", edge=0.2, recipe="lifelike")
 VERSION, TIMEFRAME, ASSET_CLASS, WINDOW = "5.6.0", "15Min", "crypto", 100
 SEEDS, STEPS, THRESHOLD = range(5), 1_500_000, 0.05
-WAYS = {"fast": dict(), "float32": dict(amp=False)}
+WIDE = dict(amp=False, n_envs=1_024, n_steps=24, minibatch_size=12_288)
+# part -> what is fast and what is plain: settings that are not the mode's, and what a trainer does not do
+PARTS = {
+    "precision": {"fast": (dict(), ()), "float32": (dict(amp=False), ("few passes", "whole bars"))},
+    "minibatches": {"whole bars": (WIDE, ()), "samples": (WIDE, ("whole bars",))},
+}
+WAYS = {way: settings for ways in PARTS.values() for way, settings in ways.items()}
 
 
 def plain_layers():
@@ -69,7 +80,7 @@ def made(way: str, seed: int, dense: bool = False, **settings):
     bars, truth = simulate_market("SIM-USD", TIMEFRAME, MARKET["start"], MARKET["end"], seed=seed, edge=MARKET["edge"], recipe=MARKET["recipe"])
     spans = split_bounds(len(bars), 0.7, 0.15)
     market = market_data(bars, VERSION, fit_features(bars.iloc[slice(*spans["train"])], VERSION, TIMEFRAME, ASSET_CLASS), TIMEFRAME, ASSET_CLASS, WINDOW, "SIM-USD")
-    config = get_auto_config(STEPS, "quick_test", "cpu", **WAYS[way], seed=seed, **settings)
+    config = get_auto_config(STEPS, "quick_test", "cpu", **WAYS[way][0], seed=seed, **settings)
     env = GPUVectorizedTradingEnv(market.span(*spans["train"]), GPUEnvConfig(n_envs=config.n_envs, version=VERSION, window=WINDOW, timeframe=TIMEFRAME, asset_class=ASSET_CLASS, reward_preset="equity",
                                                                           account=AccountConfig(costs="broker")), device="cpu")
     if dense:
@@ -82,14 +93,14 @@ def made(way: str, seed: int, dense: bool = False, **settings):
 def run(way: str, seed: int) -> dict:
     "One line of the results."
     torch.set_num_threads(1)
-    if way == "float32": plain_layers()
+    if "few passes" in WAYS[way][1]: plain_layers()
     trainer, watch, judged = made(way, seed)
-    if way == "float32": trainer._whole_bars = False
+    if "whole bars" in WAYS[way][1]: trainer._whole_bars = False
     trainer.train()
     figures = judged(trainer.best)
     first = next((row for row in watch.rows if row["return"] >= THRESHOLD), {"seconds": None, "update": None})
     return {"seed": seed, "share": figures["share_of_oracle"], "return": figures["total_return"], "precision": "bfloat16" if trainer.config.amp else "float32",
-            "seconds": first["seconds"], "update": first["update"], "all_seconds": watch.rows[-1]["seconds"], "updates": trainer.updates}
+            "seconds": first["seconds"], "update": first["update"], "all_seconds": watch.rows[-1]["seconds"], "updates": trainer.updates, "whole_bars": trainer._whole_bars, "computed_share": trainer.computed_share}
 
 
 def dense_seconds(seed: int = 0) -> float:
@@ -103,35 +114,42 @@ def dense_seconds(seed: int = 0) -> float:
     return time.thread_time() - begin
 
 
-def table(results: dict) -> int:  # exit status
+def table(part: dict) -> int:  # exit status
     "Print what came out."
     median = lambda values: float(np.median([np.inf if v is None else v for v in values]))
-    shares = {way: np.array([r["share"] for r in results["ways"][way]]) for way in WAYS}
-    print(f"{results['machine']}; {STEPS:,} steps, planted edge {MARKET['edge']}, broker's costs\n{'':8} {'precision':10} {'share of the oracle, unseen: mean, range':44} seconds to a validation return of {THRESHOLD:.0%}: median, range; whole run")
-    for way, rows in results["ways"].items():
+    (fast, plain), shares = part["ways"], {way: np.array([r["share"] for r in rows]) for way, rows in part["ways"].items()}
+    print(f"{part['machine']}; {part['steps']:,} steps, planted edge {part['market']['edge']}, broker's costs\n{'':10} {'precision':10} {'share of the oracle, unseen: mean, range':44} seconds to a validation return of {THRESHOLD:.0%}: median, range; whole run")
+    for way, rows in part["ways"].items():
         own, seconds = shares[way], [r["seconds"] for r in rows]
         reached = [s for s in seconds if s is not None]
-        print(f"{way:8} {rows[0]['precision']:10} {f'{own.mean():.1%}, {own.min():.1%} to {own.max():.1%}':44} {median(seconds):.0f}, {min(reached, default=np.inf):.0f} to {max(reached, default=np.inf):.0f} "
+        print(f"{way:10} {rows[0]['precision']:10} {f'{own.mean():.1%}, {own.min():.1%} to {own.max():.1%}':44} {median(seconds):.0f}, {min(reached, default=np.inf):.0f} to {max(reached, default=np.inf):.0f} "
               f"({len(reached)} of {len(rows)} seeds); {np.median([r['all_seconds'] for r in rows]):.0f}")
-    updates = median([r["update"] for r in results["ways"]["float32"]])
-    print(f"{'dense':8} {'float32':10} {'not trained':44} {results['dense_seconds_per_update'] * updates:,.0f}, from {results['dense_seconds_per_update']:.1f} s an update × {updates:.0f} updates")
-    spread, behind = float(shares["float32"].std(ddof=1)), float(shares["float32"].mean() - shares["fast"].mean())
-    print(f"the fast way is {abs(behind):.1%} {'behind' if behind > 0 else 'ahead'} on average, the seeds' standard deviation is {spread:.1%}: {'within it' if behind <= spread else 'MISSED'}")
+    if "dense_seconds_per_update" in part:
+        updates = median([r["update"] for r in part["ways"][plain]])
+        print(f"{'dense':10} {'float32':10} {'not trained':44} {part['dense_seconds_per_update'] * updates:,.0f}, from {part['dense_seconds_per_update']:.1f} s an update × {updates:.0f} updates")
+    spread, behind = float(shares[plain].std(ddof=1)), float(shares[plain].mean() - shares[fast].mean())
+    print(f"{fast}: {abs(behind):.1%} {'behind' if behind > 0 else 'ahead'} on average, the seeds' standard deviation is {spread:.1%}: {'within it' if behind <= spread else 'MISSED'}")
     return int(behind > spread)
+
+
+def read() -> dict: return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, (fast, plain) in PARTS.items(): parser.add_argument(f"--{name}", action="store_true", help=f"only {fast} beside {plain}")
     parser.add_argument("--kept", action="store_true", help="train nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     given = parser.parse_args(arguments)
+    names = [name for name in PARTS if getattr(given, name)] or list(PARTS)
     if not given.kept:
         with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-            running = {way: [pool.submit(run, way, seed) for seed in SEEDS] for way in WAYS}
-            dense = pool.submit(dense_seconds)
-            ways = {way: [future.result() for future in futures] for way, futures in running.items()}
-            atomic_write(RESULTS, (json.dumps({"machine": f"{processor()}, one thread a run", "torch": torch.__version__, "market": MARKET, "steps": STEPS, "ways": ways, "dense_seconds_per_update": dense.result()}, indent=1, default=float) + "\n").encode())
-    return table(json.loads(RESULTS.read_text()))
+            for name in names:
+                running, dense = {way: [pool.submit(run, way, seed) for seed in SEEDS] for way in PARTS[name]}, pool.submit(dense_seconds) if name == "precision" else None
+                part = {"machine": f"{processor()}, one thread a run", "torch": torch.__version__, "market": MARKET, "steps": STEPS, "ways": {way: [future.result() for future in futures] for way, futures in running.items()}}
+                if dense: part["dense_seconds_per_update"] = dense.result()
+                atomic_write(RESULTS, (json.dumps(read() | {name: part}, indent=1, default=float) + "\n").encode())
+    return max((table(read()[name]) for name in names if name in read()), default=0)
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -14,7 +14,8 @@ accounts and the same hyper-parameters; the peers read the dense windows of the 
 `SECONDS`; its time is their median. What others did on the machine meanwhile shows in the column `busy`: processor time by time and threads.
 
 FLOPs are those that are done, counted from the layers' shapes: acting, and forward and backward of each epoch, without the gradient of the inputs, which nobody
-needs. Where samples of a minibatch look at the same bars, and at nothing else, ours computes each bar once: with 12,288 samples of 20,000 bars that is 75 % of them.
+needs. Where samples of a rollout look at the same bars, and at nothing else, ours learns from those of one bar together and computes it once: with 24,576 samples
+of 20,000 bars that is 57 % of them. The row `samples apart` shuffles sample by sample, as the peers do, and computes every one.
 The limit is the best rate of a matrix product of the same precision, over shapes that occur in training, measured in the same run; which precision a
 product really has is told by its error. Memory is the kernel's own peak of the process (VmHWM), which is set back when the environment stands, or when model and
 table do; whatever is allocated then counts: gradients, moments, the rollout, work areas of the libraries. Numbers are kept in benchmarks/results/training.json and drawn to docs/training_speed.png and docs/training_scaling.png.
@@ -50,14 +51,15 @@ PPO = dict(learning_rate=3e-4, gamma=0.99, gae_lambda=0.95, clip_range=0.2, entr
 SETTINGS = dict(n_envs=1_024, n_steps=24, minibatch_size=12_288, n_epochs=10, hidden_dims=[512, 256, 128], version="5.6.0", window=100, bars=20_000, episode_length=256, **PPO)
 SMALL = dict(n_envs=32, n_steps=8, minibatch_size=128, n_epochs=2, hidden_dims=[32, 16], window=10, bars=4_000)
 
-# one line a row: `peer` is a name of `_peers.PEERS`; without it the trainer is ours, `dense` reads whole windows, `settings` replace some above, `matmul` sets
-# torch.set_float32_matmul_precision, and all else goes to NativePPOConfig
+# one line a row: `peer` is a name of `_peers.PEERS`; without it the trainer is ours, `dense` reads whole windows, `every_sample` computes each bar as often as it is
+# looked at, `settings` replace some above, `matmul` sets torch.set_float32_matmul_precision, and all else goes to NativePPOConfig
 ROWS = {
     "stable-baselines3": dict(peer="stable-baselines3"),
     "CleanRL-style": dict(peer="CleanRL-style"),
     "sbx": dict(peer="sbx"),
     "TorchRL": dict(peer="TorchRL"),
     "ours: dense, two trunks": dict(dense=True, shared_trunk=False),
+    "ours: folded, two trunks, samples apart": dict(shared_trunk=False, every_sample=True),
     "ours: folded, two trunks": dict(shared_trunk=False),
     "ours: folded, shared trunk": dict(shared_trunk=True),
     "ours: folded, two trunks, bf16": dict(shared_trunk=False, amp=True),
@@ -71,7 +73,7 @@ GOALS = {"ours: folded, two trunks": {"stable-baselines3": 12, "CleanRL-style": 
 GOALS |= {name: {None: rate} for name, rate in zip(LARGE, (3e6, 1.4e6, 0.6e6))}
 SMALLEST_SHARE = 0.55  # of the limit, for the rows that are compared
 
-ROLLOUT = dict(n_steps=256, n_epochs=1)  # the memory of a rollout does not depend on how often it is learnt from
+ROLLOUT = dict(n_steps=256)
 MOST_MEMORY = 200e6
 
 SCALED = dict(n_steps=48)  # 49,152 samples in every row
@@ -389,7 +391,7 @@ class Bench:
         for name, row in (ROWS | LARGE).items():
             if name not in (names or [*ROWS, *(LARGE if self.device == "cuda" else ())]): continue
             part["rows"][name] = result = self.measure(name, "row", self.settings(row.get("settings", {})), row=row, seconds=0.2 if self.small else SECONDS)
-            if "seconds" in result: print(f"  {name:34} {result['samples'] / statistics.median(result['seconds']):>12,.0f} steps/s", flush=True)
+            if "seconds" in result: print(f"  {name:40} {result['samples'] / statistics.median(result['seconds']):>12,.0f} steps/s", flush=True)
         return part
 
     def memory(self) -> dict:
@@ -435,14 +437,14 @@ def print_limits(limits: dict):
 def print_training(part: dict):
     "The table, and the goals."
     rows, peers = compared(part), [name for name, row in ROWS.items() if "peer" in row]
-    print(f"\n{'':34}{'steps/s':>12}" + "".join(f"{'× ' + name:>{len(name) + 4}}" for name in peers) + f"{'MFLOP/step':>12}{'rate':>16}{'of limit':>14}{'busy':>6}{'peak':>9}")
+    print(f"\n{'':40}{'steps/s':>12}" + "".join(f"{'× ' + name:>{len(name) + 4}}" for name in peers) + f"{'MFLOP/step':>12}{'rate':>16}{'of limit':>14}{'busy':>6}{'peak':>9}")
     for row in rows:
         ratios = "".join((f"{row['ratios'][name]:.1f}" if name in row["ratios"] else "").rjust(len(name) + 4) for name in peers)
         share = f"{row['share']:.0%} {row['precision']}" if row["share"] else ""
-        print(f"{row['name']:34}{row['rate']:>12,.0f}{ratios}{row['flops'] / 1e6:>12.1f}{flop_text(row['flop_rate']):>16}{share:>14}"
+        print(f"{row['name']:40}{row['rate']:>12,.0f}{ratios}{row['flops'] / 1e6:>12.1f}{flop_text(row['flop_rate']):>16}{share:>14}"
               f"{row['busy']:>6.0%}{row['peak'] / 1e9:>6.1f} GB")
     for name, row in part["rows"].items():
-        if "left_out" in row: print(f"{name:34} left out: {row['left_out']}")
+        if "left_out" in row: print(f"{name:40} left out: {row['left_out']}")
     if part["settings"] == SETTINGS:
         for line in judged(rows): print(line)
 

@@ -52,8 +52,9 @@ class _HiddenLayers(torch.autograd.Function):
         gradient = torch.ops.aten.threshold_backward(gradient, out, 0)  # a tensor of our own: the one that came may be somebody's
         for i in reversed(range(n)):
             x = inputs[i]
-            # MKL is faster at the transpose of the weight's gradient, whose rows are those of the longer side
-            found += [gradient.sum(0), (x.t() @ gradient).t() if x.dtype == torch.float32 else gradient.t() @ x]
+            # MKL is faster at products whose rows are long
+            wide = x.dtype == torch.float32 and gradient.shape[1] > x.shape[1]
+            found += [gradient.sum(0), (x.t() @ gradient).t() if wide else gradient.t() @ x]
             if i or context.needs_input_grad[0]: gradient = gradient @ weights[i]
             if i: torch.ops.aten.threshold_backward.grad_input(gradient, x, 0, grad_input=gradient)
         return gradient if context.needs_input_grad[0] else None, *reversed(found)
