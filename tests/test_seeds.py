@@ -81,11 +81,12 @@ def test_a_group_of_accounts_is_an_environment_of_its_own(markets):
 
 @pytest.mark.parametrize("version, settings", [
     ("5.6.0", {}), ("5.6.0", dict(shared_trunk=False, value_clip_range=0.1)), ("5.6.0", dict(minibatch_size=10**6, cost_warm_up=0.5)),
-    ("account", dict(shared_trunk=False)), ("account", {}),
+    ("account", dict(shared_trunk=False)), ("account", {}), ("5.6.0", dict(n_steps=300, minibatch_size=1000, total_timesteps=300 * 12 * 8)),
 ], ids=lambda value: value if isinstance(value, str) else "-".join(value) or "defaults")
 def test_each_seed_is_the_run_it_would_be_alone(markets, version, settings):
     version = ACCOUNT if version == "account" else version
     together, alone = trained(markets, replace(CONFIG, **settings), version=version)
+    assert {trainer._whole_bars for trainer in (together, *alone)} == {"n_steps" in settings}  # as many samples as bars: those of a bar are learnt from together
     for k, single in enumerate(alone):
         policy = together.policy.network(k)
         begun = NativePPOTrainer(env_of(markets, 12, version), single.config, progress=None).policy
