@@ -18,7 +18,8 @@ needs. Where samples of a rollout look at the same bars, and at nothing else, ou
 of 20,000 bars that is 57 % of them. The row `samples apart` shuffles sample by sample, as the peers do, and computes every one.
 The limit is the best rate of a matrix product of the same precision, over shapes that occur in training, measured in the same run; which precision a
 product really has is told by its error. Memory is the kernel's own peak of the process (VmHWM), which is set back when the environment stands, or when model and
-table do; whatever is allocated then counts: gradients, moments, the rollout, work areas of the libraries. Numbers are kept in benchmarks/results/training.json and drawn to docs/training_speed.png and docs/training_scaling.png.
+table do; whatever is allocated then counts: gradients, moments, the rollout, work areas of the libraries. Numbers are kept in benchmarks/results/training_KIND.json, a
+file for each kind of chip (amx, avx512, …), and drawn to docs/training_speed_KIND.png and docs/training_scaling_KIND.png.
 """
 import argparse
 import ctypes
@@ -26,6 +27,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -44,7 +46,7 @@ from trading_lib.networks import HIDDEN_DIMS
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, SPEED, SCALING_PICTURE = ROOT / "benchmarks" / "results" / "training.json", ROOT / "docs" / "training_speed.png", ROOT / "docs" / "training_scaling.png"
+RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs"
 SECONDS, MOST_ITERATIONS = 40, 15  # a row is measured for so long, but at least once
 
 PPO = dict(learning_rate=3e-4, gamma=0.99, gae_lambda=0.95, clip_range=0.2, entropy_coefficient=0.01, value_coefficient=0.5, max_grad_norm=0.5)
@@ -73,7 +75,7 @@ GOALS = {"ours: folded, two trunks": {"stable-baselines3": 12, "CleanRL-style": 
 GOALS |= {name: {None: rate} for name, rate in zip(LARGE, (3e6, 1.4e6, 0.6e6))}
 SMALLEST_SHARE = 0.55  # of the limit, for the rows that are compared
 
-ROLLOUT = dict(n_steps=256)
+ROLLOUT = dict(n_steps=256, n_epochs=1)  # the memory of a rollout does not depend on how often it is learnt from
 MOST_MEMORY = 200e6
 
 SCALED = dict(n_steps=48)  # 49,152 samples in every row
@@ -97,6 +99,19 @@ SHAPES = [(12_288, 355, 512), (12_288, 5_800, 512), (4_096, 4_096, 4_096)]
 # how products are asked for: torch.set_float32_matmul_precision and the numbers' type
 PATHS = {"float32, torch's default": ("highest", torch.float32), "float32, precision high": ("high", torch.float32), "float32, precision medium": ("medium", torch.float32),
          "float32, oneDNN by name": ("highest", torch.float32), "bfloat16": ("highest", torch.bfloat16)}
+
+
+# --- the chip ---------------------------------------------------------------------------------------------------------
+
+def kind_of(device: str) -> str:
+    "What sets it apart from others, as part of a file's name: a GPU's name, or a CPU's instructions for matrices and vectors."
+    if device != "cpu": return re.sub(r"\W+", "_", torch.cuda.get_device_name(device)).lower()
+    return "amx" if torch.cpu._is_amx_tile_supported() else "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else torch.backends.cpu.get_cpu_capability().lower()
+
+
+def default_row(device: str) -> str:
+    "What the trainer's defaults are there."
+    return DEFAULTS if kind_of(device) in ("amx", "avx512_bf16") or device != "cpu" else "ours: folded, shared trunk"
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------------
@@ -353,10 +368,11 @@ def about(settings: dict, device: str, threads: int) -> dict:
         except PackageNotFoundError: return None
     if device == "cpu":
         done = subprocess.run([sys.executable, "-c", "from environment import processor; print(processor())"], cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, text=True)  # by a process: it sets threads
-        chip = f"{done.stdout.strip()}, {threads} of {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+        chip = f"{done.stdout.strip()}, {threads} of {os.cpu_count()} cores, {kind_of(device).upper()}"
     else: chip = torch.cuda.get_device_name(device)
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout.strip() or None
     packages = {name: of(name) for name in ("torch", "numpy", "stable-baselines3", "sbx-rl", "jax", "torchrl", "trading_lib")}
-    return {"settings": settings, "machine": chip, "device": device, "load": round(os.getloadavg()[0], 1), "date": datetime.date.today().isoformat(), "versions": {"python": platform.python_version()} | packages}
+    return {"settings": settings, "machine": chip, "commit": commit, "device": device, "load": round(os.getloadavg()[0], 1), "date": datetime.date.today().isoformat(), "versions": {"python": platform.python_version()} | packages}
 
 
 class Bench:
@@ -390,22 +406,25 @@ class Bench:
         part |= {"shapes": limits["shapes"], "limits": limits["rows"]}
         for name, row in (ROWS | LARGE).items():
             if name not in (names or [*ROWS, *(LARGE if self.device == "cuda" else ())]): continue
+            if names is None and row.get("amp") and default_row(self.device) != DEFAULTS:
+                part["rows"][name] = {"left_out": "this CPU has no bfloat16 instructions"}
+                continue
             part["rows"][name] = result = self.measure(name, "row", self.settings(row.get("settings", {})), row=row, seconds=0.2 if self.small else SECONDS)
             if "seconds" in result: print(f"  {name:40} {result['samples'] / statistics.median(result['seconds']):>12,.0f} steps/s", flush=True)
         return part
 
     def memory(self) -> dict:
         part = about(self.settings(ROLLOUT), self.device, self.threads) | {"rows": {}}
-        for name in (DEFAULTS, "ours: folded, two trunks"): part["rows"][name] = self.measure(name, "memory", part["settings"], row=ROWS[name])
+        for name in (default_row(self.device), "ours: folded, two trunks"): part["rows"][name] = self.measure(name, "memory", part["settings"], row=ROWS[name])
         return part
 
     def scaling(self) -> dict:
-        part = about(self.settings(SCALED), self.device, self.threads) | {"row": DEFAULTS, "tables": {}}
+        part = about(self.settings(SCALED), self.device, self.threads) | {"row": default_row(self.device), "tables": {}}
         for axis, changes in SCALING.items():
             rows = part["tables"][axis] = []
             for label, change in changes.items():
                 if self.small: change = {}
-                result = self.measure(f"{axis} {label}", "row", self.settings(SCALED, change), row=ROWS[DEFAULTS] | SCALED_ROW.get(axis, {}), seconds=0.1 if self.small else SCALING_SECONDS)
+                result = self.measure(f"{axis} {label}", "row", self.settings(SCALED, change), row=ROWS[part["row"]] | SCALED_ROW.get(axis, {}), seconds=0.1 if self.small else SCALING_SECONDS)
                 if "seconds" not in result: continue
                 rows.append({"label": label, **result})
                 print(f"  {axis:28} {label!s:>20} {1e6 * statistics.median(result['seconds']) / result['samples']:>9.2f} µs a transition", flush=True)
@@ -481,7 +500,7 @@ def _figure(width: float, height: float):
     return figure
 
 
-def draw_training(part: dict, path: Path = SPEED):
+def draw_training(part: dict, path: Path):
     "Steps per second as bars."
     rows = compared(part)[::-1]
     figure = _figure(10, 0.42 * len(rows) + 1.4)
@@ -500,7 +519,7 @@ def draw_training(part: dict, path: Path = SPEED):
     figure.savefig(path)
 
 
-def draw_scaling(part: dict, path: Path = SCALING_PICTURE):
+def draw_scaling(part: dict, path: Path):
     "What a transition costs, a panel for each thing that grows."
     figure = _figure(15, 3.6)
     for axes, (axis, rows) in zip(figure.subplots(1, len(part["tables"])), part["tables"].items()):
@@ -517,10 +536,29 @@ def draw_scaling(part: dict, path: Path = SCALING_PICTURE):
     figure.savefig(path)
 
 
-SHOW = {"training": (print_training, draw_training), "memory": (print_memory, None), "scaling": (print_scaling, draw_scaling), "seeds": (print_seeds, None)}
+SHOW = {"training": (print_training, draw_training, "speed"), "memory": (print_memory, None, None), "scaling": (print_scaling, draw_scaling, "scaling"), "seeds": (print_seeds, None, None)}
 
 
-def read(path: Path = RESULTS) -> dict: return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def file_of(kind: str) -> Path: return RESULTS / f"training_{kind}.json"
+
+
+def read(path: Path) -> dict: return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def show(name: str, part: dict, kind: str | None):
+    "A part's table, and its picture where it is kept."
+    say, draw, picture = SHOW[name]
+    say(part)
+    if kind and draw: draw(part, PICTURES / f"training_{picture}_{kind}.png")
+
+
+def show_kept(names: list[str]):
+    for path in sorted(RESULTS.glob("training_*.json")):
+        for name, part in read(path).items():
+            if name not in names: continue
+            print(f"\n{part['machine']}, {part['date']}, commit {part['commit']}")
+            if name == "training": print_limits({"shapes": part["shapes"], "rows": part["limits"]})
+            show(name, part, path.stem.removeprefix("training_"))
 
 
 def main(arguments=None):
@@ -533,21 +571,19 @@ def main(arguments=None):
     parser.add_argument("--job", help=argparse.SUPPRESS)  # a measurement as JSON: how this file calls itself
     given = parser.parse_args(arguments)
     if given.job: return work(json.loads(given.job))
-    parts, results = ["training"] if given.rows else [name for name in SHOW if getattr(given, name)] or list(SHOW), read()
-    keep = not (given.kept or given.small or given.rows)
+    parts = ["training"] if given.rows else [name for name in SHOW if getattr(given, name)] or list(SHOW)
+    if given.kept: return show_kept(parts)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, given.small, given.threads)
+        kind, path = None, file_of(kind_of(bench.device))
+        if not (given.small or given.rows): kind = kind_of(bench.device)
         for name in parts:
-            if not given.kept: results[name] = bench.training(given.rows) if name == "training" else getattr(bench, name)()
-            if name not in results: continue
-            show, draw = SHOW[name]
-            if given.kept: print(f"\n{results[name]['machine']}, {results[name]['date']}")
-            if given.kept and name == "training": print_limits({"shapes": results[name]["shapes"], "rows": results[name]["limits"]})
-            show(results[name])
-            if keep:
-                RESULTS.parent.mkdir(exist_ok=True)
-                atomic_write(RESULTS, (json.dumps({n: results[n] for n in SHOW if n in results}, indent=1) + "\n").encode())
-            if draw and (keep or given.kept): draw(results[name])
+            part = bench.training(given.rows) if name == "training" else getattr(bench, name)()
+            if kind:
+                RESULTS.mkdir(exist_ok=True)
+                kept = read(path) | {name: part}
+                atomic_write(path, (json.dumps({n: kept[n] for n in SHOW if n in kept}, indent=1) + "\n").encode())
+            show(name, part, kind)
 
 
 if __name__ == "__main__": main()

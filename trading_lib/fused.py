@@ -53,7 +53,7 @@ class _HiddenLayers(torch.autograd.Function):
         for i in reversed(range(n)):
             x = inputs[i]
             # MKL is faster at products whose rows are long
-            wide = x.dtype == torch.float32 and gradient.shape[1] > x.shape[1]
+            wide = x.dtype == torch.float32 and gradient.shape[1] >= x.shape[1]
             found += [gradient.sum(0), (x.t() @ gradient).t() if wide else gradient.t() @ x]
             if i or context.needs_input_grad[0]: gradient = gradient @ weights[i]
             if i: torch.ops.aten.threshold_backward.grad_input(gradient, x, 0, grad_input=gradient)
