@@ -1,6 +1,6 @@
 """Whole PPO training, rollout and update, beside other people's trainers: steps per second, share of what the chip can multiply, and memory.
 
-    python benchmarks/training.py                # everything below, one after another; half an hour on two cores
+    python benchmarks/training.py                # everything below, one after another; three quarters of an hour on two cores
     python benchmarks/training.py --training     # ours and the peers; needs pip install stable-baselines3 sbx-rl torchrl, rows without their package are left out
     python benchmarks/training.py --memory       # what a long rollout takes
     python benchmarks/training.py --scaling      # what a transition costs as environments, bars, network and window grow
@@ -10,8 +10,9 @@
     python benchmarks/training.py --small        # tiny sizes, to see that it runs; not kept
 
 Every row has a process of its own, one after another, with all cores (`--threads`), the GPU where there is one. All trainers get the same bars, the same
-accounts and the same hyper-parameters; the peers read the dense windows of the same environment. Each row runs one iteration to warm up and then some more for
-`SECONDS`; its time is their median. What others did on the machine meanwhile shows in the column `busy`: processor time by time and threads.
+accounts and the same hyper-parameters; the peers read the dense windows of the same environment. Machines that are shared are now fast and now slow: so all rows
+have their turn, and then another and another. In each a row runs one iteration to warm up and then some more; its time is the median of all of them. What others
+did on the machine meanwhile shows in the column `busy`: processor time by time and threads.
 
 FLOPs are those that are done, counted from the layers' shapes: acting, and forward and backward of each epoch, without the gradient of the inputs, which nobody
 needs. Where samples of a rollout look at the same bars, and at nothing else, ours learns from those of one bar together and computes it once: with 24,576 samples
@@ -47,7 +48,7 @@ from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs"
-SECONDS, MOST_ITERATIONS = 40, 15  # a row is measured for so long, but at least once
+SECONDS, MOST_ITERATIONS, TURNS = 60, 15, 3  # a row is measured for so long in all, but at least once in each of its turns
 
 PPO = dict(learning_rate=3e-4, gamma=0.99, gae_lambda=0.95, clip_range=0.2, entropy_coefficient=0.01, value_coefficient=0.5, max_grad_norm=0.5)
 SETTINGS = dict(n_envs=1_024, n_steps=24, minibatch_size=12_288, n_epochs=10, hidden_dims=[512, 256, 128], version="5.6.0", window=100, bars=20_000, episode_length=256, **PPO)
@@ -404,13 +405,18 @@ class Bench:
         print(f"{part['machine']}, load {part['load']}; " + ", ".join(f"{name} {v}" for name, v in part["versions"].items() if v), flush=True)
         limits = self.limits()
         part |= {"shapes": limits["shapes"], "limits": limits["rows"]}
-        for name, row in (ROWS | LARGE).items():
-            if name not in (names or [*ROWS, *(LARGE if self.device == "cuda" else ())]): continue
-            if names is None and row.get("amp") and default_row(self.device) != DEFAULTS:
-                part["rows"][name] = {"left_out": "this CPU has no bfloat16 instructions"}
-                continue
-            part["rows"][name] = result = self.measure(name, "row", self.settings(row.get("settings", {})), row=row, seconds=0.2 if self.small else SECONDS)
-            if "seconds" in result: print(f"  {name:40} {result['samples'] / statistics.median(result['seconds']):>12,.0f} steps/s", flush=True)
+        rows = {name: row for name, row in (ROWS | LARGE).items() if name in (names or [*ROWS, *(LARGE if self.device == "cuda" else ())])}
+        for turn in range(1 if self.small else TURNS):
+            for name, row in rows.items():
+                before = part["rows"].get(name)
+                if before and "left_out" in before: continue
+                if names is None and row.get("amp") and default_row(self.device) != DEFAULTS: result = {"left_out": "this CPU has no bfloat16 instructions"}
+                else: result = self.measure(name, "row", self.settings(row.get("settings", {})), row=row, seconds=0.2 if self.small else SECONDS / TURNS)
+                if "seconds" in result: print(f"  {name:40} {result['samples'] / statistics.median(result['seconds']):>12,.0f} steps/s", flush=True)
+                if before and "seconds" in result:
+                    seconds = before["seconds"] + result["seconds"]
+                    result |= {"seconds": seconds, "busy": round((turn * before["busy"] + result["busy"]) / (turn + 1), 3)} | {peak: max(before[peak], result[peak]) for peak in ("peak", "above_environment")}
+                part["rows"][name] = result
         return part
 
     def memory(self) -> dict:
