@@ -515,7 +515,7 @@ def draw_training(part: dict, path: Path):
     bars = axes.barh([row["name"] for row in rows], [row["rate"] for row in rows], color=["tab:blue" if row["name"].startswith("ours") else "tab:orange" for row in rows])
     text = lambda row: f"{row['rate']:,.0f}" + (f", {row['ratios'][first]:.1f} × {first}" if first in row["ratios"] and row["name"] != first else "") + (f", {row['share']:.0%} of the {row['precision']} limit" if row["share"] else "")
     axes.bar_label(bars, [text(row) for row in rows], padding=3, fontsize=8)
-    axes.set_xlim(0, 1.75 * max(row["rate"] for row in rows))
+    axes.set_xlim(0, 1.95 * max(row["rate"] for row in rows))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g} k")
     axes.set_xlabel("environment steps a second, rollout and update")
     s = part["settings"]

@@ -227,6 +227,20 @@ def test_it_is_chosen_where_bars_repeat_and_nothing_else_is_seen():
     assert torch.equal(many._rows_of(some, 70), some + first)  # never more than there were samples
 
 
+@pytest.mark.parametrize("shape", [(9, 4), (9,)])
+def test_a_look_up_is_a_selection(shape):
+    "The way that other devices take, on this one: the same answers, and the same gradients."
+    t, place = trading_trainer(0, None), torch.tensor([0, 0, 3, 8, 8, 8])
+    answers = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weight, found = torch.randn(6, *shape[1:], generator=torch.Generator().manual_seed(1)), []
+    for device in ("cpu", "meta"):
+        t.device = torch.device(device)
+        out = t._of_samples(answers, place)
+        assert torch.equal(out, answers[place])
+        found.append(torch.autograd.grad(out, answers, weight)[0])
+    assert torch.equal(*found) and bool(found[0].any())
+
+
 @pytest.mark.parametrize("size", [1, 7, 500, 1999, 2000, 5000])
 def test_whole_groups_stay_together(size):
     "2,000 samples of 300 groups, a third of which has none: each sample once an epoch, in minibatches of that size, and a group in two of them only where one was full."

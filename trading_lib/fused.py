@@ -65,8 +65,9 @@ def hidden_layers(
     layers: list[tuple[Tensor, Tensor]],  # of each its weight (outputs, inputs) and its bias (outputs,)
 ) -> Tensor:  # (n, outputs of the last), in autocast's precision where that is on
     "Linear layers, a ReLU after each, with as few passes over memory as the machine can."
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    if x.device.type != "cpu" or not len(x) or not layers or torch.compiler.is_compiling() or not fuses(dtype):  # a compiler fuses them itself
+    plain = x.device.type != "cpu" or not len(x) or not layers or torch.compiler.is_compiling()  # a compiler fuses them itself
+    dtype = x.dtype if plain or not torch.is_autocast_enabled("cpu") else torch.get_autocast_dtype("cpu")
+    if plain or not fuses(dtype):
         for weight, bias in layers: x = F.relu(F.linear(x, weight, bias))
         return x
     return _HiddenLayers.apply(x.to(dtype).contiguous(), *(v.to(dtype) for layer in layers for v in layer))

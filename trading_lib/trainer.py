@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import git_state, library_versions, load_checkpoint, save_checkpoint
@@ -348,13 +349,19 @@ class NativePPOTrainer:
         k = min(n, -(-len(bars) // _ROWS) * _ROWS)
         return bars[torch.arange(k, device=self.device).clamp_(max=len(bars) - 1)] + self._bars().start
 
+    def _of_samples(self, answer: Tensor, place: Tensor) -> Tensor:  # (bars, …), (n,) -> (n, …)
+        "What was said of each bar, for each of its samples."
+        if self.device.type == "cpu": return answer.index_select(0, place)
+        # elsewhere the gradient of index_select adds up in any order; that of a look-up in a table keeps to one, and runs can be repeated
+        return F.embedding(place, answer.flatten(1) if answer.ndim > 1 else answer[:, None]).view(len(place), *answer.shape[1:])
+
     def _batch_forward(self, forward, data: dict[str, Tensor], batch: Minibatch) -> tuple[Tensor, Tensor]:
         "Logits and values of a minibatch."
         samples = batch.samples
         with self._autocast():
             if batch.groups is not None:
                 rows = self._rows_of(batch.groups, len(samples))
-                return tuple(answer.index_select(0, batch.place) for answer in forward(self._inputs(Obs(rows, torch.empty(len(rows), 0, device=self.device)))))
+                return tuple(self._of_samples(answer, batch.place) for answer in forward(self._inputs(Obs(rows, torch.empty(len(rows), 0, device=self.device)))))
             x = self._inputs(Obs(data["index"][samples] if "index" in data else None, data["dense"][samples] if "dense" in data else torch.empty(len(samples), 0, device=self.device)))
             if not self.recurrent: return forward(x)
             T = self.config.n_steps
