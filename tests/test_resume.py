@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 UPDATES, SEEDS, N_ENVS, N_STEPS = 6, (0, 1, 2), 8, 16
 KINDS = {
     "mlp": dict(hidden_dims=(16,)),
+    "mlp, whole bars": dict(hidden_dims=(16,), n_steps=160, minibatch_size=300, total_timesteps=N_ENVS * 160 * UPDATES),
     "mlp, two optimizers": dict(hidden_dims=(16,), separate_optimizers=True, critic_epochs=1, value_clip_range=0.3),
     "mlp, two trunks, recovery": dict(hidden_dims=(16,), shared_trunk=False, recovery=True, max_drawdown_threshold=1e-6),
     "gru": dict(network="gru", gru_hidden_dim=16, n_gru_layers=2, critic_epochs=1, minibatch_size=64),
@@ -108,6 +109,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(kind, tmp_path, monkeypatch
     equal, differing, seen = 0, [], {"cost": set(), "best is": set(), "recoveries": set(), "remembered": set()}
     for seed in SEEDS:
         whole = trainer_in(tmp_path / f"whole {seed}", seed, **KINDS[kind])
+        assert whole._whole_bars == (kind == "mlp, whole bars")
         whole.train()
         expected, first = digests(whole), trainer_in(tmp_path / f"first {seed}", seed, **KINDS[kind])
         assert whole.update == UPDATES and [v["update"] for v in whole.validations] == [2, 4, 6]
