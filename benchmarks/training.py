@@ -581,14 +581,13 @@ def main(arguments=None):
     if given.kept: return show_kept(parts)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, given.small, given.threads)
-        kind, path = None, file_of(kind_of(bench.device))
-        if not (given.small or given.rows): kind = kind_of(bench.device)
+        kind = None if given.small or given.rows else kind_of(bench.device)  # None: not kept
         for name in parts:
             part = bench.training(given.rows) if name == "training" else getattr(bench, name)()
             if kind:
                 RESULTS.mkdir(exist_ok=True)
-                kept = read(path) | {name: part}
-                atomic_write(path, (json.dumps({n: kept[n] for n in SHOW if n in kept}, indent=1) + "\n").encode())
+                kept = read(file_of(kind)) | {name: part}
+                atomic_write(file_of(kind), (json.dumps({n: kept[n] for n in SHOW if n in kept}, indent=1) + "\n").encode())
             show(name, part, kind)
 
 
