@@ -60,13 +60,13 @@ def test_hidden_layers_are_the_plain_ones(widths, dtype, tolerance):
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
     layers = [(draw(b, a), draw(b)) for a, b in zip(widths, widths[1:])]
-    arguments = [draw(500, widths[0]), *(v for layer in layers for v in layer)]
+    arguments = [draw(200, widths[0]), *(v for layer in layers for v in layer)]
     exact = [v.detach().double().requires_grad_() for v in arguments]
     def plain(x, *parameters):
         for weight, bias in zip(parameters[::2], parameters[1::2]): x = F.relu(F.linear(x, weight, bias))
         return x
     together = lambda x, *parameters: hidden_layers(x, [*zip(parameters[::2], parameters[1::2])])
-    incoming = torch.randn(500, widths[-1], generator=generator).to(dtype)
+    incoming = torch.randn(200, widths[-1], generator=generator).to(dtype)
     before, out, expected = incoming.clone(), together(*arguments), plain(*exact)
     found, of, rounded = (torch.autograd.grad(*given) for given in ((out, arguments, incoming), (expected, exact, incoming.double()), (plain(*arguments), arguments, incoming)))
     assert out.dtype == dtype and difference(out, expected) <= tolerance and torch.equal(incoming, before)

@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from trading_lib import fused
 from trading_lib.config import InputError
 from trading_lib.memory import (BYTES_PER_PARAMETER, MemoryUse, RolloutShape, allocate_rollout, buffer_bytes, device_cap, fit_to_memory, memory_in_use, memory_limit, memory_text, memory_use, rollout_bytes,
                                 sample_bytes, sample_fields)
@@ -114,8 +115,9 @@ def peak_of_a_step(policy, evaluate, samples, inputs):
 
 
 @pytest.mark.parametrize("inputs, hidden_dims, shared_trunk", [(355, (512, 256, 128), True), (355, (512, 256, 128), False), (355, (1024, 512, 256), True), (64, (256, 128, 64), True), (5800, (256, 128, 64), True)])
-def test_activations_of_a_real_minibatch_are_within_the_estimate(inputs, hidden_dims, shared_trunk):
-    "And the estimate is not more than twice what they take."
+def test_activations_of_a_real_minibatch_are_within_the_estimate(inputs, hidden_dims, shared_trunk, monkeypatch):
+    "And the estimate is not more than twice what they take, where PyTorch alone computes."
+    monkeypatch.setattr(fused, "compiles", lambda *given: False)
     samples, policy = 2048, NativeActorCritic(inputs, 8, hidden_dims, shared_trunk)
     n = sum(p.numel() for p in policy.parameters())
     widths = (*hidden_dims * (1 if shared_trunk else 2), 8, 1)
@@ -124,6 +126,37 @@ def test_activations_of_a_real_minibatch_are_within_the_estimate(inputs, hidden_
     taken = peak_of_a_step(policy, policy.evaluate, samples, inputs)
     # weights and moments are no news in that step; its gradients, and a copy while they are made, are the model's
     assert 0.5 * predicted < taken - 4 * n < predicted + 4 * n and taken < predicted + (BYTES_PER_PARAMETER - 12) * n
+
+
+COMPILED = """
+import sys, torch
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_memory import peak_of_a_step
+from trading_lib.fused import compiles
+from trading_lib.networks import NativeActorCritic
+def status(name): return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+samples, inputs, hidden_dims = {samples}, {inputs}, {hidden_dims}
+policy = NativeActorCritic(inputs, 8, hidden_dims)
+peak_of_a_step(policy, policy.evaluate, 512, inputs)  # what libraries take once
+Path("/proc/self/clear_refs").write_text("5")
+before = status("VmRSS")
+peak_of_a_step(policy, policy.evaluate, samples, inputs)
+print(int(compiles(torch.device("cpu"), torch.float32, samples)), status("VmHWM") - before - 4 * samples * inputs)  # without the data, of which a minibatch is gathered
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not forget a memory peak")
+@pytest.mark.parametrize("inputs, hidden_dims", [(355, (512, 256, 128)), (355, (1024, 512, 256)), (2000, (512, 256, 128))], ids=str)
+def test_compiled_layers_take_no_more(inputs, hidden_dims):
+    "With all that they allocate themselves, as the system counts it, in a process of its own."
+    samples = 12_288
+    code = COMPILED.format(tests=os.path.dirname(__file__), samples=samples, inputs=inputs, hidden_dims=hidden_dims)
+    compiled, taken = map(int, subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.PIPE, text=True).stdout.split())
+    if not compiled: pytest.skip("this machine has no compiled layers")
+    n = sum(p.numel() for p in NativeActorCritic(inputs, 8, hidden_dims).parameters())
+    least = samples * sum(hidden_dims) * 4  # the outputs, without which there is no way back
+    assert least < taken < memory_use(1, samples, samples, sample_fields(inputs, 8), inputs=inputs, widths=(*hidden_dims, 8, 1)).minibatch + BYTES_PER_PARAMETER * n
 
 
 @pytest.mark.parametrize("inputs, width, layers", [(64, 256, 2), (64, 128, 1), (355, 128, 2)])

@@ -22,6 +22,7 @@ from .config import require
 from .distributed import processes
 from .env import Obs
 from .evaluation import Validation
+from .fused import compiles, hidden_layers
 from .networks import FoldedLinear, NativeActorCritic, parameter_groups
 from .ppo import Minibatch, normalised, ppo_loss
 from .tiers import NativePPOConfig
@@ -40,10 +41,19 @@ class StackedActorCritic(nn.Module):
         self._place = {name: i for i, name in enumerate(named[0])}
         self.stacked = nn.ParameterList(nn.Parameter(torch.stack([of[name].detach() for of in named])) for name in self._place)
 
-    def _linear(self, x: Tensor, module: nn.Module, prefix: str) -> Tensor:  # (networks, n, inputs) -> (networks, n, outputs)
+    def _layer(self, module: nn.Module, prefix: str) -> tuple[Tensor, Tensor]:  # (networks, outputs, inputs), (networks, outputs)
         of = lambda name: self.stacked[self._place[f"{prefix}.{name}"]]
-        weight = torch.cat([of("windowed_weight"), of("broadcast_weight")], 2) if isinstance(module, FoldedLinear) else of("weight")
-        return torch.baddbmm(of("bias")[:, None], x, weight.transpose(1, 2))
+        return torch.cat([of("windowed_weight"), of("broadcast_weight")], 2) if isinstance(module, FoldedLinear) else of("weight"), of("bias")
+
+    @staticmethod
+    def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # (networks, n, inputs) -> (networks, n, outputs)
+
+    def _hidden(self, x: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:  # (networks, n, inputs) -> (networks, n, outputs)
+        if compiles(x.device, x.dtype, x.shape[1]):  # layers in one pass are worth more than networks in one product
+            of_each = zip(*(zip(weight, bias) for weight, bias in layers))
+            return torch.stack([hidden_layers(own, of_one) for own, of_one in zip(x, of_each)])
+        for layer in layers: x = self._linear(x, *layer).relu_()
+        return x
 
     def evaluate(self,
         x: Tensor,  # (networks × n, inputs)
@@ -51,11 +61,10 @@ class StackedActorCritic(nn.Module):
         "Policy and value, each row by its own network."
         one, out = self._one[0], []
         for name in ("trunk",) if one.shared_trunk else ("actor_trunk", "critic_trunk"):
-            out.append(x.view(self.n_networks, -1, x.shape[-1]))
-            for place, module in getattr(one, name).named_children():
-                out[-1] = out[-1].relu_() if isinstance(module, nn.ReLU) else self._linear(out[-1], module, f"{name}.{place}")
+            layers = [self._layer(module, f"{name}.{place}") for place, module in getattr(one, name).named_children() if not isinstance(module, nn.ReLU)]
+            out.append(self._hidden(x.view(self.n_networks, -1, x.shape[-1]), layers))
         # half-precision products come back in the weights' own precision
-        head = lambda name, x: self._linear(x, getattr(one, name), name).to(self.stacked[0].dtype).flatten(0, 1)
+        head = lambda name, x: self._linear(x, *self._layer(getattr(one, name), name)).to(self.stacked[0].dtype).flatten(0, 1)
         return head("actor_head", out[0]), head("critic_head", out[-1]).squeeze(-1)
 
     def initial_state(self, n: int, device=None) -> None: "Nothing is remembered from one step to the next."

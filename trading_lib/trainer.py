@@ -23,7 +23,7 @@ from .config import InputError, require
 from .distributed import gathered, mean_over_processes, of_first, processes
 from .env import MarketData, Obs
 from .evaluation import Validation
-from .fused import fast_products, keep_freed_memory
+from .fused import fast_products, keep_freed_memory, why_slower
 from .memory import allocate_rollout, memory_use, sample_fields
 from .metrics import composite_score
 from .networks import (ActingTable, FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
@@ -136,6 +136,8 @@ class NativePPOTrainer:
         self.device, self.table, self.recurrent = torch.device(getattr(env, "device", "cpu")), getattr(env, "table", None), c.network == "gru"
         self.policy = self._network(c.seed)
         self._set_precision()
+        slower = None if self.recurrent else why_slower(self.device, self._dtype or torch.float32, c.minibatch_size)
+        if slower: self.progress.say(slower)
         self._bind()
         self.optimizers, self._head = self._make_optimizers(), list(self.policy.critic_head.parameters())
         self._body = [p for p in self.policy.parameters() if not any(p is q for q in self._head)]

@@ -1,0 +1,193 @@
+"""Hidden layers compiled for this CPU, beside plain ones in float64; and how the library comes to be."""
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from test_fused import difference
+from trading_lib import cpu_kernels, fused
+from trading_lib.fused import hidden_layers
+
+if torch.backends.cpu.get_cpu_capability() != "AVX512": pytest.skip("this CPU has no AVX-512", allow_module_level=True)
+needs_them = pytest.mark.skipif(not cpu_kernels.available(), reason=f"no compiled layers here: {cpu_kernels.missing()}")
+# one column, panels and tiles that are full and that are not, weights that stay in the cache and weights that do not
+WIDTHS = [(1, 1), (33, 64), (355, 64, 17), (20, 40, 1, 7), (14, 32, 32), (100, 128, 96, 65), (64, 700, 500, 33)]
+ROWS = [256, 257, 269, 509, 1021]
+
+
+def made(rows, widths, seed=0):
+    "Inputs, weights, biases and a gradient."
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=random)
+    return draw(rows, widths[0]), [draw(b, a) / a**0.5 for a, b in zip(widths, widths[1:])], [draw(b) / 3 for b in widths[1:]], draw(rows, widths[-1])
+
+
+def plain(x, weights, biases, gradient):
+    "Output and gradients by PyTorch."
+    weights, biases = ([v.clone().requires_grad_() for v in values] for values in (weights, biases))
+    for weight, bias in zip(weights, biases): x = F.relu(F.linear(x, weight, bias))
+    return x.detach(), torch.autograd.grad(x, [*weights, *biases], gradient)
+
+
+def compiled(x, weights, biases, gradient):
+    outputs = cpu_kernels.forward(x, weights, biases, keep=True)
+    of_weights, of_biases = cpu_kernels.backward(x, weights, outputs, gradient)
+    return outputs[-1], [*of_weights, *of_biases]
+
+
+@needs_them
+@pytest.mark.parametrize("widths", WIDTHS, ids=str)
+@pytest.mark.parametrize("rows", ROWS)
+def test_they_are_the_plain_layers(rows, widths):
+    "Against the same numbers in float64. Gradients are sums over the rows that may nearly vanish, so their errors are measured by what went in too; a rounding may let another unit through, as it may in plain layers."
+    given = made(rows, widths)
+    out, found = compiled(*given)
+    exact, expected = plain(*([v.double() for v in value] if isinstance(value, list) else value.double() for value in given))
+    _, rounded = plain(*given)
+    assert difference(out, exact) < 1e-6 and bool((out == 0).any()) and bool((out > 0).any())
+    for a, b, c in zip(found, expected, rounded, strict=True):
+        error = lambda v: float((v - b).norm() / (b.norm() + given[-1].norm()))
+        assert a.shape == b.shape and bool(b.any()) and error(a) <= max(1e-6, 3 * error(c))
+
+
+@needs_them
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_same_numbers_give_the_same_bits(threads):
+    "Again and again, and whether outputs are kept or not; other numbers of threads add up in another order."
+    before, given = torch.get_num_threads(), made(1021, (355, 64, 17))
+    try:
+        torch.set_num_threads(threads)
+        (out, first), *others = [compiled(*given) for _ in range(5)]
+        assert all(torch.equal(out, again) and all(map(torch.equal, first, found)) for again, found in others)
+        assert torch.equal(cpu_kernels.forward(*given[:3], keep=False)[-1], out)
+        torch.set_num_threads(1)
+        alone, found = compiled(*given)
+        assert torch.equal(alone, out) and max(map(difference, first, found)) < 1e-6
+    finally: torch.set_num_threads(before)
+
+
+@needs_them
+@pytest.mark.parametrize("place", ["input", "weight", "bias", "gradient"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(place, value):
+    "Wherever plain layers say so, these do."
+    x, weights, biases, gradient = made(300, (20, 40, 33))
+    passes = int(plain(x, weights, biases, gradient)[0].flatten().nonzero()[0])  # a gradient that no ReLU stops
+    {"input": x, "weight": weights[0], "bias": biases[0], "gradient": gradient}[place].view(-1)[passes if place == "gradient" else 7] = value
+    (out, found), (expected, of) = (how(x, weights, biases, gradient) for how in (compiled, plain))
+    assert torch.equal(out.isfinite(), expected.isfinite()) and all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(found, of))
+    assert not all(bool(v.isfinite().all()) for v in (expected, *of))
+
+
+@needs_them
+def test_what_is_cut_off_gets_no_gradient():
+    "Not at exactly zero either, as in PyTorch."
+    x, weights, biases, gradient = made(256, (20, 40, 33))
+    biases[1][:] = -100.0
+    out, found = compiled(x, weights, biases, gradient)
+    assert not out.any() and not any(v.any() for v in found)
+    weights[1][:], biases[1][:] = 0.0, 0.0
+    out, found = compiled(x, weights, biases, gradient)
+    assert not out.any() and not any(v.any() for v in found)
+
+
+@needs_them
+def test_hidden_layers_take_them_for_many_rows_in_float32(monkeypatch):
+    calls, original = [], cpu_kernels.forward
+    monkeypatch.setattr(cpu_kernels, "forward", lambda *given, **more: (calls.append(more["keep"]), original(*given, **more))[1])
+    x, weights, biases, gradient = made(300, (20, 40, 33))
+    parameters = [v.clone().requires_grad_() for pair in zip(weights, biases) for v in pair]
+    layers = [*zip(parameters[::2], parameters[1::2])]
+    out = hidden_layers(x.t().contiguous().t(), layers)  # as it may come
+    found = torch.autograd.grad(out, parameters, gradient.t().contiguous().t())
+    expected, of = plain(x, weights, biases, gradient)
+    assert calls == [True] and difference(out, expected) < 1e-6 and max(map(difference, found, [of[0], of[2], of[1], of[3]])) < 1e-5
+    with torch.no_grad(): assert torch.equal(hidden_layers(x, layers), out) and calls == [True, False]
+    hidden_layers(x[:255], layers)
+    hidden_layers(x.double(), [(weight.double(), bias.double()) for weight, bias in layers])
+    hidden_layers(x.clone().requires_grad_(), layers)
+    with torch.autocast("cpu", torch.bfloat16): hidden_layers(x, layers)
+    assert calls == [True, False]
+    first, = torch.autograd.grad(hidden_layers(x, layers).square().sum(), parameters[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"): first.sum().backward()
+
+
+# --- the library ------------------------------------------------------------------------------------------------------------
+
+TELLS = """
+import torch
+from trading_lib import cpu_kernels
+from trading_lib.fused import hidden_layers, why_slower
+out = hidden_layers(torch.ones(300, 4), [(torch.ones(2, 4), torch.zeros(2))])
+print(cpu_kernels.available(), cpu_kernels.missing(), why_slower(torch.device("cpu"), torch.float32, 300), float(out.sum()), sep="|")
+"""
+
+
+def tells(folder, **environment) -> list[str]:
+    "Available, why not, what a training would say, and a sum of outputs, in a process of its own."
+    return started(folder, **environment).communicate()[0].strip().split("|")
+
+
+def started(folder, **environment):
+    return subprocess.Popen([sys.executable, "-c", TELLS], env=os.environ | {"XDG_CACHE_HOME": str(folder)} | environment, stdout=subprocess.PIPE, text=True)
+
+
+@needs_them
+def test_it_is_compiled_once_and_lies_in_the_cache_whole(tmp_path):
+    "By a compiler that counts its calls; two processes at once both find it."
+    counts, compiler = tmp_path / "counts", tmp_path / "counting"
+    compiler.write_text(f'#!/bin/sh\necho called >> {counts}\nexec {cpu_kernels._compiler()} "$@"\n')
+    compiler.chmod(0o755)
+    cache = tmp_path / "cache"
+    both = [started(cache, CXX=str(compiler)) for _ in range(2)]
+    assert [process.communicate()[0].strip() for process in both] == ["True|None|None|2400.0"] * 2
+    assert 1 <= len(counts.read_text().split()) <= 2
+    counts.unlink()
+    assert tells(cache, CXX=str(compiler)) == ["True", "None", "None", "2400.0"] and not counts.exists()
+    folder, = cache.iterdir()
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700 and [path.suffix for path in folder.iterdir()] == [".so"]
+
+
+@pytest.mark.parametrize("compiler, why", [("/nonexistent", "no C++ compiler was found"), ("false", "ended with status 1")])
+def test_without_a_compiler_that_works_the_layers_are_torchs(tmp_path, compiler, why):
+    available, missing, slower, total = tells(tmp_path, CXX=compiler)
+    assert available == "False" and why in missing and missing in slower and float(total) == 2400.0
+
+
+def test_another_cpu_has_none_and_says_nothing(tmp_path):
+    assert tells(tmp_path, ATEN_CPU_CAPABILITY="avx2") == ["False", "None", "None", "2400.0"] and not any(tmp_path.iterdir())
+
+
+def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
+    (tmp_path / "file").write_text("")
+    available, missing, slower, total = tells(tmp_path / "file")
+    assert available == "False" and "NotADirectoryError" in missing and float(total) == 2400.0
+
+
+def test_only_a_training_that_could_use_them_says_that_they_are_missing(monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "missing", lambda: "no compiler")
+    assert "no compiler" in fused.why_slower(torch.device("cpu"), torch.float32, 256)
+    assert [fused.why_slower(*given) for given in ((torch.device("cpu"), torch.float32, 255), (torch.device("cpu"), torch.bfloat16, 256), (torch.device("meta"), torch.float32, 256))] == [None] * 3
+
+
+ALONE = """
+import ctypes, sys
+import numpy as np
+library = ctypes.CDLL(sys.argv[1])
+assert "torch" not in sys.modules
+x, weight, bias, out = np.ones((900, 4), "f4"), np.ones((2, 4), "f4"), np.zeros(2, "f4"), np.empty((900, 2), "f4")
+place = lambda a: (ctypes.c_void_p * 1)(a.ctypes.data)
+failed = library.forward(ctypes.c_int64(1), (ctypes.c_int64 * 2)(4, 2), ctypes.c_int64(900), ctypes.c_void_p(x.ctypes.data), place(weight), place(bias), place(out), 3)
+print(failed, (out == 4).all())
+"""
+
+
+@needs_them
+def test_without_torchs_threads_it_starts_its_own():
+    done = subprocess.run([sys.executable, "-c", ALONE, str(cpu_kernels._compiled(cpu_kernels._compiler(), cpu_kernels._folder()))], check=True, stdout=subprocess.PIPE, text=True)
+    assert done.stdout.split() == ["0", "True"]
