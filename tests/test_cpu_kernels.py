@@ -108,7 +108,7 @@ def test_hidden_layers_take_them_for_many_rows_in_float32(monkeypatch):
     expected, of = plain(x, weights, biases, gradient)
     assert calls == [True] and difference(out, expected) < 1e-6 and max(map(difference, found, [of[0], of[2], of[1], of[3]])) < 1e-5
     with torch.no_grad(): assert torch.equal(hidden_layers(x, layers), out) and calls == [True, False]
-    hidden_layers(x[:255], layers)
+    hidden_layers(x[:256], layers)
     hidden_layers(x.double(), [(weight.double(), bias.double()) for weight, bias in layers])
     hidden_layers(x.clone().requires_grad_(), layers)
     with torch.autocast("cpu", torch.bfloat16): hidden_layers(x, layers)
@@ -171,8 +171,8 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
 
 def test_only_a_training_that_could_use_them_says_that_they_are_missing(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "missing", lambda: "no compiler")
-    assert "no compiler" in fused.why_slower(torch.device("cpu"), torch.float32, 256)
-    assert [fused.why_slower(*given) for given in ((torch.device("cpu"), torch.float32, 255), (torch.device("cpu"), torch.bfloat16, 256), (torch.device("meta"), torch.float32, 256))] == [None] * 3
+    assert "no compiler" in fused.why_slower(torch.device("cpu"), torch.float32, 257)
+    assert [fused.why_slower(*given) for given in ((torch.device("cpu"), torch.float32, 256), (torch.device("cpu"), torch.bfloat16, 257), (torch.device("meta"), torch.float32, 257))] == [None] * 3
 
 
 ALONE = """

@@ -346,6 +346,7 @@ def _places(tensors) -> ctypes.Array:
 
 def _call(name: str, x: Tensor, weights: list[Tensor], *given):
     "A function of the library, on what all of them are given."
+    assert len(x) >= 14
     for t in (x, *weights): assert t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()
     widths = [x.shape[1], *(len(weight) for weight in weights)]
     failed = getattr(_library()[0], name)(ctypes.c_int64(len(weights)), _numbers(widths), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()), _places(weights), *given, torch.get_num_threads())
@@ -353,7 +354,7 @@ def _call(name: str, x: Tensor, weights: list[Tensor], *given):
 
 
 def forward(
-    x: Tensor,  # (n, inputs), float32 on the CPU and contiguous, as all that follows; n >= 64
+    x: Tensor,  # (n, inputs), float32 on the CPU and contiguous, as all that follows; n >= 14, a tile
     weights: list[Tensor],  # of each layer (outputs, inputs)
     biases: list[Tensor],  # of each layer (outputs,)
     keep: bool,  # all outputs, for `backward`, instead of the last alone

@@ -80,7 +80,7 @@ class _CompiledLayers(torch.autograd.Function):
         return None, *(v for pair in zip(*cpu_kernels.backward(x, weights, outputs, gradient.contiguous())) for v in pair)
 
 
-_COMPILED_ROWS = 256  # fewer are not worth putting the weights into panels
+_FEW_ROWS = 256  # so many, or less, are not worth putting the weights into panels
 
 
 def compiles(
@@ -89,7 +89,7 @@ def compiles(
     rows: int,  # at a time
 ) -> bool:
     "Whether hidden layers of such inputs are compiled ones, where the inputs need no gradient."
-    if device.type != "cpu" or rows < _COMPILED_ROWS or torch.compiler.is_compiling(): return False
+    if device.type != "cpu" or rows <= _FEW_ROWS or torch.compiler.is_compiling(): return False
     return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype) == torch.float32 and cpu_kernels.available()
 
 
@@ -116,7 +116,7 @@ def why_slower(
     rows: int,  # at a time
 ) -> str | None:  # None: they are as fast as they can be
     "What is missing for compiled layers where they would be taken."
-    would = device.type == "cpu" and dtype == torch.float32 and rows >= _COMPILED_ROWS
+    would = device.type == "cpu" and dtype == torch.float32 and rows > _FEW_ROWS
     return f"hidden layers by PyTorch, which on this CPU is slower than compiling them: {cpu_kernels.missing()}" if would and cpu_kernels.missing() else None
 
 # %% ../nbs/11_fused.ipynb #2db5ee37
