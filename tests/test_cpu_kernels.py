@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from test_fused import difference
 from trading_lib import cpu_kernels, fused
-from trading_lib.fused import hidden_layers
+from trading_lib.config import InputError
+from trading_lib.fused import hidden_layers, layers_and_heads
 
 if torch.backends.cpu.get_cpu_capability() != "AVX512": pytest.skip("this CPU has no AVX-512", allow_module_level=True)
 needs_them = pytest.mark.skipif(not cpu_kernels.available(), reason=f"no compiled layers here: {cpu_kernels.missing()}")
@@ -56,10 +57,11 @@ def test_they_are_the_plain_layers(rows, widths):
 
 
 @needs_them
-@pytest.mark.parametrize("threads", [1, 2, 5])
-def test_the_same_numbers_give_the_same_bits(threads):
-    "Again and again, and whether outputs are kept or not; other numbers of threads add up in another order."
-    before, given = torch.get_num_threads(), made(1021, (355, 64, 17))
+@pytest.mark.parametrize("rows", [300, 1021, 5041])
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_same_numbers_give_the_same_bits(threads, rows):
+    "Again and again, whether outputs are kept or not, and with any number of threads."
+    before, given = torch.get_num_threads(), made(rows, (355, 64, 17))
     try:
         torch.set_num_threads(threads)
         (out, first), *others = [compiled(*given) for _ in range(5)]
@@ -67,7 +69,7 @@ def test_the_same_numbers_give_the_same_bits(threads):
         assert torch.equal(cpu_kernels.forward(*given[:3], keep=False)[-1], out)
         torch.set_num_threads(1)
         alone, found = compiled(*given)
-        assert torch.equal(alone, out) and max(map(difference, first, found)) < 1e-6
+        assert torch.equal(alone, out) and all(map(torch.equal, first, found))
     finally: torch.set_num_threads(before)
 
 
@@ -80,8 +82,30 @@ def test_what_is_not_finite_stays_so(place, value):
     passes = int(plain(x, weights, biases, gradient)[0].flatten().nonzero()[0])  # a gradient that no ReLU stops
     {"input": x, "weight": weights[0], "bias": biases[0], "gradient": gradient}[place].view(-1)[passes if place == "gradient" else 7] = value
     (out, found), (expected, of) = (how(x, weights, biases, gradient) for how in (compiled, plain))
-    assert torch.equal(out.isfinite(), expected.isfinite()) and all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(found, of))
+    for a, b in zip((out, *found), (expected, *of)): assert torch.equal(a.isfinite(), b.isfinite()) and torch.equal(a.isnan(), b.isnan())
     assert not all(bool(v.isfinite().all()) for v in (expected, *of))
+
+
+@needs_them
+@pytest.mark.parametrize("rows", [300, 5041])
+@pytest.mark.parametrize("widths, heads", [((20, 40, 33), (8, 1)), ((355, 64, 32), (1,)), ((5, 7), (40,))], ids=str)
+def test_linear_heads_are_part_of_it(rows, widths, heads):
+    "Against float64; their gradients are not cut."
+    x, weights, biases, _ = made(rows, widths)
+    _, head_weights, head_biases, gradient = made(rows, (widths[-1], sum(heads)), seed=1)
+    given = [v.clone().requires_grad_() for v in (*weights, *head_weights[0].split(heads), *biases, *head_biases[0].split(heads))]
+    pairs = list(zip(given[:len(given) // 2], given[len(given) // 2:]))
+    layers, of_heads = pairs[:len(weights)], pairs[len(weights):]
+    answers = layers_and_heads(x, layers, of_heads)
+    assert [a.shape for a in answers] == [(rows, n) for n in heads] and bool((torch.cat(answers, 1) < 0).any())
+    found = torch.autograd.grad(torch.cat(answers, 1), given, gradient)
+    exact, out = [v.detach().double().requires_grad_() for v in given], x.double()
+    pairs = list(zip(exact[:len(exact) // 2], exact[len(exact) // 2:]))
+    for weight, bias in pairs[:len(weights)]: out = F.relu(F.linear(out, weight, bias))
+    expected = torch.cat([F.linear(out, *head) for head in pairs[len(weights):]], 1)
+    assert difference(torch.cat(answers, 1), expected) < 1e-6
+    for a, b in zip(found, torch.autograd.grad(expected, exact, gradient.double()), strict=True): assert bool(b.any()) and difference(a, b) < 1e-5
+    with torch.no_grad(): assert torch.equal(torch.cat(layers_and_heads(x, layers, of_heads), 1), torch.cat(answers, 1))
 
 
 @needs_them
@@ -97,9 +121,9 @@ def test_what_is_cut_off_gets_no_gradient():
 
 
 @needs_them
-def test_hidden_layers_take_them_for_many_rows_in_float32(monkeypatch):
+def test_hidden_layers_take_them_for_many_rows_and_small_networks_in_float32(monkeypatch):
     calls, original = [], cpu_kernels.forward
-    monkeypatch.setattr(cpu_kernels, "forward", lambda *given, **more: (calls.append(more["keep"]), original(*given, **more))[1])
+    monkeypatch.setattr(cpu_kernels, "forward", lambda *given, **more: (calls.append(given[3]), original(*given, **more))[1])
     x, weights, biases, gradient = made(300, (20, 40, 33))
     parameters = [v.clone().requires_grad_() for pair in zip(weights, biases) for v in pair]
     layers = [*zip(parameters[::2], parameters[1::2])]
@@ -111,10 +135,27 @@ def test_hidden_layers_take_them_for_many_rows_in_float32(monkeypatch):
     hidden_layers(x[:256], layers)
     hidden_layers(x.double(), [(weight.double(), bias.double()) for weight, bias in layers])
     hidden_layers(x.clone().requires_grad_(), layers)
+    hidden_layers(x, [(torch.ones(1000, 20), torch.ones(1000)), (torch.ones(600, 1000), torch.ones(600))])
     with torch.autocast("cpu", torch.bfloat16): hidden_layers(x, layers)
     assert calls == [True, False]
     first, = torch.autograd.grad(hidden_layers(x, layers).square().sum(), parameters[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"): first.sum().backward()
+
+
+@needs_them
+@pytest.mark.parametrize("shapes, named", [(((300, 5), (2, 4), (2,)), "weight 0"), (((300, 4), (2, 4), (1,)), "bias 0"), (((13, 4), (2, 4), (2,)), "14 rows"), (((300, 0), (2, 0), (2,)), "inputs"), (((300,), (2, 4), (2,)), "14 rows")])
+def test_what_does_not_fit_is_refused(shapes, named):
+    "Instead of being read or written beyond its end."
+    x, weight, bias = (torch.ones(shape) for shape in shapes)
+    with pytest.raises(InputError, match=named): cpu_kernels.forward(x, [weight], [bias], keep=False)
+
+
+@needs_them
+@pytest.mark.parametrize("change", [dict(gradient=torch.ones(300, 3)), dict(outputs=[torch.ones(299, 2)]), dict(x=torch.ones(300, 4, dtype=torch.float64)), dict(gradient=torch.ones(2, 300).t())])
+def test_nor_does_the_way_back_take_what_does_not_fit(change):
+    given = dict(x=torch.ones(300, 4), weights=[torch.ones(2, 4)], outputs=[torch.ones(300, 2)], gradient=torch.ones(300, 2))
+    cpu_kernels.backward(**given)
+    with pytest.raises(InputError, match="expected contiguous float32 numbers of shape"): cpu_kernels.backward(**given | change)
 
 
 # --- the library ------------------------------------------------------------------------------------------------------------
@@ -124,7 +165,7 @@ import torch
 from trading_lib import cpu_kernels
 from trading_lib.fused import hidden_layers, why_slower
 out = hidden_layers(torch.ones(300, 4), [(torch.ones(2, 4), torch.zeros(2))])
-print(cpu_kernels.available(), cpu_kernels.missing(), why_slower(torch.device("cpu"), torch.float32, 300), float(out.sum()), sep="|")
+print(cpu_kernels.available(), cpu_kernels.missing(), why_slower(torch.device("cpu"), torch.float32, 300, 8), float(out.sum()), sep="|")
 """
 
 
@@ -137,11 +178,16 @@ def started(folder, **environment):
     return subprocess.Popen([sys.executable, "-c", TELLS], env=os.environ | {"XDG_CACHE_HOME": str(folder)} | environment, stdout=subprocess.PIPE, text=True)
 
 
+def test_this_machine_has_them_where_it_has_a_compiler():
+    "A source that does not compile would otherwise skip the tests that it should fail."
+    assert cpu_kernels.available() or not cpu_kernels._compiler()
+
+
 @needs_them
 def test_it_is_compiled_once_and_lies_in_the_cache_whole(tmp_path):
     "By a compiler that counts its calls; two processes at once both find it."
     counts, compiler = tmp_path / "counts", tmp_path / "counting"
-    compiler.write_text(f'#!/bin/sh\necho called >> {counts}\nexec {cpu_kernels._compiler()} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho called >> {counts}\nexec {cpu_kernels._compiler()[0]} "$@"\n')
     compiler.chmod(0o755)
     cache = tmp_path / "cache"
     both = [started(cache, CXX=str(compiler)) for _ in range(2)]
@@ -169,10 +215,33 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
     assert available == "False" and "NotADirectoryError" in missing and float(total) == 2400.0
 
 
+def test_a_cache_that_others_can_write_is_not_trusted(tmp_path):
+    "Or somebody else's code would run in its place."
+    folder = tmp_path / "trading_lib"
+    folder.mkdir()
+    folder.chmod(0o777)
+    available, missing, slower, total = tells(tmp_path)
+    assert available == "False" and "not this user's alone" in missing and str(folder) in missing and float(total) == 2400.0 and not any(folder.iterdir())
+
+
+@needs_them
+def test_a_damaged_library_is_made_anew(tmp_path):
+    assert tells(tmp_path)[0] == "True"
+    path, = (tmp_path / "trading_lib").iterdir()
+    whole = path.stat().st_size
+    path.write_bytes(path.read_bytes()[:1000])
+    assert tells(tmp_path) == ["True", "None", "None", "2400.0"] and path.stat().st_size == whole
+
+
+@needs_them
+def test_a_compiler_may_be_a_command_with_arguments(tmp_path):
+    assert tells(tmp_path, CXX=f"{cpu_kernels._compiler()[0]} -g0")[0] == "True"
+
+
 def test_only_a_training_that_could_use_them_says_that_they_are_missing(monkeypatch):
     monkeypatch.setattr(cpu_kernels, "missing", lambda: "no compiler")
-    assert "no compiler" in fused.why_slower(torch.device("cpu"), torch.float32, 257)
-    assert [fused.why_slower(*given) for given in ((torch.device("cpu"), torch.float32, 256), (torch.device("cpu"), torch.bfloat16, 257), (torch.device("meta"), torch.float32, 257))] == [None] * 3
+    assert "no compiler" in fused.why_slower(torch.device("cpu"), torch.float32, 257, 2**19)
+    assert [fused.why_slower(*given) for given in ((torch.device("cpu"), torch.float32, 256, 8), (torch.device("cpu"), torch.bfloat16, 257, 8), (torch.device("meta"), torch.float32, 257, 8), (torch.device("cpu"), torch.float32, 257, 2**19 + 1))] == [None] * 4
 
 
 ALONE = """
@@ -182,12 +251,14 @@ library = ctypes.CDLL(sys.argv[1])
 assert "torch" not in sys.modules
 x, weight, bias, out = np.ones((900, 4), "f4"), np.ones((2, 4), "f4"), np.zeros(2, "f4"), np.empty((900, 2), "f4")
 place = lambda a: (ctypes.c_void_p * 1)(a.ctypes.data)
-failed = library.forward(ctypes.c_int64(1), (ctypes.c_int64 * 2)(4, 2), ctypes.c_int64(900), ctypes.c_void_p(x.ctypes.data), place(weight), place(bias), place(out), 3)
-print(failed, (out == 4).all())
+sums, more = np.empty((2, 4), "f4"), np.empty(2, "f4")
+failed = library.forward(ctypes.c_int64(1), (ctypes.c_int64 * 2)(4, 2), ctypes.c_int64(900), ctypes.c_void_p(x.ctypes.data), place(weight), place(bias), place(out), 0, 3)
+failed += library.backward(ctypes.c_int64(1), (ctypes.c_int64 * 2)(4, 2), ctypes.c_int64(900), ctypes.c_void_p(x.ctypes.data), place(weight), place(out), ctypes.c_void_p(out.ctypes.data), place(sums), place(more), 0, 3)
+print(failed, (out == 4).all() and (sums == 3600).all() and (more == 3600).all())
 """
 
 
 @needs_them
 def test_without_torchs_threads_it_starts_its_own():
-    done = subprocess.run([sys.executable, "-c", ALONE, str(cpu_kernels._compiled(cpu_kernels._compiler(), cpu_kernels._folder()))], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", ALONE, str(cpu_kernels._path(cpu_kernels._compiler(), cpu_kernels._folder()))], check=True, stdout=subprocess.PIPE, text=True)
     assert done.stdout.split() == ["0", "True"]

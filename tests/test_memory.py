@@ -116,7 +116,7 @@ def peak_of_a_step(policy, evaluate, samples, inputs):
 
 @pytest.mark.parametrize("inputs, hidden_dims, shared_trunk", [(355, (512, 256, 128), True), (355, (512, 256, 128), False), (355, (1024, 512, 256), True), (64, (256, 128, 64), True), (5800, (256, 128, 64), True)])
 def test_activations_of_a_real_minibatch_are_within_the_estimate(inputs, hidden_dims, shared_trunk, monkeypatch):
-    "And the estimate is not more than twice what they take, where PyTorch alone computes."
+    "And the estimate is about twice what they take at most, where PyTorch alone computes: with two trunks the gradients of one are gone when those of the other come."
     monkeypatch.setattr(fused, "compiles", lambda *given: False)
     samples, policy = 2048, NativeActorCritic(inputs, 8, hidden_dims, shared_trunk)
     n = sum(p.numel() for p in policy.parameters())
@@ -125,7 +125,7 @@ def test_activations_of_a_real_minibatch_are_within_the_estimate(inputs, hidden_
     assert predicted == samples * (inputs + 3 * sum(widths)) * 4
     taken = peak_of_a_step(policy, policy.evaluate, samples, inputs)
     # weights and moments are no news in that step; its gradients, and a copy while they are made, are the model's
-    assert 0.5 * predicted < taken - 4 * n < predicted + 4 * n and taken < predicted + (BYTES_PER_PARAMETER - 12) * n
+    assert (0.5 if shared_trunk else 0.48) * predicted < taken - 4 * n < predicted + 4 * n and taken < predicted + (BYTES_PER_PARAMETER - 12) * n
 
 
 COMPILED = """
@@ -142,12 +142,12 @@ peak_of_a_step(policy, policy.evaluate, 512, inputs)  # what libraries take once
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 peak_of_a_step(policy, policy.evaluate, samples, inputs)
-print(int(compiles(torch.device("cpu"), torch.float32, samples)), status("VmHWM") - before - 4 * samples * inputs)  # without the data, of which a minibatch is gathered
+print(int(compiles(torch.device("cpu"), torch.float32, samples, sum(weight.numel() for weight, _ in policy.trunk.layers))), status("VmHWM") - before - 4 * samples * inputs)  # without the data, of which a minibatch is gathered
 """
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not forget a memory peak")
-@pytest.mark.parametrize("inputs, hidden_dims", [(355, (512, 256, 128)), (355, (1024, 512, 256)), (2000, (512, 256, 128))], ids=str)
+@pytest.mark.parametrize("inputs, hidden_dims", [(355, (512, 256, 128)), (355, (256, 128, 64)), (1000, (256, 128, 64)), (20, (64, 64))], ids=str)
 def test_compiled_layers_take_no_more(inputs, hidden_dims):
     "With all that they allocate themselves, as the system counts it, in a process of its own."
     samples = 12_288

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['available', 'missing', 'forward', 'backward']
 
-# %% ../nbs/11_cpu_kernels.ipynb #a1fe2d1d
+# %% ../nbs/11_cpu_kernels.ipynb #fdafee23
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from functools import lru_cache
@@ -18,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# %% ../nbs/11_cpu_kernels.ipynb #22699684
+from .config import require
+
+# %% ../nbs/11_cpu_kernels.ipynb #a00d7fe3
 _TILES = r'''
 #include <algorithm>
 #include <atomic>
@@ -27,7 +31,6 @@ _TILES = r'''
 #include <cstring>
 #include <memory>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -42,7 +45,7 @@ typedef float vec __attribute__((vector_size(64)));
 typedef vec loose __attribute__((aligned(4)));
 constexpr int64_t LANES = 16, COLUMNS = 2 * LANES;  // of a vector register; of a tile of results
 constexpr int64_t ROWS = 14;                        // of a tile: with two columns of vectors 28 of the 32 registers
-constexpr int64_t MOST_PIECES = 12;             // of rows, that add up gradients of their own
+constexpr int64_t MOST_PIECES = 16;             // of rows, that add up gradients of their own
 constexpr int64_t CACHED = 256 * 1024;  // numbers of weights that stay in the cache: 1 MB
 constexpr int64_t BLOCK = 18 * ROWS;                // rows that pass through all layers while they are in the cache
 typedef vec Tile[ROWS][2];
@@ -64,7 +67,7 @@ Buffer zeros(int64_t n) { Buffer out = buffer(n); memset(out.get(), 0, 4 * n); r
 
 // --- a tile of a product: ROWS x COLUMNS results stay in registers ---
 
-INLINE void begin(Tile& sum, vec left, vec right) {
+INLINE void start(Tile& sum, vec left, vec right) {
 #pragma GCC unroll 14
   for (int i = 0; i < ROWS; i++) sum[i][0] = left, sum[i][1] = right;
 }
@@ -77,12 +80,13 @@ INLINE void add(Tile& sum, const float* a, int64_t row, int64_t column, const fl
   }
 }
 // comparisons keep NaN: it must be heard of
-APART void hidden(const float* x, int64_t width, const float* panel, const float* bias, float* out, int64_t stride, int64_t n) {
+APART void outputs_of(const float* x, int64_t width, const float* panel, const float* bias, bool cut, float* out, int64_t stride, int64_t n) {
   Tile sum;
-  begin(sum, load(bias), load(bias + LANES));
+  start(sum, load(bias), load(bias + LANES));
   add(sum, x, width, 1, panel, width);
+  if (cut)
 #pragma GCC unroll 14
-  for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][0] < 0 ? vec{} : sum[i][0], sum[i][1] = sum[i][1] < 0 ? vec{} : sum[i][1];
+    for (int i = 0; i < ROWS; i++) sum[i][0] = sum[i][0] < 0 ? vec{} : sum[i][0], sum[i][1] = sum[i][1] < 0 ? vec{} : sum[i][1];
   if (n == COLUMNS) {
 #pragma GCC unroll 14
     for (int i = 0; i < ROWS; i++) store(out + i * stride, sum[i][0]), store(out + i * stride + LANES, sum[i][1]);
@@ -96,7 +100,7 @@ APART void hidden(const float* x, int64_t width, const float* panel, const float
 // x: ROWS inputs of n samples; panel: COLUMNS gradients of the same samples
 APART void weight_gradient(const float* x, const float* panel, int64_t n, float* out, int64_t stride, bool more) {
   Tile sum;
-  begin(sum, vec{}, vec{});
+  start(sum, vec{}, vec{});
   for (int i = 0; i < ROWS; i++) __builtin_prefetch(out + i * stride, 1), __builtin_prefetch(out + i * stride + LANES, 1);
   add(sum, x, 1, ROWS, panel, n);
 #pragma GCC unroll 14
@@ -106,10 +110,10 @@ APART void weight_gradient(const float* x, const float* panel, int64_t n, float*
     store(o, sum[i][0]), store(o + LANES, sum[i][1]);
   }
 }
-// gradient: panels that lie `apart`; below: outputs of the layer below, whose ReLU lets pass what was above 0
+// gradient: panels that lie `apart`; below: outputs of the layer below, whose ReLU lets pass what was not 0
 APART void input_gradient(const float* gradient, int64_t apart, int64_t k, const float* panel, const float* below, int64_t stride, int64_t n, float* out) {
   Tile sum;
-  begin(sum, vec{}, vec{});
+  start(sum, vec{}, vec{});
   for (int64_t p = 0; p < k; p += COLUMNS, gradient += apart) add(sum, gradient, COLUMNS, 1, panel + p * COLUMNS, min(COLUMNS, k - p));
   if (n == COLUMNS) {
 #pragma GCC unroll 14
@@ -153,20 +157,20 @@ Buffer panels(const float* w, int64_t k, int64_t n) {
 template <class Part> void parallel(int threads, int64_t n, Part part) {
   std::atomic<int64_t> next{0};
   auto work = [&](int t) { for (int64_t i; (i = next++) < n;) part(t, i); };
-  threads = (int)min<int64_t>(threads, n);
-  if (threads > 1 && GOMP_parallel && omp_get_thread_num) {
+  if (n == 1 || threads == 1) return work(0);
+  if (GOMP_parallel && omp_get_thread_num) {  // all of them: a smaller team would end the others
     GOMP_parallel([](void* p) { (*(decltype(work)*)p)(omp_get_thread_num()); }, &work, threads, 0);
     return;
   }
   std::vector<std::thread> others;
   others.reserve(threads);
   for (int t = 1; t < threads; t++) {
-    try { others.emplace_back(work, t); } catch (const std::system_error&) { break; }
+    try { others.emplace_back(work, t); } catch (...) { break; }  // fewer do it all
   }
   work(0);
   for (auto& t : others) t.join();
 }
-// rows are cut into pieces of whole tiles, by their number alone: each adds up its own sums, and so the result has the same bits whoever did it
+// rows are cut into pieces of whole tiles, by the sizes of the layers alone: each adds up its own sums, and so the result has the same bits whoever did it
 int64_t piece_begin(int64_t i, int64_t n, int64_t rows) { return i == n ? rows : rows / ROWS * i / n * ROWS; }
 int64_t block_end(int64_t from, int64_t end) { return end - from < BLOCK + ROWS ? end : from + BLOCK; }
 // all tiles of a block's product with so many numbers of weights: whichever is smaller stays in the cache, the weights, or a panel of them beside the rows.
@@ -182,11 +186,12 @@ template <class F> INLINE void tiles(int64_t rows, int64_t columns, int64_t k, F
 }  // namespace
 '''
 
-# %% ../nbs/11_cpu_kernels.ipynb #b45d654e
+# %% ../nbs/11_cpu_kernels.ipynb #86c9a5ab
 _FORWARD = r'''
 extern "C" {
-// widths: of the inputs and of each layer's outputs. outputs[l] of layer l, rows x widths[l + 1]; null: not wanted, but of the last. 1: no memory
-int forward(int64_t layers, const int64_t* widths, int64_t rows, const float* x, const float* const* weights, const float* const* biases, float* const* outputs, int threads) try {
+// widths: of the inputs and of each layer's outputs. outputs[l] of layer l, rows x widths[l + 1]; null: not wanted, but of the last. linear: no ReLU after
+// the last layer. The answer 1: no memory
+int forward(int64_t layers, const int64_t* widths, int64_t rows, const float* x, const float* const* weights, const float* const* biases, float* const* outputs, int linear, int threads) try {
   const int64_t n_pieces = whole(rows, BLOCK) / BLOCK;
   std::vector<Buffer> weight, bias, kept;
   for (int64_t l = 0; l < layers; l++) {
@@ -201,9 +206,10 @@ int forward(int64_t layers, const int64_t* widths, int64_t rows, const float* x,
       stop = block_end(from, end);
       const float* in = x + from * widths[0];
       for (int64_t l = 0; l < layers; l++) {
-        int64_t k = widths[l], n = widths[l + 1];
+        const int64_t k = widths[l], n = widths[l + 1];
+        const bool cut = l + 1 < layers || !linear;
         float* out = outputs[l] ? outputs[l] + from * n : kept[t * layers + l].get();
-        tiles(stop - from, n, k, [&](int64_t i, int64_t j) { hidden(in + i * k, k, weight[l].get() + j * k, bias[l].get() + j, out + i * n + j, n, min(COLUMNS, n - j)); });
+        tiles(stop - from, n, k, [&](int64_t i, int64_t j) { outputs_of(in + i * k, k, weight[l].get() + j * k, bias[l].get() + j, cut, out + i * n + j, n, min(COLUMNS, n - j)); });
         in = out;
       }
     }
@@ -215,11 +221,11 @@ int forward(int64_t layers, const int64_t* widths, int64_t rows, const float* x,
 # %% ../nbs/11_cpu_kernels.ipynb #211e9eeb
 _BACKWARD = r'''
 // gradient: of the last outputs. weight_gradients[l] is widths[l + 1] x widths[l]
-int backward(int64_t layers, const int64_t* widths, int64_t rows, const float* x, const float* const* weights, const float* const* outputs, const float* gradient, float* const* weight_gradients, float* const* bias_gradients, int threads) try {
+int backward(int64_t layers, const int64_t* widths, int64_t rows, const float* x, const float* const* weights, const float* const* outputs, const float* gradient, float* const* weight_gradients, float* const* bias_gradients, int linear, int threads) try {
   int64_t weights_in_all = 0, outputs_of_a_row = 0;
   for (int64_t l = 0; l < layers; l++) weights_in_all += widths[l] * widths[l + 1], outputs_of_a_row += widths[l + 1];
-  // the sums of all pieces take twice what the outputs take, and no more
-  const int64_t affordable = min(MOST_PIECES, 2 * rows * outputs_of_a_row / weights_in_all), n_pieces = std::max<int64_t>(1, min(affordable, rows / (2 * BLOCK)));
+  // the sums of all pieces may take twice what the outputs take
+  const int64_t affordable = min(MOST_PIECES, 2 * rows * outputs_of_a_row / weights_in_all), n_pieces = std::max<int64_t>(1, min(affordable, rows / BLOCK));
   int64_t widest = *std::max_element(widths, widths + layers + 1), most = BLOCK + ROWS;
   std::vector<Buffer> weight(layers), work, sums, bias_sums;
   for (int64_t l = 1; l < layers; l++) weight[l] = panels(weights[l], widths[l + 1], widths[l]);
@@ -238,15 +244,16 @@ int backward(int64_t layers, const int64_t* widths, int64_t rows, const float* x
         for (int64_t i = 0; i < n; i++) {
           const float *g = gradient + (from + i) * last + j, *y = outputs[layers - 1] + (from + i) * last + j;
           float* o = now + j * n + i * COLUMNS;
-          if (last - j >= COLUMNS) store(o, load(y) <= 0 ? vec{} : load(g)), store(o + LANES, load(y + LANES) <= 0 ? vec{} : load(g + LANES));
-          else for (int64_t q = 0; q < COLUMNS; q++) o[q] = q >= last - j || y[q] <= 0 ? 0 : g[q];
+          if (last - j < COLUMNS) for (int64_t q = 0; q < COLUMNS; q++) o[q] = q >= last - j || (!linear && y[q] <= 0) ? 0 : g[q];
+          else if (linear) memcpy(o, g, 4 * COLUMNS);
+          else store(o, load(y) <= 0 ? vec{} : load(g)), store(o + LANES, load(y + LANES) <= 0 ? vec{} : load(g + LANES));
         }
       for (int64_t l = layers - 1; l >= 0; l--) {
         const int64_t outs = widths[l + 1], ins = widths[l], stride = whole(outs, COLUMNS);
         float *sum = sums[piece * layers + l].get(), *bias_sum = bias_sums[piece * layers + l].get();
         for (int64_t j = 0; j < outs; j += COLUMNS) {
           vec left = load(bias_sum + j), right = load(bias_sum + j + LANES);
-          for (const float *g = now + j * n, *stop = g + n * COLUMNS; g < stop; g += COLUMNS) left += load(g), right += load(g + LANES);
+          for (const float *g = now + j * n, *last_row = g + n * COLUMNS; g < last_row; g += COLUMNS) left += load(g), right += load(g + LANES);
           store(bias_sum + j, left), store(bias_sum + j + LANES, right);
         }
         const float* below = (l ? outputs[l - 1] : x) + from * ins;
@@ -294,37 +301,56 @@ _FLAGS = ("-O3", "-std=c++17", "-mavx512f", "-mfma", "-shared", "-fPIC", "-pthre
 _COMPILERS, _PATIENCE = ("c++", "g++", "clang++"), 120  # seconds
 
 
-def _compiler() -> str | None:
+def _compiler() -> list[str]:  # a command; empty: there is none
     "The user's own choice, or the first one found."
-    chosen = os.environ.get("CXX")
-    return shutil.which(chosen) if chosen else next(filter(None, map(shutil.which, _COMPILERS)), None)
+    for command in [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [[name] for name in _COMPILERS]:
+        if found := shutil.which(command[0]): return [found, *command[1:]]
+    return []
 
 
 def _folder() -> Path: return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trading_lib"
 
 
-def _compiled(compiler: str, folder: Path) -> Path:
-    "The library, made anew where it is not there yet."
-    path = folder / f"cpu_kernels_{hashlib.sha256(repr((compiler, _FLAGS, _SOURCE)).encode()).hexdigest()[:16]}.so"
-    if not path.exists():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as new:
-            source, made = Path(new, "cpu_kernels.cpp"), Path(new, "cpu_kernels.so")
-            source.write_text(_SOURCE)
-            subprocess.run([compiler, *_FLAGS, "-o", made, source], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=_PATIENCE)
-            os.replace(made, path)
-    return path
+def _path(compiler: list[str], folder: Path) -> Path:
+    return folder / f"cpu_kernels_{hashlib.sha256(repr((compiler, _FLAGS, _SOURCE)).encode()).hexdigest()[:16]}.so"
+
+
+def _digest(library: bytes) -> bytes: return hashlib.sha256(library).digest()
+
+
+def _is_whole(path: Path) -> bool:
+    "A library ends with its own SHA-256: one that lost its end would take the process with it."
+    return path.exists() and (content := path.read_bytes())[-32:] == _digest(content[:-32])
+
+
+def _compile(compiler: list[str], path: Path):
+    "Put the library there, whole."
+    with tempfile.TemporaryDirectory(dir=path.parent) as new:
+        source, made = Path(new, "cpu_kernels.cpp"), Path(new, "cpu_kernels.so")
+        source.write_text(_SOURCE)
+        subprocess.run([*compiler, *_FLAGS, "-o", made, source], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_PATIENCE)
+        made.write_bytes((library := made.read_bytes()) + _digest(library))
+        os.replace(made, path)
+
+
+def _loaded(compiler: list[str], folder: Path) -> ctypes.CDLL:
+    "The library, made anew where it is not there yet or damaged."
+    path = _path(compiler, folder)
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    owned = folder.stat()
+    if owned.st_uid != os.getuid() or owned.st_mode & (stat.S_IWGRP | stat.S_IWOTH): raise PermissionError(f"{folder} is not this user's alone to write")
+    if not _is_whole(path): _compile(compiler, path)
+    return ctypes.CDLL(str(path))
 
 
 @lru_cache(maxsize=None)
 def _library() -> tuple[ctypes.CDLL | None, str | None]:  # or why there is none; nothing where this CPU could not use it
     if torch.backends.cpu.get_cpu_capability() != "AVX512": return None, None
     compiler = _compiler()
-    if compiler is None: return None, "no C++ compiler was found (c++, g++, clang++ or $CXX)"
-    try: library = ctypes.CDLL(str(_compiled(compiler, _folder())))
-    except subprocess.CalledProcessError as e: return None, f"{compiler} ended with status {e.returncode}: {(e.stdout.strip().splitlines() or [''])[-1]}"
-    except (OSError, subprocess.TimeoutExpired) as e: return None, f"{type(e).__name__}: {e}"
-    return library, None
+    if not compiler: return None, "no C++ compiler was found (c++, g++, clang++ or $CXX)"
+    try: return _loaded(compiler, _folder()), None
+    except subprocess.CalledProcessError as e: return None, f"{compiler[0]} ended with status {e.returncode}: {(e.stdout.decode(errors='replace').strip().splitlines() or [''])[-1]}"
+    except (OSError, RuntimeError, AttributeError, subprocess.TimeoutExpired) as e: return None, f"{type(e).__name__}: {e}"  # no place to write, no home, not POSIX, a system that will not load it
 
 
 def available() -> bool:
@@ -344,12 +370,19 @@ def _places(tensors) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() if t is not None else None for t in tensors))
 
 
-def _call(name: str, x: Tensor, weights: list[Tensor], *given):
+def _check(name: str, t: Tensor, *shape: int):
+    "Whatever the library reads or writes is what it takes it for."
+    require(t.shape == shape and 0 not in shape and t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous(),
+            f"hidden layers: {name}: expected contiguous float32 numbers of shape {shape} on the CPU, was {t.dtype} of shape {tuple(t.shape)} on {t.device}")
+
+
+def _call(name: str, x: Tensor, weights: list[Tensor], linear: bool, *given):
     "A function of the library, on what all of them are given."
-    assert len(x) >= 14
-    for t in (x, *weights): assert t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()
+    require(x.ndim == 2 and len(x) >= 14, f"hidden layers: inputs: expected 14 rows or more, was of shape {tuple(x.shape)}")
     widths = [x.shape[1], *(len(weight) for weight in weights)]
-    failed = getattr(_library()[0], name)(ctypes.c_int64(len(weights)), _numbers(widths), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()), _places(weights), *given, torch.get_num_threads())
+    _check("inputs", x, len(x), widths[0])
+    for i, weight in enumerate(weights): _check(f"weight {i}", weight, widths[i + 1], widths[i])
+    failed = getattr(_library()[0], name)(ctypes.c_int64(len(weights)), _numbers(widths), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()), _places(weights), *given, ctypes.c_int(linear), ctypes.c_int(torch.get_num_threads()))
     if failed: raise MemoryError(f"hidden layers of {len(x):,} rows: the system has no memory left; use a smaller minibatch_size")
 
 
@@ -358,10 +391,12 @@ def forward(
     weights: list[Tensor],  # of each layer (outputs, inputs)
     biases: list[Tensor],  # of each layer (outputs,)
     keep: bool,  # all outputs, for `backward`, instead of the last alone
+    linear: bool = False,  # no ReLU after the last layer
 ) -> list[Tensor]:  # (n, outputs) of each layer that was kept
     "Linear layers, a ReLU after each."
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)): _check(f"bias {i}", bias, len(weight))
     outputs = [x.new_empty(len(x), len(weight)) if keep or i == len(weights) - 1 else None for i, weight in enumerate(weights)]
-    _call("forward", x, weights, _places(biases), _places(outputs))
+    _call("forward", x, weights, linear, _places(biases), _places(outputs))
     return [out for out in outputs if out is not None]
 
 
@@ -370,8 +405,11 @@ def backward(
     weights: list[Tensor],
     outputs: list[Tensor],  # all that `forward` returned
     gradient: Tensor,  # (n, outputs of the last)
+    linear: bool = False,  # as for `forward`
 ) -> tuple[list[Tensor], list[Tensor]]:  # gradients of weights, of biases
     "Back through the layers; the gradient of x is not computed."
+    _check("gradient", gradient, len(x), len(weights[-1]))
+    for i, (weight, out) in enumerate(zip(weights, outputs, strict=True)): _check(f"outputs {i}", out, len(x), len(weight))
     of_weights, of_biases = [torch.empty_like(weight) for weight in weights], [weight.new_empty(len(weight)) for weight in weights]
-    _call("backward", x, weights, _places(outputs), ctypes.c_void_p(gradient.data_ptr()), _places(of_weights), _places(of_biases))
+    _call("backward", x, weights, linear, _places(outputs), ctypes.c_void_p(gradient.data_ptr()), _places(of_weights), _places(of_biases))
     return of_weights, of_biases

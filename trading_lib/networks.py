@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .config import require
 from .env import Obs, ObservationTable, column_order
-from .fused import hidden_layers
+from .fused import hidden_layers, layers_and_heads
 
 # %% ../nbs/11_networks.ipynb #1df1c88b
 HIDDEN_DIMS = {"large": (2048, 1024, 512, 256), "medium": (1024, 512, 256), "small": (512, 256, 128), "tiny": (256, 128, 64)}
@@ -42,14 +42,10 @@ class _Trunk(nn.Sequential):
         widths = [obs_dim, *hidden_dims]
         super().__init__(*(m for a, b in zip(widths, widths[1:]) for m in (_linear(a, b, math.sqrt(2)), nn.ReLU())))
 
-    def forward(self, x: Tensor) -> Tensor: return self._through(list(self)[::2], x)
+    @property
+    def layers(self) -> list[tuple[Tensor, Tensor]]: "Weight and bias of each."; return [(layer.weight, layer.bias) for layer in list(self)[::2]]
 
-    def from_products(self, first: Tensor) -> Tensor:  # (n, H) -> (n, width of the last)
-        "The rest, where the first layer's products with its bias are known."
-        return self._through(list(self)[2::2], F.relu(first))
-
-    @staticmethod
-    def _through(layers: list, x: Tensor) -> Tensor: return hidden_layers(x, [(layer.weight, layer.bias) for layer in layers])
+    def forward(self, x: Tensor) -> Tensor: return hidden_layers(x, self.layers)
 
 
 @dataclass(frozen=True)
@@ -200,17 +196,24 @@ class NativeActorCritic(FoldsInputs, nn.Module):
         x: Tensor,  # what `inputs` returned
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "Policy and value of gathered inputs."
-        return self._heads([trunk(x) for trunk in self._trunks()])
+        return self._answers(layers_and_heads(x, trunk.layers, heads) for trunk, heads in self._parts())
 
     def from_products(self,
         first: Tensor,  # (n, H of all trunks) products of their first layers, biases added
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "Policy and value where the first layer's work is done."
-        return self._heads([trunk.from_products(z) for trunk, z in zip(self._trunks(), first.split(self.hidden_dims[0], 1))])
+        firsts = F.relu(first).split(self.hidden_dims[0], 1)
+        return self._answers(layers_and_heads(x, trunk.layers[1:], heads) for x, (trunk, heads) in zip(firsts, self._parts()))
 
-    def _heads(self, out: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def _parts(self) -> list[tuple[_Trunk, list[tuple[Tensor, Tensor]]]]:
+        "Each trunk and the heads that read it."
+        heads = [(head.weight, head.bias) for head in (self.actor_head, self.critic_head)]
+        return [(self.trunk, heads)] if self.shared_trunk else [(self.actor_trunk, heads[:1]), (self.critic_trunk, heads[1:])]
+
+    def _answers(self, of_trunks) -> tuple[Tensor, Tensor]:
+        logits, value = (answer for answers in of_trunks for answer in answers)
         # bf16 products come back in the weights' own precision
-        return self.actor_head(out[0]).to(self.actor_head.weight.dtype), self.critic_head(out[-1]).to(self.critic_head.weight.dtype).squeeze(-1)
+        return logits.to(self.actor_head.weight.dtype), value.to(self.critic_head.weight.dtype).squeeze(-1)
 
     def initial_state(self, n: int, device=None) -> None: "Nothing is remembered from one step to the next."
 

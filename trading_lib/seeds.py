@@ -49,7 +49,7 @@ class StackedActorCritic(nn.Module):
     def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # (networks, n, inputs) -> (networks, n, outputs)
 
     def _hidden(self, x: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:  # (networks, n, inputs) -> (networks, n, outputs)
-        if compiles(x.device, x.dtype, x.shape[1]):  # layers in one pass are worth more than networks in one product
+        if compiles(x.device, x.dtype, x.shape[1], sum(weight[0].numel() for weight, _ in layers)):  # layers in one pass are worth more than networks in one product
             of_each = zip(*(zip(weight, bias) for weight, bias in layers))
             return torch.stack([hidden_layers(own, of_one) for own, of_one in zip(x, of_each)])
         for layer in layers: x = self._linear(x, *layer).relu_()

@@ -136,7 +136,7 @@ class NativePPOTrainer:
         self.device, self.table, self.recurrent = torch.device(getattr(env, "device", "cpu")), getattr(env, "table", None), c.network == "gru"
         self.policy = self._network(c.seed)
         self._set_precision()
-        slower = None if self.recurrent else why_slower(self.device, self._dtype or torch.float32, c.minibatch_size)
+        slower = None if self.recurrent else why_slower(self.device, self._dtype or torch.float32, c.minibatch_size, sum(weight.numel() for weight, _ in self.policy._trunks()[0].layers))
         if slower: self.progress.say(slower)
         self._bind()
         self.optimizers, self._head = self._make_optimizers(), list(self.policy.critic_head.parameters())
