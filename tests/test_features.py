@@ -7,7 +7,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
@@ -517,18 +516,3 @@ def test_wrong_input_is_named():
 def test_importing_needs_numpy_alone():
     code = "import sys, trading_lib.features; bad = {'pandas', 'talib', 'torch', 'exchange_calendars', 'pyarrow'} & set(sys.modules); sys.exit(', '.join(bad))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
-
-
-def test_speed():
-    "CPU time on one core, with a fit given. A year of 15Min crypto bars: at most 1 s; a live tail: at most 20 ms."
-    bars, fit = simulated("crypto", "15Min", "2023-01-01", "2024-01-01"), fitted("crypto")
-    assert len(bars) == 35_040
-    table_of(bars[:700], "5.6.0", fit)
-    began = time.process_time()
-    table_of(bars, "5.6.0", fit)
-    year = time.process_time() - began
-    began = time.process_time()
-    for _ in range(10): table_of(bars[-600:], "5.6.0", fit)
-    tail = (time.process_time() - began) / 10
-    print(f"35,040 bars {year:.2f} s, 600 bars {1000 * tail:.1f} ms")
-    assert year <= 1 and tail <= 0.02
