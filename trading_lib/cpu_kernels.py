@@ -349,7 +349,7 @@ def _library() -> tuple[ctypes.CDLL | None, str | None]:  # or why there is none
     compiler = _compiler()
     if not compiler: return None, "no C++ compiler was found (c++, g++, clang++ or $CXX)"
     try: return _loaded(compiler, _folder()), None
-    except subprocess.CalledProcessError as e: return None, f"{compiler[0]} ended with status {e.returncode}: {(e.stdout.decode(errors='replace').strip().splitlines() or [''])[-1]}"
+    except subprocess.CalledProcessError as e: return None, ": ".join([f"{compiler[0]} ended with status {e.returncode}", *e.stdout.decode(errors="replace").strip().splitlines()[-1:]])
     except (OSError, RuntimeError, AttributeError, subprocess.TimeoutExpired) as e: return None, f"{type(e).__name__}: {e}"  # no place to write, no home, not POSIX, a system that will not load it
 
 
