@@ -1,4 +1,4 @@
-"""Fast paths beside the plain ones: hidden layers in few passes, products of all bars known before a rollout, episodes that were cut looked at together."""
+"""Fast paths beside the plain ones: hidden layers in few passes, bars that are computed once."""
 import math
 import platform
 import subprocess
@@ -10,9 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from test_trainer import market, trading_trainer
-from trading_lib.env import Obs
 from trading_lib.fused import _medium_is_exact, fast_products, fuses, hidden_layers
-from trading_lib.networks import ActingTable, FoldedInputs
 from trading_lib.ppo import Minibatch, whole_groups
 from trading_lib.trainer import NativePPOTrainer
 
@@ -127,71 +125,6 @@ def test_float32_products_are_exact_and_the_setting_is_put_back():
         assert (torch.get_float32_matmul_precision() == "medium") == _medium_is_exact()
         1 / 0
     assert torch.get_float32_matmul_precision() == before
-
-
-# --- acting ---------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("version", ["5.6.0", "2.7.0"])
-@pytest.mark.parametrize("settings", [dict(), dict(shared_trunk=False, hidden_dims=(32, 16))], ids=["shared", "separate"])
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_what_is_known_of_all_bars_is_what_the_policy_computes(version, settings, dtype, tolerance):
-    t = trading_trainer(0, market(version).span(5500, 5700), version=version, **settings)
-    with torch.no_grad():
-        for p in t.policy.parameters(): p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))  # a new head says nothing
-        inputs = FoldedInputs(t.policy, t.table, dtype)
-        bars = range(t.env.market.start + t.env.market.window, t.env.market.stop)
-        obs = t.env.reset_index(3)
-        for _ in range(20): obs, *_ = t.env.step_index(torch.randint(t.env.n_actions, (t.env.n_envs,)))  # accounts that own something
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            table = ActingTable(t.policy, inputs, bars)
-            found, expected = table(obs), t.policy.evaluate(inputs(obs))
-        assert all(difference(*pair) < tolerance for pair in zip(found, expected)) and float(expected[0].std()) > 1e-3
-        assert (table._answers is not None) == (inputs.n_account == 0)
-        other = Obs(obs.index.roll(1), obs.dense)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32): assert difference(table(other)[0], expected[0]) > 2 * tolerance  # of other bars it would be something else
-        if inputs.n_account: assert difference(table(Obs(obs.index, obs.dense + 1.0))[0], expected[0]) > 2 * tolerance
-
-
-@pytest.mark.parametrize("settings", [dict(), dict(shared_trunk=False)], ids=["shared", "separate"])
-def test_a_rollout_with_it_is_the_rollout_without(monkeypatch, settings):
-    "The same actions; values, advantages and returns to rounding; the values of episodes that were cut among them."
-    rollouts, acted = [], []
-    original = ActingTable.__init__
-    monkeypatch.setattr(ActingTable, "__init__", lambda self, *given: (acted.append(1), original(self, *given))[1])
-    for most in (10**9, 0):
-        monkeypatch.setattr(NativePPOTrainer, "_acting_bytes", most)
-        t = trading_trainer(0, market().span(5500, 5700), n_steps=1400, **settings)
-        t._begin()
-        rollouts.append({name: v.clone() for name, v in t._rollout().items()})
-    fast, plain = rollouts
-    assert acted == [1] and set(fast) == set(plain)
-    for name in ("index", "action", "ended"): assert torch.equal(fast[name], plain[name]), name
-    for name in set(fast) - {"index", "action", "ended"}: assert difference(fast[name], plain[name]) < 1e-4, name
-    cut = fast["ended"] == 2
-    assert int(cut.sum()) > 10 and difference(fast["next_value"][cut], plain["next_value"][cut]) < 1e-4
-
-
-def test_what_is_known_of_all_bars_takes_no_more_than_a_minibatch():
-    "Which is not there meanwhile: 5.6.0 has 3 columns that change along the window and 55 that do not, 8 actions and a value."
-    t = trading_trainer(0, n_steps=1400, minibatch_size=100, hidden_dims=(32, 16))
-    assert t._acting_bytes == 4 * 100 * (3 * t.env.config.window + 55 + 3 * (32 + 16 + 8 + 1))
-    assert trading_trainer(0, n_steps=1400, minibatch_size=10**9, hidden_dims=(32, 16))._acting_bytes == t._acting_bytes // 100 * t.env.n_envs * 1400  # the whole rollout at most
-
-
-def test_a_cut_episode_is_valued_by_its_own_last_observation():
-    "Not by the first of the episode that follows: against the policy on every last observation, one by one."
-    t = trading_trainer(0, market().span(5500, 5700), n_steps=300)
-    t._begin()
-    step, seen = t.env.step_index, []
-    t.env.step_index = lambda actions: (lambda out: (seen.append((out[3].clone(), out[4]["final_obs"])), out)[1])(step(actions))
-    rollout = t._rollout()
-    checked = 0
-    for at, (truncated, final) in enumerate(seen):
-        for account in (truncated & (rollout["ended"][at] == 2)).nonzero().flatten().tolist():
-            with torch.no_grad(): value = t.policy.evaluate(t._inputs(Obs(final.index[account:account + 1], final.dense[account:account + 1])))[1]
-            assert abs(float(value) - float(rollout["next_value"][at, account])) < 1e-4
-            checked += 1
-    assert checked > 10
 
 
 # --- learning ---------------------------------------------------------------------------------------------------------------

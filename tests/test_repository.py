@@ -25,7 +25,7 @@ from trading_lib.config import MODES, Parameters, TrainParameters, load_paramete
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trading_lib"
 STAGES = ("prepare", "train", "backtest", "report", "walk_forward")
-CORE = {"config", "files", "layouts", "version", "metrics", "account", "env", "cpu_kernels", "fused", "networks", "checkpoint", "run_folder", "stopping", "recurrent", "distributed", "evaluation", "memory", "ppo", "tiers", "trainer", "seeds", "markov", "features"}
+CORE = {"config", "files", "layouts", "version", "metrics", "account", "env", "acting", "cpu_kernels", "fused", "networks", "checkpoint", "run_folder", "stopping", "recurrent", "distributed", "evaluation", "memory", "ppo", "tiers", "trainer", "seeds", "markov", "features"}
 BIN = Path(sys.executable).parent
 
 

@@ -11,12 +11,15 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from .env import GPUVectorizedTradingEnv, MarketData
+from .acting import BarAnswers
+from .env import GPUVectorizedTradingEnv, MarketData, Obs
 from .metrics import consistency, fitness, max_drawdown, profit_factor, sharpe_ratio, skewness
+from .networks import FoldedInputs
 
 # %% ../nbs/13_evaluation.ipynb #440024e1
 _RUN_LENGTH = 512  # bars of one account's run
 _DAY = 86_400 * 10**9
+_BARS = 2048  # that a policy looks at together
 
 
 def runs_through(
@@ -61,23 +64,30 @@ class Validation:
     ) -> list[dict[str, np.ndarray]]:  # of each network, as `play`
         "What each of several networks did."
         env, starts, ends = self.env, *(np.tile(bars, self.policies) for bars in (self.starts, self.ends))
-        length = ends - starts
-        obs, state = env.reset_at_index(starts, ends), policy.initial_state(env.n_envs, env.device)
-        rows = {name: [] for name in ("return", "held", "reward", "order", *env.reward_names, "profit")}
-        growth = torch.ones(env.n_envs, dtype=torch.float64, device=env.device)
-        for step in range(int(length.max())):
-            active = torch.as_tensor(step < length, device=env.device)
-            logits, _, state = policy.evaluate_step(policy.inputs(obs, env.table), state)
+        length = torch.as_tensor(ends - starts, device=env.device)
+        obs, state, act, steps = env.reset_at_index(starts, ends), policy.initial_state(env.n_envs, env.device), self._acting(policy), []
+        for _ in range(int((ends - starts).max())):
+            logits, state = act(obs, state)
             obs, reward, _, _, infos = env.step_index(logits.argmax(1))
             account, fills = infos["account"], infos["fills"]
-            step_return = account.equity / infos["decision_equity"] - 1
-            growth = growth * torch.where(active, 1 + step_return, 1.0)
-            values = (step_return, (account.position_value / account.equity).abs(), reward, (fills.quantity != 0).double(), *infos["reward_components"].T)
-            for name, value in zip(rows, values): rows[name].append(torch.where(active, value, torch.nan))
-            rows["profit"].append(torch.where(active & fills.trade_closed, fills.trade_profit, torch.nan))
-        in_order = lambda x: (lambda x: x[~np.isnan(x)])(x.numpy().astype(np.float64).ravel())  # run by run
-        each = {name: torch.stack(columns, 1).cpu().chunk(self.policies) for name, columns in rows.items()}
-        return [{name: in_order(parts[k]) for name, parts in each.items()} | {"run_return": of_runs.numpy() - 1} for k, of_runs in enumerate(growth.cpu().chunk(self.policies))]
+            # noted as it is, and looked at when all is played
+            steps.append((account.equity, infos["decision_equity"], account.position_value, reward, fills.quantity, fills.trade_closed, fills.trade_profit, infos["reward_components"]))
+        equity, before, position, reward, quantity, closed, profit, components = (torch.stack(column, 1) for column in zip(*steps))  # (runs, steps)
+        active, step_return = torch.arange(len(steps), device=env.device) < length[:, None], equity / before - 1
+        of_policies = lambda x: x.cpu().chunk(self.policies)
+        in_order = lambda values, mask: [own[m].numpy().astype(np.float64) for own, m in zip(of_policies(values), of_policies(mask))]  # run by run
+        rows = {"return": step_return, "held": (position / equity).abs(), "reward": reward, "order": quantity != 0} | dict(zip(env.reward_names, components.unbind(2)))
+        played = {name: in_order(values, active) for name, values in rows.items()} | {"profit": in_order(profit, active & closed)}
+        played["run_return"] = [own.numpy() - 1 for own in of_policies(torch.where(active, 1 + step_return, 1.0).prod(1))]
+        return [dict(zip(played, own)) for own in zip(*played.values())]
+
+    def _acting(self, policy):  # called with an observation and a state; logits, state
+        "A policy that sees nothing of its account looks at every bar before it plays."
+        env, alone = self.env, lambda obs, state: policy.evaluate_step(policy.inputs(obs, env.table), state)[::2]
+        if env.table.n_account or not hasattr(policy, "networks"): return alone
+        networks = policy.networks()
+        answers = BarAnswers(networks, FoldedInputs(networks[0], env.table), range(int(self.starts.min()), int(self.ends.max()) + 1), _BARS)
+        return lambda obs, state: (answers(obs)[0], state)
 
     def summarise(self, played: dict[str, np.ndarray]) -> dict[str, float]:
         "The figures of what was played."

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HIDDEN_DIMS', 'RECOMMENDED_FOR', 'InputLayout', 'input_layout', 'FoldedLinear', 'FoldsInputs', 'NativeActorCritic',
-           'FoldedInputs', 'ActingTable', 'parameter_groups', 'clip_gradients', 'plain_optimizer_state',
-           'load_plain_optimizer_state', 'folded_sums', 'load_folded_sums', 'estimate_model', 'decision_latency']
+           'FoldedInputs', 'parameter_groups', 'clip_gradients', 'plain_optimizer_state', 'load_plain_optimizer_state',
+           'folded_sums', 'load_folded_sums', 'estimate_model', 'decision_latency']
 
 # %% ../nbs/11_networks.ipynb #45a3b37b
 import copy
@@ -215,6 +215,8 @@ class NativeActorCritic(FoldsInputs, nn.Module):
         # bf16 products come back in the weights' own precision
         return logits.to(self.actor_head.weight.dtype), value.to(self.critic_head.weight.dtype).squeeze(-1)
 
+    def networks(self) -> list["NativeActorCritic"]: "Itself, where a stack of policies has several."; return [self]
+
     def initial_state(self, n: int, device=None) -> None: "Nothing is remembered from one step to the next."
 
     def evaluate_step(self, x: Tensor, state=None) -> tuple[Tensor, Tensor, None]:  # logits (n, n_actions), values (n,), state
@@ -255,41 +257,6 @@ class FoldedInputs:
     def market(self, index: Tensor) -> Tensor:  # (n, folded width without the account columns)
         "What it says of the market."
         return self._table.folded(Obs(index, self._scale.new_zeros(len(index), self.n_account)))[:, :-self.n_account or None]
-
-
-class ActingTable:
-    "What a policy makes of all bars, computed once for a rollout: its weights stand still meanwhile, and the accounts share the bars."
-
-    def __init__(self,
-        policy: NativeActorCritic,
-        inputs: FoldedInputs,
-        bars: range,  # at which it will act
-        chunk: int = 8192,  # bars at a time
-    ):
-        self._policy, self._inputs, self._first, self._products, self._answers = policy, inputs, bars.start, None, None
-        layers = [trunk[0] for trunk in policy._trunks()]
-        chunks = torch.arange(bars.start, bars.stop, device=layers[0].bias.device).split(chunk)
-        with torch.no_grad():
-            if not inputs.n_account:  # nothing of the account is seen: what to do at a bar is known
-                self._answers = [torch.cat(part) for part in zip(*(policy.evaluate(inputs.market(rows)) for rows in chunks))]
-                return
-            # rounded as the products of training are, and added up in float32 as they are
-            weight, bias = (torch.cat([v.to(inputs.dtype).float() for v in values]) for values in ([m.weight for m in layers], [m.bias for m in layers]))
-            self._products, self._account_weight = weight.new_empty(len(bars), len(bias)), weight[:, -inputs.n_account:].t().contiguous()
-            with torch.autocast(weight.device.type, enabled=False):
-                for rows, out in zip(chunks, self._products.split(chunk)): torch.addmm(bias, inputs.market(rows).float(), weight[:, :-inputs.n_account].t(), out=out)
-
-    @staticmethod
-    def bytes(policy: NativeActorCritic, inputs: FoldedInputs, bars: range) -> int:
-        "Memory that what is known of so many bars takes."
-        return 4 * len(bars) * (policy.hidden_dims[0] * len(policy._trunks()) if inputs.n_account else policy.n_actions + 1)
-
-    def __call__(self, obs: Obs) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
-        "`policy.evaluate`, to rounding."
-        at = obs.index - self._first
-        if self._answers is not None: return tuple(answer.index_select(0, at) for answer in self._answers)
-        with torch.autocast(at.device.type, enabled=False): first = self._products.index_select(0, at).addmm_(self._inputs.account(obs).float(), self._account_weight)
-        return self._policy.from_products(first)
 
 
 def parameter_groups(

@@ -82,6 +82,8 @@ class StackedActorCritic(nn.Module):
         for parameter, of_all in zip(policy.parameters(), self.stacked): parameter.copy_(of_all[k])
         return policy
 
+    def networks(self) -> list[NativeActorCritic]: "All of them."; return [self.network(k) for k in range(self.n_networks)]
+
     def groups(self,
         learning_rate: float,
     ) -> list[dict]:
@@ -156,11 +158,6 @@ class SeedsTrainer(NativePPOTrainer):
     # -- acting ----------------------------------------------------------------------------------------------------
 
     def _begin(self): self._obs, self._state = self.env.reset_index(self.seeds), None
-
-    def _acting(self):
-        def acted(obs: Obs, state):
-            with self._autocast(): return self.policy.evaluate_step(self._inputs(obs))
-        return acted
 
     def _race(self, logits: Tensor) -> Tensor:
         return torch.cat([torch.empty_like(own).exponential_(generator=random) for own, random in zip(logits.chunk(len(self.seeds)), self._randoms)])

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .acting import BarAnswers, BarProducts
 from .checkpoint import git_state, library_versions, load_checkpoint, save_checkpoint
 from .config import InputError, require
 from .distributed import gathered, mean_over_processes, of_first, processes
@@ -26,7 +27,7 @@ from .evaluation import Validation
 from .fused import fast_products, keep_freed_memory, why_slower
 from .memory import allocate_rollout, memory_use, sample_fields
 from .metrics import composite_score
-from .networks import (ActingTable, FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
+from .networks import (FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
                                   parameter_groups, plain_optimizer_state)
 from .ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches, normalised, ppo_loss, value_loss, whole_groups
 from .recurrent import RecurrentActorCritic
@@ -106,6 +107,7 @@ class Diverged(InputError):
 
 _TERMINATED, _TRUNCATED = 1, 2  # how a step ended an episode
 _DISTINCT = 0.8  # share of different bars in a rollout below which each is computed once
+_NEARLY_ALL = 0.8  # share of all bars to which a rollout is expected to come, from which on they are looked at without asking
 _ROWS = 64  # of which the products then have a multiple
 _RECOVERIES = 3  # at most so many times the learning rate is halved
 
@@ -135,6 +137,7 @@ class NativePPOTrainer:
         require(c.n_envs in (None, env.n_envs), f"NativePPOConfig.n_envs: the environment has {env.n_envs}, was {c.n_envs}")
         self.device, self.table, self.recurrent = torch.device(getattr(env, "device", "cpu")), getattr(env, "table", None), c.network == "gru"
         self.policy = self._network(c.seed)
+        self._n_inputs = self.policy._trunks()[0][0].weight.shape[1]  # of its first layer
         self._set_precision()
         slower = None if self.recurrent else why_slower(self.device, self._dtype or torch.float32, c.minibatch_size, sum(weight.numel() for weight, _ in self.policy._trunks()[0].layers))
         if slower: self.progress.say(slower)
@@ -228,22 +231,27 @@ class NativePPOTrainer:
     def _acting_bytes(self) -> int:
         "What is known of all bars may take what a minibatch takes, which is not there meanwhile: so the memory that was predicted is enough."
         c, widths = self.config, layer_widths(self.config, self.env.n_actions)
-        return memory_use(self.env.n_envs, c.n_steps, c.minibatch_size, {}, inputs=self.policy._trunks()[0][0].weight.shape[1], widths=widths).minibatch
+        return memory_use(self.env.n_envs, c.n_steps, c.minibatch_size, {}, inputs=self._n_inputs, widths=widths).minibatch
 
-    def _acting(self):  # called with an observation and a state; logits, values, state
+    def _acting(self):  # called with an observation, a state and how many steps follow; logits, values, state
         "How the policy acts in one rollout."
-        plain = lambda obs, state: self.policy.evaluate_step(self._inputs(obs), state)
-        act = plain
-        if self.table is not None and not self.recurrent:
-            bars = self._bars()
-            # its own cost is that of acting once at every bar
-            if len(bars) <= self._samples and ActingTable.bytes(self.policy, self._inputs, bars) <= self._acting_bytes:
-                with self._autocast(): table = ActingTable(self.policy, self._inputs, bars, min(8192, self.config.minibatch_size))
-                act = lambda obs, state: (*table(obs), state)
+        with self._autocast(): known = self._known_of_bars()
 
-        def acted(obs: Obs, state):
-            with self._autocast(): return act(obs, state)
-        return acted
+        def act(obs: Obs, state, left: int = 0):
+            with self._autocast(): return (*known(obs, left), state) if known else self.policy.evaluate_step(self._inputs(obs), state)
+        return act
+
+    def _known_of_bars(self) -> BarAnswers | BarProducts | None:
+        "What need not be computed at every step, where that is less work and there is memory for it."
+        if self.table is None or self.recurrent: return None
+        bars, networks, chunk = self._bars(), self.policy.networks(), min(8192, self.config.minibatch_size)
+        pays = len(bars) <= self._samples  # to look at all of them is no more work than acting at every step
+        if self.table.n_account:
+            fits = pays and len(networks) == 1 and BarProducts.bytes(networks[0], bars) <= self._acting_bytes
+            return BarProducts(networks[0], self._inputs, bars, chunk) if fits else None
+        some = self.device.type == "cpu" and -math.expm1(-self._samples / len(bars)) < _NEARLY_ALL
+        fits = (pays or some) and BarAnswers.bytes(networks[0], bars) <= self._acting_bytes
+        return BarAnswers(networks, self._inputs, bars, chunk, (lambda: self.env.end) if some else None) if fits else None
 
     def _race(self, logits: Tensor) -> Tensor:
         "Exponential random numbers, one for each logit."
@@ -265,7 +273,7 @@ class NativePPOTrainer:
         deferred = self.table is not None and not self.recurrent  # then the last observations of all episodes that were cut are looked at together
         finals = []
         for t in range(c.n_steps):
-            logits, value, state = act(obs, self._state)
+            logits, value, state = act(obs, self._state, c.n_steps - 1 - t)
             log_probabilities = torch.log_softmax(logits, 1)
             # the exponential race draws from the categorical distribution in one pass
             action = (log_probabilities.exp() / self._race(logits)).argmax(1)
