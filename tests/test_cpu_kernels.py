@@ -1,16 +1,18 @@
-"""Hidden layers compiled for this CPU, beside plain ones in float64; and how the library comes to be."""
+"""Hidden layers and the loss compiled for this CPU, beside plain ones in float64; and how the library comes to be."""
 import os
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from test_fused import difference
-from trading_lib import cpu_kernels, fused
+from test_trainer import trading_trainer
+from trading_lib import cpu_kernels, fused, ppo
 from trading_lib.config import InputError
 from trading_lib.fused import hidden_layers, layers_and_heads
 
@@ -262,3 +264,134 @@ print(failed, (out == 4).all() and (sums == 3600).all() and (more == 3600).all()
 def test_without_torchs_threads_it_starts_its_own():
     done = subprocess.run([sys.executable, "-c", ALONE, str(cpu_kernels._path(cpu_kernels._compiler(), cpu_kernels._folder()))], check=True, stdout=subprocess.PIPE, text=True)
     assert done.stdout.split() == ["0", "True"]
+
+
+# --- the loss ------------------------------------------------------------------------------------------------------------
+
+def samples(n, actions, seed=0, scale=1.0):
+    "Logits and values now, and what acted: of samples on both sides of every clip."
+    random = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=random)
+    before = torch.log_softmax(scale * draw(n, actions), 1)
+    action = torch.randint(actions, (n,), generator=random)
+    data = {"action": action, "log_probability": before.gather(1, action[:, None]).squeeze(1), "logits": before, "value": draw(n), "advantage": draw(n), "return": draw(n)}
+    return before + 0.3 * draw(n, actions) + draw(n, 1), data["value"] + 0.3 * draw(n), data
+
+
+def loss_settings(value_clip=None, clip=0.2): return SimpleNamespace(clip_range=clip, value_clip_range=value_clip, value_coefficient=0.5)
+
+
+def loss_of(function, logits, value, data, config, entropy_coefficient=0.01):
+    "Loss, what is watched, gradients."
+    logits, value = (v.clone().requires_grad_() for v in (logits, value))
+    loss, watch = function(logits, value, data, config, entropy_coefficient)
+    return loss.detach(), watch, *torch.autograd.grad(loss, (logits, value))
+
+
+def in_double(logits, value, data): return logits.double(), value.double(), {name: v if name == "action" else v.double() for name, v in data.items()}
+
+
+@needs_them
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 511, 512, 513, 2051])
+@pytest.mark.parametrize("actions, scale", [(1, 1.0), (2, 1.0), (8, 1.0), (8, 30.0), (19, 3.0)])
+@pytest.mark.parametrize("value_clip", [None, 0.2])
+def test_the_loss_is_the_plain_one(n, actions, scale, value_clip):
+    "Against autograd of the plain formula in float64; as exact as that is in float32, or nearly."
+    given, config = samples(n, actions, n, scale), loss_settings(value_clip)
+    loss, watch, *found = loss_of(ppo.ppo_loss, *given, config)
+    exact, expected, *gradients = loss_of(ppo.plain_ppo_loss, *in_double(*given), config)
+    _, rounded, *plain = loss_of(ppo.plain_ppo_loss, *given, config)
+    assert list(watch) == list(expected) and abs(float(loss - exact)) < 2e-6 * max(1, abs(float(exact)))
+    for name in watch: assert abs(float(watch[name] - expected[name])) <= max(2e-6 * max(1, abs(float(expected[name]))), 3 * abs(float(rounded[name] - expected[name]))), name
+    for a, b, c in zip(found, gradients, plain, strict=True):
+        error = lambda v: float((v - b).norm() / (b.norm() + 1e-3 / n))
+        assert a.shape == b.shape and a.dtype == torch.float32 and error(a) <= max(1e-6, 3 * error(c))
+    if n > 500: assert 0.05 < float(watch["clip_fraction"]) < 0.95 or actions == 1
+
+
+@needs_them
+@pytest.mark.parametrize("actions, action", [(8, -1), (8, 8), (2, 5)])
+def test_an_action_that_there_is_not_is_refused(actions, action):
+    logits, value, data = samples(40, actions)
+    data["action"][33] = action
+    with pytest.raises(InputError, match=rf"^loss: action: expected 0 to {actions - 1}, was "): ppo.ppo_loss(logits, value, data, loss_settings(), 0.01)
+
+
+@needs_them
+@pytest.mark.parametrize("name", ["log_probability", "logits", "value", "advantage", "return"])
+@pytest.mark.parametrize("change", [lambda v: v[:-1], lambda v: v.double(), lambda v: v.repeat_interleave(2, 0)[::2]], ids=["short", "double", "strided"])
+def test_what_is_not_as_the_loss_takes_it_is_refused(name, change):
+    logits, value, data = samples(40, 3)
+    data[name] = change(data[name])
+    with pytest.raises(InputError, match="^loss: .*expected contiguous float32 numbers of shape"): ppo.ppo_loss(logits, value, data, loss_settings(), 0.01)
+
+
+@needs_them
+def test_at_the_edges_gradients_are_shared_as_autograd_shares_them():
+    "Advantages of 0, ratios within and beyond; a value that is as wrong clipped as it is unclipped gets half of its gradient."
+    even = torch.full((6, 2), 0.5).log()
+    data = {"action": torch.zeros(6, dtype=torch.int64), "log_probability": torch.tensor([0.5, 0.5, 0.25, 0.25, 1.0, 1.0]).log(), "logits": even, "value": torch.tensor([1.0, 1.0, 5.0, 2.0, 2.0, 3.0]),
+            "advantage": torch.tensor([1.0, 0.0, 1.0, 0.0, -1.0, 1.0]), "return": torch.tensor([2.5, 0.0, 2.5, 2.5, 2.5, 2.0])}
+    value, config = torch.tensor([3.0, 3.0, 3.0, 3.0, 3.0, 3.0]), loss_settings(1.0, 0.4)
+    assert loss_of(ppo.plain_ppo_loss, even, value, data, config)[3][0] == pytest.approx(0.5 * 0.5 * 2 * 0.5 / 6)  # on paper: 3 and 2 are both half a unit from 2.5
+    for a, b in zip(loss_of(ppo.ppo_loss, even, value, data, config), loss_of(ppo.plain_ppo_loss, even, value, data, config)):
+        if not isinstance(a, dict): assert torch.allclose(a, b, atol=1e-7)
+        else: assert all(abs(float(a[name] - b[name])) < 1e-6 for name in a)
+
+
+@needs_them
+@pytest.mark.parametrize("value_clip", [None, 0.2])
+@pytest.mark.parametrize("place", ["now", "values now", "log_probability", "logits", "value", "advantage", "return"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_not_finite_is_told(place, number, value_clip):
+    "Wherever the plain one says so, and in the very gradients; a gradient of what is NaN may be NaN where PyTorch's is not."
+    logits, value, data = samples(40, 3)
+    target = {"now": logits, "values now": value}.get(place, data.get(place))
+    if target.ndim > 1: target[20, 1] = number
+    else: target[20] = number
+    found, expected = (loss_of(f, logits, value, data, loss_settings(value_clip)) for f in (ppo.ppo_loss, ppo.plain_ppo_loss))
+    assert bool(found[0].isfinite()) == bool(expected[0].isfinite())
+    for name, v in expected[1].items(): assert bool(found[1][name].isfinite()) == bool(v.isfinite()), name
+    for a, b in zip(found[2:], expected[2:]): assert bool((b.isfinite() | ~a.isfinite()).all()) and torch.allclose(a[a.isfinite()], b[a.isfinite()], atol=1e-6) and int((~a.isfinite()).sum()) <= a[0].numel()
+
+
+@needs_them
+@pytest.mark.parametrize("threads", [2, 5])
+def test_the_same_samples_give_the_same_loss_to_the_bit(threads):
+    before, given = torch.get_num_threads(), samples(5000, 8)
+    flat = lambda found: [found[0], *found[1].values(), *found[2:]]
+    try:
+        torch.set_num_threads(1)
+        alone = flat(loss_of(ppo.ppo_loss, *given, loss_settings(0.2)))
+        torch.set_num_threads(threads)
+        for _ in range(5): assert all(map(torch.equal, alone, flat(loss_of(ppo.ppo_loss, *given, loss_settings(0.2)))))
+    finally: torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_losses_of_several_networks_are_each_its_own(monkeypatch, compiled):
+    if compiled and not cpu_kernels.available(): pytest.skip(f"no compiled kernels here: {cpu_kernels.missing()}")
+    if not compiled: monkeypatch.setattr(ppo, "_is_compiled", lambda logits: False)
+    each, config = [samples(300, 4, seed) for seed in range(3)], loss_settings()
+    logits, value = (torch.stack([own[i] for own in each]).requires_grad_() for i in range(2))
+    losses, watch = ppo.ppo_losses(logits, value, {name: torch.stack([data[name] for *_, data in each]) for name in each[0][2]}, config, 0.01)
+    gradients = torch.autograd.grad(losses.sum(), (logits, value))
+    for k, own in enumerate(each):
+        loss, watched, *found = loss_of(ppo.plain_ppo_loss, *own, config)
+        assert torch.allclose(losses[k], loss, atol=1e-6) and all(abs(float(watch[name][k] - v)) < 1e-6 for name, v in watched.items())
+        assert all(torch.allclose(of_all[k], one, atol=1e-7) for of_all, one in zip(gradients, found))
+
+
+@needs_them
+@pytest.mark.parametrize("settings", [dict(), dict(value_clip_range=0.1, entropy_coefficient=0.1)])
+def test_training_by_it_is_training_by_the_plain_one(monkeypatch, settings):
+    "Three updates of the same run; another coefficient leads elsewhere."
+    def weights(plain, **more):
+        with monkeypatch.context() as patch:
+            if plain: patch.setattr(ppo, "_is_compiled", lambda logits: False)
+            trainer = trading_trainer(0, **settings | more)
+            trainer.train(3)
+        return torch.cat([p.detach().flatten() for p in trainer.policy.parameters()]), trainer.history
+    (fast, rows), (plain, expected), (other, _) = weights(False), weights(True), weights(True, value_coefficient=0.4)
+    assert difference(fast, plain) < 1e-5 < 1e-3 < difference(other, plain)
+    for row, of_plain in zip(rows, expected, strict=True): assert row == pytest.approx(of_plain, rel=1e-3, abs=1e-5)

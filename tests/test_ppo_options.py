@@ -365,7 +365,7 @@ def test_without_a_compiler_training_goes_on_and_says_so_in_one_line(tmp_path):
     plain = plain_trainer(total_timesteps=96 * 3)
     plain.train()
     assert len(said) == 1 and said[0].startswith("torch.compile failed (") and said[0].endswith("training without it") and "\n" not in said[0]
-    assert same(found, dict(plain.policy.state_dict()))
+    for name, v in plain.policy.state_dict().items(): assert torch.allclose(found[name], v, rtol=0, atol=2e-6), name  # a loss that is compiled here is PyTorch's there
 
 
 @pytest.mark.proof

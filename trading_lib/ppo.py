@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['learning_rate_at', 'generalized_advantages', 'Minibatch', 'minibatches', 'whole_groups', 'normalised', 'value_loss',
-           'ppo_loss']
+           'plain_ppo_loss', 'ppo_loss', 'ppo_losses']
 
 # %% ../nbs/13_ppo.ipynb #8d51e597
 import math
@@ -14,6 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import cpu_kernels
 
 # %% ../nbs/13_ppo.ipynb #e0089374
 def learning_rate_at(
@@ -104,12 +107,12 @@ def value_loss(
     return squared.mean()
 
 
-def ppo_loss(
+def plain_ppo_loss(
     logits: Tensor,  # (n, actions) now
     value: Tensor,  # (n,) now
     data: dict[str, Tensor],  # of the same n samples: action, log_probability, logits (normalised: all log-probabilities), value, advantage (normalised), return
     config,  # clip_range, value_clip_range, value_coefficient
-    entropy_coefficient: float | Tensor,
+    entropy_coefficient: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (), and what to watch
     "Equation 9 of the paper, to be minimised."
     log_probabilities = F.log_softmax(logits, 1)
@@ -122,3 +125,52 @@ def ppo_loss(
         watch = {"policy_loss": policy_loss, "value_loss": of_value, "entropy": entropy, "kl": (before.exp() * (before - log_probabilities)).sum(1).mean(),
                  "clip_fraction": ((ratio - 1).abs() > config.clip_range).float().mean()}
     return policy_loss + config.value_coefficient * of_value - entropy_coefficient * entropy, {name: v.detach() for name, v in watch.items()}
+
+# %% ../nbs/13_ppo.ipynb #c1557fe9
+class _CompiledLoss(torch.autograd.Function):
+    "The loss, which brings its gradients with it."
+
+    @staticmethod
+    def forward(context, logits, value, data, config, entropy_coefficient):
+        means, *gradients = cpu_kernels.loss_and_gradients(logits.contiguous(), value.contiguous(), data, config.clip_range, config.value_clip_range, config.value_coefficient, entropy_coefficient)
+        context.save_for_backward(*gradients)
+        context.mark_non_differentiable(means)
+        return means[0] + config.value_coefficient * means[1] - entropy_coefficient * means[2], means
+
+    @staticmethod
+    @once_differentiable
+    def backward(context, gradient, _):
+        return *(gradient * own for own in context.saved_tensors), None, None, None
+
+
+_WATCHED = ("policy_loss", "value_loss", "entropy", "kl", "clip_fraction")
+
+
+def _is_compiled(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.dtype == torch.float32 and not torch.compiler.is_compiling() and cpu_kernels.available()
+
+
+def ppo_loss(
+    logits: Tensor,  # (n, actions) now
+    value: Tensor,  # (n,) now
+    data: dict[str, Tensor],  # as for `plain_ppo_loss`
+    config,  # clip_range, value_clip_range, value_coefficient
+    entropy_coefficient: float,
+) -> tuple[Tensor, dict[str, Tensor]]:  # (), and what to watch
+    "`plain_ppo_loss`, in one pass where that is compiled."
+    if not _is_compiled(logits): return plain_ppo_loss(logits, value, data, config, entropy_coefficient)
+    loss, means = _CompiledLoss.apply(logits, value, data, config, entropy_coefficient)
+    return loss, dict(zip(_WATCHED, means.unbind()))
+
+
+def ppo_losses(
+    logits: Tensor,  # (networks, n, actions) now
+    value: Tensor,  # (networks, n) now
+    data: dict[str, Tensor],  # (networks, n, …)
+    config,  # as for `ppo_loss`
+    entropy_coefficient: float,
+) -> tuple[Tensor, dict[str, Tensor]]:  # (networks,), and what to watch of each
+    "`ppo_loss` of several networks."
+    if not _is_compiled(logits): return torch.vmap(lambda *own: plain_ppo_loss(*own, config, entropy_coefficient))(logits, value, data)
+    losses, watch = zip(*(ppo_loss(*own, {name: of_all[k] for name, of_all in data.items()}, config, entropy_coefficient) for k, own in enumerate(zip(logits, value))))
+    return torch.stack(losses), {name: torch.stack([own[name] for own in watch]) for name in _WATCHED}

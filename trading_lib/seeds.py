@@ -24,7 +24,7 @@ from .env import Obs
 from .evaluation import Validation
 from .fused import compiles, hidden_layers
 from .networks import FoldedLinear, NativeActorCritic, parameter_groups
-from .ppo import Minibatch, normalised, ppo_loss
+from .ppo import Minibatch, normalised, ppo_losses
 from .tiers import NativePPOConfig
 from .trainer import NativePPOTrainer
 
@@ -187,10 +187,10 @@ class SeedsTrainer(NativePPOTrainer):
 
     def _losses(self, data: dict[str, Tensor], batch: Minibatch, entropy_coefficient: float) -> tuple[Tensor, dict[str, Tensor]]:
         n = len(self.seeds)
-        own = {name: data[name][batch.samples].unflatten(0, (n, -1)) for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
+        own = {name: data[name].index_select(0, batch.samples).unflatten(0, (n, -1)) for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
         own["advantage"] = torch.vmap(normalised)(own["advantage"])
         answers = (x.unflatten(0, (n, -1)) for x in self._batch_forward(self._forward, data, batch))
-        loss, watch = torch.vmap(lambda logits, value, data: ppo_loss(logits, value, data, self.config, entropy_coefficient))(*answers, own)
+        loss, watch = ppo_losses(*answers, own, self.config, entropy_coefficient)
         return loss.sum(), watch  # a sum: no network's gradient depends on how many there are
 
     def _clip(self, groups: list[dict]) -> Tensor: return clip_each(groups, self.config.max_grad_norm)

@@ -404,7 +404,7 @@ class NativePPOTrainer:
 
     def _losses(self, data: dict[str, Tensor], batch: Minibatch, entropy_coefficient: float) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss of one minibatch, and what to watch."
-        own = {name: data[name][batch.samples] for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
+        own = {name: data[name].index_select(0, batch.samples) for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
         own["advantage"] = self._normalised(own["advantage"])
         return ppo_loss(*self._batch_forward(self._forward, data, batch), own, self.config, entropy_coefficient)
 
