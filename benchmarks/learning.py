@@ -5,8 +5,8 @@
     python benchmarks/learning.py --minibatches  # minibatches of whole bars beside minibatches of single samples
     python benchmarks/learning.py --kept         # trains nothing: tables of what is kept
 
-`fast` is what `quick_test` does on this machine: products in bfloat16 where the chip has instructions for them, hidden layers in few passes. `float32` is the
-same network and the same settings without any of that. Both make the same number of steps from the same seeds. The dense network, which multiplies whole windows,
+`fast` is what `quick_test` does on this machine: products in bfloat16 where the chip has instructions for them, hidden layers in few passes, compiled ones where that is
+faster, a compiled loss, and what a policy says of bars known ahead. `float32` is the same network and the same settings by PyTorch's own operations, without any of that. Both make the same number of steps from the same seeds. The dense network, which multiplies whole windows,
 is too slow to train here: its seconds are those of one update times the updates that `float32` needed.
 
 `whole bars` and `samples` differ in what is shuffled: in rollouts that look at the same bars again and again, the samples of a bar may stay together, so that
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from environment import processor
-from trading_lib import networks
+from trading_lib import networks, ppo
 from trading_lib.backtest import run_backtest
 from trading_lib.config import AccountConfig
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data, split_bounds
@@ -49,15 +49,18 @@ SEEDS, STEPS, THRESHOLD = range(5), 1_500_000, 0.05
 WIDE = dict(amp=False, n_envs=1_024, n_steps=24, minibatch_size=12_288)
 # part -> what is fast and what is plain: settings that are not the mode's, and what a trainer does not do
 PARTS = {
-    "precision": {"fast": (dict(), ()), "float32": (dict(amp=False), ("few passes", "whole bars"))},
+    "precision": {"fast": (dict(), ()), "float32": (dict(amp=False), ("few passes", "known bars", "whole bars"))},
     "minibatches": {"whole bars": (WIDE, ()), "samples": (WIDE, ("whole bars",))},
 }
 WAYS = {way: settings for ways in PARTS.values() for way, settings in ways.items()}
 
 
-def plain_layers():
-    "Hidden layers as PyTorch makes them."
-    networks.hidden_layers = lambda x, layers: functools.reduce(lambda x, layer: torch.relu(torch.nn.functional.linear(x, *layer)), layers, x)
+def plain_operations():
+    "Hidden layers and the loss as PyTorch makes them."
+    linear = torch.nn.functional.linear
+    networks.hidden_layers = lambda x, layers: functools.reduce(lambda x, layer: torch.relu(linear(x, *layer)), layers, x)
+    networks.layers_and_heads = lambda x, layers, heads: [linear(networks.hidden_layers(x, layers), *head) for head in heads]
+    ppo._is_compiled = lambda logits: False
 
 
 class Watch:
@@ -93,8 +96,9 @@ def made(way: str, seed: int, dense: bool = False, **settings):
 def run(way: str, seed: int) -> dict:
     "One line of the results."
     torch.set_num_threads(1)
-    if "few passes" in WAYS[way][1]: plain_layers()
+    if "few passes" in WAYS[way][1]: plain_operations()
     trainer, watch, judged = made(way, seed)
+    if "known bars" in WAYS[way][1]: trainer._known_of_bars = lambda: None
     if "whole bars" in WAYS[way][1]: trainer._whole_bars = False
     trainer.train()
     figures = judged(trainer.best)
@@ -106,7 +110,7 @@ def run(way: str, seed: int) -> dict:
 def dense_seconds(seed: int = 0) -> float:
     "One update of the dense network, in float32."
     torch.set_num_threads(1)
-    plain_layers()
+    plain_operations()
     trainer, *_ = made("float32", seed, dense=True)
     trainer.train(1)
     begin = time.thread_time()

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .config import require
+from .config import InputError
 
 # %% ../nbs/11_cpu_kernels.ipynb #a00d7fe3
 _TILES = r'''
@@ -449,13 +449,13 @@ def _places(tensors) -> ctypes.Array:
 
 def _check(name: str, t: Tensor, *shape: int, of: str = "hidden layers"):
     "Whatever the library reads or writes is what it takes it for."
-    require(t.shape == shape and 0 not in shape and t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous(),
-            f"{of}: {name}: expected contiguous float32 numbers of shape {shape} on the CPU, was {t.dtype} of shape {tuple(t.shape)} on {t.device}")
+    if t.shape == shape and 0 not in shape and t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous(): return  # before a text is made that nobody reads
+    raise InputError(f"{of}: {name}: expected contiguous float32 numbers of shape {shape} on the CPU, was {t.dtype} of shape {tuple(t.shape)} on {t.device}")
 
 
 def _call(name: str, x: Tensor, weights: list[Tensor], linear: bool, *given):
     "A function of the library, on what all of them are given."
-    require(x.ndim == 2 and len(x) >= 14, f"hidden layers: inputs: expected 14 rows or more, was of shape {tuple(x.shape)}")
+    if x.ndim != 2 or len(x) < 14: raise InputError(f"hidden layers: inputs: expected 14 rows or more, was of shape {tuple(x.shape)}")
     widths = [x.shape[1], *(len(weight) for weight in weights)]
     _check("inputs", x, len(x), widths[0])
     for i, weight in enumerate(weights): _check(f"weight {i}", weight, widths[i + 1], widths[i])
@@ -506,12 +506,12 @@ def loss_and_gradients(
     before, own, action = data["logits"], [data[name] for name in ("log_probability", "value", "advantage", "return")], data["action"]
     for name, t in (("logits", logits), ("logits of the policy that acted", before)): _check(name, t, n, actions, of="loss")
     for t in (value, *own): _check("values, log-probabilities, advantages and returns", t, n, of="loss")
-    require(action.shape == (n,) and action.dtype == torch.int64 and action.is_contiguous(), f"loss: action: expected contiguous int64 of shape {(n,)}, was {action.dtype} of shape {tuple(action.shape)}")
+    if not (action.shape == (n,) and action.dtype == torch.int64 and action.is_contiguous()): raise InputError(f"loss: action: expected contiguous int64 of shape {(n,)}, was {action.dtype} of shape {tuple(action.shape)}")
     gradients, sums = (torch.empty_like(logits), torch.empty_like(value)), torch.zeros(5, dtype=torch.float64)
     tensors = (logits, value, action, own[0], before, *own[1:])
     numbers = (clip_range, value_clip_range or 0.0, value_coefficient, entropy_coefficient)
     failed = _library()[0].ppo_loss(ctypes.c_int64(n), ctypes.c_int64(actions), *(ctypes.c_void_p(t.data_ptr()) for t in tensors), *map(ctypes.c_float, numbers),
                                     *(ctypes.c_void_p(t.data_ptr()) for t in (*gradients, sums)), ctypes.c_int(torch.get_num_threads()))
     if failed == 1: raise MemoryError(f"loss of {n:,} samples: the system has no memory left; use a smaller minibatch_size")
-    require(not failed, f"loss: action: expected 0 to {actions - 1}, was {int(action.min())} to {int(action.max())}")
+    if failed: raise InputError(f"loss: action: expected 0 to {actions - 1}, was {int(action.min())} to {int(action.max())}")
     return (sums / n).float(), *gradients

@@ -382,7 +382,8 @@ class NativePPOTrainer:
     def _step(self, loss: Tensor, head_only: bool = False):
         "One gradient step, clipped by the norm of all gradients together."
         optimizers = self.optimizers[-1:] if head_only else self.optimizers
-        for optimizer in self.optimizers: optimizer.zero_grad(set_to_none=True)
+        for group in self._groups:
+            for p in group["params"]: p.grad = None
         (self._scaler.scale(loss) if self._scaler else loss).backward()
         if head_only:  # a backward pass that DistributedDataParallel has not seen
             for p in self._head: mean_over_processes(p.grad)
