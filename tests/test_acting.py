@@ -78,6 +78,7 @@ def test_no_bar_is_shown_twice(monkeypatch):
     answers = BarAnswers([t.policy], t._inputs, range(99, 5500), ends=lambda: torch.tensor([900, 807]))
     for first, left in (([800, 803], 5), ([798, 806], 4), ([800, 802], 9), ([900, 807], 3)): answers(Obs(torch.tensor(first), torch.empty(2, 0)), left)
     assert shown == [[800, 801, 802, 803, 804, 805, 806, 807], [798, 799], [900]]  # the third time there is nothing to ask, though not all of what follows is known
+    assert BarAnswers.bytes(t.policy, range(99, 5500), 11) == 4 * (5401 + 11 * 9) == sum(v.nbytes for v in (answers._row, answers._logits, answers._values))
 
 
 def test_an_account_that_ends_before_its_time_begins_where_nobody_expected_it(monkeypatch):

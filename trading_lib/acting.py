@@ -15,6 +15,9 @@ from .env import Obs
 from .networks import FoldedInputs, NativeActorCritic
 
 # %% ../nbs/12_acting.ipynb #fb0dfb2e
+_UNKNOWN = -1
+
+
 class BarAnswers:
     "What networks that see nothing of an account say at each bar: looked at once, all at first, or when an account first comes near it."
 
@@ -26,16 +29,16 @@ class BarAnswers:
         ends: Callable[[], Tensor] | None = None,  # gives the bars (n,) at which the accounts' present episodes end; None: all bars are looked at now
     ):
         self._networks, self._inputs, self._first, self._bars, self._chunk, self._ends = networks, inputs, bars.start, len(bars), chunk, ends
-        like = networks[0].actor_head.weight
-        self._logits, self._values = (torch.empty(len(networks) * len(bars), *shape, dtype=like.dtype, device=like.device) for shape in ((networks[0].n_actions,), ()))
-        self._known = torch.zeros(len(self._values), dtype=torch.bool, device=like.device)
+        like, every = networks[0].actor_head.weight, len(networks) * len(bars)
+        self._logits, self._values = (torch.empty(0, *shape, dtype=like.dtype, device=like.device) for shape in ((networks[0].n_actions,), ()))
+        self._row = torch.full((every,), _UNKNOWN, dtype=torch.int32, device=like.device)  # of its answer, for each bar and network
         if ends is None:
             for k in range(len(networks)): self._look_at(k, torch.arange(len(bars), device=like.device))
 
     @staticmethod
-    def bytes(network: NativeActorCritic, bars: range) -> int:
-        "Memory that one network's answers at so many bars take."
-        return len(bars) * (4 * (network.n_actions + 1) + 1)
+    def bytes(network: NativeActorCritic, bars: range, seen: int) -> int:
+        "Memory that one network's answers take where so many of the bars are looked at."
+        return 4 * (len(bars) + min(seen, len(bars)) * (network.n_actions + 1))
 
     def __call__(self,
         obs: Obs,
@@ -44,24 +47,26 @@ class BarAnswers:
         "`evaluate` of each network for its own accounts, to rounding."
         place, networks = obs.index - self._first, len(self._networks)
         if networks > 1: place = (place.view(networks, -1) + self._bars * torch.arange(networks, device=place.device)[:, None]).flatten()
-        if self._ends is not None and not bool(self._known.index_select(0, place).all()): self._come_to(place, obs.index, left)
-        return self._logits.index_select(0, place), self._values.index_select(0, place)
+        row = self._row.index_select(0, place)
+        if self._ends is not None and bool((row == _UNKNOWN).any()):
+            self._come_to(place, row == _UNKNOWN, obs.index, left)
+            row = self._row.index_select(0, place)
+        return self._logits.index_select(0, row), self._values.index_select(0, row)
 
-    def _come_to(self, place: Tensor, index: Tensor, left: int):
+    def _come_to(self, place: Tensor, new: Tensor, index: Tensor, left: int):
         "Look at the bars of accounts of whose bar nothing is known, and at those that they will come to."
-        new = ~self._known[place]
         ahead = (self._ends() - index)[new].clamp(0, left) if left else torch.zeros_like(place[new])
-        step, wanted = torch.arange(int(ahead.max()) + 1), torch.zeros_like(self._known)
+        step, wanted = torch.arange(int(ahead.max()) + 1), torch.zeros(len(self._row), dtype=torch.bool)
         wanted[(place[new][:, None] + step)[step <= ahead[:, None]]] = True
-        for k, rows in enumerate((wanted & ~self._known).view(len(self._networks), -1)): self._look_at(k, rows.nonzero().squeeze(1))
+        for k, rows in enumerate((wanted & (self._row == _UNKNOWN)).view(len(self._networks), -1)): self._look_at(k, rows.nonzero().squeeze(1))
 
     @torch.no_grad()
     def _look_at(self, k: int, bars: Tensor):
         "Let a network answer at these bars, from 0."
-        for some in bars.split(self._chunk):
-            place = some + k * self._bars
-            self._logits[place], self._values[place] = self._networks[k].evaluate(self._inputs.market(some + self._first))
-        self._known[bars + k * self._bars] = True
+        if not len(bars): return
+        found, known = zip(*(self._networks[k].evaluate(self._inputs.market(some + self._first)) for some in bars.split(self._chunk))), len(self._values)
+        self._row[bars + k * self._bars] = torch.arange(known, known + len(bars), dtype=torch.int32, device=bars.device)
+        self._logits, self._values = (torch.cat([before, *parts]) for before, parts in zip((self._logits, self._values), found))
 
 # %% ../nbs/12_acting.ipynb #680396bf
 class BarProducts:

@@ -250,7 +250,7 @@ class NativePPOTrainer:
             fits = pays and len(networks) == 1 and BarProducts.bytes(networks[0], bars) <= self._acting_bytes
             return BarProducts(networks[0], self._inputs, bars, chunk) if fits else None
         some = self.device.type == "cpu" and -math.expm1(-self._samples / len(bars)) < _NEARLY_ALL
-        fits = (pays or some) and BarAnswers.bytes(networks[0], bars) <= self._acting_bytes
+        fits = (pays or some) and BarAnswers.bytes(networks[0], bars, self._samples) <= self._acting_bytes
         return BarAnswers(networks, self._inputs, bars, chunk, (lambda: self.env.end) if some else None) if fits else None
 
     def _race(self, logits: Tensor) -> Tensor:
