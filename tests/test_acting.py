@@ -7,7 +7,7 @@ from test_trainer import market, trading_trainer
 from trading_lib.acting import BarAnswers, BarProducts
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, Obs
 from trading_lib.evaluation import Validation
-from trading_lib.networks import FoldedInputs
+from trading_lib.networks import FoldedInputs, NativeActorCritic
 from trading_lib.seeds import SeedsTrainer, StackedActorCritic
 from trading_lib.tiers import NativePPOConfig
 from trading_lib.trainer import NativePPOTrainer
@@ -133,6 +133,17 @@ def test_what_is_known_of_all_bars_takes_no_more_than_a_minibatch():
     t = trading_trainer(0, n_steps=1400, minibatch_size=100, hidden_dims=(32, 16))
     assert t._acting_bytes == 4 * 100 * (3 * t.env.config.window + 55 + 3 * (32 + 16 + 8 + 1))
     assert trading_trainer(0, n_steps=1400, minibatch_size=10**9, hidden_dims=(32, 16))._acting_bytes == t._acting_bytes // 100 * t.env.n_envs * 1400  # the whole rollout at most
+
+
+def test_a_network_that_reads_whole_windows_is_validated_too():
+    "As one is that was made without a layout; it is asked at every step."
+    t = trading_trainer(0)
+    with torch.no_grad(): t.policy.input_shift.zero_(), t.policy.input_scale.fill_(1.0), t.policy.actor_head.weight.mul_(1000)
+    plain = NativeActorCritic(t.env.obs_dim, t.env.n_actions, (16,))
+    plain.load_state_dict({name: v for name, v in t.policy.state_dict().items() if not name.startswith("input_")})
+    validation = Validation(market().span(5500, 5800), GPUEnvConfig(n_envs=1, reward_preset="equity"), torch.device("cpu"))
+    folded, found = validation.run(t.policy), validation.run(plain)
+    assert found == pytest.approx(folded, rel=1e-3, abs=1e-5)
 
 
 def test_a_cut_episode_is_valued_by_its_own_last_observation():

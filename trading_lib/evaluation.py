@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .acting import BarAnswers
-from .env import GPUVectorizedTradingEnv, MarketData, Obs
+from .env import GPUVectorizedTradingEnv, MarketData
 from .metrics import consistency, fitness, max_drawdown, profit_factor, sharpe_ratio, skewness
 from .networks import FoldedInputs
 
@@ -84,8 +84,8 @@ class Validation:
     def _acting(self, policy):  # called with an observation and a state; logits, state
         "A policy that sees nothing of its account looks at every bar before it plays."
         env, alone = self.env, lambda obs, state: policy.evaluate_step(policy.inputs(obs, env.table), state)[::2]
-        if env.table.n_account or not hasattr(policy, "networks"): return alone
-        networks = policy.networks()
+        networks = policy.networks() if hasattr(policy, "networks") else []
+        if env.table.n_account or not networks or not networks[0].folds: return alone
         answers = BarAnswers(networks, FoldedInputs(networks[0], env.table), range(int(self.starts.min()), int(self.ends.max()) + 1), _BARS)
         return lambda obs, state: (answers(obs)[0], state)
 
