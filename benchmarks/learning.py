@@ -14,7 +14,7 @@ the network computes it once an epoch. The sizes are those of the training bench
 
 Each run has one thread; seconds are its own processor time, so that what else the machine does counts less. The result is the validation return after costs
 at which a seed is first at or above THRESHOLD; the share is the part of the oracle's profit that the kept policy earns on the span that it never saw.
-Numbers are kept in benchmarks/results/learning.json; the command fails where the fast way earns less than the plain way by more than the seeds' spread.
+Numbers are kept in benchmarks/results/learning.json, one table for each precision of the fast way; the command fails where the fast way earns less than the plain way by more than the seeds' spread.
 """
 import argparse
 import functools
@@ -139,21 +139,28 @@ def table(part: dict) -> int:  # exit status
 def read() -> dict: return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
+def kept_as(name: str, part: dict) -> str:
+    "Its name among the results: another chip may have another precision."
+    return f"{name}, {next(iter(part['ways'].values()))[0]['precision']}"
+
+
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (fast, plain) in PARTS.items(): parser.add_argument(f"--{name}", action="store_true", help=f"only {fast} beside {plain}")
     parser.add_argument("--kept", action="store_true", help="train nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     given = parser.parse_args(arguments)
-    names = [name for name in PARTS if getattr(given, name)] or list(PARTS)
+    names, shown = [name for name in PARTS if getattr(given, name)] or list(PARTS), []
     if not given.kept:
         with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
             for name in names:
                 running, dense = {way: [pool.submit(run, way, seed) for seed in SEEDS] for way in PARTS[name]}, pool.submit(dense_seconds) if name == "precision" else None
                 part = {"machine": f"{processor()}, one thread a run", "torch": torch.__version__, "market": MARKET, "steps": STEPS, "ways": {way: [future.result() for future in futures] for way, futures in running.items()}}
                 if dense: part["dense_seconds_per_update"] = dense.result()
-                atomic_write(RESULTS, (json.dumps(read() | {name: part}, indent=1, default=float) + "\n").encode())
-    return max((table(read()[name]) for name in names if name in read()), default=0)
+                atomic_write(RESULTS, (json.dumps(read() | {kept_as(name, part): part}, indent=1, default=float) + "\n").encode())
+                shown.append(kept_as(name, part))
+    else: shown = [key for key in read() if key.split(", ")[0] in names]
+    return max((table(read()[key]) for key in shown), default=0)
 
 
 if __name__ == "__main__": sys.exit(main())
