@@ -694,3 +694,11 @@ def test_cartpole_is_balanced_and_its_value_sees_past_the_time_limit(bootstrap):
     with torch.no_grad(): value = trainer.policy(torch.zeros(1, 4))[1].item()
     assert np.mean(env.finished[:100]) < 50 and np.mean(env.finished[-50:]) > 150
     assert value > 90 if bootstrap else value < 87
+
+
+def test_a_rollout_of_one_sample_trains_and_is_judged():
+    "One account, one step: there is nothing to vary, and nothing that is not a number."
+    trainer = NativePPOTrainer(trading_env(n_envs=1), NativePPOConfig(**{**SMALL, "n_steps": 1, "minibatch_size": 1, "total_timesteps": 4, "validation_interval": 2}), market().span(5500, 5800), progress=None)
+    history = trainer.train()
+    assert len(history) == 4 and trainer.best is not None and all(math.isfinite(v) for row in history for name, v in row.items() if not name.startswith("validation"))
+    assert all(row["advantage_deviation"] == 0 for row in history) and math.isfinite(history[-1]["validation_composite"])

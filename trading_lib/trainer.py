@@ -439,8 +439,9 @@ class NativePPOTrainer:
     @staticmethod
     def _figures(data: dict[str, Tensor]) -> list[Tensor]:
         "What is told of a rollout's samples."
-        explained = 1 - (data["return"] - data["value"]).var() / data["return"].var().clamp(min=1e-12)
-        return [explained, data["reward"].mean(), data["advantage"].mean(), data["advantage"].std(), data["return"].mean(), data["value"].mean()]
+        spread = lambda x: x.var(correction=0)  # of one sample it is 0
+        explained = 1 - spread(data["return"] - data["value"]) / spread(data["return"]).clamp(min=1e-12)
+        return [explained, data["reward"].mean(), data["advantage"].mean(), spread(data["advantage"]).sqrt(), data["return"].mean(), data["value"].mean()]
 
     def _row(self, watched: list[str], means: Tensor, settings: dict[str, float], data: dict[str, Tensor]) -> dict[str, float]:
         "What is kept of an update."
