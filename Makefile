@@ -21,9 +21,9 @@ run: install  ## train and backtest as params.yaml says; does nothing when nothi
 	$(BIN)/dvc repro
 	@$(BIN)/trading-lib verdict
 
-test: install  ## all tests: exported code and clean notebooks, notebook tests, pytest
+test: install  ## all tests: notebooks and pytest, two at a time; about 20 minutes on two cores
 	$(BIN)/nbdev_test --n_workers 2
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile  # two processes, each takes whole files: a module's fixtures are made once
 
 prove: install  ## the heavy end-to-end proofs, about an hour on two cores
 	$(BIN)/pytest -m proof -s
