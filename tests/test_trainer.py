@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from trading_lib.account import account_rules
@@ -23,6 +24,7 @@ from trading_lib.evaluation import Validation, runs_through
 from trading_lib.ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches
 from trading_lib.tiers import NativePPOConfig, get_auto_config
 from trading_lib.trainer import Lines, NativePPOTrainer, build_policy
+from trading_lib.walk import Run, walk_and_keep
 
 
 def refusal(make, *arguments, **named) -> str:
@@ -386,6 +388,41 @@ def test_saving_does_not_disturb_the_run(tmp_path):
     assert saved["update"] == 3 and saved["global_step"] == 3 * 8 * 16 and saved["config"]["train"]["hidden_dims"] in ((16,), [16])
 
 
+class BreaksOff(Lines):
+    "Raises when so much of a phase is done."
+    def __init__(self, *at): super().__init__(lambda line: None); self.at = at
+
+    def phase(self, name, done, total):
+        if (name, done) == self.at: raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("network", ["mlp", "gru"])
+def test_a_rollout_that_was_broken_off_is_begun_anew(network, tmp_path):
+    "Accounts have moved on meanwhile: an observation from before must not meet a reward from after, here or in a file."
+    trainer = trading_trainer(0, network=network, gru_hidden_dim=8)
+    trainer.train(1)
+    trainer.progress, before = BreaksOff("rollout", 5), trainer.env.bar.clone()
+    with pytest.raises(KeyboardInterrupt): trainer.train(1)
+    trainer.progress = Lines(lambda line: None)
+    assert not torch.equal(trainer.env.bar, before)
+    resumed = trading_trainer(0, network=network, gru_hidden_dim=8)
+    resumed.load(trainer.save(tmp_path / "a.pt"))
+    for t in (trainer, resumed):
+        t.train(1)
+        index, ended = t._buffer["index"], t._buffer["ended"] > 0
+        assert t.update == 2 and torch.equal(index[1:] == index[:-1] + 1, ~ended[:-1]) and torch.equal(t._obs.index, t.env.bar)
+    assert all(torch.equal(*pair) for pair in zip(weights(trainer).values(), weights(resumed).values()))
+
+
+def test_after_critic_epochs_that_were_broken_off_everything_learns():
+    trainer = trading_trainer(0, critic_epochs=2)
+    trainer.progress = BreaksOff("critic epochs", 1)
+    with pytest.raises(KeyboardInterrupt): trainer.train(1)
+    trainer.progress, before = Lines(lambda line: None), weights(trainer)
+    trainer.train(1)
+    assert not any(torch.equal(before[name], after) for name, after in weights(trainer).items())
+
+
 def test_a_run_can_be_resumed_before_its_first_update(tmp_path):
     whole, second = trading_trainer(4), trading_trainer(4)
     trading_trainer(4).save(tmp_path / "model.pt")
@@ -580,6 +617,35 @@ def test_a_validation_equals_independent_walks_chained_in_time():
     assert daily["days"] == [str(day) for day in product.index] and np.allclose(daily["returns"], product, rtol=0, atol=1e-9) and daily["bars"] == len(by_day)
     assert math.isclose(daily["sharpe_per_bar"], by_day.mean() / by_day.std(), rel_tol=1e-6)
     assert validation.run(ByBar(len(history.timestamp), 1)) != found
+
+
+class Seller:
+    "Asks to be as short as it can be, at every bar."
+    def initial_state(self, n, device): return None
+    def inputs(self, obs, table): return obs.index
+    def evaluate_step(self, x, state): return F.one_hot(torch.full_like(x, 6), 8).float(), torch.zeros(len(x)), state
+
+
+def test_nobody_comes_back_from_bankruptcy_in_a_validation():
+    "Prices rise to 3.5 times over a bar and a short account owes more than it has: the run is over, as in a walk; the next ones have nothing to go on with."
+    plain, jump = market(), 5700
+    prices, seller = plain.prices.copy(), Seller()
+    prices[:4, jump:] *= 3.5
+    history = replace(plain, asset_class="equity", prices=prices).span(5500, 6500)
+    account = AccountConfig(allow_short=True, stop_pct=0.0, max_position_pct=1.0, safety_buffer_pct=0.0, base_alloc=1.0)
+    validation = Validation(history, GPUEnvConfig(n_envs=1, asset_class="equity", reward_preset="equity", account=account), torch.device("cpu"))
+    first, second, *_ = zip(validation.starts.tolist(), validation.ends.tolist())
+    assert first[0] < jump < first[1]
+    (alone,), _ = walk_and_keep([Run(history.span(first[0], first[1] + 1), account_rules(account, "equity"))], lambda number, state: torch.tensor([6]))
+    played = validation.play(seller)
+    lived, length = len(alone.equity), first[1] - first[0]
+    assert alone.bar[0] == first[0] and lived < length and alone.equity[-1] < 0 and alone.bar[-1] == jump - 1  # the walk is over there
+    assert math.isclose(played["run_return"][0], alone.equity[-1] / account.initial_account_value - 1, rel_tol=1e-9) and played["run_return"][0] < -1
+    for name in ("return", "held", "reward", "order"): assert (played[name][lived:length] == 0).all() and played[name][:lived].any() and played[name][length:].any(), name
+    assert played["return"][lived - 1] == -1 and len(played["return"]) == len(validation.bars) and np.isfinite(played["held"]).all()
+    figures = validation.summarise(played)
+    assert figures["return"] == -1 and figures["max_drawdown"] == 1 and all(np.isfinite(v) or name == "profit_factor" for name, v in figures.items())
+    assert all((again == played[name]).all() for name, again in validation.play(seller).items())  # nothing is drawn
 
 
 def test_runs_cover_every_decision_once_and_cross_no_gap():

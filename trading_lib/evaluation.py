@@ -68,17 +68,19 @@ class Validation:
         obs, state, act, steps = env.reset_at_index(starts, ends), policy.initial_state(env.n_envs, env.device), self._acting(policy), []
         for _ in range(int((ends - starts).max())):
             logits, state = act(obs, state)
-            obs, reward, _, _, infos = env.step_index(logits.argmax(1))
+            obs, reward, terminated, _, infos = env.step_index(logits.argmax(1))
             account, fills = infos["account"], infos["fills"]
             # noted as it is, and looked at when all is played
-            steps.append((account.equity, infos["decision_equity"], account.position_value, reward, fills.quantity, fills.trade_closed, fills.trade_profit, infos["reward_components"]))
-        equity, before, position, reward, quantity, closed, profit, components = (torch.stack(column, 1) for column in zip(*steps))  # (runs, steps)
+            steps.append((account.equity, infos["decision_equity"], account.position_value, reward, fills.quantity, fills.trade_closed, fills.trade_profit, infos["reward_components"], terminated))
+        equity, before, position, reward, quantity, closed, profit, components, bankrupt = (torch.stack(column, 1) for column in zip(*steps))  # (runs, steps)
         active, step_return = torch.arange(len(steps), device=env.device) < length[:, None], equity / before - 1
+        alive = bankrupt.cumsum(1) - bankrupt.long() == 0  # nobody comes back from bankruptcy: what the environment begins after it is another account
         of_policies = lambda x: x.cpu().chunk(self.policies)
         in_order = lambda values, mask: [own[m].numpy().astype(np.float64) for own, m in zip(of_policies(values), of_policies(mask))]  # run by run
-        rows = {"return": step_return, "held": (position / equity).abs(), "reward": reward, "order": quantity != 0} | dict(zip(env.reward_names, components.unbind(2)))
-        played = {name: in_order(values, active) for name, values in rows.items()} | {"profit": in_order(profit, active & closed)}
-        played["run_return"] = [own.numpy() - 1 for own in of_policies(torch.where(active, 1 + step_return, 1.0).prod(1))]
+        # runs are chained: more than all of it nobody can lose there
+        rows = {"return": step_return.clamp(min=-1), "held": torch.where(bankrupt, 0.0, (position / equity).abs()), "reward": reward, "order": quantity != 0} | dict(zip(env.reward_names, components.unbind(2)))
+        played = {name: in_order(torch.where(alive, values, 0), active) for name, values in rows.items()} | {"profit": in_order(profit, active & alive & closed)}
+        played["run_return"] = [own.numpy() - 1 for own in of_policies(torch.where(active & alive, 1 + step_return, 1.0).prod(1))]
         return [dict(zip(played, own)) for own in zip(*played.values())]
 
     def _acting(self, policy):  # called with an observation and a state; logits, state

@@ -268,12 +268,13 @@ class NativePPOTrainer:
         "Let the policy act `n_steps` times; store indices, not windows."
         c, env, step = self.config, self.env, self.env.step_index if self.table is not None else self.env.step
         if self._buffer is None: self._buffer = allocate_rollout(env.n_envs, c.n_steps, sample_fields(self._obs.dense.shape[1], env.n_actions, indexed=self.table is not None), self.device)
-        out, bootstrap, components, obs = self._buffer, torch.zeros(c.n_steps, env.n_envs, device=self.device), 0, self._obs
-        first_state, act = self._state, self._acting()
+        out, bootstrap, components, obs, state = self._buffer, torch.zeros(c.n_steps, env.n_envs, device=self.device), 0, self._obs, self._state
+        first_state, act = state, self._acting()
         deferred = self.table is not None and not self.recurrent  # then the last observations of all episodes that were cut are looked at together
         finals = []
+        self._obs = self._state = None  # whoever breaks this off leaves accounts at bars that we have not seen: who goes on begins new episodes
         for t in range(c.n_steps):
-            logits, value, state = act(obs, self._state, c.n_steps - 1 - t)
+            logits, value, state = act(obs, state, c.n_steps - 1 - t)
             log_probabilities = torch.log_softmax(logits, 1)
             # the exponential race draws from the categorical distribution in one pass
             action = (log_probabilities.exp() / self._race(logits)).argmax(1)
@@ -289,17 +290,16 @@ class NativePPOTrainer:
                 bootstrap[t, cut] = act(last, state[:, cut] if self.recurrent else None)[1]
             if self.recurrent: state = torch.where((ended > 0)[:, None], 0.0, state)
             if "reward_components" in infos: components = components + self._of_accounts(infos["reward_components"])
-            obs, self._state = self._as_obs(after), state
+            obs = self._as_obs(after)
             self.progress.phase("rollout", t + 1, c.n_steps)
-        self._obs = obs
         terminated, done = out["ended"] == _TERMINATED, out["ended"] > 0
         if deferred:
             (step, account), last = (out["ended"] == _TRUNCATED).nonzero(as_tuple=True), Obs(*map(torch.stack, zip(*finals)))
             for t, a in zip(step.split(c.minibatch_size), account.split(c.minibatch_size)): bootstrap[t, a] = self._values(act, Obs(last.index[t, a], last.dense[t, a]), a)
-        next_values = torch.cat([out["value"][1:], act(obs, self._state)[1][None]])
+        next_values = torch.cat([out["value"][1:], act(obs, state)[1][None]])
         next_values = torch.where(out["ended"] == _TRUNCATED, bootstrap, next_values)
         advantage = generalized_advantages(out["reward"], out["value"], next_values, terminated, done, c.gamma, c.gae_lambda)
-        self._component_means = components / c.n_steps if torch.is_tensor(components) else None
+        self._component_means, self._obs, self._state = components / c.n_steps if torch.is_tensor(components) else None, obs, state
         rollout = out | {"next_value": next_values, "advantage": advantage, "return": advantage + out["value"]}
         return rollout | ({"first_state": first_state} if self.recurrent else {})
 
@@ -458,13 +458,15 @@ class NativePPOTrainer:
         if not c.critic_epochs_in_force: return
         for p in self._body: p.requires_grad_(False)
         forward = _Evaluate(self.policy)  # what DistributedDataParallel expects gradients of is not all there
-        for epoch, batches in enumerate(self._epochs(data, c.critic_epochs_in_force)):
-            for batch in batches:
-                _, value = self._batch_forward(forward, data, batch)
-                loss = c.value_coefficient * value_loss(value, data["value"][batch.samples], data["return"][batch.samples], c.value_clip_range)
-                self._step(loss, head_only=True)
-            self.progress.phase("critic epochs", epoch + 1, c.critic_epochs_in_force)
-        for p in self._body: p.requires_grad_(True)
+        try:
+            for epoch, batches in enumerate(self._epochs(data, c.critic_epochs_in_force)):
+                for batch in batches:
+                    _, value = self._batch_forward(forward, data, batch)
+                    loss = c.value_coefficient * value_loss(value, data["value"][batch.samples], data["return"][batch.samples], c.value_clip_range)
+                    self._step(loss, head_only=True)
+                self.progress.phase("critic epochs", epoch + 1, c.critic_epochs_in_force)
+        finally:
+            for p in self._body: p.requires_grad_(True)
 
     def _copied(self) -> list:
         "Weights and moments, to go back to."
