@@ -78,7 +78,18 @@ def test_no_bar_is_shown_twice(monkeypatch):
     answers = BarAnswers([t.policy], t._inputs, range(99, 5500), ends=lambda: torch.tensor([900, 807]))
     for first, left in (([800, 803], 5), ([798, 806], 4), ([800, 802], 9), ([900, 807], 3)): answers(Obs(torch.tensor(first), torch.empty(2, 0)), left)
     assert shown == [[800, 801, 802, 803, 804, 805, 806, 807], [798, 799], [900]]  # the third time there is nothing to ask, though not all of what follows is known
-    assert BarAnswers.bytes(t.policy, range(99, 5500), 11) == 4 * (5401 + 11 * 9) == sum(v.nbytes for v in (answers._row, answers._logits, answers._values))
+    taken = sum(v.nbytes for v in (answers._row, answers._logits, answers._values))
+    assert 4 * (5401 + 11 * 9) <= taken <= BarAnswers.bytes(t.policy, range(99, 5500), 11) == 4 * (5401 + 22 * 9)
+
+
+@pytest.mark.parametrize("networks", [1, 3])
+@pytest.mark.parametrize("bar", [199, 300])
+def test_a_bar_of_another_range_is_an_error(networks, bar):
+    "With several networks too, where the answers of the next one lie behind."
+    t = trading_trainer(0)
+    answers = BarAnswers([t.policy] * networks, t._inputs, range(200, 300))
+    answers(Obs(torch.tensor([200, 299] * networks), torch.empty(2 * networks, 0)))
+    with pytest.raises((IndexError, RuntimeError), match="out of"): answers(Obs(torch.tensor([250, bar] + [250] * (2 * networks - 2)), torch.empty(2 * networks, 0)))
 
 
 def test_an_account_that_ends_before_its_time_begins_where_nobody_expected_it(monkeypatch):

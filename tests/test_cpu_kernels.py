@@ -294,7 +294,7 @@ def in_double(logits, value, data): return logits.double(), value.double(), {nam
 @needs_them
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 511, 512, 513, 2051])
 @pytest.mark.parametrize("actions, scale", [(1, 1.0), (2, 1.0), (8, 1.0), (8, 30.0), (19, 3.0)])
-@pytest.mark.parametrize("value_clip", [None, 0.2])
+@pytest.mark.parametrize("value_clip", [None, 0.0, 0.2])
 def test_the_loss_is_the_plain_one(n, actions, scale, value_clip):
     "Against autograd of the plain formula in float64; as exact as that is in float32, or nearly."
     given, config = samples(n, actions, n, scale), loss_settings(value_clip)

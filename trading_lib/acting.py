@@ -28,45 +28,49 @@ class BarAnswers:
         chunk: int = 8192,  # bars at a time
         ends: Callable[[], Tensor] | None = None,  # gives the bars (n,) at which the accounts' present episodes end; None: all bars are looked at now
     ):
-        self._networks, self._inputs, self._first, self._bars, self._chunk, self._ends = networks, inputs, bars.start, len(bars), chunk, ends
-        like, every = networks[0].actor_head.weight, len(networks) * len(bars)
+        self._networks, self._inputs, self._first, self._chunk, self._ends, like = networks, inputs, bars.start, chunk, ends, networks[0].actor_head.weight
         self._logits, self._values = (torch.empty(0, *shape, dtype=like.dtype, device=like.device) for shape in ((networks[0].n_actions,), ()))
-        self._row = torch.full((every,), _UNKNOWN, dtype=torch.int32, device=like.device)  # of its answer, for each bar and network
+        self._known, self._row = 0, torch.full((len(networks), len(bars)), _UNKNOWN, dtype=torch.int32, device=like.device)  # answers; the row of each network's answer at each bar
         if ends is None:
             for k in range(len(networks)): self._look_at(k, torch.arange(len(bars), device=like.device))
 
     @staticmethod
     def bytes(network: NativeActorCritic, bars: range, seen: int) -> int:
-        "Memory that one network's answers take where so many of the bars are looked at."
-        return 4 * (len(bars) + min(seen, len(bars)) * (network.n_actions + 1))
+        "Memory that one network's answers take at most where so many of the bars are looked at: they may have twice the room that they need."
+        return 4 * (len(bars) + min(2 * seen, len(bars)) * (network.n_actions + 1))
 
     def __call__(self,
         obs: Obs,
         left: int = 0,  # steps that follow this one in the rollout
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "`evaluate` of each network for its own accounts, to rounding."
-        place, networks = obs.index - self._first, len(self._networks)
-        if networks > 1: place = (place.view(networks, -1) + self._bars * torch.arange(networks, device=place.device)[:, None]).flatten()
-        row = self._row.index_select(0, place)
+        place = (obs.index - self._first).view(len(self._networks), -1)
+        row = self._row.gather(1, place)  # an error for a bar of another range
         if self._ends is not None and bool((row == _UNKNOWN).any()):
-            self._come_to(place, row == _UNKNOWN, obs.index, left)
-            row = self._row.index_select(0, place)
-        return self._logits.index_select(0, row), self._values.index_select(0, row)
+            self._come_to(place, row == _UNKNOWN, left)
+            row = self._row.gather(1, place)
+        return self._logits.index_select(0, row.flatten()), self._values.index_select(0, row.flatten())
 
-    def _come_to(self, place: Tensor, new: Tensor, index: Tensor, left: int):
+    def _come_to(self, place: Tensor, new: Tensor, left: int):
         "Look at the bars of accounts of whose bar nothing is known, and at those that they will come to."
-        ahead = (self._ends() - index)[new].clamp(0, left) if left else torch.zeros_like(place[new])
-        step, wanted = torch.arange(int(ahead.max()) + 1), torch.zeros(len(self._row), dtype=torch.bool)
-        wanted[(place[new][:, None] + step)[step <= ahead[:, None]]] = True
-        for k, rows in enumerate((wanted & (self._row == _UNKNOWN)).view(len(self._networks), -1)): self._look_at(k, rows.nonzero().squeeze(1))
+        network, now = new.nonzero()[:, 0], place[new]
+        ahead = ((self._ends() - self._first).view(new.shape)[new] - now).clamp(0, left) if left else torch.zeros_like(now)
+        step, wanted = torch.arange(int(ahead.max()) + 1), torch.zeros_like(self._row, dtype=torch.bool)
+        there = step <= ahead[:, None]
+        wanted[network[:, None].expand_as(there)[there], (now[:, None] + step)[there]] = True
+        for k, rows in enumerate(wanted & (self._row == _UNKNOWN)): self._look_at(k, rows.nonzero().squeeze(1))
 
     @torch.no_grad()
     def _look_at(self, k: int, bars: Tensor):
         "Let a network answer at these bars, from 0."
         if not len(bars): return
-        found, known = zip(*(self._networks[k].evaluate(self._inputs.market(some + self._first)) for some in bars.split(self._chunk))), len(self._values)
-        self._row[bars + k * self._bars] = torch.arange(known, known + len(bars), dtype=torch.int32, device=bars.device)
-        self._logits, self._values = (torch.cat([before, *parts]) for before, parts in zip((self._logits, self._values), found))
+        known, self._known = self._known, self._known + len(bars)
+        if self._known > len(self._values):  # twice the room each time: few copies, however often somebody comes to new bars
+            room = min(max(self._known, 2 * known), self._row.numel()) - known
+            self._logits, self._values = (torch.cat([v[:known], v.new_empty(room, *v.shape[1:])]) for v in (self._logits, self._values))
+        rows = torch.arange(known, self._known, device=bars.device)
+        self._row[k, bars] = rows.int()
+        for some, where in zip(bars.split(self._chunk), rows.split(self._chunk)): self._logits[where], self._values[where] = self._networks[k].evaluate(self._inputs.market(some + self._first))
 
 # %% ../nbs/12_acting.ipynb #680396bf
 class BarProducts:

@@ -314,7 +314,7 @@ INLINE vec logarithm(vec x) {  // of 1 and more, finite or NaN: Halley's method 
 INLINE double total(vec x) { double sum = 0; for (int i = 0; i < LANES; i++) sum += x[i]; return sum; }
 }  // namespace
 
-// n samples; what acted, and what it thought: action, log_probability of it, before (n x actions: all log-probabilities), old values. value_clip: of the value's change, 0 none.
+// n samples; what acted, and what it thought: action, log_probability of it, before (n x actions: all log-probabilities), old values. value_clip: of the value's change, less than 0: none.
 // sums: policy loss, value loss, entropy, divergence, clipped samples; gradients are of policy loss + value_coefficient value loss - entropy_coefficient entropy, means over samples.
 // The answer 2: an action that there is not
 int ppo_loss(int64_t n, int64_t actions, const float* logits, const float* values, const int64_t* action, const float* log_probability, const float* before, const float* old_values,
@@ -354,7 +354,7 @@ int ppo_loss(int64_t n, int64_t actions, const float* logits, const float* value
       for (int64_t a = 0; a < actions; a++) _mm512_mask_i32scatter_ps(logits_gradient + i * actions + a, there, (__m512i)row, (__m512)p[a], 4);
       const vec old = loaded(old_values), target = loaded(returns), error = loaded(values) - target, change = loaded(values) - old;
       vec squared = error * error, error_gradient = 2 * error;
-      if (value_clip > 0) {
+      if (value_clip >= 0) {
         const vec kept = old + (change < -value_clip ? vec{} - value_clip : change > value_clip ? vec{} + value_clip : change) - target, other = kept * kept;
         const auto beyond = change < -value_clip || change > value_clip, larger = other > squared || other != other, equal = other == squared && beyond;
         error_gradient = larger ? (beyond ? vec{} : 2 * kept) : equal ? error : error_gradient;
@@ -509,7 +509,7 @@ def loss_and_gradients(
     if not (action.shape == (n,) and action.dtype == torch.int64 and action.is_contiguous()): raise InputError(f"loss: action: expected contiguous int64 of shape {(n,)}, was {action.dtype} of shape {tuple(action.shape)}")
     gradients, sums = (torch.empty_like(logits), torch.empty_like(value)), torch.zeros(5, dtype=torch.float64)
     tensors = (logits, value, action, own[0], before, *own[1:])
-    numbers = (clip_range, value_clip_range or 0.0, value_coefficient, entropy_coefficient)
+    numbers = (clip_range, -1.0 if value_clip_range is None else value_clip_range, value_coefficient, entropy_coefficient)
     failed = _library()[0].ppo_loss(ctypes.c_int64(n), ctypes.c_int64(actions), *(ctypes.c_void_p(t.data_ptr()) for t in tensors), *map(ctypes.c_float, numbers),
                                     *(ctypes.c_void_p(t.data_ptr()) for t in (*gradients, sums)), ctypes.c_int(torch.get_num_threads()))
     if failed == 1: raise MemoryError(f"loss of {n:,} samples: the system has no memory left; use a smaller minibatch_size")
