@@ -31,6 +31,7 @@ REFUSED = {
     "backtest": dict(random_policies=[-1, *NOT_WHOLE, None], probes=[*NOT_A_FLAG, None], seed=[*NOT_WHOLE, None]),
     "walk_forward": dict(symbols=["SPY", 5, [1], {}, None], folds=[0, -1, *NOT_WHOLE, None], scheme=["moving", None, 1], first_train_fraction=[0, 1, -0.1, None, *NOT_A_NUMBER], validation_fraction=[0, 1, None, *NOT_A_NUMBER],
                          embargo=[-1, *NOT_WHOLE, None], model=NOT_TEXT),
+    "seeds": dict(symbols=["SPY", 5, [1], {}, None], count=[1, 0, -1, *NOT_WHOLE, None]),
 }
 MODE = dict(total_timesteps=5, validation_interval=1, checkpoint_interval=0)
 REFUSED_OF_A_MODE = dict(total_timesteps=[0, -1, None, *NOT_WHOLE], validation_interval=[0, -1, None, *NOT_WHOLE], checkpoint_interval=[-1, None, *NOT_WHOLE])

@@ -101,6 +101,12 @@ def walk_forward_of_one(tree: Tree):
     return tree, first, tree.run("dvc", "repro", "walk_forward").stdout
 
 
+def seeds_of_one(tree: Tree):
+    tree.edit(**{"symbols": ["SIM-USD"], "seeds.symbols": ["SIM-USD"], "seeds.count": 3})
+    first = tree.run("dvc", "repro", "seeds").stdout
+    return tree, first, tree.run("dvc", "repro", "seeds").stdout, tree.run("dvc", "metrics", "show", "--json").stdout
+
+
 def papermill_on_a_bare_clone(tree: Tree):
     asked = ("-p", "mode", "quick_test", "-p", "total_timesteps", "1000", "-p", "hidden_dims", "[8]")
     with_output = tree.run("papermill", "nbs/train.ipynb", "models/runs/train.ipynb", *asked)
@@ -180,7 +186,7 @@ def origin(tmp_path_factory) -> Tree:
 @pytest.fixture(scope="module")
 def job(origin, request):
     "Runs in clones of their own, named; two at a time, all of them ahead of the tests when the whole file is run."
-    work = {"first": (reproduce_twice,), "second": (reproduce_one_symbol,), "walk forward": (walk_forward_of_one,), "papermill": (papermill_on_a_bare_clone,), "misspelt": (papermill_with_a_misspelt_name,), "own files": (prepare_own_files,)}
+    work = {"first": (reproduce_twice,), "second": (reproduce_one_symbol,), "walk forward": (walk_forward_of_one,), "seeds": (seeds_of_one,), "papermill": (papermill_on_a_bare_clone,), "misspelt": (papermill_with_a_misspelt_name,), "own files": (prepare_own_files,)}
     work |= {name: (be_careless, stage, parameters, file) for name, (stage, parameters, file, _) in CARELESS.items()} | {"broken": (break_the_code,)}
     pool, started = ThreadPoolExecutor(2), {}
     def start(name):
@@ -273,9 +279,21 @@ def test_a_walk_forward_is_a_stage_of_its_own(job):
     assert math.isclose(figures["total_return"], np.prod(1 + table["return"]) - 1, rel_tol=1e-9)
 
 
+def test_a_study_of_seeds_is_a_stage_of_its_own(job):
+    "For those that ask for it: means with intervals among the metrics, a picture, every checkpoint in the ledger, and no model; the second time nothing runs."
+    tree, said, again, metrics = job("seeds")
+    assert "Running stage 'prepare@SIM-USD'" in said and "Running stage 'seeds@SIM-USD'" in said and "train@" not in said and "Running stage" not in again
+    told, trials = json.loads((tree.report("SIM-USD") / "seeds.json").read_text()), read_trials(ledger_path(tree.root, "SIM-USD"))
+    shown = json.loads(metrics)[""]["data"]["reports/SIM-USD_15Min/seeds.json"]["data"]["validation"]["sharpe"]
+    values = told["validation"]["sharpe"]["seeds"]
+    assert told["seeds"] == [0, 1, 2] and len(values) == 3 and {t["seed"] for t in trials} == {0, 1, 2} and not list((tree.root / "models").rglob("*.pt"))
+    assert math.isclose(shown["mean"], np.mean(values), rel_tol=1e-9) and shown["interval_95"]["low"] < shown["mean"] < shown["interval_95"]["high"]
+    assert "95 % interval" in shown_in(json.loads((tree.root / "models/runs/seeds-SIM-USD.ipynb").read_text())) and (tree.report("SIM-USD") / "seeds.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_repro_without_a_wish_walks_nobody_forward(job):
     tree, said, *_ = job("first")
-    assert "walk_forward" not in said and not list(tree.root.rglob("walk_forward.json"))
+    assert "walk_forward" not in said and "seeds@" not in said and not list(tree.root.rglob("walk_forward.json")) and not list(tree.root.rglob("seeds.json"))
 
 
 # --- what makes which stage stale ----------------------------------------------------------------------------------------

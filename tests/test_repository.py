@@ -24,7 +24,7 @@ from trading_lib.config import MODES, Parameters, TrainParameters, load_paramete
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trading_lib"
-STAGES = ("prepare", "train", "backtest", "report", "walk_forward")
+STAGES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
 CORE = {"config", "files", "layouts", "version", "metrics", "account", "env", "acting", "cpu_kernels", "fused", "networks", "checkpoint", "run_folder", "stopping", "recurrent", "distributed", "evaluation", "memory", "ppo", "tiers", "trainer", "seeds", "markov", "features"}
 BIN = Path(sys.executable).parent
 
@@ -260,11 +260,11 @@ def test_stages_are_chained_by_their_files():
     made = {stage: set(declared(stage, "outs")) for stage in STAGES}
     needs = {stage: set(declared(stage, "deps")) for stage in STAGES}
     figures = set(declared("backtest", "metrics")) | {p for p in declared("backtest", "plots") if p.endswith(".csv")}
-    assert needs["train"] & made["prepare"] and needs["backtest"] & made["train"] and needs["backtest"] & made["prepare"] and needs["report"] & made["backtest"] and figures <= needs["report"] and needs["walk_forward"] & made["prepare"]
+    assert needs["train"] & made["prepare"] and needs["backtest"] & made["train"] and needs["backtest"] & made["prepare"] and needs["report"] & made["backtest"] and figures <= needs["report"] and needs["walk_forward"] & made["prepare"] and needs["seeds"] & made["prepare"]
     assert "ledger/${item}.jsonl" in needs["report"] and not any("ledger" in path for stage in STAGES for path in made[stage]), "what was tried is an input, and nobody's output"
-    assert list(DVC).index("walk_forward") < list(DVC).index("report"), "the report reads the ledger that it adds to; stages that do not depend on each other run in the order of the file"
+    for stage in ("walk_forward", "seeds"): assert list(DVC).index(stage) < list(DVC).index("report"), "the report reads the ledger that it adds to; stages that do not depend on each other run in the order of the file"
     for stage in STAGES:
-        assert DVC[stage]["foreach"] == ("${walk_forward.symbols}" if stage == "walk_forward" else "${symbols}")  # the list itself is no parameter of a stage, so a new symbol leaves the others alone
+        assert DVC[stage]["foreach"] == ("${%s.symbols}" % stage if stage in ("walk_forward", "seeds") else "${symbols}")  # the list itself is no parameter of a stage, so a new symbol leaves the others alone
         assert not any(p.split(".")[0] == "symbols" for p in declared(stage, "params"))
         for file in made[stage] | set(declared(stage, "metrics")) | set(declared(stage, "plots")): assert "${item}_${data.timeframe}" in file
 

@@ -148,7 +148,7 @@ def test_results_are_of_the_best_policies(markets):
     together, _ = trained(markets, CONFIG)
     out, values = together.results("sharpe")["sharpe"], [best["metrics"]["validation"]["sharpe"] for best in together.bests]
     assert out["seeds"] == values and out["mean"] == pytest.approx(sum(values) / 3) and (out["least"], out["most"]) == (min(values), max(values))
-    assert out["interval_95"] == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)), rel=1e-3)
+    assert tuple(out["interval_95"].values()) == pytest.approx(stats.t.interval(0.95, 2, np.mean(values), stats.sem(values)), rel=1e-3)
     json.dumps(together.results())
 
 

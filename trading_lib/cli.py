@@ -89,9 +89,9 @@ def _seeds(arguments):
     from trading_lib.pipeline import artefacts
     from trading_lib.training_seeds import train_seeds
     parameters = _train_parameters(arguments)
-    require(arguments.seeds >= 2, f"--seeds: expected 2 or more, was {arguments.seeds}; one seed is what `trading-lib train` trains")
+    require(arguments.seeds is None or arguments.seeds >= 2, f"--seeds: expected 2 or more, was {arguments.seeds}; one seed is what `trading-lib train` trains")
     for symbol in [path_symbol(symbol) for symbol in arguments.symbols] or parameters.symbols:
-        trainer = train_seeds(parameters, symbol, artefacts(parameters, symbol), arguments.seeds)
+        trainer = train_seeds(parameters, symbol, artefacts(parameters, symbol), arguments.seeds or parameters.seeds.count)
         if trainer.update < trainer.updates: return
 
 
@@ -336,13 +336,13 @@ COMMANDS = {
         (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet file")), (("--timeframe",), dict(default="15Min")), *_SPAN,
         (("--seed",), dict(type=int, default=0)), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale")),
         (("--recipe",), dict(default="lifelike", help="plain, bridged or lifelike, by what it has of real markets"))], _data_simulate),
-    "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest", "report", "walk_forward"))), (("--symbol",), dict(required=True, help="as in params.yaml, such as SIM-USD"))], _stage),
+    "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest", "report", "walk_forward", "seeds"))), (("--symbol",), dict(required=True, help="as in params.yaml, such as SIM-USD"))], _stage),
     "train": ("train the symbols of params.yaml, or those named; Ctrl+C saves, --resume goes on", [
         (("symbols",), dict(nargs="*")), (("--resume",), dict(action="store_true", help="go on from the newest good checkpoint of an unfinished run")),
         (("--checkpoint",), dict(metavar="FILE", help="go on from this one")), *_TRAINING_OPTIONS,
         (("-v", "--verbose"), dict(action="store_true", help="what each rollout and its advantages looked like")), (("-q", "--quiet"), dict(action="store_true", help="a line for each validation"))], _train),
     "seeds": ("train several seeds at once, to see what is the idea and what is the seed; models stay as they are, and the ledger counts what was looked at", [
-        (("symbols",), dict(nargs="*")), (("--seeds",), dict(type=int, default=8, help="how many, from the configured one on; default: 8")), *_TRAINING_OPTIONS], _seeds),
+        (("symbols",), dict(nargs="*")), (("--seeds",), dict(type=int, help="how many, from the configured one on; default: seeds.count of params.yaml, 8")), *_TRAINING_OPTIONS], _seeds),
     "preflight": ("try everything that a long run will do, in seconds", [(("symbols",), dict(nargs="*")), *_TRAINING_OPTIONS], _preflight),
     "backtest": ("backtest the trained symbols, or a model on files of bars, into one table", [
         (("symbols",), dict(nargs="*", help="default: those of params.yaml")), (("--model",), dict(help="another checkpoint than the symbol's own")), (("--bars",), dict(nargs="+", help="CSV or parquet files instead of prepared symbols")),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MODES', 'InputError', 'unknown_name', 'typed', 'checked', 'require', 'parse_hidden_dims', 'DataParameters',
            'FeatureParameters', 'AccountConfig', 'EnvParameters', 'TrainParameters', 'ModeParameters',
-           'BacktestParameters', 'WalkForwardParameters', 'Parameters', 'parse_parameters', 'project_root',
-           'load_parameters', 'check_notebook_parameters']
+           'BacktestParameters', 'WalkForwardParameters', 'SeedsParameters', 'Parameters', 'parse_parameters',
+           'project_root', 'load_parameters', 'check_notebook_parameters']
 
 # %% ../nbs/00_config.ipynb #6bd98f4d
 import difflib
@@ -328,6 +328,15 @@ class WalkForwardParameters:
         for name in ("first_train_fraction", "validation_fraction"):
             require(0 < getattr(self, name) < 1, f"walk_forward.{name}: expected a share between 0 and 1, was {getattr(self, name)}")
 
+
+@dataclass(frozen=True)
+class SeedsParameters:
+    "A study of several seeds: what is the idea, and what is the seed."
+    symbols: list[str] | tuple[()] = ()  # those that get one
+    count: int = 8  # trained at once, from `train.seed` on
+
+    def __post_init__(self): require(self.count >= 2, f"seeds.count: expected 2 or more, was {self.count}; one seed is what the train stage trains")
+
 # %% ../nbs/00_config.ipynb #b6d4e1a5
 @dataclass(frozen=True)
 class Parameters:
@@ -340,6 +349,7 @@ class Parameters:
     train: TrainParameters = TrainParameters()
     backtest: BacktestParameters = BacktestParameters()
     walk_forward: WalkForwardParameters = WalkForwardParameters()
+    seeds: SeedsParameters = SeedsParameters()
     modes: dict = field(default_factory=lambda: dict(MODES))  # name -> ModeParameters
 
     @property

@@ -138,7 +138,7 @@ def market_truth(
     return simulate_market(symbol, d.timeframe, seed=d.seed, edge=d.edge, asset_class=asset_class_of(symbol), recipe=d.recipe, **options)[1]
 
 # %% ../nbs/20_pipeline.ipynb #e209af97
-STAGES = ("prepare", "train", "backtest", "report", "walk_forward")
+STAGES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
 
 
 def _notebook_output(record) -> bool:

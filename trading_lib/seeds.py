@@ -22,7 +22,7 @@ from .config import require
 from .distributed import processes
 from .env import Obs
 from .evaluation import Validation
-from .fused import compiles, hidden_layers
+from .fused import compiles, layers_and_heads
 from .networks import FoldedLinear, NativeActorCritic, parameter_groups
 from .ppo import Minibatch, normalised, ppo_losses
 from .tiers import NativePPOConfig
@@ -48,24 +48,23 @@ class StackedActorCritic(nn.Module):
     @staticmethod
     def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # (networks, n, inputs) -> (networks, n, outputs)
 
-    def _hidden(self, x: Tensor, layers: list[tuple[Tensor, Tensor]]) -> Tensor:  # (networks, n, inputs) -> (networks, n, outputs)
+    def _answers(self, x: Tensor, layers: list[tuple[Tensor, Tensor]], heads: list[tuple[Tensor, Tensor]]) -> list[Tensor]:  # (networks, n, inputs) -> of each head (networks, n, outputs)
         if compiles(x.device, x.dtype, x.shape[1], sum(weight[0].numel() for weight, _ in layers)):  # layers in one pass are worth more than networks in one product
-            of_each = zip(*(zip(weight, bias) for weight, bias in layers))
-            return torch.stack([hidden_layers(own, of_one) for own, of_one in zip(x, of_each)])
+            of_each = lambda pairs: zip(*(zip(weight, bias) for weight, bias in pairs))
+            return list(map(torch.stack, zip(*(layers_and_heads(*own) for own in zip(x, of_each(layers), of_each(heads))))))
         for layer in layers: x = self._linear(x, *layer).relu_()
-        return x
+        return [self._linear(x, *head) for head in heads]
 
     def evaluate(self,
         x: Tensor,  # (networks × n, inputs)
     ) -> tuple[Tensor, Tensor]:  # logits (networks × n, n_actions), values (networks × n,)
         "Policy and value, each row by its own network."
-        one, out = self._one[0], []
-        for name in ("trunk",) if one.shared_trunk else ("actor_trunk", "critic_trunk"):
+        one, x, answers = self._one[0], x.view(self.n_networks, -1, x.shape[-1]), []
+        for name, heads in {"trunk": ("actor_head", "critic_head")}.items() if one.shared_trunk else {"actor_trunk": ("actor_head",), "critic_trunk": ("critic_head",)}.items():
             layers = [self._layer(module, f"{name}.{place}") for place, module in getattr(one, name).named_children() if not isinstance(module, nn.ReLU)]
-            out.append(self._hidden(x.view(self.n_networks, -1, x.shape[-1]), layers))
-        # half-precision products come back in the weights' own precision
-        head = lambda name, x: self._linear(x, *self._layer(getattr(one, name), name)).to(self.stacked[0].dtype).flatten(0, 1)
-        return head("actor_head", out[0]), head("critic_head", out[-1]).squeeze(-1)
+            answers += self._answers(x, layers, [self._layer(getattr(one, head), head) for head in heads])
+        logits, value = (answer.to(self.stacked[0].dtype).flatten(0, 1) for answer in answers)  # half-precision products come back in the weights' own precision
+        return logits, value.squeeze(-1)
 
     def initial_state(self, n: int, device=None) -> None: "Nothing is remembered from one step to the next."
 
@@ -241,5 +240,5 @@ class SeedsTrainer(NativePPOTrainer):
         out = {}
         for name in names or ("return", "sharpe", "max_drawdown", "trades"):
             values = np.array([float(best["metrics"]["validation"][name]) for best in self.bests])
-            out[name] = {"seeds": values.tolist(), "mean": float(values.mean()), "interval_95": list(mean_interval(values)), "least": float(values.min()), "most": float(values.max())}
+            out[name] = {"seeds": values.tolist(), "mean": float(values.mean()), "interval_95": dict(zip(("low", "high"), mean_interval(values))), "least": float(values.min()), "most": float(values.max())}
         return out

@@ -35,7 +35,7 @@ def seeds_table(
     rows = [line("seed, best update", [name.replace("_", " ") for name in _SHOWN])]
     rows += [line(f"{seed}, {best['update']}", shown(results[name]["seeds"][k] for name in _SHOWN)) for k, (seed, best) in enumerate(zip(trainer.seeds, trainer.bests))]
     rows.append(line("mean", shown(results[name]["mean"] for name in _SHOWN)))
-    rows.append(line("95 % interval", [" to ".join(text.format(v) for v in results[name]["interval_95"]) for name, text in _SHOWN.items()]))
+    rows.append(line("95 % interval", [" to ".join(text.format(v) for v in results[name]["interval_95"].values()) for name, text in _SHOWN.items()]))
     return "\n".join(rows)
 
 
