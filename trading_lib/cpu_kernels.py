@@ -131,28 +131,6 @@ APART void input_gradient(const float* gradient, int64_t apart, int64_t k, const
 
 # %% ../nbs/11_cpu_kernels.ipynb #edf99995
 _PANELS = r'''
-// --- matrices as panels of COLUMNS columns, those that are missing 0 ---
-
-// of the transpose of w (n x k)
-Buffer transposed_panels(const float* w, int64_t n, int64_t k) {
-  Buffer out = n % COLUMNS ? zeros(k * whole(n, COLUMNS)) : buffer(k * n);
-  for (int64_t j = 0; j < n; j += COLUMNS)
-    for (int64_t from = 0; from < k; from += LANES)
-      for (int64_t q = 0; q < min(COLUMNS, n - j); q++) {
-        const float* in = w + (j + q) * k;
-        float* o = out.get() + j * k + q;
-        for (int64_t p = from; p < min(k, from + LANES); p++) o[p * COLUMNS] = in[p];
-      }
-  return out;
-}
-// of w (k x n)
-Buffer panels(const float* w, int64_t k, int64_t n) {
-  Buffer out = n % COLUMNS ? zeros(k * whole(n, COLUMNS)) : buffer(k * n);
-  for (int64_t j = 0; j < n; j += COLUMNS)
-    for (int64_t p = 0; p < k; p++) memcpy(out.get() + j * k + p * COLUMNS, w + p * n + j, 4 * min(COLUMNS, n - j));
-  return out;
-}
-
 // part(thread, i) for each i < n, by whoever is free: cores that others use too are not equally fast. By torch's own threads where they are those of GNU's or
 // Intel's OpenMP, for these spin for a while after they have worked, and would be in the way of others
 template <class Part> void parallel(int threads, int64_t n, Part part) {
@@ -171,6 +149,33 @@ template <class Part> void parallel(int threads, int64_t n, Part part) {
   work(0);
   for (auto& t : others) t.join();
 }
+// lane i: x[i * stride], 0 from lane n on
+INLINE vec column(const float* x, int64_t stride, int64_t n) {
+  typedef int32_t places __attribute__((vector_size(64)));
+  const places lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (vec)_mm512_mask_i32gather_ps(__m512{}, (__mmask16)((1u << min(LANES, n)) - 1), (__m512i)(lane * (int32_t)stride), x, 4);
+}
+
+// --- matrices as panels of COLUMNS columns, those that are missing 0 ---
+
+// of the transpose of w (n x k)
+Buffer transposed_panels(const float* w, int64_t n, int64_t k, int threads) {
+  Buffer out = n % COLUMNS ? zeros(k * whole(n, COLUMNS)) : buffer(k * n);
+  parallel(threads, whole(n, LANES) / LANES, [&](int, int64_t some) {
+    const int64_t q = some * LANES;
+    float* o = out.get() + q / COLUMNS * COLUMNS * k + q % COLUMNS;
+    for (int64_t p = 0; p < k; p++) store(o + p * COLUMNS, column(w + q * k + p, k, n - q));
+  });
+  return out;
+}
+// of w (k x n)
+Buffer panels(const float* w, int64_t k, int64_t n) {
+  Buffer out = n % COLUMNS ? zeros(k * whole(n, COLUMNS)) : buffer(k * n);
+  for (int64_t j = 0; j < n; j += COLUMNS)
+    for (int64_t p = 0; p < k; p++) memcpy(out.get() + j * k + p * COLUMNS, w + p * n + j, 4 * min(COLUMNS, n - j));
+  return out;
+}
+
 // rows are cut into pieces of whole tiles, by the sizes of the layers alone: each adds up its own sums, and so the result has the same bits whoever did it
 int64_t piece_begin(int64_t i, int64_t n, int64_t rows) { return i == n ? rows : rows / ROWS * i / n * ROWS; }
 int64_t block_end(int64_t from, int64_t end) { return end - from < BLOCK + ROWS ? end : from + BLOCK; }
@@ -196,7 +201,7 @@ int forward(int64_t layers, const int64_t* widths, int64_t rows, const float* x,
   const int64_t n_pieces = whole(rows, BLOCK) / BLOCK;
   std::vector<Buffer> weight, bias, kept;
   for (int64_t l = 0; l < layers; l++) {
-    weight.push_back(transposed_panels(weights[l], widths[l + 1], widths[l]));
+    weight.push_back(transposed_panels(weights[l], widths[l + 1], widths[l], threads));
     bias.push_back(zeros(whole(widths[l + 1], COLUMNS)));
     memcpy(bias[l].get(), biases[l], 4 * widths[l + 1]);
   }
@@ -280,15 +285,15 @@ int backward(int64_t layers, const int64_t* widths, int64_t rows, const float* x
     for (int64_t i = 1; i < n_pieces; i++)
       for (int64_t j = 0; j < outs; j++) bias_sums[l][j] += bias_sums[i * layers + l][j];
     memcpy(bias_gradients[l], bias_sums[l].get(), 4 * outs);
-    parallel(threads, whole(ins, LANES) / LANES, [&](int, int64_t some) {
-      const int64_t from = some * LANES, stop = min(ins, from + LANES);
-      float* sum = sums[l].get();
-      for (int64_t i = 1; i < n_pieces; i++) {
-        const float* more = sums[i * layers + l].get();
-        for (int64_t j = from * stride; j < stop * stride; j += LANES) store(sum + j, load(sum + j) + load(more + j));
+    parallel(threads, whole(ins, LANES) / LANES, [&](int t, int64_t some) {
+      const int64_t from = some * LANES, n = min(LANES, ins - from);
+      float* in_all = work[3 * t].get();  // of some inputs
+      for (int64_t j = 0; j < n * stride; j += LANES) {
+        vec sum = load(sums[l].get() + from * stride + j);
+        for (int64_t i = 1; i < n_pieces; i++) sum += load(sums[i * layers + l].get() + from * stride + j);
+        store(in_all + j, sum);
       }
-      for (int64_t j = 0; j < outs; j++)
-        for (int64_t p = from; p < stop; p++) weight_gradients[l][j * ins + p] = sum[p * stride + j];
+      for (int64_t j = 0; j < outs; j++) _mm512_mask_storeu_ps(weight_gradients[l] + j * ins + from, (__mmask16)((1u << n) - 1), (__m512)column(in_all + j, stride, n));
     });
   }
   return 0;
