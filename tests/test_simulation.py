@@ -2,6 +2,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -11,8 +12,10 @@ import torch
 
 from trading_lib.account import AccountState, NextBar, account_rules, account_step
 from trading_lib.bars import bar_clock, expected_labels, timeframe_seconds
-from trading_lib.config import AccountConfig, InputError
-from trading_lib.simulation import RECIPES, STATE_BARS, oracle_figures, simulate_bars, simulate_market
+from trading_lib.cli import main
+from trading_lib.config import AccountConfig, InputError, parse_parameters
+from trading_lib.pipeline import artefacts
+from trading_lib.simulation import RECIPES, STATE_BARS, check_simulated_name, is_simulated_name, oracle_figures, simulate_bars, simulate_market
 from trading_lib.sources import load_with_report
 from trading_lib.stylised_facts import log_returns, return_correlations, variance_ratio
 
@@ -446,3 +449,23 @@ def test_the_long_run_sharpe_ratio_has_a_closed_form():
     figures = [oracle_figures(simulate_market("SIM-USD", "1Day", "1980-01-01", "2010-01-01", seed, edge, recipe="plain")[1])["sharpe"] for seed in range(20)]
     assert np.mean(figures) == pytest.approx(expected, abs=3.5 * np.std(figures) / len(figures)**0.5)
     assert np.std(figures) < 0.05 * expected
+
+
+# names
+
+
+@pytest.mark.parametrize("name, simulated", [("SIM-USD", True), ("SIM2-USD", True), ("SIMA", True), ("SIM.X", True), *((name, False) for name in (
+    "TSLA", "BTC-USD", "SPY", "SIM", "SIMO", "SIMS", "sim-usd", "Sim-USD", "ASIM", "S-IM", " SIM-USD", "SIM-USD\n", "SMI-USD", "", None))])
+def test_a_simulated_market_has_a_name_that_is_no_tickers(name, simulated):
+    "By the source, by the command, and at every path of a symbol that is simulated; the function that makes the bars takes any name."
+    assert is_simulated_name(name) is simulated
+    if simulated or not name or name != name.strip(): return
+    parameters = parse_parameters({})
+    for act in (lambda: load_with_report(name, "15Min", "simulated"), lambda: artefacts(parameters, name), lambda: check_simulated_name(name)):
+        with pytest.raises(InputError, match=rf"^{name}: .*simulated.*SIM…, such as SIM-USD.*set data.source to files or alpaca$"): act()
+    assert len(simulate_bars(name, "1Day", "2022-01-01", "2022-02-01")) and artefacts(replace(parameters, data=replace(parameters.data, source="files")), name).name == f"{name}_15Min"
+
+
+def test_the_command_simulates_no_ticker(tmp_path, capsys):
+    assert main(["data", "simulate", "TSLA", str(tmp_path / "t.parquet")]) == 2 and "SIM…" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert main(["data", "simulate", "SIM/USD", str(tmp_path / "s.parquet"), "--end", "2022-01-05"]) == 0

@@ -310,8 +310,9 @@ def _data_info(arguments):
 
 
 def _data_simulate(arguments):
-    from trading_lib.bars import write_bars
-    from trading_lib.simulation import SIMULATED_END, SIMULATED_START, simulate_bars
+    from trading_lib.bars import path_symbol, write_bars
+    from trading_lib.simulation import SIMULATED_END, SIMULATED_START, check_simulated_name, simulate_bars
+    check_simulated_name(path_symbol(arguments.symbol), "data simulate makes simulated bars")
     bars = simulate_bars(arguments.symbol, arguments.timeframe, arguments.start or SIMULATED_START, arguments.end or SIMULATED_END, arguments.seed, arguments.edge, recipe=arguments.recipe)
     print(f"{write_bars(bars, arguments.out)}: {len(bars):,} simulated bars")
 

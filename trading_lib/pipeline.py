@@ -18,6 +18,7 @@ from .config import InputError, Parameters, check_notebook_parameters, load_para
 from .env import MarketData, market_data, split_bounds
 from .features import fit_features
 from .files import atomic_write
+from .simulation import check_simulated_name
 from .sources import load_with_report, simulate_market
 
 # %% ../nbs/20_pipeline.ipynb #47eb81cb
@@ -46,7 +47,8 @@ def artefacts(
     symbol: str,
     out_dir: str | Path | None = None,  # None: the project
 ) -> Artefacts:
-    "The paths of one symbol's artefacts."
+    "The paths of one symbol's artefacts. Every command and stage asks here, so a name that a simulated market may not have ends here."
+    if parameters.data.source == "simulated": check_simulated_name(symbol)
     return Artefacts(Path(out_dir) if out_dir else project_root(), f"{symbol}_{parameters.data.timeframe}")
 
 
@@ -124,6 +126,8 @@ def prepared_market(
     for name, value in (("features.version", parameters.features.version), ("features.window", parameters.features.window)):
         found = getattr(market, name.split(".")[1])
         require(found == value, f"{paths.market}: was prepared with {name} {found}, params.yaml says {value}; run the prepare stage again")
+    found = market.fingerprint.get("source", parameters.data.source)
+    require(found == parameters.data.source, f"{paths.market}: was prepared with data.source {found}, params.yaml says {parameters.data.source}; run the prepare stage again")
     return market
 
 

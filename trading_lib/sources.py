@@ -13,12 +13,13 @@ import pandas as pd
 from .config import InputError, require, unknown_name
 from .bars import asset_class_of, moment, path_symbol, timeframe_name, validate_bars
 from .own_files import read_own_bars
-from .simulation import SIMULATED_END, SIMULATED_START, simulate_bars, simulate_market
+from .simulation import SIMULATED_END, SIMULATED_START, check_simulated_name, simulate_bars, simulate_market
 
 _all_ = ["simulate_bars", "simulate_market"]  # people look for them here
 
 # %% ../nbs/02_sources.ipynb #8305be84
 def _from_simulation(symbol: str, timeframe: str, asset_class: str, options: dict):
+    check_simulated_name(symbol, "the source in force is simulated")
     start, end = options["start"] or SIMULATED_START, options["end"] or SIMULATED_END
     bars = simulate_bars(symbol, timeframe, start, end, options["seed"], options["edge"], asset_class, options["recipe"])
     facts = {"simulated": True, "seed": int(options["seed"]), "edge": float(options["edge"]), "recipe": options["recipe"]}
