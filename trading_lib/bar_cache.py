@@ -21,7 +21,7 @@ import pandas as pd
 
 from .config import InputError, require, unknown_name
 from .bars import ASSET_CLASSES, COLUMNS, moment, path_symbol, timeframe_name, timeframe_seconds
-from .files import atomic_write
+from .files import atomic_write, unwritable
 
 # %% ../nbs/02_bar_cache.ipynb #dd6da7d2
 def merge_ranges(
@@ -117,10 +117,6 @@ _SETTLED = pd.Timedelta(2, "min")  # after its close a bar may still be revised
 _SAME = 1e-5  # relative; prices of adjusted history that differ by more have been adjusted again
 
 
-def _unwritable(where: Path, e: OSError) -> InputError:
-    return InputError(f"{where}: cannot be written ({e.strerror or e}); make room or choose another folder; what was cached before is kept")
-
-
 @dataclass(frozen=True)
 class _Cache:
     "One history on disk."
@@ -150,12 +146,10 @@ class _Cache:
         sha256 = before.sha256 if content is None else hashlib.sha256(content).hexdigest()
         after = _Held(after.bars, after.ranges, after.invalidated, sha256)
         head = {"schema": _SCHEMA} | self.identity
-        try:
-            if sha256 != before.sha256:
-                atomic_write(self.manifest, json.dumps(head | _entry(before) | {"next": _entry(after)}, indent=1) + "\n")
-                atomic_write(self.manifest.with_suffix(".parquet"), content)
-            atomic_write(self.manifest, json.dumps(head | _entry(after), indent=1) + "\n")
-        except OSError as e: raise _unwritable(self.manifest.with_suffix(".parquet"), e) from None
+        if sha256 != before.sha256:
+            atomic_write(self.manifest, json.dumps(head | _entry(before) | {"next": _entry(after)}, indent=1) + "\n")
+            atomic_write(self.manifest.with_suffix(".parquet"), content)
+        atomic_write(self.manifest, json.dumps(head | _entry(after), indent=1) + "\n")
         return after
 
     def litter(self) -> list[Path]:
@@ -184,7 +178,7 @@ class _Cache:
                 if not told: progress(f"{self.title}: waiting for process {holder}, which is filling it")
                 told = True
                 time.sleep(0.02)
-        except OSError as e: raise _unwritable(self.folder, e) from None
+        except OSError as e: raise unwritable(self.folder, e) from None
 
     @contextmanager
     def locked(self, wait_s: float, progress):

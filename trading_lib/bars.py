@@ -651,12 +651,14 @@ def fingerprint(
 
 def write_bars(
     bars: pd.DataFrame,  # validated bars
-    path: str | Path,  # file to write, .parquet
+    path: str | Path,  # file to write, .parquet or .csv
 ) -> Path:  # the file
-    "Write bars as parquet, all or nothing."
-    table = io.BytesIO()
-    bars[list(COLUMNS)].reset_index().to_parquet(table, index=False, compression="zstd")
-    return atomic_write(path, table.getvalue())
+    "Write bars as parquet, or as CSV where the name asks for it, all or nothing."
+    table, ending, content = bars[list(COLUMNS)].reset_index(), Path(path).suffix.lower(), io.BytesIO()
+    require(ending in (".parquet", ".csv"), f"{path}: expected the name of a file that ends with .parquet or .csv")
+    if ending == ".csv": table.to_csv(content, index=False, date_format="%Y-%m-%dT%H:%M:%SZ", lineterminator="\n")
+    else: table.to_parquet(content, index=False, compression="zstd")
+    return atomic_write(path, content.getvalue())
 
 
 def read_bars(

@@ -286,6 +286,7 @@ def _own_bars(arguments):  # symbol, asset class, and bars with their report
 
 
 def _data_check(arguments):
+    import io
     import json
     from pathlib import Path
     from trading_lib.data_report import data_report, plot_data_report
@@ -296,9 +297,10 @@ def _data_check(arguments):
     for name in ("repaired", "findings", "dropped_out_of_session"): print(f"{name}: {', '.join(f'{kind} {count}' for kind, count in report[name].items() if count) or 'none'}")
     for note in facts["notes"]: print(f"- {note}")
     if arguments.out is None: return
-    page = atomic_write(Path(arguments.out) / f"{symbol}_{report['timeframe']}.json", json.dumps(report | facts, indent=1, default=str) + "\n")
-    plot_data_report(bars, report).savefig(page.with_suffix(".png"), dpi=100)
-    print(f"written: {page} and {page.with_suffix('.png').name}")
+    page, picture = Path(arguments.out) / f"{symbol}_{report['timeframe']}.json", io.BytesIO()
+    plot_data_report(bars, report).savefig(picture, dpi=100)
+    atomic_write(page, json.dumps(report | facts, indent=1, default=str) + "\n")
+    print(f"written: {page} and {atomic_write(page.with_suffix('.png'), picture.getvalue()).name}")
 
 
 def _data_info(arguments):
@@ -333,8 +335,8 @@ COMMANDS = {
         (("--feed",), dict(help="iex or sip")), (("--adjustment",), dict(help="raw, split, dividend or all"))], _data_download),
     "data check": ("check a file of bars, and say what is in it", [*_BAR_FILE, (("--out",), dict(help="folder for the report as JSON and picture"))], _data_check),
     "data info": ("what has been downloaded", [], _data_info),
-    "data simulate": ("write simulated bars as parquet", [
-        (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet file")), (("--timeframe",), dict(default="15Min")), *_SPAN,
+    "data simulate": ("write simulated bars as parquet or CSV", [
+        (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet or .csv file")), (("--timeframe",), dict(default="15Min")), *_SPAN,
         (("--seed",), dict(type=int, default=0)), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale")),
         (("--recipe",), dict(default="lifelike", help="plain, bridged or lifelike, by what it has of real markets"))], _data_simulate),
     "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest", "report", "walk_forward", "seeds"))), (("--symbol",), dict(required=True, help="as in params.yaml, such as SIM-USD"))], _stage),
