@@ -159,7 +159,7 @@ USES = {
     # what contradicts itself
     "much memory and little": (lambda p: train("SIM-USD", "--high-vram", "--low-vram"), 2, "high_vram and low_vram were both asked for; choose one"),
     "loud and quiet": (lambda p: train("SIM-USD", "-v", "-q"), 2, "--verbose and --quiet were both given; choose one"),
-    "one checkpoint for two symbols": (lambda p: train("SIM-USD", "SIMA", "--checkpoint", "model.pt"), 2, "--checkpoint: is of one symbol, asked to train SIM-USD, SIMA; name the one"),
+    "one checkpoint for two symbols": (lambda p: (edit(p / "params.yaml", symbols=["SIM-USD", "SIMA"]), train("SIM-USD", "SIMA", "--checkpoint", "model.pt"))[1], 2, "--checkpoint: is of one symbol, asked to train SIM-USD, SIMA; name the one"),
     "a minibatch larger than the rollout": (lambda p: train("SIM-USD", "--minibatch-size", "5000"), 0, "note: minibatch_size: 5,000 is more than the 256 samples of a rollout (8 environments × 32 steps); all of them are one minibatch"),
     "another number of accounts than configured": (lambda p: refused(lambda: plain_trainer(n_envs=4)), 2, "NativePPOConfig.n_envs: the environment has 8, was 4"),
     "a validation span that is too short": (lambda p: refused(lambda: trading_trainer(0, market().span(5500, 5501))), 2, "no decision can be made in bars 5500..5500"),

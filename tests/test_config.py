@@ -175,8 +175,49 @@ def test_no_misspelling_of_any_field_is_ignored():
 @pytest.mark.parametrize("document, words", [
     ([], "expected sections"), (None, "expected sections"), ({"train": [1]}, "train: expected a table"), ({"train": "fast"}, "train: expected a table"), ({"modes": ["own"]}, "modes: expected a table"), ({"modes": "own"}, "modes: expected a table"),
     ({"modes": {"own": 5}}, "modes.own: expected a table"), ({"modes": {"own": None}}, "modes.own.total_timesteps: is missing"), ({"symbols": "BTC-USD"}, "symbols: expected a list"), ({"symbols": None}, "symbols: expected a list"),
-    ({"symbols": []}, "symbols: expected a list"), ({"symbols": [1]}, "symbols: expected a list"), ({"symbols": ["BTC/USD"]}, "write 'BTC-USD' for 'BTC/USD'"), ({"symbols": [" SPY"]}, "write 'SPY' for ' SPY'"), ({"symbols": [""]}, "symbols: "), ({"symbols": [".."]}, "symbols: expected names"), ({"symbols": ["SPY", "QQQ", "SPY"]}, "'SPY' is listed 2 times")])
+    ({"symbols": []}, "symbols: expected a list"), ({"symbols": [1]}, "symbols: expected a list"), ({"symbols": ["BTC/USD"]}, "write 'BTC-USD' for 'BTC/USD'"), ({"symbols": [" SPY"]}, "write 'SPY' for ' SPY'"), ({"symbols": [""]}, "symbols: "), ({"symbols": [".."]}, "symbols: expected a name such as BTC-USD"), ({"symbols": ["SPY", "QQQ", "SPY"]}, "'SPY' is listed 2 times")])
 def test_a_document_of_the_wrong_shape_is_refused(document, words): assert words in refusal(parse_parameters, document)
+
+
+# what a person writes as a symbol -> words of the line
+NO_SYMBOLS = {
+    "$SPX": "write 'SPX' for '$SPX'", "^GSPC": "write 'GSPC' for '^GSPC'", "M&M.NS": "write 'MM.NS' for 'M&M.NS'", "EURUSD=X": "write 'EURUSDX'", "BRK B": "write 'BRK.B'", "-SPY": "write 'SPY' for '-SPY'", ".SPX": "write 'SPX'", "SPY ": "write 'SPY' for 'SPY '",
+    "SPY\n": "write 'SPY'", "\uff33\uff30\uff39": "write 'SPY'", "A;touch X": "expected a name", "x/../../../nbs/report": "expected a name", "../x": "expected a name", "S\u0420Y": "CYRILLIC CAPITAL LETTER ER", "\u0663": "ARABIC-INDIC DIGIT THREE", "a" * 41: "at most 40",
+    "$(touch X)": "expected a name", "`id`": "expected a name", "index": "the list of all runs", "Index": "the list of all runs", "": "expected a name", "..": "expected a name", "A..B": "expected a name", "A\\B": "write 'AB'", "--help": "write 'help'", "\x1b[31mSPY": "expected a name", "SPY\0": "expected a name"}
+
+
+@pytest.mark.parametrize("symbol", NO_SYMBOLS)
+def test_a_name_that_is_no_symbol_gets_one_line_at_every_door(symbol, tmp_path, monkeypatch, capsys):
+    "params.yaml, its lists, the ledger, a notebook's parameter and every command that takes one: before anything is written or run."
+    from trading_lib.archive import ledger_path
+    from trading_lib.cli import main
+    from trading_lib.pipeline import stage_parameters
+    for name in ("params.yaml", "settings.ini"): (tmp_path / name).write_bytes((REPOSITORY / name).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    if symbol and "/" not in symbol: said = refusal(C.check_symbol, symbol); assert NO_SYMBOLS[symbol] in said and said.isprintable()
+    for where in ("symbols", "walk_forward", "seeds"):
+        line = refusal(parse_parameters, {"symbols": [symbol]} if where == "symbols" else {where: {"symbols": [symbol]}})
+        assert line.startswith(f"{where}{'' if where == 'symbols' else '.symbols'}: ")
+    assert refusal(ledger_path, tmp_path, symbol).startswith("symbol: ") and refusal(stage_parameters, {"symbol": symbol, "out_dir": None}).startswith("symbol: ")
+    for command in (["stage", "prepare", f"--symbol={symbol}"], *([name, "--", symbol] for name in ("train", "seeds", "preflight", "backtest", "deploy", "trials", "history")), ["data", "download", "--", symbol]):
+        assert main(command) == 2, command
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and said.count("\n") == 1 and "Traceback" not in said, command
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["params.yaml", "settings.ini"]
+
+
+@pytest.mark.parametrize("symbol", ["SPY", "BTC-USD", "BRK.B", "BRK-B", "0700.HK", "1810", "ON", "M6E_F", "a", "A" * 40])
+def test_names_of_real_markets_are_symbols(symbol): assert C.check_symbol(symbol) == symbol and parse_parameters({"symbols": [symbol]}).symbols == [symbol]
+
+
+def test_symbols_that_differ_in_case_only_are_refused(): assert "'SPY' and 'spy' differ in case only" in refusal(parse_parameters, {"symbols": ["SPY", "spy"]})
+
+
+def test_what_is_not_listed_is_refused_and_the_listed_are_named():
+    p = parse_parameters({"symbols": ["SPY", "BTC-USD"]})
+    assert p.listed("BTC/USD") == "BTC-USD" and p.listed("SPY") == "SPY"
+    assert refusal(p.listed, "QQQ", "--symbol") == "--symbol: 'QQQ' is not among the symbols of params.yaml (SPY, BTC-USD); add it there: symbols: [SPY, BTC-USD, QQQ]"
+    assert refusal(p.listed, "spy").endswith("; write SPY")
 
 
 def test_symbols_may_be_text_and_are_kept_in_order():

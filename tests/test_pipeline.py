@@ -440,7 +440,7 @@ def test_a_careless_input_gets_one_line_and_leaves_nothing_behind(job, name):
     for words in CARELESS[name][3]: assert words in errors[0]
     assert "Traceback" not in done.stdout + done.stderr
     assert after == before
-    assert notebook.exists()
+    assert notebook.exists() == (name not in ("unknown mode", "hidden_dims as text"))  # parameters are read before a kernel is started
     print(f"{name:28} {errors[0]}")
 
 

@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .checkpoint import flat_facts, library_versions, load_checkpoint
-from .config import InputError, require, unknown_name
+from .config import InputError, check_symbol, require, unknown_name
 from .files import atomic_write
 from .metrics import deflated_sharpe_ratio, probability_of_backtest_overfitting
 from .version import declared_version
@@ -274,18 +274,12 @@ def run_trials(
     return [Trial(symbol, timeframe, "checkpoint", seed, v["update"], parameters, data, span, *(v[name] for name in needed[1:])) for v in validations]
 
 # %% ../nbs/14_archive.ipynb #9f3d3f55
-def _file_symbol(symbol: str) -> str:
-    require(isinstance(symbol, str) and bool(re.fullmatch(r"\w[\w.=^-]*", symbol)), f"symbol: expected a name such as BTC-USD ('/' is written '-'), was {symbol!r}")
-    require(symbol != "index", "symbol: 'index' is the name of the index of runs; give the symbol another name")
-    return symbol
-
-
 def ledger_path(
     root: str | Path,  # the project
     symbol: str,  # such as BTC-USD
 ) -> Path:
     "Where the trials of a symbol are recorded."
-    return Path(root) / "ledger" / f"{_file_symbol(symbol)}.jsonl"
+    return Path(root) / "ledger" / f"{check_symbol(symbol)}.jsonl"
 
 
 def record_trials(

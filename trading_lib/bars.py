@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'COLUMNS', 'ASSET_CLASSES', 'REFUSED', 'REPAIRED', 'REPORTED', 'OUT_OF_SESSION', 'timeframe_name',
-           'timeframe_seconds', 'AssetClass', 'asset_class_of', 'path_symbol', 'moment', 'expected_labels',
-           'bars_per_year', 'BarClock', 'bar_clock', 'validate_bars', 'resample_bars', 'fingerprint', 'write_bars',
-           'read_bars']
+           'timeframe_seconds', 'AssetClass', 'asset_class_of', 'moment', 'expected_labels', 'bars_per_year',
+           'BarClock', 'bar_clock', 'validate_bars', 'resample_bars', 'fingerprint', 'write_bars', 'read_bars']
 
 # %% ../nbs/01_bars.ipynb #516ed345
 import hashlib
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from .config import InputError, require, unknown_name
+from .config import InputError, path_symbol, require, unknown_name
 from .files import atomic_write
 
 # %% ../nbs/01_bars.ipynb #91148fc0
@@ -66,16 +65,6 @@ def asset_class_of(
 ) -> str:  # a key of `ASSET_CLASSES`
     "A pair is crypto, a single name is an equity."
     return "crypto" if "/" in symbol or "-" in symbol else "equity"
-
-
-def path_symbol(
-    symbol: str,  # such as "BTC/USD"
-) -> str:  # such as "BTC-USD"
-    "The symbol as it is written in file names."
-    require(isinstance(symbol, str) and symbol.strip() != "", f"symbol: expected a name such as BTC/USD or SPY, was {symbol!r}")
-    require(re.fullmatch(r"[A-Za-z0-9.]+([/-][A-Za-z0-9.]+)?", symbol) is not None and ".." not in symbol,
-            f"symbol: expected letters, digits and at most one '/' or '-', as in BTC/USD, was {symbol!r}")
-    return symbol.replace("/", "-")
 
 
 def _asset(asset_class: str) -> AssetClass:

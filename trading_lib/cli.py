@@ -14,7 +14,12 @@ from .config import InputError, load_parameters
 # %% ../nbs/21_cli.ipynb #52033eb9
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
-    run_stage(arguments.name, arguments.symbol)
+    run_stage(arguments.name, load_parameters().listed(arguments.symbol, "--symbol"))
+
+
+def _symbols(arguments, parameters) -> list[str]:
+    "Those that were named, if params.yaml lists them, each once; else all of params.yaml."
+    return list(dict.fromkeys(parameters.listed(symbol) for symbol in arguments.symbols)) or parameters.symbols
 
 
 def _verdict(arguments):
@@ -69,12 +74,11 @@ def _train_parameters(arguments):
 
 def _train(arguments):
     import shlex
-    from trading_lib.bars import path_symbol
     from trading_lib.config import require
     from trading_lib.pipeline import artefacts
     from trading_lib.training import train_symbol
     parameters = _train_parameters(arguments)
-    symbols = [path_symbol(symbol) for symbol in arguments.symbols] or parameters.symbols
+    symbols = _symbols(arguments, parameters)
     require(arguments.checkpoint is None or len(symbols) == 1, f"--checkpoint: is of one symbol, asked to train {', '.join(symbols)}; name the one")
     require(not (arguments.verbose and arguments.quiet), "--verbose and --quiet were both given; choose one")
     for symbol in symbols:
@@ -84,25 +88,24 @@ def _train(arguments):
 
 
 def _seeds(arguments):
-    from trading_lib.bars import path_symbol
     from trading_lib.config import require
     from trading_lib.pipeline import artefacts
     from trading_lib.training_seeds import train_seeds
     parameters = _train_parameters(arguments)
     require(arguments.seeds is None or arguments.seeds >= 2, f"--seeds: expected 2 or more, was {arguments.seeds}; one seed is what `trading-lib train` trains")
-    for symbol in [path_symbol(symbol) for symbol in arguments.symbols] or parameters.symbols:
+    for symbol in _symbols(arguments, parameters):
         trainer = train_seeds(parameters, symbol, artefacts(parameters, symbol), arguments.seeds or parameters.seeds.count)
         if trainer.update < trainer.updates: return
 
 
 def _preflight(arguments):
-    from trading_lib.bars import path_symbol, read_bars
+    from trading_lib.bars import read_bars
     from trading_lib.env import split_bounds
     from trading_lib.pipeline import artefacts, prepared_market
     from trading_lib.preflight import preflight
     from trading_lib.training import make_trainer
     parameters = _train_parameters(arguments)
-    for symbol in [path_symbol(symbol) for symbol in arguments.symbols] or parameters.symbols:
+    for symbol in _symbols(arguments, parameters):
         paths = artefacts(parameters, symbol)
         market = prepared_market(parameters, symbol, paths)
         spans = split_bounds(len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction)
@@ -119,12 +122,12 @@ def _edge(bars, text, name: str, default: int) -> int:
 
 
 def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `run_backtest`, of the project's own symbols
-    from trading_lib.bars import path_symbol, read_bars
+    from trading_lib.bars import read_bars
     from trading_lib.config import require
     from trading_lib.env import split_bounds
     from trading_lib.pipeline import artefacts, market_truth, source_facts
     jobs = []
-    for symbol in map(path_symbol, arguments.symbols or parameters.symbols):
+    for symbol in _symbols(arguments, parameters):
         paths = artefacts(parameters, symbol)
         for path, stage in ((paths.bars, "prepare"), *([] if arguments.model else [(paths.model, "train")])):
             require(path.exists(), f"{symbol}: no {path.name}; run `trading-lib stage {stage} --symbol {symbol}` (symbols of params.yaml: {', '.join(parameters.symbols)})")
@@ -139,7 +142,7 @@ def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `r
 def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files of bars
     from pathlib import Path
     from trading_lib.checkpoint import load_checkpoint
-    from trading_lib.config import AccountConfig, require, typed
+    from trading_lib.config import AccountConfig, path_symbol, require, typed
     from trading_lib.sources import load_with_report
     require(arguments.model is not None, "backtest: --bars needs --model, the checkpoint that trades them")
     require(not arguments.symbols, "backtest: give symbols of the project or --bars, not both")
@@ -148,7 +151,7 @@ def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files 
     account = typed(AccountConfig, trained["account"], "account")
     how = {name: getattr(parameters.data, name) for name in ("timezone", "labels", "price_scale", "columns")}
     for file in arguments.bars:
-        symbol = Path(file).stem.split("_")[0]
+        symbol = path_symbol(Path(file).stem.split("_")[0], str(file))
         bars, _ = load_with_report(symbol, trained["timeframe"], "files", path=file, asset_class=trained["asset_class"], **how)
         jobs.append((dict(model=content, bars=bars, start=_edge(bars, arguments.start, "--start", 0), stop=_edge(bars, arguments.end, "--end", len(bars)), symbol=symbol, account=account), {"source": f"the file {Path(file).name}"}))
     names = [job["symbol"] for job, _ in jobs]
@@ -185,8 +188,8 @@ def _backtest(arguments):
 
 def _trials(arguments):
     from trading_lib.archive import ledger_path, ledger_summary, overfitting_probability, read_trials
-    from trading_lib.config import project_root
-    for symbol in arguments.symbols or load_parameters().symbols:
+    from trading_lib.config import path_symbol, project_root
+    for symbol in map(path_symbol, arguments.symbols or load_parameters().symbols):
         trials = read_trials(ledger_path(project_root(), symbol))
         pbo = overfitting_probability(trials)
         print(f"{symbol}: " + ", ".join(f"{name.removeprefix('n_').replace('_', ' ')} {n}" for name, n in ledger_summary(trials).items()) + f"; probability of backtest overfitting {pbo.reason if pbo.probability is None else f'{pbo.probability:.2f}'}")
@@ -194,9 +197,9 @@ def _trials(arguments):
 
 def _history(arguments):
     from trading_lib.archive import format_history, index_path, index_runs, symbol_history
-    from trading_lib.config import project_root
+    from trading_lib.config import path_symbol, project_root
     path = index_path(project_root())
-    symbols = arguments.symbols or sorted({run["symbol"] for run in index_runs(path)})
+    symbols = [path_symbol(s) for s in arguments.symbols] or sorted({run["symbol"] for run in index_runs(path)})
     if not symbols: print("no run is listed yet; `dvc repro` makes one")
     for symbol in symbols: print(f"{symbol}\n{format_history(symbol_history(path, symbol))}")
 
@@ -207,12 +210,14 @@ def _deploy(arguments):
     from trading_lib.archive import load_deploy_zip, write_deploy_zip
     from trading_lib.config import project_root, require
     from trading_lib.pipeline import artefacts
-    paths = artefacts(load_parameters(), arguments.symbol)
+    parameters = load_parameters()
+    symbol = parameters.listed(arguments.symbol)
+    paths = artefacts(parameters, symbol)
     files = {name: paths.report / name for name in ("report.html", "metrics.json", "verdict.json")} | {"params.yaml": project_root() / "params.yaml"}
-    for path in (paths.model, *files.values()): require(path.exists(), f"{arguments.symbol}: {path} is missing; run `dvc repro` first")
+    for path in (paths.model, *files.values()): require(path.exists(), f"{symbol}: {path} is missing; run `dvc repro` first")
     said, judged = (json.loads(files[name].read_text()) for name in ("verdict.json", "metrics.json"))
-    require({said.get("model_sha256"), judged["provenance"].get("model_sha256")} == {hashlib.sha256(paths.model.read_bytes()).hexdigest()}, f"{arguments.symbol}: the verdict is about another model than {paths.model.name}; run `dvc repro` first")
-    require(said["verdict"] == "APPROVED" or arguments.anyway, f"{arguments.symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate (--anyway makes one all the same, and says so inside)")
+    require({said.get("model_sha256"), judged["provenance"].get("model_sha256")} == {hashlib.sha256(paths.model.read_bytes()).hexdigest()}, f"{symbol}: the verdict is about another model than {paths.model.name}; run `dvc repro` first")
+    require(said["verdict"] == "APPROVED" or arguments.anyway, f"{symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate (--anyway makes one all the same, and says so inside)")
     written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": {"verdict": said["verdict"], "failed": said["failed"]}, "headline": said["headline"]})
     print(f"{written}: {len(load_deploy_zip(written)['files'])} files, verified")
 
@@ -270,16 +275,16 @@ def _data_download(arguments):
     given = {f"data.{name}": getattr(arguments, name) for name in ("timeframe", "start", "end", "feed", "adjustment")}
     parameters = load_parameters(**given, **{"data.source": "alpaca"})
     options = source_options(parameters)
-    for symbol in arguments.symbols or parameters.symbols:
+    for symbol in map(path_symbol, arguments.symbols or parameters.symbols):
         bars, report = load_with_report(symbol, parameters.data.timeframe, "alpaca", progress=print, **options)
-        print(f"{path_symbol(symbol)}: {len(bars):,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s); kept in {options['cache']}")
+        print(f"{symbol}: {len(bars):,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s); kept in {options['cache']}")
 
 
 def _own_bars(arguments):  # symbol, asset class, and bars with their report
     from pathlib import Path
-    from trading_lib.bars import asset_class_of
+    from trading_lib.bars import asset_class_of, path_symbol
     from trading_lib.sources import load_with_report
-    symbol = arguments.symbol or Path(arguments.file).stem.split("_")[0]
+    symbol = path_symbol(arguments.symbol or Path(arguments.file).stem.split("_")[0])
     asset_class = arguments.asset_class or asset_class_of(symbol)
     given = {name: getattr(arguments, name) for name in ("timezone", "labels", "price_scale", "columns")}
     return symbol, asset_class, *load_with_report(symbol, arguments.timeframe, "files", path=arguments.file, asset_class=asset_class, **given)

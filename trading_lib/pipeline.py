@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bars import asset_class_of, write_bars
-from .config import InputError, Parameters, check_notebook_parameters, load_parameters, project_root, require
+from .config import InputError, Parameters, check_notebook_parameters, check_symbol, load_parameters, project_root, require
 from .env import MarketData, market_data, split_bounds
 from .features import fit_features
 from .files import atomic_write
@@ -59,8 +59,7 @@ def stage_parameters(
     "Read params.yaml, apply what papermill injected, refuse what nobody knows."
     values = check_notebook_parameters(namespace, ["symbol", "out_dir", *dotted])
     parameters = load_parameters(**{name: values[short] for short, name in dotted.items() if name})
-    symbol = values["symbol"] or parameters.symbols[0]
-    require(isinstance(symbol, str) and "/" not in symbol, f"symbol: write '{str(symbol).replace('/', '-')}' for {symbol!r}: symbols name files, so '/' is written '-'")
+    symbol = parameters.symbols[0] if values["symbol"] is None else parameters.listed(values["symbol"])
     return parameters, symbol, artefacts(parameters, symbol, values["out_dir"])
 
 
@@ -162,7 +161,7 @@ def run_stage(
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
-    root = project_root()
+    root, symbol = project_root(), check_symbol(symbol)
     output = root / "models" / "runs" / f"{stage}-{symbol}.ipynb"
     output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TRADING_LIB_PROGRESS", "lines")  # of the notebook's kernel: what it shows goes into a log
