@@ -148,6 +148,11 @@ def prepare_own_files(tree: Tree):
     return tree, made, [{name for name in s if name.startswith("prepare")} for s in stale], again
 
 
+def name_a_shell_would_run(tree: Tree):
+    tree.edit(symbols=["A;touch made", "$(touch made)"])
+    return tree, tree.run("dvc", "repro", "--keep-going", "prepare", fails=True)
+
+
 HEADER, ROW = "timestamp,open,high,low,close,volume\n", "2023-01-01T00:{:02}:00Z,1,2,1,{},5\n"
 CARELESS = {  # what was done -> stage, parameters, the person's file, words of the answer
     "missing file": ("prepare", {"data.source": "files"}, None, ["files: found none of", "data/raw/{SIM-USD,", "put the file in one of these places"]),
@@ -187,7 +192,7 @@ def origin(tmp_path_factory) -> Tree:
 def job(origin, request):
     "Runs in clones of their own, named; two at a time, all of them ahead of the tests when the whole file is run."
     work = {"first": (reproduce_twice,), "second": (reproduce_one_symbol,), "walk forward": (walk_forward_of_one,), "seeds": (seeds_of_one,), "papermill": (papermill_on_a_bare_clone,), "misspelt": (papermill_with_a_misspelt_name,), "own files": (prepare_own_files,)}
-    work |= {name: (be_careless, stage, parameters, file) for name, (stage, parameters, file, _) in CARELESS.items()} | {"broken": (break_the_code,)}
+    work |= {name: (be_careless, stage, parameters, file) for name, (stage, parameters, file, _) in CARELESS.items()} | {"broken": (break_the_code,), "shell": (name_a_shell_would_run,)}
     pool, started = ThreadPoolExecutor(2), {}
     def start(name):
         run, *rest = work[name]
@@ -442,6 +447,12 @@ def test_a_careless_input_gets_one_line_and_leaves_nothing_behind(job, name):
     assert after == before
     assert notebook.exists() == (name not in ("unknown mode", "hidden_dims as text"))  # parameters are read before a kernel is started
     print(f"{name:28} {errors[0]}")
+
+
+def test_no_symbol_of_params_yaml_is_run_by_a_shell(job):
+    tree, done = job("shell")
+    assert not (tree.root / "made").exists()
+    assert done.stderr.count("error: ") == 2 and "Traceback" not in done.stderr
 
 
 def test_a_failed_notebook_fails_its_stage_and_is_kept(job):

@@ -280,6 +280,12 @@ def looked_up(dotted: str):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_no_text_from_params_yaml_reaches_a_shell(stage):
+    "DVC names the stage, and with it the symbol, in the environment; quotes around a symbol could be broken out of."
+    assert DVC[stage]["do"]["cmd"] == f"PATH=.venv/bin:$PATH trading-lib stage {stage}"
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_declared_parameters_exist(stage):
     for name in declared_parameters(stage): assert looked_up(name) is not Ellipsis
 

@@ -7,14 +7,22 @@ __all__ = ['COMMANDS', 'main']
 
 # %% ../nbs/21_cli.ipynb #76e066c1
 import argparse
+import os
 import sys
 
-from .config import InputError, load_parameters
+from .config import InputError, load_parameters, require
 
 # %% ../nbs/21_cli.ipynb #52033eb9
+def _dvc_symbol(stage: str) -> str:
+    "The symbol that DVC runs a stage for: it says so in the environment, so that no text of params.yaml is ever part of a shell's command."
+    name = os.environ.get("DVC_STAGE", "").rpartition("dvc.yaml:")[2]  # with the file's path where DVC was called in another folder
+    require(name.startswith(f"{stage}@"), f"{stage}: which symbol? Add one, such as --symbol SIM-USD")
+    return name.removeprefix(f"{stage}@")
+
+
 def _stage(arguments):
     from trading_lib.pipeline import run_stage
-    run_stage(arguments.name, load_parameters().listed(arguments.symbol, "--symbol"))
+    run_stage(arguments.name, load_parameters().listed(arguments.symbol or _dvc_symbol(arguments.name), "--symbol"))
 
 
 def _symbols(arguments, parameters) -> list[str]:
@@ -344,7 +352,7 @@ COMMANDS = {
         (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet or .csv file")), (("--timeframe",), dict(default="15Min")), *_SPAN,
         (("--seed",), dict(type=int, default=0)), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale")),
         (("--recipe",), dict(default="lifelike", help="plain, bridged or lifelike, by what it has of real markets"))], _data_simulate),
-    "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest", "report", "walk_forward", "seeds"))), (("--symbol",), dict(required=True, help="as in params.yaml, such as SIM-USD"))], _stage),
+    "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest", "report", "walk_forward", "seeds"))), (("--symbol",), dict(help="as in params.yaml, such as SIM-USD; under DVC the one that the stage is for"))], _stage),
     "train": ("train the symbols of params.yaml, or those named; Ctrl+C saves, --resume goes on", [
         (("symbols",), dict(nargs="*")), (("--resume",), dict(action="store_true", help="go on from the newest good checkpoint of an unfinished run")),
         (("--checkpoint",), dict(metavar="FILE", help="go on from this one")), *_TRAINING_OPTIONS,
