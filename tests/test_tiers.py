@@ -11,7 +11,7 @@ from trading_lib.memory import RolloutShape, allocate_rollout, device_cap
 from trading_lib.networks import NativeActorCritic, input_layout
 from trading_lib.recurrent import RecurrentActorCritic
 from trading_lib.tiers import (CPU_STEP_SHARE, DEVICES, HIGH_VRAM, LOW_VRAM, TIERS, NativePPOConfig, config_rows, config_table, describe, fit_config, get_a100_config, get_auto_config, hardware_tier, interval_in_force,
-                               is_due, layer_widths, memory_of, parameters_of, resolve_device, tier_of)
+                               is_due, layer_widths, memory_of, parameters_of, resolve_device, tier_of, training_budget)
 
 
 def refusal(make, *arguments, **named) -> str:
@@ -33,7 +33,7 @@ NOT_WHOLE, NOT_A_NUMBER, NOT_A_FLAG = ["many", 1.5], ["much", [1.0]], ["maybe", 
 REFUSED = dict(hidden_dims=["big", [], [1.5], 64], shared_trunk=NOT_A_FLAG, network=["lstm", None, 1], gru_hidden_dim=[0, 1, *NOT_WHOLE, None], n_gru_layers=[0, *NOT_WHOLE, None], dropout=[-0.1, 1.0, *NOT_A_NUMBER, None], n_envs=[0, -1, *NOT_WHOLE], n_steps=[0, *NOT_WHOLE, None], minibatch_size=[0, *NOT_WHOLE], n_epochs=[0, *NOT_WHOLE], critic_epochs=[-1, *NOT_WHOLE], total_timesteps=[0, *NOT_WHOLE],
                learning_rate=[0, -1e-3, *NOT_A_NUMBER], separate_optimizers=NOT_A_FLAG, critic_learning_rate=[0, -1e-3, *NOT_A_NUMBER, None], gamma=[-0.1, 1.1, *NOT_A_NUMBER], gae_lambda=[-0.1, 1.1, *NOT_A_NUMBER], clip_range=[*NOT_A_NUMBER, None], value_clip_range=NOT_A_NUMBER, entropy_coefficient=[*NOT_A_NUMBER, None],
                value_coefficient=[*NOT_A_NUMBER, None], max_grad_norm=[0, *NOT_A_NUMBER], target_kl=NOT_A_NUMBER, cost_warm_up=[-0.1, 1.1, *NOT_A_NUMBER], amp=NOT_A_FLAG, amp_dtype=["fp32", None], compile=NOT_A_FLAG, seed=[*NOT_WHOLE, None], validation_interval=[0, *NOT_WHOLE],
-               checkpoint_interval=[-1, *NOT_WHOLE, None], keep_checkpoints=[0, *NOT_WHOLE, None], recovery=NOT_A_FLAG, early_stop=NOT_A_FLAG, patience=[0, -1, *NOT_WHOLE], max_drawdown_threshold=[*NOT_A_NUMBER, None], drawdown_penalty_weight=[*NOT_A_NUMBER, None], tier=[1, None], mode=[1, None])
+               checkpoint_interval=[-1, *NOT_WHOLE, None], keep_checkpoints=[0, *NOT_WHOLE, None], recovery=NOT_A_FLAG, early_stop=NOT_A_FLAG, patience=[0, -1, *NOT_WHOLE], max_drawdown_threshold=[*NOT_A_NUMBER, None], drawdown_penalty_weight=[*NOT_A_NUMBER, None], tier=[1, None], mode=[1, None], mode_timesteps=[0, -1, *NOT_WHOLE])
 
 
 def test_every_field_of_the_configuration_is_checked():
@@ -338,3 +338,30 @@ def test_the_table_warns_of_a_rollout_beyond_the_budget_and_repeats_what_was_cut
 
 
 def test_devices_for_planning(): assert [tier_of(*d) for d in DEVICES.values()] == ["h200", "a100-80", "a100-40", "medium", "low", "cpu"]
+
+
+# --- was it enough? -------------------------------------------------------------------------------------------------
+
+MADE = {"mode": "standard", "tier": "cpu", "mode_timesteps": 7_500_000, "total_timesteps": 7_500_000}
+
+
+@pytest.mark.parametrize("train, run, smoke, words", [
+    (MADE, {"steps": 7_500_000}, False, None), (MADE, {"steps": 7_499_999}, True, "7,499,999 of the 7,500,000 steps that mode standard stands for on tier cpu"),
+    (MADE | {"mode": "quick_test"}, {"steps": 10**9}, True, "mode quick_test, 1,000,000,000 steps"), (MADE | {"mode": "quick_test", "mode_timesteps": None}, {}, True, "mode quick_test, at most"),
+    (MADE | {"mode_timesteps": 1_000}, {"steps": 1_000}, True, "1,000 of the 7,500,000 steps"),  # a project that calls less standard
+    (MADE | {"tier": "h200", "mode_timesteps": None}, {"steps": 7_500_000}, True, "of the 50,000,000 steps that mode standard stands for on tier h200"),
+    (MADE | {"mode": "mine", "mode_timesteps": 1_000}, {"steps": 1_000}, False, None), (MADE | {"mode": "mine", "mode_timesteps": 1_000}, {"steps": 999}, True, "999 of the 1,000 steps that mode mine"),
+    (MADE | {"mode": "auto", "mode_timesteps": None}, {"steps": 15_000_000}, False, None), (MADE | {"mode": "auto", "mode_timesteps": None}, {"steps": 14_999_999}, True, "15,000,000"),
+    (MADE, {}, None, "mode (standard) stands for is not known"), (MADE | {"total_timesteps": 20_000}, {}, True, "at most 20,000 of the 7,500,000"),  # older checkpoints: only the plan is known
+    (MADE | {"mode": "custom", "mode_timesteps": None}, {"steps": 20_000}, None, "mode (custom) stands for is not known; it was trained for 20,000 steps"), ({}, {}, None, "mode (not recorded) stands for is not known; it was trained for an unknown number of steps")])
+def test_what_was_trained_is_held_to_what_its_mode_stands_for(train, run, smoke, words):
+    "Whatever the project calls its budgets, and whatever an older checkpoint does not know."
+    found = training_budget({"config": {"train": train, "env": {"asset_class": "crypto"}}} | ({"run": run} if run else {}))
+    assert found["smoke"] is smoke and (found["said"] is None if words is None else words in found["said"])
+
+
+def test_the_configuration_records_what_its_mode_stands_for():
+    "On this hardware, also where a person asked for less."
+    for tier, steps in (("cpu", 7_500_000), ("h200", 50_000_000)):
+        for asked in (None, 500): assert get_auto_config(asked, "standard", tier=tier).mode_timesteps == steps
+    assert NativePPOConfig().mode_timesteps is None

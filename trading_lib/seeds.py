@@ -214,6 +214,8 @@ class SeedsTrainer(NativePPOTrainer):
             if self.best_scores[k] is None or score > self.best_scores[k]: self.best_scores[k], self.bests[k] = score, copy.deepcopy(self.content(k, {"validation": metrics, "validation_score": score}))
         row |= {name: float(np.mean([history[-1][name] for history in self.histories])) for name in self.histories[0][-1] if name.startswith("validation")}
 
+    def _bests(self) -> list[dict]: return [best for best in self.bests if best is not None]
+
     def validations_by_seed(self) -> list[tuple[int, list[dict]]]: return list(zip(self.seeds, self.each_validations))
 
     def content(self,

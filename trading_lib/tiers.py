@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CRITIC_EPOCHS', 'TIERS', 'RECURRENT_START', 'HIGH_VRAM', 'LOW_VRAM', 'CPU_STEP_SHARE', 'COST_WARM_UP',
-           'RECOMMENDED_TIMESTEPS', 'DEVICES', 'NativePPOConfig', 'is_due', 'tier_of', 'resolve_device',
+           'RECOMMENDED_TIMESTEPS', 'DEVICES', 'SMOKE_MODE', 'NativePPOConfig', 'is_due', 'tier_of', 'resolve_device',
            'hardware_tier', 'interval_in_force', 'get_auto_config', 'get_a100_config', 'layer_widths', 'parameters_of',
-           'memory_of', 'fit_config', 'describe', 'config_rows', 'config_table']
+           'memory_of', 'fit_config', 'describe', 'config_rows', 'config_table', 'training_budget']
 
 # %% ../nbs/13_tiers.ipynb #132fc06a
 import math
@@ -68,6 +68,7 @@ class NativePPOConfig:
     patience: int | None = None  # validations without a better score before training ends; None: never
     tier: str = "custom"  # where the numbers come from
     mode: str = "custom"  # what the run is for
+    mode_timesteps: int | None = None  # what that mode stands for on this hardware; None: not known
 
     decided_by: ClassVar[dict[str, str]] = {}  # field -> who decided it; not a setting, so neither compared nor saved
 
@@ -77,7 +78,7 @@ class NativePPOConfig:
         numbers = lambda *names: ((name, getattr(self, name)) for name in names)
         for name, value in numbers("n_gru_layers", "n_steps", "minibatch_size", "n_epochs", "total_timesteps", "learning_rate", "critic_learning_rate", "clip_range", "max_grad_norm", "validation_interval", "keep_checkpoints", "max_drawdown_threshold"):
             require(value > 0, f"NativePPOConfig.{name}: expected more than 0, was {value}")
-        for name, value in numbers("n_envs", "value_clip_range", "target_kl", "patience"):
+        for name, value in numbers("n_envs", "value_clip_range", "target_kl", "patience", "mode_timesteps"):
             require(value is None or value > 0, f"NativePPOConfig.{name}: expected more than 0 or null, was {value}")
         for name, value in numbers("seed", "checkpoint_interval", "entropy_coefficient", "value_coefficient", "drawdown_penalty_weight"):
             require(value >= 0, f"NativePPOConfig.{name}: expected 0 or more, was {value}")
@@ -190,6 +191,11 @@ def _decided(config: NativePPOConfig, by: dict[str, str]) -> NativePPOConfig:
     return config
 
 
+def _on_tier(steps: int, tier: str) -> int:
+    "What a mode's steps are on a tier."
+    return max(1, int(steps * CPU_STEP_SHARE)) if tier == "cpu" else steps
+
+
 def _mode(training_mode: str, asset_class: str, modes: dict[str, ModeParameters]) -> ModeParameters:
     if asset_class not in RECOMMENDED_TIMESTEPS: raise unknown_name("asset class", asset_class, RECOMMENDED_TIMESTEPS)
     if training_mode == "auto": return replace(modes["production"], total_timesteps=RECOMMENDED_TIMESTEPS[asset_class])
@@ -230,8 +236,8 @@ def get_auto_config(
     elif explicit.get("network") == "gru" and tier != "cpu": decide("recurrent start", **RECURRENT_START)
     decide("project", cost_warm_up=COST_WARM_UP)
     asked_by = f"mode {training_mode}" + (f", {asset_class}" if training_mode == "auto" else "")
-    if tier == "cpu": decide(f"{asked_by}: {CPU_STEP_SHARE:.0%} of {_short(mode.total_timesteps)} on a CPU", total_timesteps=max(1, int(mode.total_timesteps * CPU_STEP_SHARE)))
-    else: decide(asked_by, total_timesteps=mode.total_timesteps)
+    values["mode_timesteps"] = _on_tier(mode.total_timesteps, tier)
+    decide(f"{asked_by}: {CPU_STEP_SHARE:.0%} of {_short(mode.total_timesteps)} on a CPU" if tier == "cpu" else asked_by, total_timesteps=values["mode_timesteps"])
     decide("you", **explicit)
     sizes = NativePPOConfig(**values)  # names and numbers must be sound before anything is derived from them
     if total_timesteps is not None: decide("you", total_timesteps=total_timesteps)
@@ -388,3 +394,28 @@ def config_table(
                       *(f"  {line}" for line in r["warnings"])]
         lines.append(f"  {r['mode']:12}{_short(r['timesteps']):>8} steps {r['updates']:>5,} updates, validated every {r['validation']:>3}, " + (f"saved every {r['checkpoints']}" if r["checkpoints"] else "saved at the end"))
     return "\n".join(lines)
+
+# %% ../nbs/13_tiers.ipynb #fe70d12e
+SMOKE_MODE = "quick_test"  # whatever it earns, it is no evidence
+
+
+def training_budget(
+    content: dict,  # of a checkpoint
+) -> dict:  # mode, tier, steps, budget, smoke (True, False; None: not known) and a sentence where it is not False
+    "How much training a checkpoint comes from, and whether that is what its mode stands for."
+    config, run = content.get("config") or {}, content.get("run") or {}
+    train, env = config.get("train") or {}, config.get("env") or {}
+    mode, tier = train.get("mode"), train.get("tier")
+    named = RECOMMENDED_TIMESTEPS.get(env.get("asset_class")) if mode == "auto" else MODES[mode].total_timesteps if mode in MODES else None
+    known = [steps for steps in (named and _on_tier(named, tier), train.get("mode_timesteps")) if steps]
+    # a project may call a small budget "standard": the name is held to what it means everywhere
+    budget = max(known, default=None)
+    # of an older checkpoint only the plan is known, and the run cannot have gone beyond it
+    steps = run.get("steps", train.get("total_timesteps") or content.get("global_step"))
+    smoke = True if mode == SMOKE_MODE or None not in (steps, budget) and steps < budget else None if budget is None or "steps" not in run else False
+    count = "an unknown number of" if steps is None else f"{steps:,}" if "steps" in run else f"at most {steps:,}"
+    said = (f"mode {mode}, {count} steps: shows that the machinery runs, and says nothing about the strategy" if smoke and mode == SMOKE_MODE
+            else f"trained for {count} of the {budget:,} steps that mode {mode} stands for on tier {tier}" if smoke
+            else f"how much training its mode ({mode or 'not recorded'}) stands for is not known; it was trained for {count} steps" if smoke is None else None)
+    return {"mode": mode, "tier": tier, "steps": steps, "budget": budget, "smoke": smoke, "said": said}
+

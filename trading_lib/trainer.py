@@ -507,6 +507,7 @@ class NativePPOTrainer:
             if self.folder is not None and is_due(self.update, c.checkpoint_interval): self._keep(self.folder.save)
             self.progress.updated(self, row)
             if any(gathered(bool(stop()))): break
+        for best in self._bests(): best["run"] = self._run()  # the best policy comes of the whole run
         return self.history
 
     def _keep(self, save):
@@ -561,13 +562,19 @@ class NativePPOTrainer:
     def _policy_content(self, policy: nn.Module, config: NativePPOConfig) -> dict:
         "What a checkpoint says of a policy: its weights, what it reads, what it was trained on and how."
         env = self.env
-        content = {"policy_state_dict": policy.state_dict(), "folded_sums": folded_sums(policy), "global_step": self.global_step, "update": self.update,
+        content = {"policy_state_dict": policy.state_dict(), "folded_sums": folded_sums(policy), "global_step": self.global_step, "update": self.update, "run": self._run(),
                    "policy_obs_dim": env.obs_dim, "policy_n_actions": env.n_actions, "config": {"train": asdict(config)}, **self._made_with}
         if self.table is not None:
             content |= get_checkpoint_metadata(env.config.version, env.config.window)
             content["config"]["env"] = asdict(replace(env.config, n_envs=self.accounts))
             content |= {"fit": env.market.fit, "data": self._data()}
         return content
+
+    def _bests(self) -> list[dict]: return [] if self.best is None else [self.best]
+
+    def _run(self) -> dict:
+        "How far the run has come: more than the policy itself, where a validation chose an earlier one."
+        return {"steps": self.global_step, "updates": self.update, "validations": max((len(rows) for _, rows in self.validations_by_seed()), default=0), "ended": self.ended}
 
     def content(self, metrics: dict | None = None) -> dict:
         "Everything a checkpoint holds: plain containers and tensors."
