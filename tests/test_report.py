@@ -1,4 +1,5 @@
 "What a backtest is worth, in words and on a page: judgement, stress, capacity, and a report that stands alone."
+import html
 import json
 import math
 import re
@@ -9,8 +10,9 @@ import pytest
 from scipy.stats import norm
 
 from test_backtest import FITTED, TIGHT, backtest, long_run, market_of, random_list, simulated
+from trading_lib import report
 from trading_lib.backtest import read_backtest, write_backtest
-from trading_lib.judgement import assess, capacity_limit, headline, judge, judge_stress
+from trading_lib.judgement import VERDICTS, assess, capacity_limit, headline, judge, judge_stress, worst_verdict
 from trading_lib.metrics import GATES
 from trading_lib.report import comparison_table, describe_source, render_report, write_report
 
@@ -37,9 +39,9 @@ def test_what_one_trial_approves_many_do_not():
 
 
 def scripted(**rows):
-    "A result whose stress rows are given by name; the others are as good as the agent."
+    "A result on real bars, better than every baseline, whose stress rows are given by name; the others are as good as the agent."
     base = long_run("crypto")[0]
-    return replace(base, metrics=base.metrics | {"fitness": None} | GOOD, stress=[row | {"fitness": None} | GOOD | rows.get(row["name"].replace(" ", "_").replace("×", "x"), {}) for row in base.stress])
+    return replace(base, metrics=base.metrics | {"fitness": None, "total_return": 0.5} | GOOD, provenance=base.provenance | {"data": {"source": "alpaca"}, "simulated": None}, stress=[row | {"fitness": None} | GOOD | rows.get(row["name"].replace(" ", "_").replace("×", "x"), {}) for row in base.stress])
 
 
 def test_a_verdict_that_turns_when_costs_double_says_so():
@@ -72,6 +74,81 @@ def test_the_headline_names_what_is_beaten_and_what_is_not():
         for name, value in (("cash", 0), ("buy-and-hold,", bh), ("at its own exposure", exposed)):
             here = (beaten if r > value else rest).replace(".", ",")
             assert name in here, (name, words)
+
+
+# what no figure makes up for
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    "Words alone: pictures take seconds."
+    for name in ("plot_backtest", "plot_stress", "_image"): monkeypatch.setattr(report, name, lambda *_: "")
+
+
+SIMULATED = {"data": {"source": "simulated", "edge": 0.1, "seed": 0}}
+SMOKE = {"training": {"smoke": True, "said": "trained for 20,000 of the 7,500,000 steps that mode standard stands for on tier cpu"}}
+UNKNOWN = {"training": {"smoke": None, "said": "how much training its mode (custom) stands for is not known; it was trained for 20,000 steps"}}
+
+
+def changed(provenance=(), metrics=(), baselines=()):
+    "The good result on real bars, with something else in it."
+    base = scripted()
+    return replace(base, provenance=base.provenance | dict(provenance), metrics=base.metrics | dict(metrics), baselines=base.baselines | dict(baselines))
+
+
+@pytest.mark.parametrize("result, verdict, words", [
+    (dict(), "APPROVED", ""), (dict(provenance=SIMULATED), "SIMULATED PASS", ""), (dict(provenance={"data": {"source": "alpaca"}, "simulated": True}), "SIMULATED PASS", ""),
+    (dict(provenance={"data": {}}), "SIMULATED PASS", ""), (dict(provenance={"data": {"source": "files"}}), "SIMULATED PASS", ""),  # it is called SIM-USD
+    (dict(provenance=SIMULATED, metrics={"max_drawdown": 0.12}), "REVIEW", "SIMULATED PASS needs <= 0.08"), (dict(provenance=SIMULATED, metrics={"max_drawdown": 0.5}), "DROP", "REVIEW needs <= 0.15"),
+    (dict(provenance=SMOKE), "SMOKE TEST", "trained for 20,000 of the 7,500,000 steps"), (dict(provenance=SMOKE | SIMULATED), "SMOKE TEST", "trained for 20,000"), (dict(provenance=SMOKE, metrics={"max_drawdown": 0.5}), "SMOKE TEST", "trained for 20,000"),
+    (dict(provenance=SMOKE | {"unseen": False, "seen_to": "2023-02-01 00:00"}), "SMOKE TEST", "unseen bars are needed"), (dict(provenance=UNKNOWN), "APPROVED", "How much training its mode (custom) stands for is not known"),
+    (dict(metrics={"trades": 9}), "REVIEW", "too few trades to say (9)"), (dict(metrics={"trades": 10}), "APPROVED", ""),
+    *((dict(baselines={name: 0.51}, provenance=data), "REVIEW", f"simple baselines did better than its +50.00%: {called} +51.00%") for data in ({}, SIMULATED) for name, called in (
+        ("buy_and_hold", "buy-and-hold"), ("buy_and_hold_at_exposure", "buy-and-hold at its own exposure"), ("moving_average_cross", "the moving-average cross"), ("ridge", "ridge regression"), ("boosting", "gradient boosting"),
+        ("a_rule_of_mine", "a rule of mine"))), (dict(baselines={"oracle": 9.0, "cash": 0.0, "ridge": 0.5}), "APPROVED", "")])
+def test_what_no_figure_makes_up_for(no_pictures, result, verdict, words):
+    "Figures that pass every gate are APPROVED on real bars alone, of a model that was trained as long as its mode says, where no simple thing did better; and every reason is said, in the report and under stress as well."
+    result = changed(**result)
+    said, page = assess(result), render_report(result)
+    assert said["verdict"] == verdict and (not words or any(words in line for line in said["reasons"])), (said["verdict"], said["reasons"])
+    assert f"<b>{verdict}</b>" in page and all(html.escape(line) in page for line in said["reasons"])
+    simulated = said["simulated"]
+    assert simulated == ("simulated bars" in said["headline"]) == ("Simulated data." in page) == (" simulated " in comparison_table([result], [said])) and not (simulated and "APPROVED" in json.dumps(said) + page)
+    assert verdict != "SMOKE TEST" or set(said["stress"].values()) == {"SMOKE TEST"}
+    for name, value in result.baselines.items():
+        if name not in ("oracle", "cash"): assert f"{value:+.2%}" in said["headline"], name
+
+
+def test_every_verdict_has_a_meaning_and_the_worst_decides():
+    assert set(GATES) < set(VERDICTS) and worst_verdict("REVIEW", "SMOKE TEST", "APPROVED") == "SMOKE TEST" and worst_verdict("SIMULATED PASS", "REVIEW") == "REVIEW" and worst_verdict("DROP", "REVIEW") == "DROP"
+
+
+@pytest.mark.parametrize("trades", [0, 2, 9, 10])
+def test_figures_of_few_trades_are_not_written(no_pictures, trades):
+    "Neither in the table nor in the reasons, nor under stress."
+    own = {"trades": trades, "profit_factor": 1.2345, "win_rate": 0.4321, "average_win": 12.345, "average_loss": -6.789}
+    base = scripted()
+    result = replace(base, metrics=base.metrics | own, stress=[row | own for row in base.stress])
+    page = re.sub("base64,[^\"]+", "", render_report(result))
+    assert ((f"too few trades to say ({trades})" in page) == (trades < 10)) and all((text in page) == (trades >= 10) for text in ("1.23", "43.2%", "12.35", "-6.79"))
+
+
+def test_intervals_that_say_nothing_are_not_written(no_pictures):
+    "Not below what can be lost, and not where every opinion fits in."
+    for interval, words in (((-0.4, 0.1), "-40.00% to +10.00%"), ((-1.2, 0.1), "too wide to say anything"), ((-0.9, 0.9), "too wide to say anything")):
+        result = changed(metrics={"intervals": {"total_return": dict(zip(("low", "high"), interval)), "sharpe": {"low": -0.5, "high": 1.25}}})
+        assert words in render_report(result) and "-0.50 to 1.25" in render_report(result)
+    wide = changed(metrics={"intervals": {"total_return": {"low": -0.4, "high": 0.1}, "sharpe": {"low": -9.5, "high": 31.25}}})
+    assert "31.25" not in render_report(wide)
+
+
+def test_text_from_outside_stays_text():
+    "Of checkpoints, ledgers, files and verdicts: nothing of it is markup in the page, and a picture is drawn of it."
+    evil = "<script>alert(1)</script>|$x$"
+    result = changed(provenance={"data": {"source": evil, "feed": evil}, "symbol": evil, "timeframe": evil, "version": evil, "model": {evil: evil}, "bars": {"bars": evil, "start": evil, "end": evil, "sha256": evil}})
+    result.symbol, result.baselines = evil, result.baselines | {evil: 0.1}
+    page = render_report(result, assess(scripted()) | {"verdict": evil, "headline": evil, "reasons": [evil]})
+    assert "<script" not in page and page.count("&lt;script&gt;") >= 10
 
 
 def test_an_agent_that_never_trades_is_dropped_and_says_so():

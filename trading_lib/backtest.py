@@ -28,6 +28,7 @@ from .features import FeatureFit
 from .files import atomic_write
 from .layouts import LAYOUTS
 from .metrics import block_bootstrap_interval, equity_returns, periods_per_year, sharpe_moments, sharpe_ratio, summarise_equity
+from .tiers import training_budget
 from .trainer import build_policy
 from .version import MODEL_SPECS, action_table
 from .walk import DecisionBars, Run, Walked, decisions_of, walk_and_keep
@@ -66,7 +67,13 @@ def greedy_actions(
         else:
             some, _, state = policy.evaluate_sequences(policy.window_inputs(windows)[:, None], state, torch.as_tensor(begins[i:i + batch])[:, None])
             logits.append(some[:, 0])
-    return torch.cat(logits).argmax(1)
+    return _most_probable(torch.cat(logits))
+
+
+def _most_probable(logits: Tensor) -> Tensor:
+    "The greedy action of each row; an answer that is no number is no decision not to trade."
+    require(bool(torch.isfinite(logits).all()), "model: answers with numbers that are not finite; it cannot be judged: train it again, or choose an earlier checkpoint")
+    return logits.argmax(1)
 
 
 def _fresh_state(policy, n: int) -> Tensor | None:
@@ -78,9 +85,9 @@ def _fresh_state(policy, n: int) -> Tensor | None:
 def _next_actions(policy, builder: BacktestObservationBuilder, bar: int, account: AccountState, state: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (n,) int64, state
     "What n accounts do at one bar, each for itself."
     windows = builder.observations(np.full(len(account.cash), bar), account).flatten(1)
-    if state is None: return policy(windows)[0].argmax(1), None
+    if state is None: return _most_probable(policy(windows)[0]), None
     logits, _, state = policy.evaluate_step(policy.window_inputs(windows), state)
-    return logits.argmax(1), state
+    return _most_probable(logits), state
 
 
 def _late(actions: Tensor, delay: int, stretch: np.ndarray, can_fill: np.ndarray) -> Tensor:
@@ -107,6 +114,7 @@ class _Subject:
     random_policies: int
     seed: int
     seen: dict  # of `training_span`
+    content: dict | None = None  # of the checkpoint
 
     @property
     def spec(self): return MODEL_SPECS[self.market.version]
@@ -267,8 +275,15 @@ def _result(s: _Subject, walked: list[Walked], account: AccountState) -> Backtes
     if s.truth is not None: metrics["share_of_oracle"] = metrics["net_profit"] / rules.initial / result.baselines["oracle"] if result.baselines["oracle"] > 0 else None
     result.provenance = {"symbol": market.symbol, "timeframe": market.timeframe, "asset_class": market.asset_class, "version": market.version, "bars": market.fingerprint,
                          "span": [str(equity.index[0]), str(equity.index[-1])], "account": asdict(s.account), "unseen": _unseen(s.seen, equity.index[0]),
-                         "seen_to": None if s.seen["last"] is None else str(s.seen["last"])}
+                         "seen_to": None if s.seen["last"] is None else str(s.seen["last"]), "simulated": _simulated(s)}
+    if s.content is not None: result.provenance["training"] = training_budget(s.content)
     return result
+
+
+def _simulated(s: _Subject) -> bool | None:
+    "Whether it is certain that the bars are simulated: their truth was given, or the model knows these very bars; None: not known from here."
+    data = (s.content or {}).get("data") or {}
+    return True if s.truth is not None or data.get("source") == "simulated" and data.get("sha256") == s.market.fingerprint["sha256"] else None
 
 
 _RESAMPLES = 500  # of the bootstrap; enough for two digits of a 95 % interval
@@ -329,7 +344,7 @@ def _subject(
     builder = BacktestObservationBuilder(bars, version, fit, timeframe, asset_class, window, account) if actions is None else None
     decided = checked.pop("actions", None)
     if actions is None and not LAYOUTS[version].account_columns: decided = greedy_actions(policy, builder, decisions.bars, decisions.begins)
-    return _Subject(market, account, account_rules(account, asset_class), decisions, policy if actions is None else None, builder, decided, truth, checked, random_policies, seed, training_span(content or {}))
+    return _Subject(market, account, account_rules(account, asset_class), decisions, policy if actions is None else None, builder, decided, truth, checked, random_policies, seed, training_span(content or {}), content)
 
 
 def _moment(text) -> pd.Timestamp | None:
