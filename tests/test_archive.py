@@ -28,8 +28,10 @@ import torch
 from trading_lib import archive as A
 from trading_lib.checkpoint import save_checkpoint
 from trading_lib.config import InputError
+from trading_lib.env import REWARD_COMPONENTS
 from trading_lib.version import get_checkpoint_metadata
 
+ROOT = Path(__file__).resolve().parents[1]
 fork = multiprocessing.get_context("fork")  # torch need not be imported again in each process
 DATA = {"sha256": "ab" * 32, "start": "2022-01-01T00:00:00Z", "end": "2023-12-31T23:45:00Z", "bars": 70_000}
 SPAN = ("2023-05-28T00:00:00Z", "2023-09-13T23:45:00Z")
@@ -61,18 +63,19 @@ def ledger(tmp_path) -> Path: return A.ledger_path(tmp_path, "SIM-USD")
 
 # --- what a trial is -----------------------------------------------------------------------------------------------
 
-def test_the_key_is_the_hash_of_what_was_tried_and_of_nothing_else():
-    written = ('{"data":{"first":"2022-01-01T00:00:00Z","last":"2023-12-31T23:45:00Z","sha256":"%s"},"kind":"checkpoint","parameters":{"learning_rate":0.0003},"seed":0,'
-               '"span":["2023-05-28T00:00:00Z","2023-09-13T23:45:00Z"],"symbol":"SIM-USD","timeframe":"15Min","update":5}') % ("ab" * 32)
-    assert A.Trial(**trial()).key == hashlib.sha256(written.encode()).hexdigest()
+def test_the_key_is_the_hash_of_what_was_tried_and_of_what_it_showed():
+    written = ('{"bars":960,"code":"c0de","data":{"first":"2022-01-01T00:00:00Z","last":"2023-12-31T23:45:00Z","sha256":"%s"},"kind":"checkpoint","parameters":{"learning_rate":0.0003},"returns":[0.0,0.1],"seed":0,'
+               '"sharpe_per_bar":0.01,"span":["2023-05-28T00:00:00Z","2023-09-13T23:45:00Z"],"symbol":"SIM-USD","timeframe":"15Min","update":5}') % ("ab" * 32)
+    written = written.replace('"kind"', '"days":["2023-05-28","2023-05-29"],"kind"')
+    assert A.Trial(**trial(code="c0de", days=day_names(2), returns=[-0.0, 0.1], libraries={"torch": "9"}, simulated=True)).key == hashlib.sha256(written.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("other, new", [
     (dict(seed=1), True), (dict(update=10), True), (dict(parameters={"learning_rate": 1e-3}), True), (dict(parameters={"learning_rate": 3e-4, "gamma": 0.9}), True), (dict(symbol="SIMA"), True),
     (dict(timeframe="1Hour"), True), (dict(kind="probe"), True), (dict(data=DATA | {"sha256": "cd" * 32}), True), (dict(span=("2023-05-28T00:00:00Z", "2023-09-14T23:45:00Z")), True), (dict(seed=None), True),
-    (dict(sharpe_per_bar=0.5), False), (dict(bars=1), False), (dict(returns=[0.0] * 10), False), (dict(days=day_names(10, "2020-01-01")), False), (dict(span=list(SPAN)), False),
+    (dict(sharpe_per_bar=0.5), True), (dict(bars=1), True), (dict(returns=[0.0] * 10), True), (dict(days=day_names(10, "2020-01-01")), True), (dict(code="c0de"), True), (dict(span=list(SPAN)), False),
     (dict(parameters={"learning_rate": np.float64(3e-4)}), False), (dict(seed=np.int64(0)), False), (dict(data={"sha256": "ab" * 32, "first": DATA["start"], "last": DATA["end"]}), False)])
-def test_another_seed_parameter_or_checkpoint_is_a_new_trial_and_another_outcome_is_not(ledger, other, new):
+def test_another_seed_parameter_checkpoint_code_or_outcome_is_a_new_trial(ledger, other, new):
     assert A.record_trials(ledger, [trial()]) == 1 and A.record_trials(ledger, [trial(**other)]) == new
     assert len(A.read_trials(ledger)) == 1 + new
 
@@ -88,7 +91,7 @@ def test_lines_hold_eight_significant_digits_and_nothing_about_when_or_where(tmp
     assert A.record_trials(ledger, [odd]) == 1
     line = json.loads(ledger.read_text())
     assert line["returns"] == [0.33333333, 6.6666667e-10, -0.14285714, 0.0, 0.0, 1e-12, 0.3, 1.0, 2.0, 3.0] and line["sharpe_per_bar"] == 0.33333333
-    assert set(line) == set(odd) | {"key", "line_sha256"}
+    assert set(line) == set(odd) | {"key", "line_sha256", "code", "libraries", "simulated"} and line["code"] is line["libraries"] is line["simulated"] is None
     # another place, another time, another process, another hash seed: the same bytes
     time.sleep(0.01)
     script = "import sys; from tests_trial import t; from trading_lib import archive as A; A.record_trials(sys.argv[1], [t])"
@@ -138,6 +141,39 @@ def test_a_sweep_of_8_runs_with_5_checkpoints_counts_as_8_and_40(ledger):
 def test_the_seed_of_training_is_no_parameter_and_the_seed_of_the_data_is():
     run = A.run_trials("SIM-USD", "15Min", DATA, SPAN, {"train": {"seed": 3, "gamma": 0.9}, "data": {"seed": 1}, "seed": 3}, 3, [dict(update=1, sharpe_per_bar=0, bars=1, days=[], returns=[])])
     assert run[0].parameters == {"train": {"gamma": 0.9}, "data": {"seed": 1}} and (run[0].seed, run[0].update, run[0].kind) == (3, 1, "checkpoint")
+
+
+def test_the_same_settings_with_other_outcomes_are_other_runs(ledger):
+    "Thirty versions of a formula, tried one after the other: nobody said so but the outcomes."
+    look = lambda update, drift: dict(update=update, sharpe_per_bar=0.01 + drift, bars=900, days=day_names(2), returns=[drift, 0.0])
+    of = lambda k: A.run_trials("BTC-USD", "15Min", DATA, SPAN, {}, 0, [look(u, 0.001 * k) for u in (5, 10)])
+    assert [A.record_trials(ledger, of(k)) for k in [*range(30), 7]] == [2] * 30 + [0]
+    assert A.ledger_summary(A.read_trials(ledger)) == {"n_trials": 60, "n_runs": 30, "n_seeds": 1, "n_parameter_sets": 1, "n_checkpoints": 60}
+
+
+def test_a_changed_formula_is_another_trial_whatever_it_shows(ledger, monkeypatch):
+    assert [A.record_trials(ledger, sweep(1, 1)) for _ in range(2)] == [1, 0]
+    monkeypatch.setitem(REWARD_COMPONENTS, "mine", lambda s: s.equity * 2)
+    assert [A.record_trials(ledger, sweep(1, 1)) for _ in range(2)] == [1, 0]
+    counted = A.read_trials(ledger)
+    assert A.ledger_summary(counted)["n_runs"] == 2 and counted[0]["code"] != counted[1]["code"] and counted[0]["libraries"] == {"numpy": np.__version__, "torch": torch.__version__}
+
+
+@pytest.mark.parametrize("source, symbol, simulated", [("simulated", "XYZ", True), ("alpaca", "SIM-USD", False), (None, "SIM-USD", True), (None, "SPY", False)])
+def test_whether_bars_were_simulated_is_recorded(source, symbol, simulated):
+    data = DATA | ({} if source is None else {"source": source})
+    assert A.run_trials(symbol, "15Min", data, SPAN, {}, 0, [dict(update=1, sharpe_per_bar=0, bars=1, days=[], returns=[])])[0].simulated is simulated
+
+
+def test_an_older_ledger_is_read_with_its_own_keys(ledger):
+    "Lines from before code and outcome were part of the key."
+    old = trial(data={"sha256": "ab" * 32, "first": "a", "last": "b"}, span=list(SPAN)) | {"key": "ab" * 32}
+    ledger.parent.mkdir()
+    body = json.dumps(old, sort_keys=True, separators=(",", ":"))[:-1]
+    ledger.write_text(body + ',"line_sha256":"' + hashlib.sha256(body.encode()).hexdigest() + '"}\n')
+    assert A.read_trials(ledger) == [old] and A.record_trials(ledger, [old]) == 0
+    assert A.record_trials(ledger, sweep(1, 1)) == 1 and A.ledger_summary(A.read_trials(ledger))["n_trials"] == 2
+    assert A.luck_adjusted([0.1, 0.2, -0.1], A.read_trials(ledger))["n_trials"] == 2
 
 
 # --- many writers, killed writers, damage ---------------------------------------------------------------------------
@@ -222,16 +258,22 @@ def test_any_changed_byte_in_the_middle_is_an_error_that_names_file_and_line(led
         with pytest.raises(InputError, match=f"SIM-USD.jsonl: line {line} is damaged") as e: A.read_trials(ledger)
         assert str(ledger) in str(e.value) and "\n" not in str(e.value)
     # a run that took hours does not lose its own trials to that
-    with pytest.warns(UserWarning, match="new lines are added all the same"): assert A.record_trials(ledger, [trial(seed=9)]) == 1
+    assert A.record_trials(ledger, [trial(seed=9)]) == 1
     assert b'"seed":9,' in ledger.read_bytes()
 
 
-@pytest.mark.parametrize("line", [b"", b"{}", b"null", b'{"key":"x"}', b"<<<<<<< HEAD", b"\xff\xfe"])
+@pytest.mark.parametrize("line", [b"{}", b"null", b'{"key":"x"}', b"<<<<<<< HEAD", b"\xff\xfe"])
 def test_lines_of_another_hand_are_refused(ledger, line):
     A.record_trials(ledger, [trial(seed=0), trial(seed=1)])
     first, second = ledger.read_bytes().splitlines()
     ledger.write_bytes(first + b"\n" + line + b"\n" + second + b"\n")
     with pytest.raises(InputError, match="line 2 is damaged"): A.read_trials(ledger)
+
+
+def test_blank_lines_mean_nothing(ledger):
+    A.record_trials(ledger, [trial(seed=0), trial(seed=1)])
+    ledger.write_bytes(b"\n" + ledger.read_bytes().replace(b"\n", b"\r\n \n\n") + b"\n  ")
+    assert A.record_trials(ledger, [trial(seed=1), trial(seed=2)]) == 1 and [t["seed"] for t in A.read_trials(ledger)] == [0, 1, 2]
 
 
 def test_lines_that_were_merged_twice_count_once(ledger):
@@ -301,6 +343,139 @@ def test_no_line_goes_to_a_file_that_is_no_longer_there(ledger):
     stop.put(True)
     replacer.join()
     assert len(lines_of(ledger)) == 301 and all(p.exitcode == 0 for p in (replacer, *writers))
+
+
+def test_trials_that_cannot_be_written_wait_beside_the_model(tmp_path, ledger):
+    "And count, and are added by the next training."
+    ledger.mkdir(parents=True)  # a folder where the file should be
+    said = A.add_trials(tmp_path, "SIM-USD", [trial(seed=0), trial(seed=1)])
+    kept = tmp_path / "models" / "SIM-USD.trials.jsonl"
+    assert "cannot be written" in said and f"2 trials are kept in {kept}" in said and "\n" not in said
+    ledger.rmdir()
+    assert [t["seed"] for t in A.read_trials(ledger)] == [0, 1] and not ledger.exists()
+    assert {s: len(t) for s, t in A.project_trials(tmp_path).items()} == {"SIM-USD": 2}
+    assert A.add_trials(tmp_path, "SIM-USD", [trial(seed=1), trial(seed=2)]) == "ledger of SIM-USD: 1 new trials, 3 in all"
+    assert not kept.exists() and {r["seed"] for r in lines_of(ledger)} == {0, 1, 2}
+
+
+def unwritable(path):
+    path.mkdir(parents=True)
+
+
+def damaged(path):
+    A.record_trials(path, [trial(seed=0), trial(seed=1)])
+    path.write_bytes(path.read_bytes().replace(b'"seed":0', b'"seed":5'))
+
+
+@pytest.mark.parametrize("spoil, words", [(unwritable, "SIM-USD.jsonl: cannot be read"), (damaged, "SIM-USD.jsonl: line 1 is damaged"), (lambda p: p.parent.write_text(""), "SIM-USD.jsonl: cannot be read")])
+def test_a_ledger_that_could_not_take_a_trainings_trials_is_found_before_it(tmp_path, ledger, spoil, words):
+    A.check_ledger(tmp_path, "SIM-USD")
+    assert not list(tmp_path.iterdir())
+    spoil(ledger)
+    with pytest.raises(InputError, match=words) as e: A.check_ledger(tmp_path, "SIM-USD")
+    assert "\n" not in str(e.value)
+
+
+def test_a_full_disk_is_found_before_a_training(tmp_path, ledger):
+    A.record_trials(ledger, [trial()])
+    script = f"import resource, signal; from trading_lib import archive as A; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); A.check_ledger({str(tmp_path)!r}, 'SIM-USD')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(A.__file__).parents[1])})
+    assert done.returncode and "SIM-USD.jsonl: cannot be written" in done.stderr.splitlines()[-1]
+
+
+def git(folder, *command):
+    who = {f"GIT_{role}_{what}": "n@example.org" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    return subprocess.run(["git", *command], cwd=folder, check=True, capture_output=True, text=True, env=os.environ | who | {"GIT_CONFIG_GLOBAL": os.devnull}).stdout
+
+
+def repository(folder, **files) -> Path:
+    folder.mkdir(exist_ok=True)
+    git(folder, "init", "-q", "-b", "main")
+    for name in (".gitattributes", ".gitignore"): (folder / name).write_text((ROOT / name).read_text())
+    git(folder, "add", "."), git(folder, "commit", "-qm", "start")
+    return folder
+
+
+def seeds(root) -> set: return {t["seed"] for t in A.read_trials(A.ledger_path(root, "SIM-USD"))}
+
+
+def commit(root): git(root, "add", "ledger"), git(root, "commit", "-qm", "tried")
+
+
+@pytest.mark.parametrize("lose", [("stash", "-u"), ("checkout", "--", "."), ("reset", "-q", "--hard"), ("checkout", "-q", "start"), ("clean", "-qfd", "ledger")])
+def test_nothing_that_git_does_to_the_projects_files_loses_a_trial(tmp_path, lose):
+    root = repository(tmp_path / "p")
+    ledger = A.ledger_path(root, "SIM-USD")
+    git(root, "branch", "start")
+    A.record_trials(ledger, [trial(seed=0)])
+    if lose[0] != "clean": commit(root)
+    A.record_trials(ledger, [trial(seed=1)])
+    if lose[-1] == "start": commit(root)
+    git(root, *lose)
+    assert not ledger.exists() or len(lines_of(ledger)) < 2
+    assert seeds(root) == {0, 1}
+    A.record_trials(ledger, [trial(seed=2)])
+    assert {r["seed"] for r in lines_of(ledger)} == {0, 1, 2}  # and the project's file has them again
+
+
+def test_ledgers_of_two_people_merge_into_all_their_trials(tmp_path):
+    a = repository(tmp_path / "a")
+    A.record_trials(A.ledger_path(a, "SIM-USD"), [trial(seed=0)])
+    commit(a)
+    git(tmp_path, "clone", "-q", "a", "b")
+    b = tmp_path / "b"
+    A.record_trials(A.ledger_path(a, "SIM-USD"), [trial(seed=1), trial(seed=2)])
+    A.record_trials(A.ledger_path(b, "SIM-USD"), [trial(seed=3), trial(seed=2)])
+    commit(a), commit(b)
+    git(b, "pull", "-q", "--no-rebase", "--no-edit", "origin", "main")
+    assert seeds(b) == {0, 1, 2, 3} and seeds(tmp_path / "a") == {0, 1, 2}
+    assert not git(b, "status", "--porcelain")
+
+
+def test_work_trees_of_a_repository_know_each_others_trials(tmp_path):
+    root = repository(tmp_path / "p")
+    git(root, "worktree", "add", "-q", str(tmp_path / "w"), "-b", "other")
+    A.record_trials(A.ledger_path(root, "SIM-USD"), [trial(seed=0)])
+    A.record_trials(A.ledger_path(tmp_path / "w", "SIM-USD"), [trial(seed=1)])
+    assert seeds(root) == seeds(tmp_path / "w") == {0, 1}
+
+
+def test_every_symbol_of_a_project_counts_and_simulated_ones_apart(tmp_path):
+    for symbol, n, simulated in (("SPY", 2, False), ("QQQ", 3, None), ("SIM-USD", 4, None), ("XYZ", 5, True)):
+        A.record_trials(A.ledger_path(tmp_path, symbol), [trial(symbol=symbol, seed=i, simulated=simulated) for i in range(n)])
+    A.record_run(A.index_path(tmp_path), run())
+    assert {s: len(t) for s, t in A.project_trials(tmp_path).items()} == {"SPY": 2, "QQQ": 3, "SIM-USD": 4, "XYZ": 5}
+    assert (len(A.comparable_trials(tmp_path, False)), len(A.comparable_trials(tmp_path, True))) == (5, 9)
+    assert A.project_trials(tmp_path / "none") == {}
+
+
+SIZED = """
+import resource, sys, time
+from trading_lib import archive as A
+from trading_lib.code_identity import code_identity
+root, trial, base, told = sys.argv[1], eval(sys.argv[2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
+for what in (lambda: A.add_trials(root, "SIM-USD", [trial]), lambda: A.luck_adjusted([0.01, -0.01, 0.02], A.comparable_trials(root, True))):
+    begun = time.process_time()
+    what()
+    told += [time.process_time() - begun, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024]
+print(*told)
+"""
+
+
+def test_a_long_ledger_is_added_to_without_reading_what_it_says(tmp_path, ledger):
+    "20,000 lines, 80 MB: seconds of this process alone, and MB beyond what the modules take. It was 2 s and 400 MB, and 1.2 GB for a reader."
+    ledger.parent.mkdir()
+    returns = np.random.default_rng(0).normal(0, 0.01, 100).round(8).tolist()
+    record = A.Trial(**trial(days=day_names(100), returns=returns, parameters={f"setting_{i}": i for i in range(60)})).record()
+    before, after = A._line(record)[:-83].split(record["key"].encode())
+    with open(ledger, "wb") as file:
+        for i in range(20_000):
+            body = before + b"%064x" % i + after
+            file.write(body + b',"line_sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n')
+    done = subprocess.run([sys.executable, "-c", SIZED, str(tmp_path), repr(trial(seed=-1))], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(A.__file__).parents[1])})
+    print(done.stdout, done.stderr)
+    adding, added, _, read = map(float, done.stdout.split())
+    assert adding < 0.7 and added < 30 and read < 250 and len(ledger.read_bytes().splitlines()) == 20_001 == len(A.read_trials(ledger))
 
 
 def test_places_that_cannot_be_written_or_read_are_named(tmp_path):

@@ -17,18 +17,10 @@ import torch
 
 from .checkpoint import _count_parameters, flat_facts
 from .config import require
-from .files import atomic_write
+from .files import atomic_write, markdown as _plain
 from .version import declared_version, policy_matrices, policy_widths
 
 # %% ../nbs/14_model_card.ipynb #491ef0ff
-def _plain(value) -> str:
-    "A value as one line of markdown that shows it literally."
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    line = line.replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"[\\`*|~]|(?<![^\W_])_|_(?![^\W_])|(?<=\])\(", r"\\\g<0>", line)  # an underscore within a word means nothing, nor do brackets before anything but (
-
-
 def _table(header: tuple, rows) -> str:
     "A markdown table."
     line = lambda cells: "| " + " | ".join(_plain(c) or "–" for c in cells) + " |"
