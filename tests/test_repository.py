@@ -261,7 +261,9 @@ def test_stages_are_chained_by_their_files():
     needs = {stage: set(declared(stage, "deps")) for stage in STAGES}
     figures = set(declared("backtest", "metrics")) | {p for p in declared("backtest", "plots") if p.endswith(".csv")}
     assert needs["train"] & made["prepare"] and needs["backtest"] & made["train"] and needs["backtest"] & made["prepare"] and needs["report"] & made["backtest"] and figures <= needs["report"] and needs["walk_forward"] & made["prepare"] and needs["seeds"] & made["prepare"]
-    assert "ledger/${item}.jsonl" in needs["report"] and not any("ledger" in path for stage in STAGES for path in made[stage]), "what was tried is an input, and nobody's output"
+    assert "ledger" in needs["report"] and not any("ledger" in path for stage in STAGES for path in made[stage]), "what was tried is an input, and nobody's output"
+    assert (ROOT / "ledger" / "README.md").exists(), "git knows no empty folders, and a dependency that is not there ends `dvc repro`"
+    assert "ledger/index.jsonl" in (ROOT / ".dvcignore").read_text().splitlines(), "what reports write does not make other reports stale"
     for stage in ("walk_forward", "seeds"): assert list(DVC).index(stage) < list(DVC).index("report"), "the report reads the ledger that it adds to; stages that do not depend on each other run in the order of the file"
     for stage in STAGES:
         assert DVC[stage]["foreach"] == ("${%s.symbols}" % stage if stage in ("walk_forward", "seeds") else "${symbols}")  # the list itself is no parameter of a stage, so a new symbol leaves the others alone

@@ -136,6 +136,7 @@ def _problems(path: Path, reading: bool = False):
     except InputError: raise
     except OSError as e:
         if not reading: raise unwritable(path, e) from None
+        if isinstance(e, FileNotFoundError): raise  # no file holds no lines
         raise InputError(f"{path}: cannot be read ({e.strerror or e}); check its permissions") from None
 
 
@@ -182,7 +183,7 @@ def _bodies(path: Path) -> Iterator[bytes]:
 def _complete(path: Path, wanted: set[bytes] | None = None) -> dict[bytes, bytes]:
     "Seal -> line of the lines that are as they were written; no file, no lines."
     try:
-        with _locked(path, False) as handle: lines = [line.rstrip() + b"\n" for line in _lines(handle) if wanted is None or _seal(line) in wanted]
+        with _problems(path, reading=True), _locked(path, False) as handle: lines = [line.rstrip() + b"\n" for line in _lines(handle) if wanted is None or _seal(line) in wanted]
     except FileNotFoundError: return {}
     return {_seal(line): line for line in lines if _body(line) is not None}
 
