@@ -21,10 +21,10 @@ REFUSED = {
     "features": dict(version=[*NOT_TEXT, None, 5.6], window=[0, -1, None, *NOT_WHOLE]),
     "account": dict(initial_account_value=[0, -1, None, *NOT_A_NUMBER], safety_buffer_pct=SHARE, base_alloc=SHARE, max_position_pct=SHARE, stop_pct=SHARE, target_pct=SHARE, allow_short=NOT_A_FLAG,
                     costs=["none", None, 0], commission_bps=NOT_LESS, half_spread_bps=NOT_LESS, slippage_bps=NOT_LESS, impact_coefficient=NOT_LESS),
-    "env": dict(episode_length=[1, 0, -1, None, *NOT_WHOLE], reward_preset=[*NOT_TEXT, None]),
+    "env": dict(episode_length=[1, 0, -1, None, *NOT_WHOLE], reward_preset=[*NOT_TEXT, None], reward_weights=["much", 1, [], {}, {"pnl": "x"}, {"pnl": NAN}, {"pnl": None}, {5: 1}]),
     "train": dict(mode=[*NOT_TEXT, None, "quik_test"], seed=[*NOT_WHOLE, None], device=[*NOT_TEXT, None], hidden_dims=["big", 64, [], [0], [64, -1], [2.5], [True], [INFINITE], {}], shared_trunk=NOT_A_FLAG,
                   total_timesteps=[0, -1, *NOT_WHOLE], n_envs=[0, -1, *NOT_WHOLE], n_steps=[0, -1, *NOT_WHOLE], minibatch_size=[0, -1, *NOT_WHOLE], n_epochs=[0, -1, *NOT_WHOLE], learning_rate=[0, -1, *NOT_A_NUMBER],
-                  gamma=SHARE, gae_lambda=SHARE, clip_range=[0, *NOT_LESS], entropy_coefficient=NOT_LESS, cost_warm_up=SHARE, amp=NOT_A_FLAG, network=["lstm", 1], amp_dtype=["fp8", 16],
+                  **dict.fromkeys(("gamma", "gae_lambda", "warmup_fraction", "min_lr_fraction"), SHARE), dropout=[1, -0.01, *NOT_A_NUMBER], clip_range=[0, *NOT_LESS], entropy_coefficient=NOT_LESS, cost_warm_up=SHARE, amp=NOT_A_FLAG, network=["lstm", 1], amp_dtype=["fp8", 16],
                   **dict.fromkeys(("gru_hidden_dim", "n_gru_layers", "episodes", "iterations", "validation_interval", "keep_checkpoints", "patience"), [0, -1, *NOT_WHOLE]), critic_epochs=[-1, *NOT_WHOLE], checkpoint_interval=[-1, *NOT_WHOLE],
                   **dict.fromkeys(("critic_learning_rate", "value_clip_range", "max_grad_norm", "target_kl", "max_drawdown_threshold"), [0, -1, *NOT_A_NUMBER]), value_coefficient=NOT_LESS, drawdown_penalty_weight=NOT_LESS,
                   **dict.fromkeys(("separate_optimizers", "compile", "recovery", "early_stop", "high_vram", "low_vram"), NOT_A_FLAG), **dict.fromkeys(("max_vram_gpu0", "max_vram_gpu1"), [0, -1, None, *NOT_A_NUMBER])),
@@ -80,9 +80,28 @@ def test_the_defaults_pass_their_own_checks():
 
 def test_the_projects_own_file_states_the_defaults_of_the_modes():
     p = load_parameters(REPOSITORY / "params.yaml")
-    assert p.modes == C.MODES
-    by_hand = {"quick_test": (10_000_000, 5, 0), "standard": (50_000_000, 20, 50), "thorough": (100_000_000, 20, 75), "production": (200_000_000, 40, 75), "extended": (500_000_000, 100, 100)}
+    assert p.modes == C.MODES and p == Parameters()
+    by_hand = {"quick_test": (10_000_000, 5, 0), "standard": (50_000_000, 20, 50), "thorough": (100_000_000, 20, 75), "production": (200_000_000, 40, 75), "extended": (500_000_000, 100, 100),
+               "auto": ({"crypto": 100_000_000, "equity": 50_000_000}, 40, 75)}
     assert {name: (m.total_timesteps, m.validation_interval, m.checkpoint_interval) for name, m in C.MODES.items()} == by_hand
+
+
+def test_params_yaml_lists_every_setting_and_dvc_can_set_each(tmp_path):
+    "`dvc exp run -S` refuses a name that is not in the file; what it writes is read as it was meant."
+    from dvc.utils.hydra import apply_overrides
+    document = yaml.safe_load((REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+    for f in fields(Parameters):
+        if f.name not in ("symbols", "modes"): assert set(document[f.name]) == {g.name for g in fields(f.default)}, f.name
+    path = written(tmp_path, (REPOSITORY / "params.yaml").read_text(encoding="utf-8"))
+    given = {"symbols": "[ON,NO,1810]", "train.learning_rate": "3e-4", "train.recovery": "false", "train.hidden_dims": "[8,8]", "train.mode": "auto", "account.max_position_pct": "0.5", "account.commission_bps": "0", "env.reward_weights": "{pnl:0.5}",
+             "train.amp_dtype": "null", "data.start": "2023-01-01", "train.warmup_fraction": "0.1", "walk_forward.symbols": "[NO]"}
+    everything = [f"{f.name}.{g.name}={'null' if (v := getattr(f.default, g.name)) is None else str(v).lower() if isinstance(v, bool) else v if v != () else '[]'}" for f in fields(Parameters) if f.name not in ("symbols", "modes") for g in fields(f.default)]
+    apply_overrides(path, everything)
+    assert load_parameters(path) == Parameters()
+    apply_overrides(path, [f"{name}={value}" for name, value in given.items()])
+    p = load_parameters(path)
+    assert p.symbols == ["ON", "NO", "1810"] and p.walk_forward.symbols == ["NO"] and p.train.overrides() == dict(seed=0, learning_rate=3e-4, recovery=False, hidden_dims=[8, 8], warmup_fraction=0.1) and p.data.start == "2023-01-01"
+    assert p.account == C.AccountConfig(max_position_pct=0.5, commission_bps=0) and p.env.reward_weights == {"pnl": 0.5} and (p.mode.steps("crypto"), p.mode.steps("equity")) == (100_000_000, 50_000_000)
 
 
 # --- types ----------------------------------------------------------------------------------------------------------
@@ -293,6 +312,105 @@ def test_overrides_win_over_the_file_and_null_leaves_it(tmp_path):
     ({"modes.standard.total_timesteps": 5}, "modes.standard.total_timesteps"), ({"train.seed": "x"}, "train.seed: expected a whole number")])
 def test_a_bad_override_is_refused(tmp_path, overrides, words):
     assert words in refusal(load_parameters, written(tmp_path, "symbols: [SPY]\ntrain: {seed: 4}\n"), **overrides)
+
+
+@pytest.mark.parametrize("entry, symbol", [("ON", "ON"), ("NO", "NO"), ("Y", "Y"), ("off", "off"), ("1810", "1810"), ("'0700'", "0700"), ("'TRUE'", "TRUE"), ('"null"', "null"), ("2024-01-01", "2024-01-01"), ("1e5x", "1e5x")])
+def test_symbols_are_text_as_they_were_written(tmp_path, entry, symbol):
+    for text in (f"symbols: [{entry}]", f"symbols:\n- {entry}\n", f"symbols:\n  - {entry} # a ticker"): assert load_parameters(written(tmp_path, text)).symbols == [symbol]
+    assert load_parameters(written(tmp_path, f"symbols: [{entry}]\nwalk_forward: {{symbols: [{entry}]}}")).walk_forward.symbols == [symbol]
+
+
+@pytest.mark.parametrize("entry", ["0700", "TRUE", "true", "null", "~", "0x1F", "0o17", "1e5", "1_000", "+5", ".5", ".inf"])
+def test_a_symbol_that_yaml_and_dvc_change_must_be_quoted(tmp_path, entry):
+    for section in ("symbols: [%s]", "symbols: [SPY]\nseeds: {symbols: [%s]}"):
+        assert f"write '{entry}', in quotes" in refusal(load_parameters, written(tmp_path, section % entry))
+
+
+@pytest.mark.parametrize("text, value", [("seed: 010", 10), ("seed: 0x10", 16), ("seed: 0o17", 15), ("seed: 1_000", 1000), ("total_timesteps: 1E3", 1000)])
+def test_whole_numbers_are_those_of_yaml_1_2(tmp_path, text, value): assert getattr(load_parameters(written(tmp_path, f"train: {{{text}}}")).train, text.split(":")[0]) == value
+
+
+# what is wrong with the file -> its text, words of the line
+FILES = {
+    "a key twice": ("train: {seed: 1}\ndata: {}\ntrain: {seed: 2}\n", "params.yaml: 'train' is there twice, in line 1 and in line 3; keep one"),
+    "a key twice in a section": ("train:\n  seed: 1\n  mode: standard\n  seed: 2\n", "'seed' is there twice, in line 2 and in line 4"),
+    "a tab": ("train:\n\tseed: 1\n", "line 2, column 1: while scanning for the next token found character '\\t' that cannot start any token; indent with blanks, not with tabs"),
+    "billions of laughs": ("x0: &x0 [a, b]\n" + "".join(f"x{i}: &x{i} [{', '.join(9 * [f'*x{i - 1}'])}]\n" for i in range(1, 30)), "holds more than 20,000 values when its anchors are expanded"),
+    "an anchor in itself": ("train: &t {seed: *t}\n", "is nested more than 30 levels"),
+    "an anchor that is not there": ("train: *nothing\n", "undefined alias 'nothing'"),
+    "deep lists": ("train: {hidden_dims: " + "[" * 5_000, "is nested more than 30 levels"),
+    "deep tables": ("train: " + "{a: " * 40 + "1" + "}" * 40, "is nested more than 30 levels"),
+    "an object": ("train: !!python/object/apply:os.system [id]\n", "could not determine a constructor"),
+    "two documents": ("train: {}\n---\ntrain: {}\n", "expected a single document"),
+    "a bracket too few": ("symbols: [SPY\ntrain: {}\n", "is not valid YAML: line "),
+    "a control character": ("train: {mode: \x07}\n", "is not valid YAML: "),
+    "a list as a key": ("? [a]\n: 1\n", "is not valid YAML: "),
+    "a number without end": ("train: {seed: " + "9" * 5000 + "}\n", "is not valid YAML: line 1"),
+    "a huge number": ("train: {seed: " + "9" * 30 + "}\n", "train.seed: expected a whole number"),
+    "a flood of text": ("train: {mode: " + "a" * 10_000 + "}\n", "train.mode: unknown name"),
+    "sixty minutes": ("train: {seed: 1:30}\n", "train.seed: expected a whole number, was '1:30'"),
+    "a list where a table is": ("- SPY\n", "expected sections such as data"),
+    "a word": ("SPY\n", "expected sections such as data"),
+    "false": ("false\n", "expected sections such as data"),
+    "a length that is a path": ("data: {timeframe: ../../x}\n", "data.timeframe: expected a length such as 15Min"),
+    "UTF-16": ("train: {seed: 1}\n".encode("utf-16"), "is UTF-16; save it as UTF-8"),
+    "Latin-1": ("# one\n# caf\u00e9\ntrain: {seed: 1}\n".encode("latin-1"), "is not UTF-8 (line 2); save it as UTF-8"),
+    "a picture": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" * 99, "save it as UTF-8"),
+    "half a megabyte": ("# " + "x" * 500_000, "expected at most 262,144 of parameters"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_wrong_gets_one_line_quickly(tmp_path, name):
+    import time
+    text, words = FILES[name]
+    (tmp_path / "params.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    began = time.process_time()
+    line = refusal(load_parameters, tmp_path / "params.yaml")
+    assert words in line and len(line) < 500 and time.process_time() - began < 10, line
+
+
+def test_a_file_that_is_no_file_gets_one_line(tmp_path):
+    assert "is a folder" in refusal(load_parameters, tmp_path) and "no such file" in refusal(load_parameters, tmp_path / "no.yaml")
+
+
+def test_a_byte_order_mark_anchors_and_windows_line_ends_are_read(tmp_path):
+    (tmp_path / "params.yaml").write_bytes(b"\xef\xbb\xbftrain: &t {seed: 3}\r\nmodes:\r\n  own: &o {total_timesteps: 5, validation_interval: 1, checkpoint_interval: 0}\r\n  two: {<<: *o, total_timesteps: 6}\r\n")
+    p = load_parameters(tmp_path / "params.yaml")
+    assert p.train.seed == 3 and p.modes["two"] == C.ModeParameters(6, 1, 0)
+
+
+def test_another_file_can_be_named_by_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv(C.PARAMETERS_VARIABLE, str(written(tmp_path, "symbols: [QQQ]")))
+    assert load_parameters().symbols == ["QQQ"] and C.parameters_path() == tmp_path / "params.yaml"
+
+
+def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
+    from trading_lib.pipeline import artefacts, source_options
+    monkeypatch.setenv("HOME", str(tmp_path))
+    p = parse_parameters({"data": {"path": "~/bars", "cache": "~/cache"}})
+    options = source_options(p)
+    assert (options["path"], options["cache"]) == (f"{tmp_path}/bars", f"{tmp_path}/cache") and artefacts(p, "SIM-USD", "~/out").root == tmp_path / "out"
+    assert "no such home folder" in refusal(C.home_path, "~nobody-of-that-name/x")
+
+
+@pytest.mark.parametrize("given, meant", [("false", False), ("no", False), ("False", False), ("off", False), (False, False), ("true", True), ("yes", True), (True, True), (None, None), ("null", None)])
+def test_a_notebooks_own_parameters_are_typed(given, meant):
+    from trading_lib.pipeline import stage_parameters
+    namespace = {"symbol": "SIM-USD", "out_dir": None, "resume": given}
+    stage_parameters(namespace, resume=None)
+    assert namespace["resume"] is meant
+    assert refusal(stage_parameters, {"symbol": "SIM-USD", "out_dir": None, "resume": "maybe"}, resume=None).startswith("resume: expected true or false")
+    assert refusal(stage_parameters, {"symbol": ["SIM-USD"], "out_dir": None}).startswith("symbol: expected text") and refusal(stage_parameters, {"symbol": None, "out_dir": 5}) == "out_dir: expected text or null, was 5"
+    assert "train.seed: expected a whole number" in refusal(stage_parameters, {"symbol": None, "out_dir": None, "seed": "many"}, seed="train.seed")
+
+
+def test_a_symbol_that_papermill_takes_for_a_number_is_text(tmp_path, monkeypatch):
+    from trading_lib.pipeline import stage_parameters
+    written(tmp_path, "symbols: [1810]\ndata: {source: files}")
+    (tmp_path / "settings.ini").write_bytes((REPOSITORY / "settings.ini").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for given in (1810, "1810", None): assert stage_parameters({"symbol": given, "out_dir": None})[1] == "1810"
 
 
 def test_an_empty_file_and_an_empty_section_are_the_defaults(tmp_path):

@@ -19,11 +19,11 @@ import torch
 
 from scalar_account import ACTIONS, BROKER, FREE, ScalarAccount, hand_made_market, scalar_step, torch_root
 from trading_lib import features
-from trading_lib.account import AccountState
+from trading_lib.account import AccountState, account_rules
 from trading_lib.bars import validate_bars
 from trading_lib.builder import BacktestObservationBuilder, InferenceObservationBuilder
 from trading_lib.config import AccountConfig, InputError
-from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, Obs, market_data
+from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, Obs, market_data, reward_preset
 from trading_lib.features import feature_table, fit_features
 from trading_lib.layouts import LAYOUTS
 from trading_lib.sources import simulate_bars
@@ -544,6 +544,21 @@ PRESETS = {  # name -> horizon, threshold, weights
     "equity": (1, 0.0, {"equity": 1.0}),
     "differential_sharpe": (1, 0.0, {"differential_sharpe": 1.0})}
 ROUND_TRIP = {"crypto": 2 * 27e-4, "equity": 2 * 2e-4}
+
+
+def test_weights_of_ones_own_take_the_place_of_the_presets():
+    rules = account_rules(AccountConfig(), "crypto")
+    own = lambda weights: reward_preset("v2.4.5", "5.6.0", rules, weights).weights
+    assert own({"pnl": 0.5, "drawdown": 0, "equity": 2}) == {"direction": 0.35, "magnitude": 0.10, "pnl": 0.5, "stop_tp": 0.15, "exploration": 0.10, "equity": 2} and own(None) == own({"pnl": 0.25})
+    with pytest.raises(InputError, match="env.reward_weights: unknown name 'pln'; did you mean 'pnl'"): own({"pln": 1.0})
+    with pytest.raises(InputError, match="every component of equity is left out"): reward_preset("equity", "5.6.0", rules, {"equity": 0})
+    env, plain = (env_of(rough_market("crypto", "5.6.0"), n_envs=3, reward_preset="equity", observations="indices", **how) for how in (dict(reward_weights={"equity": 0.5, "costs": 1.0}), {}))
+    for e in (env, plain): e.reset_at([10, 11, 23], [131, 132, 144])
+    assert env.reward_names == ["equity", "costs"]
+    for action in (3, 0, 5):
+        (_, reward, *_, infos), (_, other, *_) = (e.step(torch.full((3,), action)) for e in (env, plain))
+        paid = infos["reward_components"][:, 1]
+        assert torch.allclose(reward.double(), 0.5 * other.double() + paid.double(), atol=2e-6) and (action != 3 or bool((paid < 0).any()))
 
 
 def expected_rewards(market, account, preset, actions, start, typical):

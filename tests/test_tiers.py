@@ -10,7 +10,7 @@ from trading_lib.config import MODES, InputError, ModeParameters
 from trading_lib.memory import RolloutShape, allocate_rollout, device_cap
 from trading_lib.networks import NativeActorCritic, input_layout
 from trading_lib.recurrent import RecurrentActorCritic
-from trading_lib.tiers import (CPU_STEP_SHARE, DEVICES, HIGH_VRAM, LOW_VRAM, TIERS, NativePPOConfig, config_rows, config_table, describe, fit_config, get_a100_config, get_auto_config, hardware_tier, interval_in_force,
+from trading_lib.tiers import (CPU_STEP_SHARE, DEVICES, HIGH_VRAM, LOW_VRAM, TIERS, NativePPOConfig, budget_warnings, config_rows, config_table, describe, fit_config, get_a100_config, get_auto_config, hardware_tier, interval_in_force,
                                is_due, layer_widths, memory_of, parameters_of, resolve_device, tier_of, training_budget)
 
 
@@ -32,7 +32,7 @@ def test_the_defaults_are_the_stated_ones():
 NOT_WHOLE, NOT_A_NUMBER, NOT_A_FLAG = ["many", 1.5], ["much", [1.0]], ["maybe", 2]
 REFUSED = dict(hidden_dims=["big", [], [1.5], 64], shared_trunk=NOT_A_FLAG, network=["lstm", None, 1], gru_hidden_dim=[0, 1, *NOT_WHOLE, None], n_gru_layers=[0, *NOT_WHOLE, None], dropout=[-0.1, 1.0, *NOT_A_NUMBER, None], n_envs=[0, -1, *NOT_WHOLE], n_steps=[0, *NOT_WHOLE, None], minibatch_size=[0, *NOT_WHOLE], n_epochs=[0, *NOT_WHOLE], critic_epochs=[-1, *NOT_WHOLE], total_timesteps=[0, *NOT_WHOLE],
                learning_rate=[0, -1e-3, *NOT_A_NUMBER], separate_optimizers=NOT_A_FLAG, critic_learning_rate=[0, -1e-3, *NOT_A_NUMBER, None], gamma=[-0.1, 1.1, *NOT_A_NUMBER], gae_lambda=[-0.1, 1.1, *NOT_A_NUMBER], clip_range=[*NOT_A_NUMBER, None], value_clip_range=NOT_A_NUMBER, entropy_coefficient=[*NOT_A_NUMBER, None],
-               value_coefficient=[*NOT_A_NUMBER, None], max_grad_norm=[0, *NOT_A_NUMBER], target_kl=NOT_A_NUMBER, cost_warm_up=[-0.1, 1.1, *NOT_A_NUMBER], amp=NOT_A_FLAG, amp_dtype=["fp32", None], compile=NOT_A_FLAG, seed=[*NOT_WHOLE, None], validation_interval=[0, *NOT_WHOLE],
+               value_coefficient=[*NOT_A_NUMBER, None], max_grad_norm=[0, *NOT_A_NUMBER], target_kl=NOT_A_NUMBER, cost_warm_up=[-0.1, 1.1, *NOT_A_NUMBER], warmup_fraction=[-0.1, 1.1, *NOT_A_NUMBER, None], min_lr_fraction=[-0.1, 1.1, *NOT_A_NUMBER, None], amp=NOT_A_FLAG, amp_dtype=["fp32", None], compile=NOT_A_FLAG, seed=[*NOT_WHOLE, None], validation_interval=[0, *NOT_WHOLE],
                checkpoint_interval=[-1, *NOT_WHOLE, None], keep_checkpoints=[0, *NOT_WHOLE, None], recovery=NOT_A_FLAG, early_stop=NOT_A_FLAG, patience=[0, -1, *NOT_WHOLE], max_drawdown_threshold=[*NOT_A_NUMBER, None], drawdown_penalty_weight=[*NOT_A_NUMBER, None], tier=[1, None], mode=[1, None], mode_timesteps=[0, -1, *NOT_WHOLE])
 
 
@@ -61,7 +61,7 @@ def simulate_gpu(monkeypatch, name, gigabytes):
 @pytest.mark.parametrize("name, gigabytes, tier, hidden_dims, n_envs, n_steps, minibatch_size", GPUS)
 def test_the_tier_of_a_gpu(monkeypatch, name, gigabytes, tier, hidden_dims, n_envs, n_steps, minibatch_size):
     simulate_gpu(monkeypatch, name, gigabytes)
-    for mode in (*MODES, "auto"):  # a mode never resets what the tier chose
+    for mode in MODES:  # a mode never resets what the tier chose
         c = get_auto_config(training_mode=mode)
         assert (c.tier, c.hidden_dims, c.n_envs, c.n_steps, c.minibatch_size, c.amp) == (tier, hidden_dims, n_envs, n_steps, minibatch_size, True)
     assert get_auto_config(device="cuda:1").tier == tier and get_auto_config(device="cpu").tier == "cpu"
@@ -77,7 +77,7 @@ def test_the_cpu_tier_is_sized_for_two_cores():
     for mode in MODES:
         c = get_auto_config(training_mode=mode, device="cpu")
         assert (c.tier, c.hidden_dims, c.n_envs, c.n_steps, c.minibatch_size) == ("cpu", (256, 128, 64), 64, 128, 2048)
-        assert c.total_timesteps == int(MODES[mode].total_timesteps * CPU_STEP_SHARE) < MODES[mode].total_timesteps and c.mode == mode
+        assert c.total_timesteps == int(MODES[mode].steps("crypto") * CPU_STEP_SHARE) < MODES[mode].steps("crypto") and c.mode == mode
 
 
 @pytest.mark.parametrize("mode, steps, interval, saving", [("quick_test", 10_000_000, 1, 0), ("standard", 50_000_000, 4, 50), ("thorough", 100_000_000, 9, 75), ("production", 200_000_000, 19, 75), ("extended", 500_000_000, 47, 100)])
@@ -105,6 +105,19 @@ def test_tier_then_mode_then_explicit_values():
     assert get_auto_config(1234, "own", "cpu", modes=modes).total_timesteps == 1234  # explicit: not scaled down
     assert get_auto_config(training_mode="own", device="cpu", modes=modes, cost_warm_up=0.0).cost_warm_up == 0.0 and get_auto_config(training_mode="own", device="cpu", modes=modes).checkpoint_interval == 4
     assert get_auto_config(training_mode="quick_test", device="cpu", amp=True).amp is True and get_auto_config(training_mode="quick_test", device="cpu", amp=False).amp is False
+
+
+@pytest.mark.parametrize("mode, crypto, equity", [("quick_test", 0, 0), ("thorough", 0, 0), ("auto", 0, 0), ("production", 1, 0), ("extended", 1, 0)])
+def test_a_budget_that_crypto_overtrains_with_is_said_in_one_line(mode, crypto, equity):
+    assert (len(budget_warnings(mode, "crypto")), len(budget_warnings(mode, "equity"))) == (crypto, equity)
+    for line in budget_warnings(mode, "crypto"): assert line == f"mode {mode}: crypto agents peak at 50 M to 100 M steps and overtrade at 200 M; `auto` has the budget that suits crypto"
+    assert "did you mean 'production'" in refusal(budget_warnings, "produktion", "crypto") and "did you mean 'equity'" in refusal(budget_warnings, mode, "equities")
+
+
+def test_a_mode_may_have_a_budget_for_each_asset_class():
+    modes = {"own": ModeParameters({"crypto": 7_000, "equity": 9_000}, 3, 0)}
+    assert [get_auto_config(training_mode="own", tier="h200", asset_class=kind, modes=modes).total_timesteps for kind in ("crypto", "equity")] == [7_000, 9_000]
+    assert "unknown name 'crypto'" in refusal(get_auto_config, training_mode="own", device="cpu", asset_class="crypto", modes={"own": ModeParameters({"equity": 5}, 3, 0)})
 
 
 def test_auto_takes_the_budget_of_the_asset_class_and_the_intervals_of_production(monkeypatch):

@@ -274,12 +274,17 @@ def reward_preset(
     name: str,  # v2.4.5, v2.5.0, equity or differential_sharpe
     version: str,  # layout
     rules: AccountRules,
+    own_weights: dict[str, float] | None = None,  # component -> weight, in place of the preset's; 0 leaves it out
 ) -> RewardPreset:
     "The preset; a direction must pay at least the round trip, and a policy that does not see its drawdown gets a clearer penalty."
     if name not in _REWARD_PRESETS: raise unknown_name("env.reward_preset", name, _REWARD_PRESETS)
     row = _REWARD_PRESETS[name]
     weights = dict(row["weights"])
     if "drawdown" in weights and not layout_of(version).account_columns: weights["drawdown"] = _BLIND_DRAWDOWN_WEIGHT
+    for component in own_weights or {}:
+        if component not in REWARD_COMPONENTS: raise unknown_name("env.reward_weights", component, REWARD_COMPONENTS)
+    weights = {component: weight for component, weight in (weights | (own_weights or {})).items() if weight != 0}
+    require(bool(weights), f"env.reward_weights: every component of {name} is left out; give one of them a weight")
     return RewardPreset(row["horizon"], max(row["threshold"], rules.round_trip), weights)
 
 
@@ -336,6 +341,7 @@ class GPUEnvConfig:
     asset_class: str = "crypto"  # crypto or equity
     episode_length: int = 256  # bars of one episode
     reward_preset: str = "v2.4.5"
+    reward_weights: dict[str, float] | None = None  # component -> weight, in place of the preset's; 0 leaves it out
     account: AccountConfig = AccountConfig()
     observations: Literal["windows", "indices"] = "windows"  # what reset and step return: (n_envs, obs_dim), or Obs
 
@@ -468,7 +474,7 @@ class GPUVectorizedTradingEnv:
         require(self.device.type != "cuda" or torch.cuda.is_available(), f"device: {self.device} was asked for, but torch sees no GPU here; use cpu")
         self.layout, self.spec = layout_of(config.version), MODEL_SPECS[config.version]
         self._full_rules = account_rules(config.account, config.asset_class)
-        self.reward = reward_preset(config.reward_preset, config.version, self._full_rules)
+        self.reward = reward_preset(config.reward_preset, config.version, self._full_rules, config.reward_weights)
         self.reward_names = list(self.reward.weights)
         self.n_envs, self.n_actions, self.obs_dim = config.n_envs, self.spec.n_actions, config.window * self.layout.n_features
         self.table = ObservationTable(market.features, config.version, config.window, self.device)

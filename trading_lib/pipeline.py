@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bars import asset_class_of, write_bars
-from .config import InputError, Parameters, check_notebook_parameters, check_symbol, load_parameters, project_root, require
+from .config import InputError, Parameters, check_notebook_parameters, check_symbol, convert, home_path, load_parameters, project_path, project_root, require
 from .env import MarketData, market_data, split_bounds
 from .features import fit_features
 from .files import atomic_write
@@ -49,7 +49,10 @@ def artefacts(
 ) -> Artefacts:
     "The paths of one symbol's artefacts. Every command and stage asks here, so a name that a simulated market may not have ends here."
     if parameters.data.source == "simulated": check_simulated_name(symbol)
-    return Artefacts(Path(out_dir) if out_dir else project_root(), f"{symbol}_{parameters.data.timeframe}")
+    return Artefacts(home_path(out_dir) if out_dir else project_root(), f"{check_symbol(symbol)}_{parameters.data.timeframe}")
+
+
+_OWN_PARAMETERS = {"symbol": str | int | None, "out_dir": str | None, "resume": bool | None}  # of notebooks, and of no section of params.yaml
 
 
 def stage_parameters(
@@ -59,7 +62,8 @@ def stage_parameters(
     "Read params.yaml, apply what papermill injected, refuse what nobody knows."
     values = check_notebook_parameters(namespace, ["symbol", "out_dir", *dotted])
     parameters = load_parameters(**{name: values[short] for short, name in dotted.items() if name})
-    symbol = parameters.symbols[0] if values["symbol"] is None else parameters.listed(values["symbol"])
+    for name in values.keys() & _OWN_PARAMETERS.keys(): values[name] = namespace[name] = convert(_OWN_PARAMETERS[name], values[name], name)
+    symbol = parameters.symbols[0] if values["symbol"] is None else parameters.listed(str(values["symbol"]))  # papermill makes a number of 1810
     return parameters, symbol, artefacts(parameters, symbol, values["out_dir"])
 
 
@@ -89,7 +93,7 @@ def source_options(
 ) -> dict:  # options of `load_bars`
     "The data section as a source takes it; a relative folder is meant from the project."
     d = parameters.data
-    return dict(start=d.start, end=d.end, seed=d.seed, edge=d.edge, recipe=d.recipe, path=str(project_root() / d.path), timezone=d.timezone, labels=d.labels, price_scale=d.price_scale, columns=d.columns, feed=d.feed, adjustment=d.adjustment, cache=str(project_root() / d.cache))
+    return dict(start=d.start, end=d.end, seed=d.seed, edge=d.edge, recipe=d.recipe, path=str(project_path(d.path)), timezone=d.timezone, labels=d.labels, price_scale=d.price_scale, columns=d.columns, feed=d.feed, adjustment=d.adjustment, cache=str(project_path(d.cache)))
 
 
 def prepare_symbol(

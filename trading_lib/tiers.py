@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CRITIC_EPOCHS', 'TIERS', 'RECURRENT_START', 'HIGH_VRAM', 'LOW_VRAM', 'CPU_STEP_SHARE', 'COST_WARM_UP',
-           'RECOMMENDED_TIMESTEPS', 'DEVICES', 'SMOKE_MODE', 'NativePPOConfig', 'is_due', 'tier_of', 'resolve_device',
-           'hardware_tier', 'interval_in_force', 'get_auto_config', 'get_a100_config', 'layer_widths', 'parameters_of',
-           'memory_of', 'fit_config', 'describe', 'config_rows', 'config_table', 'training_budget']
+           'OVERTRAINED_TIMESTEPS', 'DEVICES', 'SMOKE_MODE', 'NativePPOConfig', 'is_due', 'tier_of', 'resolve_device',
+           'hardware_tier', 'interval_in_force', 'budget_warnings', 'get_auto_config', 'get_a100_config',
+           'layer_widths', 'parameters_of', 'memory_of', 'fit_config', 'describe', 'config_rows', 'config_table',
+           'training_budget']
 
 # %% ../nbs/13_tiers.ipynb #132fc06a
 import math
@@ -16,7 +17,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from .config import MODES, InputError, ModeParameters, checked, require, unknown_name
+from .config import MODES, PEAK_TIMESTEPS, InputError, ModeParameters, checked, require, unknown_name
 from .memory import BYTES_PER_PARAMETER, MemoryUse, RolloutShape, device_cap, fit_to_memory, memory_text, memory_use
 from .networks import estimate_model
 from .recurrent import estimate_recurrent
@@ -43,6 +44,8 @@ class NativePPOConfig:
     critic_epochs: int | None = None  # further passes that train the value alone; None: 4 with separate optimizers or gru, else 0
     total_timesteps: int = 1_000_000  # environment steps in all
     learning_rate: float = 3e-4  # peak of the schedule
+    warmup_fraction: float = 0.05  # of the updates, in which it rises from a tenth of its peak; at least one update; 0: none
+    min_lr_fraction: float = 0.01  # of its peak, to which it falls in the end
     separate_optimizers: bool = False  # one for the value head, one for everything else
     critic_learning_rate: float = 9e-4  # of the value head, where optimizers are separate
     gamma: float = 0.99  # discount per step
@@ -82,7 +85,7 @@ class NativePPOConfig:
             require(value is None or value > 0, f"NativePPOConfig.{name}: expected more than 0 or null, was {value}")
         for name, value in numbers("seed", "checkpoint_interval", "entropy_coefficient", "value_coefficient", "drawdown_penalty_weight"):
             require(value >= 0, f"NativePPOConfig.{name}: expected 0 or more, was {value}")
-        for name, value in numbers("gamma", "gae_lambda", "cost_warm_up"): require(0 <= value <= 1, f"NativePPOConfig.{name}: expected 0 to 1, was {value}")
+        for name, value in numbers("gamma", "gae_lambda", "cost_warm_up", "warmup_fraction", "min_lr_fraction"): require(0 <= value <= 1, f"NativePPOConfig.{name}: expected 0 to 1, was {value}")
         require(0 <= self.dropout < 1, f"NativePPOConfig.dropout: expected 0 or more and less than 1, was {self.dropout}")
         require(self.gru_hidden_dim >= 2, f"NativePPOConfig.gru_hidden_dim: expected 2 or more, was {self.gru_hidden_dim}")
         require(self.critic_epochs is None or self.critic_epochs >= 0, f"NativePPOConfig.critic_epochs: expected 0 or more or null, was {self.critic_epochs}")
@@ -173,8 +176,8 @@ def _has_bf16_matrix_instructions() -> bool:
 CPU_STEP_SHARE = 0.15
 # share of a run in which costs rise to their full size: a policy that must pay before it knows anything learns not to trade
 COST_WARM_UP = 0.5
-# steps at which an asset class has peaked; beyond it agents overtrade
-RECOMMENDED_TIMESTEPS = {"crypto": MODES["thorough"].total_timesteps, "equity": MODES["standard"].total_timesteps}
+# asset class -> a budget at which its agents have long peaked and overtrade
+OVERTRAINED_TIMESTEPS = {"crypto": 200_000_000}
 
 
 def interval_in_force(
@@ -197,10 +200,20 @@ def _on_tier(steps: int, tier: str) -> int:
 
 
 def _mode(training_mode: str, asset_class: str, modes: dict[str, ModeParameters]) -> ModeParameters:
-    if asset_class not in RECOMMENDED_TIMESTEPS: raise unknown_name("asset class", asset_class, RECOMMENDED_TIMESTEPS)
-    if training_mode == "auto": return replace(modes["production"], total_timesteps=RECOMMENDED_TIMESTEPS[asset_class])
-    if training_mode not in modes: raise unknown_name("train.mode", training_mode, [*modes, "auto"])
-    return modes[training_mode]
+    if asset_class not in PEAK_TIMESTEPS: raise unknown_name("asset class", asset_class, PEAK_TIMESTEPS)
+    if training_mode not in modes: raise unknown_name("train.mode", training_mode, modes)
+    return replace(modes[training_mode], total_timesteps=modes[training_mode].steps(asset_class))
+
+
+def budget_warnings(
+    training_mode: str,  # a key of `modes`
+    asset_class: str,
+    modes: dict[str, ModeParameters] | None = None,  # None: the project's own
+) -> list[str]:  # lines
+    "Whether a mode's budget is known to be too much for an asset class."
+    steps, limit = _mode(training_mode, asset_class, MODES | (modes or {})).total_timesteps, OVERTRAINED_TIMESTEPS.get(asset_class, math.inf)
+    if steps < limit: return []
+    return [f"mode {training_mode}: {asset_class} agents peak at {_short(PEAK_TIMESTEPS[asset_class] // 2)} to {_short(PEAK_TIMESTEPS[asset_class])} steps and overtrade at {_short(limit)}; `auto` has the budget that suits {asset_class}"]
 
 
 def get_auto_config(
@@ -220,7 +233,7 @@ def get_auto_config(
     **overrides,  # fields of NativePPOConfig; they win. None: not given
 ) -> NativePPOConfig:
     "Hardware tier first, then the mode's budget, then explicit overrides."
-    modes = modes or MODES
+    modes = MODES | (modes or {})
     mode, explicit = _mode(training_mode, asset_class, modes), {name: value for name, value in (overrides | {"network": network}).items() if value is not None}
     if tier is None: tier = hardware_tier(device)
     elif tier not in TIERS: raise unknown_name("tier", tier, TIERS)
@@ -302,13 +315,13 @@ def fit_config(
     modes: dict[str, ModeParameters] | None = None,  # None: the project's own
 ) -> tuple[NativePPOConfig, list[str]]:  # and one line for each thing that was cut
     "Cut a configuration down to what fits into memory. The budget in steps stays, so smaller rollouts make more updates."
-    modes, fixed, envs = modes or MODES, n_envs is not None, n_envs or config.n_envs
+    modes, fixed, envs = MODES | (modes or {}), n_envs is not None, n_envs or config.n_envs
     fit = fit_to_memory(envs, config.n_steps, config.minibatch_size, shape.fields, limit, **_model(config, shape), fixed_envs=fixed)
     if not fit.warnings: return config, []
     cut = {name: getattr(fit, name) for name in ("n_steps", "minibatch_size") if getattr(fit, name) != getattr(config, name)}
     if not fixed and fit.n_envs != config.n_envs: cut["n_envs"] = fit.n_envs
     by = config.decided_by | dict.fromkeys(cut, "memory")
-    mode = modes.get("production" if config.mode == "auto" else config.mode)
+    mode = modes.get(config.mode)
     if mode and by.get("validation_interval", "").startswith("mode "): cut["validation_interval"] = interval_in_force(mode.validation_interval, replace(config, **cut).n_updates(envs if fixed else None))
     return _decided(replace(config, **cut), by), fit.warnings
 
@@ -374,7 +387,7 @@ def config_rows(
     rows = []
     for label, (name, gigabytes) in devices.items():
         limit = device_cap(0, int(1e9 * gigabytes)) if name else None
-        for mode in [*(modes or MODES), "auto"]:
+        for mode in MODES | (modes or {}):
             c, warnings = fit_config(get_auto_config(training_mode=mode, tier=tier_of(name, gigabytes), modes=modes, **arguments), shape, limit, modes=modes)
             rows.append({"device": label, "tier": c.tier, "network": "-".join(map(str, c.hidden_dims)) if c.network == "mlp" else f"{c.n_gru_layers} × {c.gru_hidden_dim}", "environments": c.n_envs, "steps": c.n_steps, "minibatch": c.minibatch_size,
                          "precision": c.amp_dtype if c.amp else "float32", "compiled": c.compile, "mode": mode, "timesteps": c.total_timesteps, "updates": c.n_updates(), "validation": c.validation_interval, "checkpoints": c.checkpoint_interval,
@@ -406,7 +419,8 @@ def training_budget(
     config, run = content.get("config") or {}, content.get("run") or {}
     train, env = config.get("train") or {}, config.get("env") or {}
     mode, tier = train.get("mode"), train.get("tier")
-    named = RECOMMENDED_TIMESTEPS.get(env.get("asset_class")) if mode == "auto" else MODES[mode].total_timesteps if mode in MODES else None
+    named = MODES[mode].total_timesteps if mode in MODES else None
+    if isinstance(named, dict): named = named.get(env.get("asset_class"))
     known = [steps for steps in (named and _on_tier(named, tier), train.get("mode_timesteps")) if steps]
     # a project may call a small budget "standard": the name is held to what it means everywhere
     budget = max(known, default=None)

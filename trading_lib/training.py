@@ -32,7 +32,7 @@ from .progress import progress_for
 from .run_folder import RunFolder
 from .seeds import SeedsTrainer
 from .stopping import StopRequest
-from .tiers import describe, fit_config, get_auto_config, memory_of, resolve_device
+from .tiers import budget_warnings, describe, fit_config, get_auto_config, memory_of, resolve_device
 from .trainer import NativePPOTrainer
 from .version import MODEL_SPECS
 
@@ -65,12 +65,13 @@ def make_trainer(
     config = get_auto_config(training_mode=p.train.mode, device=device, asset_class=market.asset_class, modes=p.modes, episode_length=p.env.episode_length, **p.train.overrides())
     limit = memory_limit(device, p.train.max_vram_gpu0, p.train.max_vram_gpu1)
     config, warnings = fit_config(config, shape, limit, modes=p.modes)
+    warnings = [*budget_warnings(p.train.mode, market.asset_class, p.modes), *warnings]
     if seeds is not None:
         together = seeds * memory_of(config, shape).total
         require(limit is None or together <= limit, f"seeds: {seeds} at once would take {memory_text(together)}, and {memory_text(limit or 0)} may be used; take fewer seeds, or fewer environments")
     env = GPUVectorizedTradingEnv(market.span(*train), GPUEnvConfig(
         n_envs=max(1, seeds or 1) * config.n_envs, version=market.version, window=market.window, timeframe=market.timeframe, asset_class=market.asset_class,
-        episode_length=p.env.episode_length, reward_preset=p.env.reward_preset, account=p.account), device=device)
+        episode_length=p.env.episode_length, reward_preset=p.env.reward_preset, reward_weights=p.env.reward_weights, account=p.account), device=device)
     trainer = NativePPOTrainer(env, config, market.span(*validation), progress, folder) if seeds is None else SeedsTrainer(env, config, seeds, market.span(*validation), progress)
     if seeds is not None: warnings = [*warnings, f"memory of all {seeds} seeds: {memory_text(together)}"]
     trainer.description = describe(config, device, shape, limit=limit, warnings=warnings)
