@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -405,3 +406,93 @@ def test_compare(saved, tmp_path):
     wider["policy_state_dict"]["trunk.0.weight"] = torch.zeros(5, 58)
     comparison = C.compare_checkpoints(saved, C.save_checkpoint(wider, tmp_path / "c.pt"))
     assert comparison.differences["hidden_dims"] == ([4], [5]) and "largest change of a weight" not in comparison
+
+
+# --- files that say what cannot be ---------------------------------------------------------------------------------
+
+def signed_file(content) -> bytes:
+    "As somebody would write it who does not ask `save_checkpoint`; the digest is right."
+    buffer, limit = io.BytesIO(), sys.getrecursionlimit()
+    sys.setrecursionlimit(50_000)
+    try: torch.save(content, buffer)
+    finally: sys.setrecursionlimit(limit)
+    return sign(buffer.getvalue())
+
+
+def fitted(**changes) -> dict:
+    "A fitted state as `FeatureFit.to_state` gives it, of 58 columns."
+    chains = {"means": [[-1.0, 0.0, 1.0]] * 4, "variances": [[0.1, 0.2, 0.3]] * 4, "transitions": [[[0.9, 0.05, 0.05], [0.05, 0.9, 0.05], [0.05, 0.05, 0.9]]] * 4}
+    fit = {"version": "5.6.0", "chains": chains | {name: v for name, v in changes.items() if name in chains}, "shift": [0.0] * 58, "scale": [2.0] * 58}
+    return fit | {name: v for name, v in changes.items() if name not in chains}
+
+
+def first(values, value): "The same, but for the first number."; return [value, *values[1:]]
+
+
+ROWS = [[0.1, 0.2, 0.3]] * 3
+LIES = {
+    "NaN shift": (fitted(shift=first([0.0] * 58, float("nan"))), r"content\['fit'\]\['shift'\]\[0\] holds NaN"), "infinite scale": (fitted(scale=first([1.0] * 58, float("inf"))), r"\['scale'\]\[0\] holds NaN or infinity"),
+    "negative scale": (fitted(scale=first([1.0] * 58, -1.0)), r"\['scale'\]: expected numbers from 1e-15.*such as \[-1.0\]"), "scale 0": (fitted(scale=first([1.0] * 58, 0.0)), "scale"), "scale 1e300": (fitted(scale=first([1.0] * 58, 1e300)), r"\[1e\+300\]"),
+    "shift of a googol": (fitted(shift=first([0.0] * 58, 10**400)), "shift"), "words": (fitted(shift=["much"] * 58), "expected numbers"), "one number": (fitted(scale=1.0), "expected a list"), "another kind": (fitted(chains=[1.0]), "expected a table"),
+    "NaN means": (fitted(means=[[float("nan"), 0.0, 1.0]] * 4), r"\['chains'\]\['means'\]\[0\]\[0\] holds NaN"), "negative variance": (fitted(variances=[[-0.1, 0.2, 0.3]] * 4), "variances.*above 0"),
+    "no variance": (fitted(variances=[[0.0, 0.2, 0.3]] * 4), "variances"), "probability of -1": (fitted(transitions=[[[-1.0, 1.0, 1.0]] * 3] * 4), "transitions.*adds up to 1"), "rows of 2": (fitted(transitions=[[[1.0, 1.0, 0.0]] * 3] * 4), "transitions"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_a_fitted_state_that_lies_is_refused_by_name(tmp_path, name):
+    fit, words = LIES[name]
+    with pytest.raises(InputError, match=words): C.save_checkpoint(small(fit=fit), tmp_path / "model.pt")
+    assert re.search(words, refused(tmp_path / "model.pt", signed_file(small(fit=fit))))
+
+
+def test_an_honest_fit_loads_and_is_that_of_the_network(tmp_path):
+    content = small(fit=fitted())
+    content["policy_state_dict"] |= {"input_scale": torch.full((58,), 2.0)}
+    assert C.load_checkpoint(C.save_checkpoint(content, tmp_path / "model.pt"))["fit"] == fitted()
+    content["policy_state_dict"]["input_scale"][7] = 2.5
+    assert "input_scale is not the scale of the fitted features" in refused(tmp_path / "model.pt", signed_file(content))
+
+
+NUMBERS = [("policy_state_dict", {"trunk.0.weight": torch.full((4, 58), float("nan"))}), ("policy_state_dict", {"actor_head.bias": torch.tensor([1.0, float("inf")])}), ("folded_sums", {"trunk.0": torch.tensor([float("nan")])}),
+           ("optimizer_state_dict", {"state": {0: {"exp_avg": torch.tensor([float("nan")])}}, "param_groups": []}), ("optimizer_state_dict", {"state": {}, "param_groups": [{"lr": float("inf")}]}), ("config", {"train": {"gamma": float("nan")}})]
+
+
+@pytest.mark.parametrize("part, value", NUMBERS)
+def test_every_number_of_a_model_is_finite(tmp_path, part, value):
+    message = refused(tmp_path / "model.pt", signed_file(small() | {part: small().get(part, {}) | value}))
+    assert f"content['{part}']" in message and "NaN or infinity" in message
+
+
+def nested(depth: int):
+    inner: list = []
+    for _ in range(depth): inner = [inner]
+    return inner
+
+
+def claims_much(content: dict) -> dict:
+    content["policy_state_dict"]["trunk.0.weight"] = torch.zeros(1).expand(60_000, 60_000)
+    return content
+
+
+STRANGE = {
+    "3,000 deep": (lambda: small(config={"a": nested(3000)}), "nested more than 100 deep"), "names 3,000 deep": (lambda: small(config=nested(3000)), "nested more than 100 deep"),
+    "claims 60,000 squared": (lambda: claims_much(small()), "claims 14,400,000,000 bytes"), "without numbers": (lambda: small(odd=torch.empty(60_000, 60_000, device="meta")), "without numbers"),
+    "quantised": (lambda: small(odd=torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)), ""), "sparse": (lambda: small(odd=torch.eye(3).to_sparse()), ""),
+    "sparse rows": (lambda: small(odd=torch.eye(3).to_sparse_csr()), ""), "complex": (lambda: small(odd=torch.ones(3, dtype=torch.complex64)), "complex"),
+    "escapes in a value": (lambda: small(symbol="\x1b[31mTSLA\x1b[0m"), r"'\x1b[31mTSLA\x1b[0m'"), "escapes in a name": (lambda: small(**{"\x1b]0;hello\x07": 1}), "terminal would obey"),
+    "escapes below": (lambda: small(config={"train": {"tier": "\x9b2J"}}), r"content['config']['train']['tier']"), "a name that is none": (lambda: small(config={(1, 2): 3}), "a name that is a tuple")}
+
+
+@pytest.mark.parametrize("name", STRANGE)
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning", "ignore:.*quantize:DeprecationWarning", "ignore:.*quantize:UserWarning")
+def test_strange_contents_get_one_printable_line(tmp_path, name):
+    make, words = STRANGE[name]
+    message = refused(tmp_path / "model.pt", signed_file(make()))
+    assert words in message and message.isprintable() and len(message) < 600
+    if name == "claims 60,000 squared": return  # saving would try to write it all
+    with pytest.raises(InputError): C.save_checkpoint(make(), tmp_path / "other.pt")  # what would not be read is not written
+
+
+def test_text_of_several_lines_is_content(tmp_path):
+    assert C.load_checkpoint(C.save_checkpoint(small(notes="é\n\tb"), tmp_path / "m.pt"))["notes"] == "é\n\tb"

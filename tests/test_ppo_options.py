@@ -197,8 +197,8 @@ def judged(drawdowns=(), sharpes=(), **settings):
 
 
 def rate_on_paper(update, updates, peak=3e-4):
-    "Fewer than 20 updates: no warm-up, cosine to a hundredth."
-    return peak * (0.01 + 0.99 * (1 + math.cos(math.pi * update / (updates - 1))) / 2)
+    "Fewer than 40 updates: one at a tenth, then a cosine to a hundredth."
+    return peak / 10 if update == 0 else peak * (0.01 + 0.99 * (1 + math.cos(math.pi * (update - 1) / (updates - 2))) / 2)
 
 
 def test_recovery_halves_the_learning_rate_and_raises_the_entropy_three_times():

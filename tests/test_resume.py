@@ -547,3 +547,61 @@ def test_other_settings_are_said(ran):
     trainer = trainer_in(ran(**KINDS["mlp"]), 0, said, **KINDS["mlp"] | dict(learning_rate=1e-5))
     assert resume(trainer) and [line for line in said if "goes on with other settings than before: learning_rate" in line and "→ 1e-05" in line]
     assert trainer.optimizers[0].param_groups[0]["lr"] != 1e-5 and trainer.train(1) and trainer.history[-1]["learning_rate"] <= 1e-5
+
+
+# --- what cannot be gone on from changes nothing ---------------------------------------------------------------------------
+
+@functools.cache
+def run_content() -> dict:
+    "Of a run after two of its updates."
+    with contextlib.chdir(ROOT):
+        trainer = trainer_in(ROOT / "models" / "never made", 0, hidden_dims=(16,))
+        trainer.folder = None
+        trainer.train(2)
+        return trainer.content()
+
+
+def without(content: dict, part: str) -> dict:
+    "A copy that lacks one part; dots go into tables."
+    copied = dict(content)
+    *tables, last = part.split(".")
+    inner = copied
+    for name in tables:
+        inner[name] = list(inner[name]) if isinstance(inner[name], list) else dict(inner[name])
+        if isinstance(inner[name], list): inner[name][0] = dict(inner[name][0])
+        inner = inner[name][0] if isinstance(inner[name], list) else inner[name]
+    del inner[last]
+    return copied
+
+
+def changed(**parts): return lambda content: content | parts
+
+
+SPOILT = {f"no {part}": functools.partial(without, part=part) for part in ("update", "global_step", "history", "validations", "processes", "optimizer_state_dict", "policy_state_dict", "config", "best_score", "best_update", "recoveries", "without_better", "ended", "metrics",
+                                                                          "scaler_state_dict", "policy_obs_dim", "processes.rng_state", "processes.observation", "processes.environment_state", "processes.recurrent_state", "config.train", "config.train.seed", "config.train.hidden_dims")}
+SPOILT |= {"update is text": changed(update="3"), "history is a number": changed(history=7), "no processes": changed(processes=[]), "a process of nothing": changed(processes=[None]), "moments without a shape": lambda c: c | {"optimizer_state_dict": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}},
+           "weights of another shape": lambda c: c | {"policy_state_dict": c["policy_state_dict"] | {"actor_head.weight": torch.zeros(2, 2)}}, "a weight too few": lambda c: c | {"policy_state_dict": {name: v for name, v in c["policy_state_dict"].items() if name != "critic_head.weight"}},
+           "random numbers of nowhere": lambda c: c | {"processes": [c["processes"][0] | {"rng_state": torch.full_like(c["processes"][0]["rng_state"], 255)}]},
+           "an account too few": lambda c: c | {"processes": [c["processes"][0] | {"environment_state": {name: v for name, v in c["processes"][0]["environment_state"].items() if name != "account"}}]}}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_a_checkpoint_that_lacks_something_is_one_line_and_changes_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = trainer_in(tmp_path / "run", 0, hidden_dims=(16,))
+    trainer.train(1)
+    before, obs = sha256([trainer.content(), list(trainer._obs), dict(trainer.policy.named_buffers())]), trainer._obs
+    with pytest.raises(InputError) as e: trainer.restore(SPOILT[name](run_content()), "spoilt.pt")
+    assert str(e.value).startswith("spoilt.pt: ") and "\n" not in str(e.value) and len(str(e.value)) < 500
+    assert sha256([trainer.content(), list(trainer._obs), dict(trainer.policy.named_buffers())]) == before and trainer._obs is obs
+
+
+def test_resume_skips_what_lacks_something_and_goes_on_from_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder, said, good = RunFolder(tmp_path / "run"), [], run_content()
+    folder.save(good)
+    for update, name in ((3, "no history"), (4, "no processes.rng_state"), (5, "a process of nothing")): save_checkpoint(SPOILT[name](good) | {"update": update}, tmp_path / "run" / f"checkpoint_{update:06d}.pt")
+    (tmp_path / "run" / "checkpoint_000006.pt").write_bytes(b"PK\3\4")
+    trainer = trainer_in(tmp_path / "run", 0, said, hidden_dims=(16,))
+    assert resume(trainer) and trainer.update == 2
+    assert [re.match(r"skipped: .*checkpoint_(\d+).pt: ", line)[1] for line in said if line.startswith("skipped")] == ["000006", "000005", "000004", "000003"] and not any("\n" in line for line in said)

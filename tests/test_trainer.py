@@ -21,6 +21,7 @@ from trading_lib.layouts import LAYOUTS
 from trading_lib.networks import estimate_model
 from trading_lib.sources import simulate_bars
 from trading_lib.evaluation import Validation, runs_through
+from trading_lib.networks import finite_logits
 from trading_lib.ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches
 from trading_lib.tiers import NativePPOConfig, get_auto_config
 from trading_lib.trainer import Lines, NativePPOTrainer, build_policy
@@ -89,11 +90,18 @@ def plain_trainer(**settings): return NativePPOTrainer(Plain(), NativePPOConfig(
 
 # --- learning rate, minibatches -------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("updates, expected", [(1, [1.0]), (2, [1.0, 0.01]), (3, [1.0, 0.505, 0.01])])
+@pytest.mark.parametrize("updates, expected", [(1, [0.1]), (2, [0.1, 1.0]), (3, [0.1, 1.0, 0.01]), (4, [0.1, 1.0, 0.505, 0.01])])
 def test_learning_rates_of_the_shortest_runs(updates, expected): assert np.allclose([learning_rate_at(u, updates, 1.0) for u in range(updates)], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("updates, warm_up", [(20, 1), (477, 23), (40, 2), (100, 5)])
+@pytest.mark.parametrize("updates, fraction, least, expected", [(3, 0.0, 0.01, [1.0, 0.505, 0.01]), (5, 0.4, 0.2, [0.1, 0.55, 1.0, 0.6, 0.2]), (4, 0.0, 1.0, [1.0] * 4), (2, 1.0, 0.5, [0.1, 0.55])])
+def test_warm_up_and_end_of_the_learning_rate_are_settings(updates, fraction, least, expected):
+    assert np.allclose([learning_rate_at(u, updates, 1.0, fraction, least) for u in range(updates)], expected, rtol=1e-12)
+    trainer = plain_trainer(total_timesteps=96 * updates, warmup_fraction=fraction, min_lr_fraction=least, learning_rate=1e-3)
+    assert np.allclose([row["learning_rate"] for row in trainer.train()], 1e-3 * np.array(expected), rtol=1e-12)
+
+
+@pytest.mark.parametrize("updates, warm_up", [(20, 1), (477, 23), (40, 2), (100, 5), (7, 1), (19, 1)])
 def test_learning_rates_are_torchs_linear_warm_up_and_cosine(updates, warm_up):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
     schedules = [torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, warm_up), torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates - 1 - warm_up, 3e-6)]
@@ -768,3 +776,59 @@ def test_a_rollout_of_one_sample_trains_and_is_judged():
     history = trainer.train()
     assert len(history) == 4 and trainer.best is not None and all(math.isfinite(v) for row in history for name, v in row.items() if not name.startswith("validation"))
     assert all(row["advantage_deviation"] == 0 for row in history) and math.isfinite(history[-1]["validation_composite"])
+
+
+# --- a policy that answers NaN --------------------------------------------------------------------------------------
+
+def overflowing(trainer):
+    "Every weight is finite, and what they make of a bar is not."
+    with torch.no_grad():
+        for name, p in trainer.policy.named_parameters(): p.fill_(0.0 if name.startswith("trunk.0.") and "bias" not in name else 1e30)
+    return trainer
+
+
+@pytest.mark.parametrize("version", ["5.6.0", "2.7.0"])  # bars are looked at before they are played, or one after another
+def test_a_policy_that_answers_nan_is_not_one_that_holds(version):
+    trainer = trading_trainer(0, market(version).span(5500, 6000), version=version)
+    trainer.validation.play(trainer.policy)
+    first = int(trainer.validation.starts[0])
+    assert f"model: logits are not finite at bar {first}, in " in refusal(overflowing(trainer).validation.run, trainer.policy)
+
+
+def test_finite_logits_name_the_first_bar():
+    logits = torch.zeros(4, 3)
+    assert finite_logits(logits, [7, 8, 9, 10]) is logits and finite_logits(logits[:0]).shape == (0, 3)
+    logits[2, 1] = math.nan
+    logits[3, 0] = -math.inf
+    for bars, said in (([7, 8, 9, 10], " at bar 9,"), (torch.tensor([7, 8, 9, 10]), " at bar 9,"), (np.array(["a", "b", "2024-01-02", "c"]), " at bar 2024-01-02,"), (None, " finite,")):
+        message = refusal(finite_logits, logits, bars)
+        assert said in message and "in 2 of 4 answers" in message and "\n" not in message
+
+
+# --- a network from its weights alone -----------------------------------------------------------------------------------
+
+NETWORKS = [dict(hidden_dims=(16, 8)), dict(hidden_dims=(8,), shared_trunk=False), dict(network="gru", gru_hidden_dim=8, n_gru_layers=1), dict(network="gru", gru_hidden_dim=6, n_gru_layers=3)]
+
+
+@pytest.mark.parametrize("settings", NETWORKS)
+@pytest.mark.parametrize("make", [plain_trainer, trading_trainer])
+@pytest.mark.filterwarnings("ignore:checkpoint")
+def test_a_network_is_what_its_weights_are(make, settings):
+    "Older files say nothing of it; what a file claims beside its weights is not believed."
+    trainer = make(**settings)
+    content = trainer.content()
+    claims = content["config"]["train"] | {"hidden_dims": [60_000, 60_000], "gru_hidden_dim": 60_000, "n_gru_layers": 60_000, "shared_trunk": "perhaps"}
+    x = torch.randn(5, trainer.env.obs_dim, generator=torch.Generator().manual_seed(0))
+    answer = lambda policy: policy(x) if settings.get("network") != "gru" else policy.evaluate_step(policy.window_inputs(x), policy.initial_state(5))[:2]
+    expected = answer(trainer.policy)
+    for changes in ({}, {"config": content["config"] | {"train": claims}, "policy_obs_dim": 60_000, "policy_n_actions": 60_000}, {"policy_state_dict": {f"_orig_mod.module.{name}": v for name, v in content["policy_state_dict"].items()}}):
+        for a, b in zip(answer(build_policy(content | changes)), expected): assert torch.equal(a, b) or torch.allclose(a, b, rtol=1e-5, atol=1e-6)  # folded sums are added up anew
+    bare = {"policy_state_dict": content["policy_state_dict"]} | ({} if make is plain_trainer else {"model_version": "5.6.0", "obs_dim": trainer.env.obs_dim})
+    for a, b in zip(answer(build_policy(bare)), expected): assert torch.allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("state, words", [(None, "holds no weights"), ({}, "holds no weights"), ({"linear.weight": torch.zeros(3, 4)}, "no network that this library makes"), ({"trunk.0.weight": torch.zeros(8, 4), "actor_head.weight": torch.zeros(2, 8)}, "not those of one network"),
+                                          ({"trunk.0.weight": torch.zeros(8, 4), "trunk.2.weight": torch.zeros(8, 9), "actor_head.weight": torch.zeros(2, 8)}, "not those of one network")])
+def test_weights_of_no_network_are_one_line(state, words):
+    message = refusal(build_policy, {"policy_state_dict": state})
+    assert words in message and "\n" not in message and len(message) < 500

@@ -11,6 +11,7 @@ import hashlib
 import json
 import importlib.metadata
 import io
+import math
 import os
 import platform
 import re
@@ -21,6 +22,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from .config import InputError, project_root, require
@@ -29,6 +31,10 @@ from .version import CURRENT_MODEL_VERSION, compare_versions, declared_version, 
 
 # %% ../nbs/12_checkpoint.ipynb #62781e08
 _HINTS = {"numpy.ndarray": "use torch.from_numpy(x)", "builtins.set": "use sorted(x)", "pathlib.PosixPath": "use str(x)", "torch.device": "use str(x)", "torch.dtype": "use str(x)"}
+
+
+_DEEPEST = 100  # containers within containers
+_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # characters that do something to a terminal instead of being shown there
 
 
 def _where(path: tuple) -> str:
@@ -42,25 +48,89 @@ def _refused(value, path: tuple) -> InputError:
     return InputError(f"checkpoint: {_where(path)} is a {name}; expected None, a number, text, a tensor, or dicts and lists of them: {hint}")
 
 
+def _check_text(text: str, of, path: tuple):
+    "Names and values are shown to people."
+    require(not _OBEYED.search(text), f"{of}: {_where(path)}: holds characters that a terminal would obey, in {text[:40]!r}; refused")
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    "Real numbers, all of them there, in an order that strides can say: not sparse, quantised, complex, or without numbers."
+    strange = tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type == "meta"
+    return not strange and not tensor.is_conj() and not tensor.is_neg()
+
+
 def _canonical(value, path: tuple = (), texts: dict | None = None):
     "A copy in plain types whose pickle depends on the values alone, not on which objects happen to be shared or where tensors live."
     texts, kind = {} if texts is None else texts, type(value)
-    require(len(path) < 100, f"checkpoint: {_where(path[:3])}… is nested more than 100 deep; does it contain itself?")
+    require(len(path) < _DEEPEST, f"checkpoint: {_where(path[:3])}… is nested more than {_DEEPEST} deep; does it contain itself?")
     if value is None or kind in (bool, int, float): return value
-    if kind is str: return sys.intern(value)
+    if kind is str:
+        _check_text(value, "checkpoint", path)
+        return sys.intern(value)
     if kind is bytes: return texts.setdefault(value, value)
     if kind in (dict, OrderedDict):
         for key in value:
             if type(key) not in (str, int, bool, float, type(None)): raise _refused(key, (*path, "the key", key))
+            if type(key) is str: _check_text(key, "checkpoint", (*path, key))
         return {sys.intern(k) if type(k) is str else k: _canonical(v, (*path, k), texts) for k, v in value.items()}
     if kind is list: return [_canonical(v, (*path, i), texts) for i, v in enumerate(value)]
     if kind in (tuple, torch.Size): return tuple(_canonical(v, (*path, i), texts) for i, v in enumerate(value))
-    if kind in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided:
+    if kind in (torch.Tensor, torch.nn.Parameter) and _is_plain(value):
         tensor = value.detach().cpu()
         # a view would drag its whole storage into the file
         whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
         return tensor if whole else tensor.contiguous().clone()
     raise _refused(value, path)
+
+# %% ../nbs/12_checkpoint.ipynb #85838769
+_LARGEST = 1e15  # of fitted figures: beyond it float32 has lost what a column says
+# figure -> whether all of its numbers may be so, and what they should be
+_FITTED = {
+    "shift": (lambda x: np.abs(x) <= _LARGEST, f"at most {_LARGEST:g} either way"),
+    "scale": (lambda x: (x >= 1 / _LARGEST) & (x <= _LARGEST), f"from {1 / _LARGEST:g} to {_LARGEST:g}"),
+    "means": (lambda x: np.abs(x) <= _LARGEST, f"at most {_LARGEST:g} either way"),
+    "variances": (lambda x: (x > 0) & (x <= _LARGEST), f"above 0, at most {_LARGEST:g}"),
+    "transitions": (lambda x: (x >= 0) & (np.abs(x.sum(-1, keepdims=True) - 1) < 1e-6), "probabilities of which each row adds up to 1"),
+}
+_WEIGHTS = ("policy_state_dict", "folded_sums", "optimizer_state_dict", "scaler_state_dict", "config", "fit")  # of which every number is finite
+
+
+def _figures(value, at: tuple):
+    "Each number and tensor with its place."
+    if isinstance(value, dict): yield from (found for name, v in value.items() for found in _figures(v, (*at, name)))
+    elif isinstance(value, (list, tuple)): yield from (found for i, v in enumerate(value) for found in _figures(v, (*at, i)))
+    elif isinstance(value, (float, torch.Tensor)): yield at, value
+
+
+def _check_fit(fit: dict, path: Path):
+    "What the features were fitted to could have come from bars."
+    chains = fit.get("chains")
+    require(chains is None or isinstance(chains, dict), f"{path}: {_where(('fit', 'chains'))}: expected a table of means, variances and transitions, was {type(chains).__name__}; refused")
+    for name, values in {**fit, **(chains if isinstance(chains, dict) else {})}.items():
+        if name not in _FITTED: continue
+        fits, expected = _FITTED[name]
+        where = f"{path}: {_where(('fit', *(['chains'] if name not in ('shift', 'scale') else []), name))}"
+        try: numbers = np.array(values, dtype=float)
+        except (TypeError, ValueError, OverflowError): raise InputError(f"{where}: expected numbers, {expected}, was {str(values)[:40]!r}; refused") from None
+        require(numbers.ndim > 0, f"{where}: expected a list of numbers, was {values!r}; refused")
+        wrong = numbers[~fits(numbers)].tolist()
+        require(not wrong, f"{where}: expected numbers {expected}; {len(wrong)} of {numbers.size} are not, such as {wrong[:1]}; the fitted features are damaged: prepare and train anew")
+
+
+def _check_numbers(content: dict, path: Path):
+    "Weights, moments and fitted features are finite, and the network is scaled by those very features."
+    for part in _WEIGHTS:
+        for at, value in _figures(content.get(part), (part,)):
+            whole = math.isfinite(value) if isinstance(value, float) else bool(torch.isfinite(value).all())
+            require(whole, f"{path}: {_where(at)} holds NaN or infinity; the model is damaged: use an older checkpoint or train anew")
+    fit, state = content.get("fit"), content.get("policy_state_dict")
+    if not isinstance(fit, dict): return
+    _check_fit(fit, path)
+    for name, buffer in (("shift", "input_shift"), ("scale", "input_scale")):
+        own = state.get(buffer) if isinstance(state, dict) else None
+        if own is None or name not in fit: continue
+        fitted = torch.from_numpy(np.array(fit[name], dtype=float)).float()
+        require(torch.equal(own.float().cpu(), fitted), f"{path}: the network's {buffer} is not the {name} of the fitted features; the file contradicts itself: use an older checkpoint or train anew")
 
 # %% ../nbs/12_checkpoint.ipynb #1c76e018
 _ZIP_START, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
@@ -90,7 +160,9 @@ def save_checkpoint(
     path = Path(path)
     require(type(content) in (dict, OrderedDict), f"checkpoint: expected a dictionary, was {type(content).__name__}")
     require(not path.is_dir(), f"{path}: is a folder; give the name of a file such as {path / 'model.pt'}")
-    return atomic_write(path, _signed(_canonical(content)).getbuffer())
+    content = _canonical(content)
+    _check_numbers(content, path)
+    return atomic_write(path, _signed(content).getbuffer())
 
 # %% ../nbs/12_checkpoint.ipynb #b794d969
 _MINIMUM_TORCH = "2.10.0"
@@ -131,14 +203,24 @@ def _check_archive(data: bytes, path: Path):
             f"{path}: holds compressed or overlapping records, which no torch file does; refused")
 
 
-def _check_tensors(value, limit: int, path: Path, seen: set):
-    "No tensor may claim more numbers than the file has bytes for."
-    if isinstance(value, torch.Tensor):
-        claimed = value.numel() * value.element_size()
-        require(value.layout is torch.strided and claimed <= limit and claimed <= value.untyped_storage().nbytes() <= limit, f"{path}: a tensor claims {claimed:,} bytes, the file has {limit:,}; refused")
-    elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-        seen.add(id(value))
-        for v in value.values() if isinstance(value, dict) else value: _check_tensors(v, limit, path, seen)
+def _check_values(content: dict, limit: int, path: Path):
+    "Nothing is nested without end, no tensor claims more numbers than the file has bytes for, and no text does anything to the terminal that shows it."
+    seen, left = set(), [((), content)]
+    while left:
+        at, value = left.pop()
+        if isinstance(value, torch.Tensor):
+            require(_is_plain(value), f"{path}: {_where(at)} is sparse, quantised, complex or without numbers; expected a plain tensor; refused")
+            claimed = value.numel() * value.element_size()
+            require(claimed <= limit and claimed <= value.untyped_storage().nbytes() <= limit, f"{path}: {_where(at)}: a tensor claims {claimed:,} bytes, the file has {limit:,}; refused")
+        elif isinstance(value, str): _check_text(value, path, at)
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
+            require(len(at) < _DEEPEST, f"{path}: {_where(at[:3])}… is nested more than {_DEEPEST} deep; refused")
+            seen.add(id(value))
+            if isinstance(value, dict):
+                for name in value:
+                    require(isinstance(name, (str, int, float, bool, type(None))), f"{path}: {_where(at)}: holds a name that is a {type(name).__name__}; refused")
+                    if isinstance(name, str): _check_text(name, path, (*at, name))
+            left += [((*at, name), v) for name, v in (value.items() if isinstance(value, dict) else enumerate(value))]
 
 
 def _unpickle(data: bytes, path: Path, map_location):
@@ -168,7 +250,8 @@ def _load(path: Path, map_location="cpu") -> tuple[dict, str | None, int]:
     _check_archive(data, path)
     content = _unpickle(data, path, map_location)
     require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}; expected the dictionary of a checkpoint")
-    _check_tensors(content, len(data), path, set())
+    _check_values(content, len(data), path)
+    _check_numbers(content, path)
     if digest is None:
         require(isinstance(content.get("policy_state_dict"), dict), f"{path}: is a torch file without policy_state_dict; expected a checkpoint")
         warnings.warn(f"{path}: carries no SHA-256, so damage would go unnoticed; save it again with save_checkpoint", stacklevel=3)

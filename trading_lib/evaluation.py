@@ -10,11 +10,12 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .acting import BarAnswers
 from .env import GPUVectorizedTradingEnv, MarketData
 from .metrics import consistency, fitness, max_drawdown, profit_factor, sharpe_ratio, skewness
-from .networks import FoldedInputs
+from .networks import FoldedInputs, finite_logits
 
 # %% ../nbs/13_evaluation.ipynb #440024e1
 _RUN_LENGTH = 512  # bars of one account's run
@@ -71,8 +72,9 @@ class Validation:
             obs, reward, terminated, _, infos = env.step_index(logits.argmax(1))
             account, fills = infos["account"], infos["fills"]
             # noted as it is, and looked at when all is played
-            steps.append((account.equity, infos["decision_equity"], account.position_value, reward, fills.quantity, fills.trade_closed, fills.trade_profit, infos["reward_components"], terminated))
-        equity, before, position, reward, quantity, closed, profit, components, bankrupt = (torch.stack(column, 1) for column in zip(*steps))  # (runs, steps)
+            steps.append((account.equity, infos["decision_equity"], account.position_value, reward, fills.quantity, fills.trade_closed, fills.trade_profit, infos["reward_components"], terminated, logits.sum(1)))
+        equity, before, position, reward, quantity, closed, profit, components, bankrupt, sums = (torch.stack(column, 1) for column in zip(*steps))  # (runs, steps)
+        self._check_finite(sums, length)
         active, step_return = torch.arange(len(steps), device=env.device) < length[:, None], equity / before - 1
         alive = bankrupt.cumsum(1) - bankrupt.long() == 0  # nobody comes back from bankruptcy: what the environment begins after it is another account
         of_policies = lambda x: x.cpu().chunk(self.policies)
@@ -82,6 +84,12 @@ class Validation:
         played = {name: in_order(torch.where(alive, values, 0), active) for name, values in rows.items()} | {"profit": in_order(profit, active & alive & closed)}
         played["run_return"] = [own.numpy() - 1 for own in of_policies(torch.where(active & alive, 1 + step_return, 1.0).prod(1))]
         return [dict(zip(played, own)) for own in zip(*played.values())]
+
+    def _check_finite(self, sums: Tensor, length: Tensor):  # (runs, steps) of logits; (runs,) steps that count
+        "A sum is finite where all of its logits are: no bar may be answered by the first action because nothing is known."
+        run, step = (torch.arange(sums.shape[1], device=sums.device) < length[:, None]).nonzero(as_tuple=True)
+        first = torch.as_tensor(np.tile(self.starts, self.policies), device=sums.device)
+        finite_logits(sums[run, step], first[run] + step)
 
     def _acting(self, policy):  # called with an observation and a state; logits, state
         "A policy that sees nothing of its account looks at every bar before it plays."

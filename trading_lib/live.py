@@ -15,6 +15,7 @@ from .account import AccountConfig
 from .builder import InferenceObservationBuilder
 from .checkpoint import load_checkpoint
 from .config import InputError, require, typed
+from .networks import finite_logits
 from .trainer import build_policy
 from .version import assert_compatibility, interpret_action
 
@@ -49,7 +50,7 @@ class NativeModelWrapper:
         single = obs.shape in ((n,), (window, n // window))
         require(single or obs.shape[1:] in ((n,), (window, n // window)), f"observation: model {self.model_version} expects ({window}, {n // window}) or ({n},), was {tuple(obs.shape)}")
         require(bool(torch.isfinite(obs).all()), "observation: holds NaN or infinity; check the bars that it was built from")
-        actions = self.policy(obs.reshape(-1, n))[0].argmax(1)
+        actions = finite_logits(self.policy(obs.reshape(-1, n))[0]).argmax(1)
         return int(actions[0]) if single else actions.numpy()
 
     def interpret(self, action: int) -> tuple[int, float, str]:  # direction, size multiplier, name

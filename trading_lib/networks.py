@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HIDDEN_DIMS', 'RECOMMENDED_FOR', 'InputLayout', 'input_layout', 'FoldedLinear', 'FoldsInputs', 'NativeActorCritic',
            'FoldedInputs', 'parameter_groups', 'clip_gradients', 'plain_optimizer_state', 'load_plain_optimizer_state',
-           'folded_sums', 'load_folded_sums', 'estimate_model', 'decision_latency']
+           'folded_sums', 'load_folded_sums', 'finite_logits', 'estimate_model', 'decision_latency']
 
 # %% ../nbs/11_networks.ipynb #45a3b37b
 import copy
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import require
+from .config import InputError, require
 from .env import Obs, ObservationTable, column_order
 from .fused import hidden_layers, layers_and_heads
 
@@ -342,6 +342,17 @@ def load_folded_sums(policy: nn.Module, sums: dict[str, Tensor]):
     modules = dict(policy.named_modules())
     with torch.no_grad():
         for name, value in sums.items(): modules[name].broadcast_weight.copy_(value)
+
+# %% ../nbs/11_networks.ipynb #831563ff
+def finite_logits(
+    logits: Tensor,  # (n, …) of n observations, or anything that is finite where they are
+    bars=None,  # (n,) at which they were asked for: numbers or time stamps; None: not said
+) -> Tensor:  # the same
+    "Logits, or an error where a policy answers NaN or infinity: the most probable of such actions would be the first one, HOLD."
+    if bool(logits.isfinite().all()): return logits
+    rows = (~logits.isfinite().view(len(logits), -1).all(1)).nonzero().squeeze(1).tolist()
+    where = "" if bars is None else f" at bar {bars[rows[0]]}"
+    raise InputError(f"model: logits are not finite{where}, in {len(rows):,} of {len(logits):,} answers; its weights are damaged or too large: use an older checkpoint or train anew")
 
 # %% ../nbs/11_networks.ipynb #c05bd727
 def estimate_model(

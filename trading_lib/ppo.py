@@ -23,12 +23,14 @@ def learning_rate_at(
     update: int,  # from 0
     updates: int,  # in all
     peak: float,
+    warmup_fraction: float = 0.05,  # of the updates; 0: none, else at least one update
+    min_lr_fraction: float = 0.01,  # of the peak, where the cosine ends
 ) -> float:
-    "Linear warm-up over 5 % of the updates from peak/10, then cosine to 1 % of peak."
-    warm_up = int(0.05 * updates)
+    "Linear warm-up from peak/10, then cosine down to a share of the peak."
+    warm_up = max(int(warmup_fraction * updates), warmup_fraction > 0)
     if update < warm_up: return peak * (0.1 + 0.9 * update / warm_up)
     progress = (update - warm_up) / max(1, updates - 1 - warm_up)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return peak * (min_lr_fraction + (1 - min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 # %% ../nbs/13_ppo.ipynb #5053ed04
 def generalized_advantages(

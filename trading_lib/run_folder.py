@@ -27,7 +27,7 @@ def _glance(
         with zipfile.ZipFile(path) as archive: unpacked = sum(record.file_size for record in archive.infolist())
         if unpacked > path.stat().st_size: return {}  # packed records, which no checkpoint has, may unpack to more than there is memory
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        return {name: content.get(name) for name in ("update", "best_update")} if type(content.get("update")) is int else {}
+        return {name: content[name] for name in ("update", "best_update") if type(content.get(name)) is int}
     except Exception: return {}  # damaged; `load_checkpoint` knows how to say it
 
 # %% ../nbs/12_run_folder.ipynb #c44cd111
@@ -94,15 +94,16 @@ class RunFolder:
 
     def newest_good(self,
         say=print,  # called with a line for each file that is skipped
+        check=lambda content, path: None,  # raises an `InputError` where a run cannot go on from a content
     ) -> tuple[Path, dict] | None:  # the file and its content; None: there is nothing to go on from
         "The newest checkpoint, numbered or interrupted, that is whole."
         for path in self._resumable():
-            try: content = load_checkpoint(path)
-            except InputError as e:
-                say(f"skipped: {e}")
-                continue
-            if type(content.get("update")) is int: return path, content
-            say(f"skipped: {path}: does not say which update it is of; expected the checkpoint of a training run")
+            try:
+                content = load_checkpoint(path)
+                require(type(content.get("update")) is int, f"{path}: does not say which update it is of; expected the checkpoint of a training run")
+                check(content, str(path))
+                return path, content
+            except InputError as e: say(f"skipped: {e}")
         return None
 
     def best(self,

@@ -25,15 +25,15 @@ from .distributed import gathered, mean_over_processes, of_first, processes
 from .env import MarketData, Obs
 from .evaluation import Validation
 from .fused import fast_products, keep_freed_memory, why_slower
-from .memory import allocate_rollout, memory_use, sample_fields
+from .memory import allocate_rollout, memory_in_use, memory_text, memory_use, sample_fields
 from .metrics import composite_score
 from .networks import (FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
                                   parameter_groups, plain_optimizer_state)
 from .ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches, normalised, ppo_loss, value_loss, whole_groups
 from .recurrent import RecurrentActorCritic
 from .run_folder import RunFolder
-from .tiers import NativePPOConfig, get_a100_config, get_auto_config, is_due, layer_widths  # some for those who look for them here
-from .version import assert_compatibility, get_checkpoint_metadata
+from .tiers import NativePPOConfig, get_a100_config, get_auto_config, interval_in_force, is_due, layer_widths  # some for those who look for them here
+from .version import assert_compatibility, declared_version, get_checkpoint_metadata, network_settings, plain_name, policy_widths
 
 # %% ../nbs/13_trainer.ipynb #a449e617
 def layout_of_env(
@@ -58,13 +58,25 @@ def make_policy(
 def build_policy(
     content: dict,  # of a checkpoint
 ) -> nn.Module:
-    "The network of a checkpoint, with its weights."
-    config, layout = content["config"], None
-    if "model_version" in content: assert_compatibility(content)
-    if "input_shift" in content["policy_state_dict"]: layout = input_layout(content["model_version"], config["env"]["window"])
-    policy = make_policy(content["policy_obs_dim"], content["policy_n_actions"], config["train"], layout)
-    policy.load_state_dict(content["policy_state_dict"])
+    "The network of a checkpoint, with its weights. Their shapes alone say how large it is: older files say nothing else, and no file is believed to be larger."
+    state, layout = content.get("policy_state_dict"), None
+    require(isinstance(state, dict) and policy_widths(content) is not None, "checkpoint: holds no weights of a policy in policy_state_dict; train anew, or use a checkpoint of a run")
+    state = {plain_name(name): value for name, value in state.items()}
+    (inputs, n_actions), settings = policy_widths(content), network_settings(content)
+    if "input_shift" in state:
+        columns = len(state["input_shift"])
+        layout = input_layout(assert_compatibility(content).version, inputs // max(1, columns))
+        require(columns * layout.window == inputs, f"checkpoint: its network reads {inputs} numbers, which are no whole bars of {columns} columns; the file contradicts itself")
+    elif declared_version(content) is not None: assert_compatibility(content)
+    policy = make_policy(inputs, n_actions, settings, layout)
+    _load_weights(policy, state)
     return policy.eval()
+
+
+def _load_weights(policy: nn.Module, state: dict, name: str = "checkpoint"):
+    "Into a network of those very shapes."
+    try: policy.load_state_dict(state)
+    except RuntimeError as e: raise InputError(f"{name}: its weights are not those of one network: {' '.join(str(e).split())[:300]}; use another checkpoint, or train anew") from None
 
 # %% ../nbs/13_trainer.ipynb #c0ae4af1
 def _print(line: str): print(line, flush=True)  # as it comes, into a pipe too
@@ -98,7 +110,14 @@ class Lines:
         seen = next((r for r in reversed(trainer.history) if "validation_score" in r), None)
         validation = f" | validation return {seen['validation_return']:+.2%}, Sharpe {seen['validation_sharpe']:+.2f}, score {self.score(seen['validation_composite'])}" if seen else ""
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
-                f"explained variance {row['explained_variance']:+.2f}{validation}")
+                f"explained variance {row['explained_variance']:+.2f}{validation}{self.costs(trainer)}")
+
+    @staticmethod
+    def costs(trainer) -> str:
+        "What the last update took: seconds of each part, and on a GPU the memory that is reserved there."
+        parts = [f"{name} {seconds:.2f} s" for name, seconds in trainer.seconds.items() if seconds]
+        reserved = [f"{memory_text(memory_in_use(trainer.device))} reserved"] if trainer.device.type == "cuda" else []
+        return "".join(f" | {text}" for text in (", ".join(parts), *reserved) if text)
 
 # %% ../nbs/13_trainer.ipynb #95ffa2d9
 class Diverged(InputError):
@@ -154,10 +173,14 @@ class NativePPOTrainer:
         self._samples = env.n_envs * c.n_steps
         self._whole_bars = self.computed_share < 1
         self.updates = math.ceil(c.total_timesteps / (self._samples * self.world))
+        # processes share a run's updates between them: fewer of them, and still about ten validations, unless somebody has said how many
+        shared = self.world > 1 and c.decided_by.get("validation_interval", "").startswith("mode ")
+        self.validation_interval = interval_in_force(c.validation_interval, self.updates) if shared else c.validation_interval
         self.update, self.global_step, self.history, self.best, self.best_update, self.best_score = 0, 0, [], None, None, -math.inf
         self.validations = []  # one row for each checkpoint that was looked at: what a ledger of trials needs
         self.recoveries, self._without_better, self.ended = 0, 0, None  # ended: why the run is over before its budget
         self._obs, self._state, self._buffer, self._component_means = None, None, None, None
+        self.seconds = dict.fromkeys(("rollout", "update", "critic"), 0.0)  # of the last update; no part of a checkpoint, whose bytes depend on the run alone
         self._made_with = {"git": git_state(), "libraries": library_versions()}
 
     def _network(self, seed: int) -> nn.Module:
@@ -415,17 +438,19 @@ class NativePPOTrainer:
         if self.recurrent:
             first = torch.cat([torch.zeros_like(rollout["ended"][:1]), rollout["ended"][:-1]]) > 0  # the state before the first step is in `first_state`
             data |= {"first": first.flatten(), "first_state": rollout["first_state"]}
-        rate, entropy_coefficient = learning_rate_at(self.update, self.updates, c.learning_rate) * 0.5**self.recoveries, c.entropy_coefficient * 1.5**self.recoveries
+        rate, entropy_coefficient = learning_rate_at(self.update, self.updates, c.learning_rate, c.warmup_fraction, c.min_lr_fraction) * 0.5**self.recoveries, c.entropy_coefficient * 1.5**self.recoveries
         for group in self._groups: group["lr"] = rate * group["factor"]
         watched, good = [], self._copied()
         for epoch, batches in enumerate(self._epochs(data, c.n_epochs)):
-            for batch in batches:
+            for done, batch in enumerate(batches, epoch * len(batches) + 1):
                 loss, watch = self._losses(data, batch, entropy_coefficient)
                 self._step(loss)
                 watched.append(torch.stack(list(watch.values())))
-            self.progress.phase("epochs", epoch + 1, c.n_epochs)
+                self.progress.phase("epochs", done, c.n_epochs * len(batches))
             if c.target_kl is not None and float(mean_over_processes(watch["kl"])) > 1.5 * c.target_kl: break
+        began = time.perf_counter()
         self._learn_values(data)
+        self.seconds["critic"] = time.perf_counter() - began
         means = mean_over_processes(torch.stack(watched).mean(0))
         finite = means.isfinite().view(len(means), -1).all(1).tolist()
         if not all(finite) or not bool(torch.stack([p.isfinite().all() for p in self.policy.parameters()]).all()):
@@ -460,11 +485,11 @@ class NativePPOTrainer:
         forward = _Evaluate(self.policy)  # what DistributedDataParallel expects gradients of is not all there
         try:
             for epoch, batches in enumerate(self._epochs(data, c.critic_epochs_in_force)):
-                for batch in batches:
+                for done, batch in enumerate(batches, epoch * len(batches) + 1):
                     _, value = self._batch_forward(forward, data, batch)
                     loss = c.value_coefficient * value_loss(value, data["value"][batch.samples], data["return"][batch.samples], c.value_clip_range)
                     self._step(loss, head_only=True)
-                self.progress.phase("critic epochs", epoch + 1, c.critic_epochs_in_force)
+                    self.progress.phase("critic epochs", done, c.critic_epochs_in_force * len(batches))
         finally:
             for p in self._body: p.requires_grad_(True)
 
@@ -496,14 +521,17 @@ class NativePPOTrainer:
         self.progress.start(self)
         while self.update < last and self.ended is None:
             if c.cost_warm_up and hasattr(self.env, "set_cost_scale"): self.env.set_cost_scale(min(1.0, (self.update + 1) / (c.cost_warm_up * self.updates)))
+            began = time.perf_counter()
             rollout = self._rollout()
-            self._check(rollout)
+            self._check(rollout)  # a GPU has done what it was asked by then
+            acted = time.perf_counter()
             row = self._learn(rollout)
+            self.seconds |= {"rollout": acted - began, "update": time.perf_counter() - acted - self.seconds["critic"]}
             self.update += 1
             self.global_step += self._samples * self.world
             row = {"update": self.update, "timesteps": self.global_step, **row}
             self.history.append(row)
-            if self.validation and (is_due(self.update, c.validation_interval) or self.update == self.updates): self._validate(row)
+            if self.validation and (is_due(self.update, self.validation_interval) or self.update == self.updates): self._validate(row)
             if self.folder is not None and is_due(self.update, c.checkpoint_interval): self._keep(self.folder.save)
             self.progress.updated(self, row)
             if any(gathered(bool(stop()))): break
@@ -610,14 +638,43 @@ class NativePPOTrainer:
         name: str = "the checkpoint",  # for messages
         beside: RunFolder | None = None,  # where the best policy lies; None: the run's own folder
     ):
-        "Take over everything that the next update depends on."
+        "Take over everything that the next update depends on, or change nothing."
         self._check_same(content, name)
+        before = self._everything()
+        try: self._take_over(content, name, beside)
+        except InputError as e:
+            self._put_back(before)
+            raise InputError(str(e) if str(e).startswith(name) else f"{name}: {e}") from None
+        except Exception as e:  # whatever a damaged part makes of itself
+            self._put_back(before)
+            raise InputError(f"{name}: cannot be gone on from ({type(e).__name__}: {' '.join(str(e).split())[:200]}); use an older checkpoint, or train anew") from None
+
+    _RUN = ("global_step", "update", "history", "validations", "recoveries", "_without_better", "ended", "best", "best_score", "best_update", "_obs", "_state")
+
+    def _everything(self) -> tuple:
+        "All that `restore` may change; an environment that has not begun has nothing to lose."
+        buffers, state = [b.clone() for b in self.policy.buffers()], self.env.state_dict() if hasattr(self.env, "state_dict") and self._obs is not None else {}
+        return self._copied(), buffers, self._random.get_state(), state, [(group, group["lr"]) for group in self._groups], {name: getattr(self, name) for name in self._RUN}
+
+    def _put_back(self, before: tuple):
+        "As if `restore` had not been called."
+        weights, buffers, random, state, rates, run = before
+        self._restore(weights)
+        for own, kept in zip(self.policy.buffers(), buffers): own.copy_(kept)
+        self._bind()
+        self._random.set_state(random)
+        if state: self.env.load_state_dict(state)
+        for group, rate in rates: group["lr"] = rate
+        for name, value in run.items(): setattr(self, name, value)
+
+    def _take_over(self, content: dict, name: str, beside: RunFolder | None):
+        "What `restore` does, where nothing goes wrong."
         was, now = content["config"]["train"], asdict(self.config)
         changed = [f"{setting} {was[setting]} → {now[setting]}" for setting in now if setting in was and was[setting] != now[setting] and setting not in ("tier", "mode")]
         if changed: self.progress.say(f"{name}: goes on with other settings than before: {', '.join(changed)}")
         own, to = content["processes"][self.rank], lambda x: None if x is None else x.clone().to(self.device)
-        if own["observation"] is not None and own["environment_state"]: self.env.load_state_dict(own["environment_state"])  # first: it may refuse, and then nothing has changed
-        self.policy.load_state_dict(content["policy_state_dict"])
+        if own["observation"] is not None and own["environment_state"]: self.env.load_state_dict(own["environment_state"])
+        _load_weights(self.policy, content["policy_state_dict"], name)
         self._bind()
         load_folded_sums(self.policy, content.get("folded_sums", {}))
         load_plain_optimizer_state(self.policy, self.optimizers, content["optimizer_state_dict"])
@@ -639,10 +696,26 @@ class NativePPOTrainer:
         elif own["environment_state"]: self._obs, self._state = Obs(*map(to, own["observation"].values())), to(own["recurrent_state"])
         else: self._begin()  # an environment that cannot be saved starts afresh
 
+    # part of a checkpoint -> what it is
+    _PARTS = {"config": dict, "history": list, "optimizer_state_dict": dict, "policy_n_actions": int, "policy_obs_dim": int, "policy_state_dict": dict, "processes": list, "validations": list, "global_step": int, "update": int,
+              "recoveries": int, "without_better": int, "metrics": dict, "best_score": (int, float, type(None)), "best_update": (int, type(None)), "ended": (str, type(None)), "scaler_state_dict": (dict, type(None))}
+    _PROCESS = ("environment_state", "rng_state", "observation", "recurrent_state")  # parts of what is each process's own
+
+    @classmethod
+    def check_parts(cls, content: dict, name: str = "the checkpoint"):
+        "Everything is there that a run needs to go on, and is what it is taken for."
+        missing = [part for part in cls._PARTS if part not in content]
+        missing += [f"processes[{i}].{part}" for i, own in enumerate(content["processes"]) for part in cls._PROCESS if not isinstance(own, dict) or part not in own] if isinstance(content.get("processes"), list) else []
+        if isinstance(content.get("config"), dict) and not isinstance(content["config"].get("train"), dict): missing.append("config.train")
+        require(not missing, f"{name}: holds no state to go on from ({', '.join(missing)} missing); train anew, or use a checkpoint of a run")
+        strange = [part for part, kind in cls._PARTS.items() if not isinstance(content[part], kind)]
+        require(not strange, f"{name}: holds no state to go on from ({', '.join(strange)} of another kind); train anew, or use a checkpoint of a run")
+
     def _check_same(self, content: dict, name: str):
         "A checkpoint goes on as what it was."
-        missing = [part for part in ("config", "history", "optimizer_state_dict", "policy_n_actions", "policy_obs_dim", "policy_state_dict", "processes", "validations") if part not in content]
-        require(not missing, f"{name}: holds no state to go on from ({', '.join(missing)} missing); train anew, or use a checkpoint of a run")
+        self.check_parts(content, name)
+        missing = [setting for setting in ("hidden_dims", "shared_trunk", "seed") if setting not in content["config"]["train"]]
+        require(not missing, f"{name}: holds no state to go on from (config.train.{', '.join(missing)} missing); train anew, or use a checkpoint of a run")
         train, mine = content["config"]["train"], asdict(self.config)
         inner = lambda settings: f"gru, hidden {settings['gru_hidden_dim']}, {settings['n_gru_layers']} layer{'s' * (settings['n_gru_layers'] > 1)}" if settings.get("network") == "gru" else f"mlp, hidden {list(settings['hidden_dims'])}"
         shape = lambda settings, inputs, actions: f"{inputs} inputs, {inner(settings)}, {actions} actions"

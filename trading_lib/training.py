@@ -124,7 +124,7 @@ def resume(
         _make_room(trainer, Path(checkpoint))
         say(f"going on from {checkpoint}, after update {trainer.update} of {trainer.updates}")
         return True
-    found = trainer.folder.newest_good(say)
+    found = trainer.folder.newest_good(say, trainer.check_parts)
     if found is None: say(f"resume: no checkpoint in {trainer.folder.path}; starting fresh")
     else:
         path, content = found

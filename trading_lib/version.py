@@ -6,7 +6,8 @@
 __all__ = ['ACTION_SETS', 'CURRENT_MODEL_VERSION', 'CURRENT_TRADER_VERSION', 'WINDOW', 'MODEL_SPECS',
            'MODEL_TRADER_COMPATIBILITY', 'RELEASE_NOTES', 'parse_version', 'compare_versions', 'Action', 'ModelSpec',
            'missing_parts', 'interpret_action', 'action_table', 'get_checkpoint_metadata', 'declared_version',
-           'policy_matrices', 'policy_widths', 'detect_version_from_checkpoint', 'assert_compatibility']
+           'plain_name', 'policy_matrices', 'policy_widths', 'network_settings', 'detect_version_from_checkpoint',
+           'assert_compatibility']
 
 # %% ../nbs/06_version.ipynb #0c97c668
 import operator
@@ -182,6 +183,13 @@ def _declared(checkpoint: dict, name: str):
     return None
 
 
+def plain_name(
+    name,  # of a weight
+) -> str:
+    "Its name in the plain network: wrappers such as `module.` are cut off."
+    return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))
+
+
 def policy_matrices(
     checkpoint: dict,  # content of a checkpoint
 ) -> dict[str, tuple[int, int]]:  # name -> (outputs, inputs), in the order of the network
@@ -189,7 +197,7 @@ def policy_matrices(
     require(isinstance(checkpoint, dict), f"checkpoint: expected a dictionary with policy_state_dict, was {type(checkpoint).__name__}")
     state = checkpoint.get("policy_state_dict")
     if not isinstance(state, dict): return {}
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tuple(value.shape) for name, value in state.items() if len(getattr(value, "shape", ())) == 2}
+    return {plain_name(name): tuple(value.shape) for name, value in state.items() if len(getattr(value, "shape", ())) == 2}
 
 
 def policy_widths(
@@ -203,6 +211,18 @@ def policy_widths(
     trunk = [n for n in own if re.match(r"(actor_)?trunk\.", n)] or list(own)
     heads = [n for n in own if n.startswith("actor_head")] or list(own)
     return own[trunk[0]][1], own[heads[-1]][0]
+
+
+def network_settings(
+    checkpoint: dict,  # content of a checkpoint with a policy
+) -> dict:  # network, hidden_dims, shared_trunk, gru_hidden_dim, n_gru_layers, dropout
+    "What the shapes of its weights say of a network, as `NativePPOConfig` names it."
+    matrices = policy_matrices(checkpoint)
+    state_width = next((shape[1] for name, shape in matrices.items() if re.fullmatch(r"gru\.weight_hh_l\d+", name)), None)
+    trunk = [shape[0] for name, shape in matrices.items() if re.match(r"(actor_)?trunk\.", name)]
+    require(state_width or trunk, f"checkpoint: its weights are of no network that this library makes, with trunk and heads; they are {_listed(list(matrices)[:6])} …")
+    return {"network": "gru" if state_width else "mlp", "hidden_dims": tuple(trunk) or (1,), "shared_trunk": not any(name.startswith("actor_trunk.") for name in matrices),
+            "gru_hidden_dim": state_width or 2, "n_gru_layers": sum(bool(re.fullmatch(r"gru\.weight_hh_l\d+", name)) for name in matrices) or 1, "dropout": 0.0}
 
 
 def _known_structures() -> dict[tuple[int, int], list[str]]:
