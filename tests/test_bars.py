@@ -1,6 +1,7 @@
 """Bars: the calendar against an independent reading of it, every kind of bad bar, and real files with known defects."""
 import json
 import os
+import re
 import zoneinfo
 from datetime import timedelta, timezone
 
@@ -180,6 +181,10 @@ REFUSALS = [
     ("bad dtype", CRYPTO.assign(updated=[3, "never"] * (len(CRYPTO) // 2)), "15Min", "crypto"),
     ("bad dtype", EQUITY.assign(close=EQUITY.close.astype(str)), "15Min", "equity"),
     ("bad dtype", EQUITY.assign(volume=EQUITY.volume > 5), "15Min", "equity"),
+    ("no number", EQUITY.assign(close=EQUITY.close.astype(object).where(EQUITY.index != EQUITY.index[30], "-")), "15Min", "equity"),
+    ("impossible time", CRYPTO.set_axis(CRYPTO.index - pd.Timedelta(365 * 200, "D")), "15Min", "crypto"),
+    ("impossible value", with_value(CRYPTO, "volume", 1e25), "15Min", "crypto"),
+    ("impossible value", CRYPTO.assign(**{c: CRYPTO[c] * 1e12 for c in COLUMNS[:4]}), "15Min", "crypto"),
     ("bad dtype", EQUITY.rename_axis("timestamp").reset_index().assign(timestamp=EQUITY.index.strftime("%Y-%m-%d %H:%M")), "15Min", "equity"),
     ("bad dtype", EQUITY.rename_axis("timestamp").reset_index().assign(timestamp=EQUITY.index.asi8), "15Min", "equity"),
     ("naive time", EQUITY.set_axis(EQUITY.index.tz_localize(None)), "15Min", "equity"),
@@ -235,6 +240,52 @@ def test_every_kind_of_refusal_is_tested():
 def test_the_first_offending_bar_is_named():
     frame = with_value(with_value(CRYPTO, "close", np.nan, row=200), "close", np.nan, row=100)
     with pytest.raises(InputError, match=rf"{CRYPTO.index[100]:%Y-%m-%d %H:%M}Z, close is missing \(and 1 more\)"): validate_bars(frame.iloc[::-1], "15Min", "crypto")
+
+
+BAD_CELLS = {"-": "'-'", "1,234.5": "'1,234.5'", "1_000": "'1_000'", "12 $": "'12 $'", True: "'True'", (1.5,): "'(1.5,)'", 10**400: "'1000", "a\nb": r"'a\\nb'", "x" * 100_000: "xxx…'", b"1.5x": "1.5x"}
+
+
+@pytest.mark.parametrize("value", BAD_CELLS)
+def test_the_bad_cell_is_shown_and_not_a_good_one(value):
+    frame = CRYPTO.astype({"high": object})
+    frame.iat[41, 1] = value
+    with pytest.raises(InputError) as e: validate_bars(frame, "15Min", "crypto")
+    said = str(e.value)
+    assert f"no number: {CRYPTO.index[41]:%Y-%m-%d %H:%M}Z, high is " in said and BAD_CELLS[value] in said and "\n" not in said and len(said) < 300
+    frame.iat[7, 1] = "none"
+    with pytest.raises(InputError, match=rf"{CRYPTO.index[7]:%Y-%m-%d %H:%M}Z, high is 'none' \(and 1 more\)"): validate_bars(frame, "15Min", "crypto")
+
+
+@pytest.mark.parametrize("volume", [1e12, 2.0**53, 2.0**63, 1e25, 1e308])
+def test_volumes_that_sums_cannot_carry_are_refused_and_large_ones_are_not(volume):
+    "A running sum of dollars that holds one such bar no longer holds the others."
+    with pytest.raises(InputError, match=rf"impossible value: {CRYPTO.index[30]:%Y-%m-%d %H:%M}Z, volume is {volume:g} at a close of .*worth more than 1e\+15".replace("e+", r"e\+")):
+        validate_bars(with_value(CRYPTO.assign(**{c: CRYPTO[c] * 2e4 / CRYPTO.close.iloc[30] for c in COLUMNS[:4]}), "volume", volume), "15Min", "crypto")
+    most = 0.99e15 / CRYPTO.close.iloc[30]
+    clean, _ = validate_bars(with_value(CRYPTO, "volume", most), "15Min", "crypto")
+    worth = (clean.close * clean.volume).to_numpy()
+    total = np.cumsum(worth)
+    assert np.abs(np.diff(total)[40:] - worth[41:]).max() < 1  # a dollar, of what other bars trade
+
+
+def test_steps_pass_on_the_dates_that_are_named():
+    gap = np.where(np.arange(len(DAILY)) >= 60, 0.8, 1.0) * np.where(np.arange(len(DAILY)) >= 90, 0.4, 1.0)
+    bars = DAILY.assign(**{c: DAILY[c] * gap for c in COLUMNS[:4]}, volume=1e6)
+    first, second = (f"{DAILY.index[i]:%Y-%m-%d}" for i in (60, 90))
+    def refused(*dates):
+        with pytest.raises(InputError, match="unexplained step") as e: validate_bars(bars, "1Day", "equity", allow_steps=list(dates))
+        return str(e.value)
+    assert first in refused() and second in refused(first) and first in refused(second) and first in refused("2001-01-01")
+    for allowed in (True, [first, second], [DAILY.index[60], DAILY.index[90].date()]):
+        assert validate_bars(bars, "1Day", "equity", allow_steps=allowed)[1]["bars"] == len(DAILY)
+    hours = EQUITY.assign(**{c: EQUITY[c] * np.where(EQUITY.index >= "2024-11-20", 0.3, 1.0) for c in COLUMNS[:4]})
+    assert len(validate_bars(hours, "15Min", "equity", allow_steps=["2024-11-20"])[0]) == len(EQUITY)
+    for wrong in (3, "soon", [5.5], {"a": 1}):
+        with pytest.raises(InputError, match="allow_steps"): validate_bars(bars, "1Day", "equity", allow_steps=wrong)
+
+
+def test_the_timeframe_that_bars_have_is_named():
+    with pytest.raises(InputError, match="bars are 15 minutes apart, as 15Min bars are, expected 60; say the timeframe"): validate_bars(CRYPTO, "1Hour", "crypto")
 
 
 def test_the_bars_the_refusals_start_from_are_good():

@@ -17,7 +17,8 @@ SHARE, NOT_LESS = [-0.01, 1.01, *NOT_A_NUMBER], [-0.01, *NOT_A_NUMBER]
 # section -> field -> values that must be refused
 REFUSED = {
     "data": dict(source=["alpca", "", 1, None, ["files"]], timeframe=[*NOT_TEXT, None], start=NOT_TEXT, end=NOT_TEXT, seed=[*NOT_WHOLE, None], edge=[*NOT_LESS, None], recipe=["life", None, 1], path=[*NOT_TEXT, None],
-                 timezone=NOT_TEXT, labels=["open", None, 1], price_scale=[0, -1, *NOT_A_NUMBER], columns=["open", [], [1], {}], feed=["otc", 5, [], None], adjustment=["splits", None, 1], cache=[*NOT_TEXT, None], train_fraction=[0, 1, 0.85, -0.1, None, *NOT_A_NUMBER], validation_fraction=[0, 1, 0.30, -0.1, None, *NOT_A_NUMBER]),
+                 timezone=NOT_TEXT, labels=["open", None, 1], price_scale=[0, -1, *NOT_A_NUMBER], columns=["open", [], [1], {}], feed=["otc", 5, [], None], adjustment=["splits", None, 1], cache=[*NOT_TEXT, None],
+                 asset_classes=["equity", [], 5, True, {"BRK-B": "share"}, {"BRK-B": None}, {"BRK-B": ["equity"]}], allow_steps=["maybe", 5, None, ["soon"], [], ["2002-13"], {"EARN": "soon"}, {"EARN": [5]}, {"EARN": None}], train_fraction=[0, 1, 0.85, -0.1, None, *NOT_A_NUMBER], validation_fraction=[0, 1, 0.30, -0.1, None, *NOT_A_NUMBER]),
     "features": dict(version=[*NOT_TEXT, None, 5.6], window=[0, -1, None, *NOT_WHOLE]),
     "account": dict(initial_account_value=[0, -1, None, *NOT_A_NUMBER], safety_buffer_pct=SHARE, base_alloc=SHARE, max_position_pct=SHARE, stop_pct=SHARE, target_pct=SHARE, allow_short=NOT_A_FLAG,
                     costs=["none", None, 0], commission_bps=NOT_LESS, half_spread_bps=NOT_LESS, slippage_bps=NOT_LESS, impact_coefficient=NOT_LESS),
@@ -69,6 +70,13 @@ def test_a_bad_value_is_refused_and_its_field_named(section, name):
 def test_a_bad_value_of_a_mode_is_refused(name):
     for bad in REFUSED_OF_A_MODE[name]: assert re.match(r"modes(\.own\." + name + ")?: ", refusal(parse_parameters, {"modes": {"own": MODE | {name: bad}}})), bad
     assert "is missing" in refusal(parse_parameters, {"modes": {"own": {k: v for k, v in MODE.items() if k != name}}})
+
+
+def test_what_is_said_of_one_symbol():
+    data = parse_parameters(yaml.safe_load("data: {asset_classes: {BRK/B: equity}, allow_steps: {EARN: [2002-10-16, '2008-09-15'], A/B: true, ONE: 2020-03-16}}")).data
+    assert (data.asset_class("BRK-B"), data.asset_class("SPY")) == ("equity", None)
+    assert [data.steps(s) for s in ("EARN", "A-B", "ONE", "SPY")] == [["2002-10-16", "2008-09-15"], True, ["2020-03-16"], False]
+    assert [parse_parameters({"data": {"allow_steps": v}}).data.steps("SPY") for v in (True, "true", ["2002-10-16"], "[2002-10-16]")] == [True, True, ["2002-10-16"], ["2002-10-16"]]
 
 
 def test_the_defaults_pass_their_own_checks():
@@ -389,7 +397,7 @@ def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
     from trading_lib.pipeline import artefacts, source_options
     monkeypatch.setenv("HOME", str(tmp_path))
     p = parse_parameters({"data": {"path": "~/bars", "cache": "~/cache"}})
-    options = source_options(p)
+    options = source_options(p, "SPY")
     assert (options["path"], options["cache"]) == (f"{tmp_path}/bars", f"{tmp_path}/cache") and artefacts(p, "SIM-USD", "~/out").root == tmp_path / "out"
     assert "no such home folder" in refusal(C.home_path, "~nobody-of-that-name/x")
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'COLUMNS', 'ASSET_CLASSES', 'REFUSED', 'REPAIRED', 'REPORTED', 'OUT_OF_SESSION', 'timeframe_name',
-           'timeframe_seconds', 'AssetClass', 'asset_class_of', 'moment', 'expected_labels', 'bars_per_year',
-           'BarClock', 'bar_clock', 'validate_bars', 'resample_bars', 'fingerprint', 'write_bars', 'read_bars']
+           'timeframe_seconds', 'AssetClass', 'asset_class_of', 'shown', 'listed', 'moment', 'expected_labels',
+           'bars_per_year', 'BarClock', 'bar_clock', 'validate_bars', 'resample_bars', 'fingerprint', 'write_bars',
+           'read_bars']
 
 # %% ../nbs/01_bars.ipynb #516ed345
 import hashlib
@@ -26,6 +27,7 @@ TIMEFRAMES = {"1Min": 60, "5Min": 300, "15Min": 900, "30Min": 1800, "1Hour": 360
 COLUMNS = ("open", "high", "low", "close", "volume")
 
 _UNITS = {"m": 60, "t": 60, "min": 60, "mins": 60, "minute": 60, "minutes": 60, "h": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400}
+_BY_SECONDS = {seconds: name for name, seconds in TIMEFRAMES.items()}
 _SECOND = 1_000_000_000  # nanoseconds, as everywhere below
 _HOUR = 3600 * _SECOND
 _DAY = 24 * _HOUR
@@ -94,6 +96,26 @@ def _sessions(calendar: str) -> _Sessions:
     arrays = [_nanoseconds(schedule.sessions), _nanoseconds(opens), _nanoseconds(pd.DatetimeIndex(schedule.closes)), offset]
     for a in arrays: a.setflags(write=False)  # shared by everyone
     return _Sessions(*arrays)
+
+
+def shown(
+    value,  # what a file, a server or a person gave
+    most: int = 40,  # characters
+) -> str:  # one line without control characters
+    "A foreign value as a message shows it."
+    try: text = str(value)
+    except Exception: text = f"a {type(value).__name__}"  # numbers of a million digits cannot be written
+    text = text if text.isprintable() else repr(text)[1:-1]
+    return text if len(text) <= most else text[:most] + "…"
+
+
+def listed(
+    values,  # such as the names of columns
+    most: int = 12,
+) -> str:  # one line
+    "Foreign values as a message lists them."
+    values = list(values)
+    return ", ".join(map(shown, values[:most])) + (f" and {len(values) - most:,} more" if len(values) > most else "")
 
 
 def _nanoseconds(index: pd.DatetimeIndex) -> np.ndarray:
@@ -237,21 +259,24 @@ REFUSED = {  # kind -> what to do
     "mixed content": "validate one symbol, feed and adjustment at a time",
     "empty symbol": "name the symbol at the source",
     "bad dtype": "convert to numbers, and times to UTC time stamps, first",
+    "no number": "correct it, or remove the row at the source",
     "naive time": "localise the times to their zone, then convert them to UTC",
     "wrong zone": "check the time zone of the source and convert to UTC",
     "null time": "remove the row at the source",
+    "impossible time": "check the epoch unit, or remove the row at the source",
     "null price": "remove the row at the source; bars are never filled in",
     "infinite value": "remove the row at the source",
     "price not above zero": "check the source; prices are positive",
     "negative volume": "check the source; volume is 0 or more",
+    "impossible value": "check the source and its units, or remove the row",
     "OHLC order": "check the source: low <= open, close <= high must hold",
     "conflicting duplicate": "keep one of them; are two feeds or adjustments mixed?",
-    "wrong timeframe": "declare the timeframe that the bars have, or resample them",
+    "wrong timeframe": "say the timeframe that the bars have (--timeframe, data.timeframe in params.yaml), or load others",
     "off grid": "labels are bar starts on the clock; resample from shorter bars",
     "bar in the future": "check the time zone and the epoch unit",
     "shifted labels": "labels are bar starts: read a file with labels='end' if its times are the ends of bars, and only then",
     "outside session": "check the asset class, and the time zone of the source",
-    "unexplained step": "load adjusted prices if it is a split; allow_steps=True lets a true move pass",
+    "unexplained step": "load adjusted prices if it is a split; a true move passes with its date in data.allow_steps of params.yaml, --allow-steps-on or allow_steps",
 }
 REPAIRED = {  # kind -> what is done
     "exact_duplicates": "dropped, the first is kept",
@@ -282,10 +307,14 @@ OUT_OF_SESSION = {  # kind -> meaning; such bars are dropped and counted
 }
 
 # %% ../nbs/01_bars.ipynb #c65aaadd
+_SAME_THROUGHOUT = ("symbol", "feed", "adjustment", "currency", "exchange")
 _UTC_NAMES = ("UTC", "UTC+00:00", "Etc/UTC", "GMT", "Etc/GMT", "Zulu", "tzutc()")
 _RISE, _FALL = 1.50, 0.55  # legs of a step beyond these are refused
 _SPLITS = {f"{n}-for-1": 1 / n for n in (2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 25, 50)} | {f"1-for-{n}": float(n) for n in (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 100)}
 _SPIKE = 12
+_CENTURY = pd.Timestamp("1900-01-01", tz="UTC").value  # no bar is older; nanoseconds since cannot overflow
+_DEAREST, _CHEAPEST = 1e12, 1e-12  # prices beyond are no prices, in any currency
+_TURNOVER = 1e15  # worth of what one bar trades, ten times all shares of the world: beyond it running sums of a history no longer hold the other bars to the cent
 _FOREIGN = 100  # bars outside the session whose volume is so many times below the session's are of another feed
 _BREAKS = {20: 5.0, 5: 8.0}  # sessions before and after -> times that the median volume must change, beyond what the change of ranges explains
 _SMALL_SPLITS = {"3-for-2": 2 / 3, "4-for-3": 3 / 4, "5-for-4": 4 / 5}  # refused only on a day of ordinary volume and range
@@ -306,35 +335,57 @@ def _refuse_where(kind: str, bad: np.ndarray, label: np.ndarray, detail):
 
 def _labels_of(bars: pd.DataFrame) -> pd.DatetimeIndex:
     "The time stamps of a raw table, checked to be UTC."
+    twice = [c for c in bars.columns[bars.columns.duplicated()] if c in ("timestamp", *COLUMNS, *_SAME_THROUGHOUT, "updated")]
+    if twice: _refuse("mixed content", f"there are {list(bars.columns).count(twice[0])} columns named {twice[0]}")
     if "timestamp" in bars.columns: times = bars["timestamp"]
     elif isinstance(bars.index, pd.DatetimeIndex): times = bars.index.to_series()
-    else: _refuse("missing column", f"no timestamp among {', '.join(map(str, bars.columns))}, and the index holds no times")
+    else: _refuse("missing column", f"no timestamp among {listed(bars.columns)}, and the index holds no times")
     if not pd.api.types.is_datetime64_any_dtype(times):
-        _refuse("bad dtype", f"timestamp holds {times.dtype}, such as {times.iloc[0]!r}")
+        _refuse("bad dtype", f"timestamp holds {times.dtype}, such as {shown(times.iloc[0])!r}")
     times = pd.DatetimeIndex(times)
     if times.tz is None: _refuse("naive time", f"timestamp has no time zone, such as {times[0]}")
     if str(times.tz) not in _UTC_NAMES: _refuse("wrong zone", f"timestamp is in {times.tz}, expected UTC")
     if times.hasnans: _refuse("null time", f"row {int(np.flatnonzero(times.isna())[0])} has no time")
-    return times.tz_convert("UTC").as_unit("ns")
+    try: times = times.tz_convert("UTC").as_unit("ns")
+    except (ValueError, OverflowError): _refuse("impossible time", f"timestamp goes from {shown(times.min())} to {shown(times.max())}")
+    _refuse_where("impossible time", _nanoseconds(times) < _CENTURY, _nanoseconds(times), lambda i: "which is before 1900")
+    return times
+
+
+def _is_number(value) -> bool:
+    if isinstance(value, (bool, np.bool_)) or isinstance(value, str) and "_" in value: return False  # numbers to Python alone
+    try: return float(value) is not None
+    except (TypeError, ValueError, OverflowError): return False
+
+
+def _refuse_column(name: str, column: pd.Series, label: np.ndarray):
+    "Name the first value that is no number, with its time; or what the column holds, where each of them could be one."
+    bad = np.array([not _is_number(v) for v in column]) & ~column.isna().to_numpy(bool)
+    if bad.all() or not bad.any(): _refuse("bad dtype", f"{name} holds {column.dtype}, such as {shown(column.iloc[0])!r}")
+    _refuse_where("no number", bad, label, lambda i: f"{name} is {shown(column.iloc[i])!r}")
 
 
 def _values_of(bars: pd.DataFrame, label: np.ndarray) -> dict[str, np.ndarray]:
     "The five columns as float64, each value checked by itself."
     missing = [c for c in COLUMNS if c not in bars.columns]
-    if missing: _refuse("missing column", f"{', '.join(missing)} not among {', '.join(map(str, bars.columns))}")
+    if missing: _refuse("missing column", f"{', '.join(missing)} not among {listed(bars.columns)}")
     values = {}
     for name in COLUMNS:
         column = bars[name]
-        if isinstance(column, pd.DataFrame): _refuse("mixed content", f"there are {column.shape[1]} columns named {name}")
         numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column) and not pd.api.types.is_complex_dtype(column)
         if not numeric and column.isna().all() and column.dtype == object: column = column.astype("float64")  # all null: named as such below
-        elif not numeric: _refuse("bad dtype", f"{name} holds {column.dtype}, such as {column.iloc[0]!r}")
+        elif not numeric: _refuse_column(name, column, label)
         values[name] = column.to_numpy(dtype="float64", na_value=np.nan).copy()
     for name, v in values.items():
         _refuse_where("null price", np.isnan(v), label, lambda i: f"{name} is missing")
         _refuse_where("infinite value", np.isinf(v), label, lambda i: f"{name} is {v[i]}")
-        if name != "volume": _refuse_where("price not above zero", v <= 0, label, lambda i: f"{name} is {v[i]:g}")
-    _refuse_where("negative volume", values["volume"] < 0, label, lambda i: f"volume is {values['volume'][i]:g}")
+        if name == "volume": continue
+        _refuse_where("price not above zero", v <= 0, label, lambda i: f"{name} is {v[i]:g}")
+        _refuse_where("impossible value", (v < _CHEAPEST) | (v > _DEAREST), label, lambda i: f"{name} is {v[i]:g}")
+    volume, close = values["volume"], values["close"]
+    _refuse_where("negative volume", volume < 0, label, lambda i: f"volume is {volume[i]:g}")
+    _refuse_where("impossible value", volume > _TURNOVER / close, label,
+                  lambda i: f"volume is {volume[i]:g} at a close of {close[i]:g}, worth more than {_TURNOVER:g} in one bar")
     return values
 
 
@@ -342,7 +393,7 @@ def _versions_of(bars: pd.DataFrame) -> np.ndarray:
     "Which of several bars at the same time is the later one, by the column `updated`; 0 where there is none."
     if "updated" not in bars.columns: return np.zeros(len(bars))
     try: return bars["updated"].rank(method="dense", na_option="top").to_numpy("float64")
-    except (TypeError, ValueError): _refuse("bad dtype", f"updated holds {bars['updated'].dtype}, such as {bars['updated'].iloc[0]!r}")
+    except (TypeError, ValueError): _refuse("bad dtype", f"updated holds {bars['updated'].dtype}, such as {shown(bars['updated'].iloc[0])!r}")
 
 
 def _check_order(values: dict, label: np.ndarray) -> int:
@@ -376,7 +427,7 @@ def _check_grid(label: np.ndarray, seconds: int, asset_class: str):
         sizes, counts = np.unique(steps, return_counts=True)
         usual = int(sizes[counts.argmax()])
         if usual != length and counts.max() * 2 > len(steps):
-            _refuse("wrong timeframe", f"bars are {usual / 60 / _SECOND:g} minutes apart, expected {seconds / 60:g}")
+            _refuse("wrong timeframe", f"bars are {usual / 60 / _SECOND:g} minutes apart{f', as {has} bars are' if (has := _BY_SECONDS.get(usual / _SECOND)) else ''}, expected {seconds / 60:g}")
     off = label % length != 0
     if asset_class == "equity" and off.any() and length > _HOUR and length < _DAY:
         # four-hour bars may follow the exchange's clock, which is not a multiple of four hours from UTC in winter
@@ -496,7 +547,15 @@ def _split_like(ratio: float, known: dict, tolerance: float) -> str | None:
     return name if abs(np.log(ratio / known[name])) < tolerance else None
 
 
-def _findings(values: dict, clock: BarClock, seconds: int, asset: AssetClass, allow_steps: bool) -> tuple[dict, dict]:
+def _let_pass(allow_steps, day: np.ndarray) -> np.ndarray:
+    "Which days' steps are let pass: all, none, or those of the dates given."
+    if isinstance(allow_steps, (bool, np.bool_)): return np.full(len(day), bool(allow_steps))
+    dates = [allow_steps] if isinstance(allow_steps, str) else allow_steps
+    require(isinstance(dates, (list, tuple, set)), f"allow_steps: expected true, false or dates such as [2002-10-16], was {shown(allow_steps)!r}")
+    return np.isin(day, [moment(date, "allow_steps").value // _DAY for date in dates])
+
+
+def _findings(values: dict, clock: BarClock, seconds: int, asset: AssetClass, allow_steps) -> tuple[dict, dict]:
     "What is left as it is: counts, and lists with dates; steps that cannot be are refused."
     found, length = dict.fromkeys(REPORTED, 0), seconds * _SECOND
     o, h, l, c, volume = (values[k] for k in COLUMNS)
@@ -529,12 +588,11 @@ def _findings(values: dict, clock: BarClock, seconds: int, asset: AssetClass, al
         ordinary = i >= 5 and daily_volume[i] < 3 * np.median(daily_volume[past]) and width[i] < 3 * np.median(width[past])
         name = _split_like(ratio, _SPLITS, 0.05) or (_split_like(ratio, _SMALL_SPLITS, 0.025) if ordinary else None)
         if name and number[i] - number[i - 1] <= 6: splits[int(row)] = name  # beyond a week of missing sessions any ratio may be true
-    if not allow_steps:
-        def looks(row): return f", which looks like a {splits[row]} split on {date(row)}" if row in splits else ""
-        split = np.zeros(len(c), bool)
-        split[list(splits)] = True
-        _refuse_where("unexplained step", judged & ((jump > _RISE) | (jump < _FALL) | split), clock.start, lambda i: f"open against the previous close is {jump[i] - 1:+.0%}{looks(i)}")
-        _refuse_where("unexplained step", (body > _RISE) | (body < _FALL), clock.start, lambda i: f"close against open is {body[i] - 1:+.0%}")
+    def looks(row): return f", which looks like a {splits[row]} split on {date(row)}" if row in splits else ""
+    split, doubted = np.zeros(len(c), bool), ~_let_pass(allow_steps, clock.session_open // _DAY)
+    split[list(splits)] = True
+    _refuse_where("unexplained step", doubted & judged & ((jump > _RISE) | (jump < _FALL) | split), clock.start, lambda i: f"open against the previous close is {jump[i] - 1:+.0%}{looks(i)}")
+    _refuse_where("unexplained step", doubted & ((body > _RISE) | (body < _FALL)), clock.start, lambda i: f"close against open is {body[i] - 1:+.0%}")
     found["large_steps"], found["split_steps"] = int(((step > _RISE) | (step < _FALL)).sum()), len(splits)
     spiked = [{"bar": _when(clock.start[i]), "times": float(f"{t:.3g}")} for i, t in zip(spikes[:20], sizes)]
     return found, {"breaks": breaks, "volume_breaks": volume_breaks, "spikes": spiked,
@@ -546,7 +604,7 @@ def validate_bars(
     timeframe: str,  # such as "15Min"
     asset_class: str,  # "crypto" or "equity"
     now=None,  # when the bars were fetched: a last bar that had not closed then is dropped; None: the computer's clock, which only refuses bars of the future
-    allow_steps: bool = False,  # let jumps of more than 50 % pass, such as a true one that you have looked into
+    allow_steps: bool | list = False,  # let jumps of more than 50 % and those like splits pass: all, or those of the dates that you have looked into
 ) -> tuple[pd.DataFrame, dict]:  # clean bars, and a report that can be written as JSON
     "Refuse bad bars by name; repair and count what has one right answer; drop and count out-of-session bars."
     timeframe = timeframe_name(timeframe)
@@ -556,11 +614,11 @@ def validate_bars(
     if not len(bars): _refuse("empty", "the table has no rows")
     label = _nanoseconds(_labels_of(bars))
     values = _values_of(bars, label)
-    if "symbol" in bars.columns and (nameless := bars["symbol"].isna() | (bars["symbol"].astype(str).str.strip() == "")).any():
-        _refuse("empty symbol", f"{_when(label[nameless.to_numpy()].min())}, column symbol is empty")
-    for name in ("symbol", "feed", "adjustment", "currency", "exchange"):
-        if name in bars.columns and bars[name].nunique(dropna=False) > 1:
-            _refuse("mixed content", f"column {name} holds {', '.join(map(str, bars[name].unique()[:3]))}")
+    for name in _SAME_THROUGHOUT:
+        if name not in bars.columns: continue
+        said = bars[name].astype(str).str.strip().mask(bars[name].isna(), "").to_numpy(object)
+        if name == "symbol" and (nameless := said == "").any(): _refuse("empty symbol", f"{_when(label[nameless].min())}, column symbol is empty")
+        if len(different := list(dict.fromkeys(said))) > 1: _refuse("mixed content", f"column {name} holds {listed(different, 3)}")
     repaired = dict.fromkeys(REPAIRED, 0)
     repaired["rounding"] = _check_order(values, label)
     if daily and asset.calendar: label, repaired["daily_labels"] = _normalise_daily(label)

@@ -160,7 +160,7 @@ def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files 
     how = {name: getattr(parameters.data, name) for name in ("timezone", "labels", "price_scale", "columns")}
     for file in arguments.bars:
         symbol = path_symbol(Path(file).stem.split("_")[0], str(file))
-        bars, _ = load_with_report(symbol, trained["timeframe"], "files", path=file, asset_class=trained["asset_class"], **how)
+        bars, _ = load_with_report(symbol, trained["timeframe"], "files", path=file, asset_class=trained["asset_class"], allow_steps=parameters.data.steps(symbol), **how)
         jobs.append((dict(model=content, bars=bars, start=_edge(bars, arguments.start, "--start", 0), stop=_edge(bars, arguments.end, "--end", len(bars)), symbol=symbol, account=account), {"source": f"the file {Path(file).name}"}))
     names = [job["symbol"] for job, _ in jobs]
     require(len(set(names)) == len(names), f"backtest: the files hold {', '.join(names)}, by their names; expected each symbol once (a file's symbol is what stands before the first '_')")
@@ -270,8 +270,8 @@ def _size(arguments):
 
 def _check_lookahead(arguments):
     from trading_lib.lookahead import check_lookahead
-    _, asset_class, bars, _ = _own_bars(arguments)
-    report = check_lookahead(bars, arguments.layout, arguments.timeframe, asset_class, arguments.cuts)
+    _, bars, read = _own_bars(arguments)
+    report = check_lookahead(bars, arguments.layout, read["timeframe"], read["asset_class"], arguments.cuts)
     print(report)
     return 0 if report.passed else 1
 
@@ -282,20 +282,34 @@ def _data_download(arguments):
     from trading_lib.sources import load_with_report
     given = {f"data.{name}": getattr(arguments, name) for name in ("timeframe", "start", "end", "feed", "adjustment")}
     parameters = load_parameters(**given, **{"data.source": "alpaca"})
-    options = source_options(parameters)
     for symbol in map(path_symbol, arguments.symbols or parameters.symbols):
+        options = source_options(parameters, symbol)
         bars, report = load_with_report(symbol, parameters.data.timeframe, "alpaca", progress=print, **options)
         print(f"{symbol}: {len(bars):,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s); kept in {options['cache']}")
 
 
-def _own_bars(arguments):  # symbol, asset class, and bars with their report
+def _said_of(symbol: str) -> dict:  # options of `load_bars`
+    "What the project's parameters say of a symbol; a file can be looked at without a project."
+    from trading_lib.config import project_root
+    try: project_root()
+    except InputError: return {}
+    data = load_parameters().data
+    return {"asset_class": data.asset_class(symbol), "allow_steps": data.steps(symbol)}
+
+
+def _own_bars(arguments):  # symbol, and bars with their report
     from pathlib import Path
-    from trading_lib.bars import asset_class_of, path_symbol
+    from trading_lib.bars import path_symbol
+    from trading_lib.config import require
+    from trading_lib.own_files import file_timeframe
     from trading_lib.sources import load_with_report
     symbol = path_symbol(arguments.symbol or Path(arguments.file).stem.split("_")[0])
-    asset_class = arguments.asset_class or asset_class_of(symbol)
-    given = {name: getattr(arguments, name) for name in ("timezone", "labels", "price_scale", "columns")}
-    return symbol, asset_class, *load_with_report(symbol, arguments.timeframe, "files", path=arguments.file, asset_class=asset_class, **given)
+    timeframe = arguments.timeframe or file_timeframe(arguments.file, symbol, arguments.columns)
+    require(timeframe is not None, f"{arguments.file}: its times do not tell the length of a bar; say it with --timeframe, such as 15Min")
+    given = {name: getattr(arguments, name) for name in ("asset_class", "timezone", "labels", "price_scale", "columns")}
+    given["allow_steps"] = arguments.allow_steps or (arguments.allow_steps_on.split(",") if arguments.allow_steps_on else None)
+    options = _said_of(symbol) | {name: value for name, value in given.items() if value is not None}
+    return symbol, *load_with_report(symbol, timeframe, "files", path=arguments.file, **options)
 
 
 def _data_check(arguments):
@@ -304,7 +318,7 @@ def _data_check(arguments):
     from pathlib import Path
     from trading_lib.data_report import data_report, plot_data_report
     from trading_lib.files import atomic_write
-    symbol, _, bars, report = _own_bars(arguments)
+    symbol, bars, report = _own_bars(arguments)
     facts = data_report(bars, report)
     print(f"{symbol} {report['timeframe']}: {report['bars']:,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s)")
     for name in ("repaired", "findings", "dropped_out_of_session"): print(f"{name}: {', '.join(f'{kind} {count}' for kind, count in report[name].items() if count) or 'none'}")
@@ -319,8 +333,8 @@ def _data_check(arguments):
 def _data_info(arguments):
     import pandas as pd
     from trading_lib.bar_cache import cache_info
-    from trading_lib.config import project_root
-    rows = cache_info(project_root() / load_parameters().data.cache)
+    from trading_lib.config import project_path
+    rows = cache_info(project_path(load_parameters().data.cache))
     print(pd.DataFrame(rows).to_string(index=False) if rows else "nothing has been downloaded yet; `trading-lib data download` does that")
 
 
@@ -332,10 +346,12 @@ def _data_simulate(arguments):
     print(f"{write_bars(bars, arguments.out)}: {len(bars):,} simulated bars")
 
 
-_BAR_FILE = [(("file",), dict(help="CSV or parquet file of bars")), (("--timeframe",), dict(default="15Min")), (("--symbol",), dict(help="default: the file's name")),
+_BAR_FILE = [(("file",), dict(help="CSV or parquet file of bars")), (("--timeframe",), dict(help="default: the file's own")), (("--symbol",), dict(help="default: the file's name")),
              (("--asset-class",), dict(choices=("crypto", "equity"), help="default: by the symbol")), (("--timezone",), dict(help="zone of time stamps that carry none")),
              (("--labels",), dict(choices=("start", "end"), default="start", help="the moment of a bar that its time names")),
-             (("--price-scale",), dict(type=float, help="prices are divided by it, such as 100 where they are cents")), (("--columns",), dict(help="names of the columns of a CSV file without a header"))]
+             (("--price-scale",), dict(type=float, help="prices are divided by it, such as 100 where they are cents")), (("--columns",), dict(help="names of the columns of a CSV file without a header")),
+             (("--allow-steps",), dict(action="store_true", default=None, help="let true moves pass that are beyond 50 %% or look like splits")),
+             (("--allow-steps-on",), dict(metavar="DATES", help="the same on these dates, such as 2002-10-16,2008-09-15"))]
 _SPAN = [(("--start",), dict(help="first day, such as 2022-01-01")), (("--end",), dict(help="first day that is left out"))]
 
 # command -> (help, arguments, function); two words are a command of a group

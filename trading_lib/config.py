@@ -315,6 +315,14 @@ def check_symbols(
 
 
 # %% ../nbs/00_config.ipynb #e6f77c2c
+def _dates(value) -> bool | list[str]:
+    "The steps that are let pass: all, none, or those of dates as text."
+    if isinstance(value, bool): return value
+    dates = [str(date) for date in (value if isinstance(value, (list, tuple)) else [value])]
+    require(all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates), f"data.allow_steps: expected true, false or dates such as [2002-10-16], was {value!r}")
+    return dates
+
+
 @dataclass(frozen=True)
 class DataParameters:
     "Where the bars come from, and how the history is split."
@@ -332,11 +340,28 @@ class DataParameters:
     columns: list[str] | None = None  # files: names of the columns of a CSV file without a header, in order
     feed: typing.Literal["iex", "sip"] = "sip"  # alpaca, stocks: sip is all exchanges, its last 15 minutes need a paid plan; iex is one
     adjustment: typing.Literal["raw", "split", "dividend", "all"] = "split"  # alpaca, stocks: what past prices are adjusted for
+    asset_classes: dict | None = None  # symbol -> crypto or equity, where its name misleads, such as {BRK-B: equity}
+    allow_steps: bool | list[str] | dict = False  # true moves that look like splits, or beyond 50 %: true, dates, or symbol -> dates
     cache: str = "data/cache"  # alpaca: where downloaded bars are kept
     train_fraction: float = 0.70  # first part of the history
     validation_fraction: float = 0.15  # next part; the rest is the test span
 
+    def asset_class(self, symbol: str) -> str | None:  # None: its name tells
+        "What a symbol is said to be."
+        return (self.asset_classes or {}).get(symbol)
+
+    def steps(self, symbol: str) -> bool | list[str]:
+        "The steps of a symbol that are let pass: all, none, or those of some dates."
+        return self.allow_steps.get(symbol, False) if isinstance(self.allow_steps, dict) else self.allow_steps
+
     def __post_init__(self):
+        for name in ("asset_classes", "allow_steps"):  # '/' is written '-' in names of symbols
+            table = getattr(self, name)
+            if isinstance(table, dict): object.__setattr__(self, name, {str(s).replace("/", "-"): v for s, v in table.items()})
+        for symbol, value in (self.asset_classes or {}).items():
+            require(value in ("crypto", "equity"), f"data.asset_classes: expected crypto or equity for {symbol}, was {value!r}")
+        steps = self.allow_steps
+        object.__setattr__(self, "allow_steps", {s: _dates(v) for s, v in steps.items()} if isinstance(steps, dict) else _dates(steps))
         require(self.edge >= 0, f"data.edge: expected 0 or more, was {self.edge}")
         require(self.price_scale is None or self.price_scale > 0, f"data.price_scale: expected more than 0 or null, was {self.price_scale}")
         require(0 < self.train_fraction < 1 and 0 < self.validation_fraction < 1 and self.train_fraction + self.validation_fraction < 1,

@@ -126,8 +126,9 @@ def market_data(
     warm_up = max(layout.min_history, window)
     can_decide = rows - segment_start >= warm_up
     longest = int((rows - segment_start).max()) + 1
+    smaller = f", or a features.window of at most {longest - 1}" if longest > layout.min_history else ""  # below the warm-up a smaller one does not help
     require(can_decide.any(), f"{symbol or 'bars'}: {n} bars, the longest stretch without a gap has {longest}; a window of {window} and the warm-up of "
-                              f"layout {version} need more than {warm_up}; use more history, a shorter bar or a smaller features.window")
+                              f"layout {version} need more than {warm_up}; use more history or a shorter bar{smaller}")
     follows = np.append(clock.segment[1:] == clock.segment[:-1], False)  # the next bar belongs to the same stretch
     daily = timeframe_seconds(timeframe) >= 86_400
     same_session = np.ones(n, bool) if asset_class == "crypto" or daily else np.append(clock.session[1:] == clock.session[:-1], False)

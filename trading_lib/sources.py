@@ -7,10 +7,11 @@ __all__ = ['SOURCES', 'OPTIONS', 'load_with_report', 'load_bars', 'simulate_bars
 
 # %% ../nbs/02_sources.ipynb #8819fb35
 import os
+from pathlib import Path
 
 import pandas as pd
 
-from .config import InputError, require, unknown_name
+from .config import InputError, project_root, require, unknown_name
 from .bars import asset_class_of, moment, path_symbol, timeframe_name, validate_bars
 from .own_files import read_own_bars
 from .simulation import SIMULATED_END, SIMULATED_START, check_simulated_name, simulate_bars, simulate_market
@@ -27,8 +28,16 @@ def _from_simulation(symbol: str, timeframe: str, asset_class: str, options: dic
     return bars, facts, {"now": bars.index[-1] + pd.Timedelta(10, "D"), "allow_steps": True}
 
 
+def _placed(path) -> Path | None:
+    "A path that people give from where they are, or from their project: Jupyter's folder is the notebook's."
+    if path is None or Path(path).is_absolute() or str(path).startswith("~") or os.path.exists(path): return path
+    try: inside = project_root() / path
+    except InputError: return path
+    return inside if os.path.exists(inside) else path
+
+
 def _from_files(symbol: str, timeframe: str, asset_class: str, options: dict):
-    raw, facts = read_own_bars(symbol, timeframe, asset_class, options["path"], options["timezone"], options["start"], options["end"],
+    raw, facts = read_own_bars(symbol, timeframe, asset_class, _placed(options["path"]), options["timezone"], options["start"], options["end"],
                                **{name: options[name] for name in ("labels", "price_scale", "columns")})
     return raw, facts, {"now": options["now"], "allow_steps": options["allow_steps"]}
 
@@ -69,10 +78,22 @@ OPTIONS = {  # name -> default
     "cache": None,  # alpaca: folder for downloaded bars
     "url": None,  # alpaca: another server; None: that of the environment's APCA_API_DATA_URL, else Alpaca's own
     "progress": None,  # alpaca: called with a line now and then
-    "asset_class": None,  # None: by the symbol
+    "asset_class": None,  # None: by the symbol, a name with '/' or '-' is a pair
     "now": None,  # when the bars were fetched: a last bar that had not closed then is dropped
-    "allow_steps": False,  # let jumps of more than 50 % pass
+    "allow_steps": False,  # let jumps of more than 50 % and those like splits pass: true, or their dates
 }
+
+
+def _doubt(symbol: str, asset_class: str, index: pd.DatetimeIndex):
+    "Refuse what a name was taken for where the days on which it trades cannot be that."
+    days = pd.DatetimeIndex(index.normalize().unique())
+    weekends, all_days = int((days.day_of_week >= 5).sum()), (days.max() - days.min()).days + 1
+    said = lambda other: f"say what it is: data.asset_classes: {{{symbol}: {other}}} in params.yaml, --asset-class {other}, or asset_class=\"{other}\""
+    if asset_class == "crypto":
+        require(weekends > 0 or all_days < 15, f"{symbol} is read as crypto, since its name is written as a pair, and crypto trades on all days; but none of {len(days):,} days in {all_days:,} is a Saturday or a Sunday; {said('equity')}")
+    else:
+        both = (days.day_of_week == 5).any() and (days.day_of_week == 6).any()
+        require(not both or weekends < 0.2 * len(days) or len(days) < 10, f"{symbol} is read as an equity, since its name is no pair, and exchanges rest on weekends; but {weekends:,} of {len(days):,} days are Saturdays or Sundays; {said('crypto')}")
 
 
 def load_with_report(
@@ -91,7 +112,9 @@ def load_with_report(
     if options["start"] is not None and options["end"] is not None:
         require(moment(options["start"], "start") < moment(options["end"], "end"), f"start and end: expected start before end, were {options['start']} and {options['end']}")
     raw, facts, checks = SOURCES[source](symbol, timeframe, asset_class, options)
-    try: bars, report = validate_bars(raw, timeframe, asset_class, **checks)
+    try:
+        if options["asset_class"] is None and source != "simulated": _doubt(symbol, asset_class, raw.index)
+        bars, report = validate_bars(raw, timeframe, asset_class, **checks)
     except InputError as e: raise InputError(f"{facts.get('file', symbol)}: {e}") from None
     return bars, {"symbol": symbol, "source": source} | report | facts
 
