@@ -19,6 +19,7 @@ setup(
     extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "bench")},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
+        "papermill.engine": [f"{settings['lib_path']}={settings['lib_path']}.engine:papermill_engine"],  # signals reach the kernel of any notebook that papermill runs here
         "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],
     },
 )

@@ -164,7 +164,7 @@ USES = {
     "another number of accounts than configured": (lambda p: refused(lambda: plain_trainer(n_envs=4)), 2, "NativePPOConfig.n_envs: the environment has 8, was 4"),
     "a validation span that is too short": (lambda p: refused(lambda: trading_trainer(0, market().span(5500, 5501))), 2, "no decision can be made in bars 5500..5500"),
     # checkpoints
-    "go on where nothing is": (lambda p: train("SIM-USD", "--resume"), 0, "starting fresh"),
+    "go on where nothing is": (lambda p: train("SIM-USD", "--resume"), 2, "SIM-USD: there is nothing to resume in "),
     "go on from a file that is not there": (lambda p: train("SIM-USD", "--checkpoint", "nothing.pt"), 2, "nothing.pt: no such file; train a model first or give the path of a checkpoint"),
     "go on from a text file": (lambda p: foreign(p, lambda path: path.write_text("hello")), 2, "model.pt: is not a checkpoint but something that starts with b'hello'"),
     "go on from a file of torch": (lambda p: foreign(p, lambda path: torch.save({"weights": torch.zeros(3)}, path)), 2, "model.pt: is a torch file without policy_state_dict; expected a checkpoint"),

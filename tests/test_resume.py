@@ -27,6 +27,7 @@ from trading_lib.cli import main
 from trading_lib.config import InputError, load_parameters
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
+from trading_lib.memory import memory_text
 from trading_lib.pipeline import artefacts, prepare_symbol
 from trading_lib.run_folder import RunFolder
 from trading_lib.sources import simulate_bars
@@ -158,7 +159,12 @@ class Project:
         document = yaml.safe_load(path.read_text())
         document["train"] |= changes
         path.write_text(yaml.safe_dump(document))
-    def models(self) -> list[bytes]: return [(self.root / "models" / f"SIM-USD_15Min{end}.pt").read_bytes() for end in ("", "_last")]
+    @property
+    def kept(self) -> Path: return self.root / "models" / "kept" / "SIM-USD_15Min"
+    def model(self, end: str = "") -> Path:
+        "The newest that the command has left."
+        return max((p for p in self.kept.glob("*.pt") if re.fullmatch(rf"[0-9a-f]{{8}}{end}", p.stem)), key=lambda p: p.stat().st_mtime_ns)
+    def models(self) -> list[bytes]: return [self.model(end).read_bytes() for end in ("", "_last")]
     def reports(self) -> dict[Path, bytes]: return {p.relative_to(self.root): p.read_bytes() for p in (self.root / "reports").rglob("*") if p.is_file()}
     def trials(self) -> list[str]: return [t["key"] for t in read_trials(ledger_path(self.root, "SIM-USD"))]
     def copied(self, path: Path) -> "Project": return Project(Path(shutil.copytree(self.root, path)))
@@ -218,7 +224,7 @@ def project(tmp_path_factory) -> Project:
 def whole(project) -> Project:
     "The uninterrupted run."
     done = project.copied(project.root.parent / "whole")
-    assert done.main("train")[0] == 0 and load_checkpoint(done.root / "models" / "SIM-USD_15Min_last.pt")["update"] == LAST and not list(done.runs.iterdir())
+    assert done.main("train")[0] == 0 and load_checkpoint(done.model("_last"))["update"] == LAST and not list(done.runs.iterdir())
     return done
 
 
@@ -237,11 +243,11 @@ def is_left_to_go_on_from(project: Project, done: tuple, name: str, earlier: lis
     status, out, error = done
     path, = set(interrupted_files(project)) - set(earlier)
     content = load_checkpoint(path)
-    assert (status, error) == (0, "") and re.fullmatch(r"model_interrupted_\d{8}_\d{6}\.pt", path.name) and 0 < content["update"] < LAST
+    assert (status, error) == (128 + signal.Signals[name], "") and re.fullmatch(r"model_interrupted_\d{8}_\d{6}\.pt", path.name) and 0 < content["update"] < LAST
     assert out.splitlines().count(f"{name}: the iteration is being finished; a second one quits at once") == 1
     assert out.splitlines()[-1] == f"stopped after update {content['update']} of {LAST}; saved {path}; go on with `trading-lib train SIM-USD --resume`"
     card = path.with_suffix(".md").read_text()
-    assert "trading-lib train" in card and f"{content['update']} of {LAST}" in card and not (project.root / "models" / "SIM-USD_15Min.pt").exists()
+    assert "trading-lib train" in card and f"{content['update']} of {LAST}" in card and not project.kept.exists()
     # the iteration that was being made when the signal came is complete: its row is there, and the ledger has what was validated
     assert [row["update"] for row in content["history"]] == list(range(1, content["update"] + 1)) and len(project.trials()) == len(content["validations"]) == content["update"] // 3
     return content
@@ -356,9 +362,9 @@ def test_a_checkpoint_of_another_network_starts_fresh_with_a_message_that_names_
     said = [line for line in out.splitlines() if line.startswith(("skipped", "going on", "resume:", "an unfinished"))]
     aside = left.runs.with_name("SIM-USD_15Min.1")
     assert (status, error) == (0, "") and said == [f"resume: {path}: holds a network of 1160 inputs, mlp, hidden [16], 8 actions; asked for 1160 inputs, mlp, hidden [8, 4], 8 actions; starting fresh",
-                                                   f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with it)"]
+                                                   f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with it); what is put aside as {left.runs}.1 and so on, {memory_text(sum(map(len, map(Path.read_bytes, aside.iterdir()))))} by now, may be deleted"]
     assert {p.name: p.read_bytes() for p in aside.iterdir()} == before  # nothing is lost
-    content = load_checkpoint(left.root / "models" / "SIM-USD_15Min_last.pt")
+    content = load_checkpoint(left.model("_last"))
     assert content["update"] == 1 and list(content["config"]["train"]["hidden_dims"]) == [8, 4] and [row["update"] for row in content["history"]] == [1]
 
 
@@ -375,11 +381,23 @@ def test_a_fresh_start_puts_an_unfinished_run_aside(project, stopped, tmp_path):
     assert empty.main("train", "--iterations", "1")[0] == 0 and left.models() == empty.models()
 
 
-def test_with_nothing_to_resume_a_run_starts_fresh_with_a_message(project, tmp_path):
-    left, empty = project.copied(tmp_path / "left"), project.copied(tmp_path / "empty")
+def test_with_nothing_to_resume_nothing_begins(project, whole, tmp_path):
+    "An error, with what a person may have meant: the last complete run."
+    left = project.copied(tmp_path / "left")
     status, out, error = left.main("train", "--resume", "--iterations", "1")
-    assert (status, error) == (0, "") and out.splitlines().count(f"resume: no checkpoint in {left.runs}; starting fresh") == 1 and "put aside" not in out
-    assert empty.main("train", "--iterations", "1")[0] == 0 and left.models() == empty.models()
+    assert status == 2 and error.startswith(f"error: SIM-USD: there is nothing to resume in {left.runs}; train without --resume") and "update 1/" not in out and not left.kept.exists()
+    done = whole.copied(tmp_path / "done")
+    status, _, error = done.main("train", "--resume")
+    assert status == 2 and f"the last complete run left {done.model()} (--checkpoint {done.model('_last')} with a larger budget extends it)" in error and error.count("\n") == 1
+
+
+def test_extending_a_complete_run_keeps_its_best_policy(whole, tmp_path):
+    "Without its folder of checkpoints, which is tidied up: the best policy lies beside the last one."
+    left = whole.copied(tmp_path / "left")
+    best, first = load_checkpoint(left.model()), left.model()
+    status, out, error = left.main("train", "--checkpoint", str(left.model("_last")), "--iterations", "13")
+    assert (status, error) == (0, "") and "looked for anew" not in out and load_checkpoint(left.model("_last"))["update"] == 13
+    assert load_checkpoint(left.model())["metrics"]["validation_score"] >= best["metrics"]["validation_score"] and first.exists() and len(list(left.kept.glob("*_last.pt"))) == 2
 
 
 class Bomb:
@@ -485,17 +503,17 @@ def test_a_run_can_be_gone_on_with_from_another_folder(project, whole, stopped, 
 def test_the_best_policy_can_be_gone_on_from(project, whole, tmp_path):
     "It is the state after its update: the rest of the run follows again."
     left = project.copied(tmp_path / "left")
-    content = load_checkpoint(whole.root / "models" / "SIM-USD_15Min.pt")
+    content = load_checkpoint(whole.model())
     assert content["update"] < LAST
-    status, out, error = left.main("train", "--checkpoint", str(whole.root / "models" / "SIM-USD_15Min.pt"))
+    status, out, error = left.main("train", "--checkpoint", str(whole.model()))
     assert (status, error) == (0, "") and f"after update {content['update']} of {LAST}" in out and "is looked for anew" not in out
     ends_as(left, whole)
 
 
 def test_the_end_of_a_run_is_nothing_to_go_on_from(project, whole, tmp_path):
-    left, path = project.copied(tmp_path / "left"), whole.root / "models" / "SIM-USD_15Min_last.pt"
+    left, path = project.copied(tmp_path / "left"), whole.model("_last")
     status, out, error = left.main("train", "--checkpoint", str(path))
-    assert status == 2 and error.startswith(f"error: {path}: ") and f"update {LAST} of {LAST}" in error and not (left.root / "models" / "SIM-USD_15Min.pt").exists()
+    assert status == 2 and error.startswith(f"error: {path}: ") and f"update {LAST} of {LAST}" in error and not left.kept.exists()
 
 
 def test_a_duration_of_the_command_line_comes_before_those_of_params_yaml(project, tmp_path):
@@ -520,8 +538,8 @@ def test_a_damaged_best_policy_is_said_and_looked_for_anew(whole, stopped, tmp_p
     best.write_bytes(best.read_bytes()[:-1])
     status, out, error = left.main("train", "--resume")
     assert (status, error) == (0, "") and out.count(f"skipped: {best}: is truncated") == 1 and out.count("the best is looked for anew") == 1
-    ours, theirs = (load_checkpoint(p.root / "models" / "SIM-USD_15Min_last.pt") for p in (left, whole))
-    assert sha256(ours["policy_state_dict"]) == sha256(theirs["policy_state_dict"]) and load_checkpoint(left.root / "models" / "SIM-USD_15Min.pt")["update"] > int(best.stem[-6:])
+    ours, theirs = (load_checkpoint(p.model("_last")) for p in (left, whole))
+    assert sha256(ours["policy_state_dict"]) == sha256(theirs["policy_state_dict"]) and load_checkpoint(left.model())["update"] > int(best.stem[-6:])
 
 
 def test_a_step_back_puts_aside_what_came_after(tmp_path):

@@ -203,11 +203,11 @@ def test_the_command_trains_what_train_would_and_leaves_models_alone(tmp_path, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRADING_LIB_PROGRESS", "quiet")
     assert main(["seeds", "SIM-USD", "--seeds", "3"]) == 0
-    shown, report = capsys.readouterr().out, tmp_path / "reports" / "SIM-USD_15Min"
+    shown, report = capsys.readouterr().out, tmp_path / "reports" / "SIM-USD_15Min" / "own"
     content = json.loads((report / "seeds.json").read_text())
     assert content["seeds"] == [0, 1, 2] and (report / "seeds.png").read_bytes().startswith(b"\x89PNG") and not list(tmp_path.glob("models/**/*.pt"))
     at = [line.split()[0] for line in shown.splitlines()].index("seed,")
-    assert [line.split()[0] for line in shown.splitlines()[at:]] == ["seed,", "0,", "1,", "2,", "mean", "95", "validation"]
+    assert [line.split()[0] for line in shown.splitlines()[at:]] == ["seed,", "0,", "1,", "2,", "mean", "95", "validation", "written", "ledger"]
     assert main(["train", "SIM-USD", "--seed", "1"]) == 0
     alone = json.loads((report / "train.json").read_text())
     assert content["best_updates"][1] == alone["best_update"] and content["validation"]["sharpe"]["seeds"][1] == pytest.approx(alone["best"]["sharpe"], rel=1e-3)
@@ -229,9 +229,9 @@ def test_a_stop_ends_the_command_and_says_so(tmp_path, monkeypatch, capsys):
         if self.update == at: os.kill(os.getpid(), signal.SIGTERM)
         return plain(self, rollout)
     monkeypatch.setattr(NativePPOTrainer, "_learn", interrupted)
-    report = tmp_path / "reports" / "SIM-USD_15Min"
+    report = tmp_path / "reports" / "SIM-USD_15Min" / "own"
     for at, said in ((7, "stopped after update 8 of 40: what follows is of an unfinished study"), (0, "stopped before the first validation")):
-        assert main(["seeds", "--seeds", "2"]) == 0
+        assert main(["seeds", "--seeds", "2"]) == 143
         shown = capsys.readouterr().out
         assert said in shown and "SIMB-USD" not in shown and (report / "seeds.json").exists() == (at == 7)
     monkeypatch.setenv("WORLD_SIZE", "2")

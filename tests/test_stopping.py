@@ -1,4 +1,5 @@
 """Real signals to real processes: the first one asks, the second one insists, and the handlers of before come back."""
+import contextlib
 import os
 import queue
 import signal
@@ -7,24 +8,27 @@ import sys
 import textwrap
 import tempfile
 import threading
+import time
 
 import pytest
 
+from trading_lib import stopping
 from trading_lib.config import InputError
 from trading_lib.stopping import StopRequest
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+DEFAULTS = [signal.default_int_handler, signal.SIG_DFL, signal.SIG_DFL]
 LINE = "{}: the iteration is being finished; a second one quits at once"
 
 
 @pytest.fixture(autouse=True)
 def handlers():
     "Those of a terminal at the start; the same ones at the end of each test."
-    kept = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.signal(signal.SIGTERM, signal.SIG_DFL)]
+    kept = [signal.signal(number, default) for number, default in zip(SIGNALS, DEFAULTS)]
     yield
     found = [signal.getsignal(number) for number in SIGNALS]
     for number, handler in zip(SIGNALS, kept): signal.signal(number, handler)
-    assert found == [signal.default_int_handler, signal.SIG_DFL]
+    assert found == DEFAULTS
 
 
 def send(number): signal.raise_signal(number)  # to this very thread: os.kill may choose another one, and then it takes a moment
@@ -50,7 +54,8 @@ def test_without_a_signal_nothing_is_said():
 
 @pytest.mark.parametrize("first", SIGNALS)
 @pytest.mark.parametrize("second", SIGNALS)
-def test_the_second_signal_quits_at_once_each_in_its_way(first, second):
+def test_the_second_signal_quits_at_once_each_in_its_way(first, second, monkeypatch):
+    monkeypatch.setattr(stopping, "_TOGETHER", 0.0)
     said, reached = [], []
     with pytest.raises(KeyboardInterrupt if second is signal.SIGINT else SystemExit) as e:
         with StopRequest(said.append):
@@ -59,8 +64,8 @@ def test_the_second_signal_quits_at_once_each_in_its_way(first, second):
             try: send(second)
             finally: reached += [signal.getsignal(number) for number in SIGNALS]  # a third one would meet the default
             reached.append("after")
-    assert reached == ["between", signal.default_int_handler, signal.SIG_DFL] and len(said) == 1
-    if second is signal.SIGTERM: assert e.value.code == 143
+    assert reached == ["between", *DEFAULTS] and len(said) == 1
+    if second is not signal.SIGINT: assert e.value.code == 128 + second
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -72,7 +77,7 @@ def test_handlers_come_back_after_an_exception(error):
             assert all(signal.getsignal(number) is not mine for number in SIGNALS)
             raise error
     assert all(signal.getsignal(number) is mine for number in SIGNALS)
-    for number, handler in zip(SIGNALS, (signal.default_int_handler, signal.SIG_DFL)): signal.signal(number, handler)
+    for number, handler in zip(SIGNALS, DEFAULTS): signal.signal(number, handler)
 
 
 def test_an_ignored_signal_stays_ignored():
@@ -111,7 +116,16 @@ def test_a_stop_of_the_inner_one_is_a_stop_of_the_outer_ones():
     assert said == ["inner"]
 
 
-def test_the_second_signal_leaves_all_nested_ones():
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_is_sent_twice_at_once_is_one_but_for_a_persons(number):
+    "As `timeout` and a terminal that closes send theirs: to the process, and to its group."
+    with pytest.raises(KeyboardInterrupt) if number is signal.SIGINT else contextlib.nullcontext(), StopRequest(lambda line: None) as stop:
+        for _ in range(3): send(number)
+    assert stop.requested and stop.status == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGHUP: 129}[number]
+
+
+def test_the_second_signal_leaves_all_nested_ones(monkeypatch):
+    monkeypatch.setattr(stopping, "_TOGETHER", 0.0)
     with pytest.raises(SystemExit) as e:
         with StopRequest(lambda line: None), StopRequest(lambda line: None):
             send(signal.SIGINT); send(signal.SIGTERM)
@@ -193,11 +207,12 @@ with StopRequest() as stop:
 """
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, -signal.SIGINT), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_two_signals_end_a_loop_that_does_not_look(number, status):
     def twice(process):
         process.send_signal(number)
         assert process.stdout.readline() == LINE.format(number.name) + "\n"
+        time.sleep(1.1)
         process.send_signal(number)
     found, out, error = run(STUBBORN, twice)
     assert found == status and out == "" and ("KeyboardInterrupt" in error) == (number is signal.SIGINT)

@@ -224,11 +224,12 @@ def test_the_command_trains_with_two_processes(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", str(Path(sys.executable).parent / "trading-lib"), "train", "SIM-USD"]
     run = lambda *more: subprocess.run([*command, *more], cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(TESTS.parent)}, capture_output=True, text=True, timeout=300)
     done = run("--checkpoint-interval", "4")
+    newest = lambda: max(tmp_path.glob("models/kept/SIM-USD_15Min/*_last.pt"), key=lambda p: p.stat().st_mtime_ns)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("network       mlp") == 1 and done.stdout.count("update 6/6 |") == 1 and done.stdout.count("saved ") == 1
-    content = load_checkpoint(tmp_path / "models" / "SIM-USD_15Min_last.pt")
+    content = load_checkpoint(newest())
     assert content["update"] == 6 and content["global_step"] == 2 * 8 * 32 * 6 and len(content["processes"]) == 2
-    again = run("--checkpoint", "models/SIM-USD_15Min_last.pt", "--timesteps", str(2 * 8 * 32 * 8))
-    assert again.returncode == 0 and again.stdout.count("going on from") == 1 and load_checkpoint(tmp_path / "models" / "SIM-USD_15Min_last.pt")["update"] == 8
+    again = run("--checkpoint", str(newest()), "--timesteps", str(2 * 8 * 32 * 8))
+    assert again.returncode == 0 and again.stdout.count("going on from") == 1 and load_checkpoint(newest())["update"] == 8
     refused = run("--learning-rate", "-1")
     assert refused.returncode != 0 and "train.learning_rate: expected more than 0, was -1.0" in refused.stderr

@@ -90,9 +90,9 @@ def _train(arguments):
     require(arguments.checkpoint is None or len(symbols) == 1, f"--checkpoint: is of one symbol, asked to train {', '.join(symbols)}; name the one")
     require(not (arguments.verbose and arguments.quiet), "--verbose and --quiet were both given; choose one")
     for symbol in symbols:
-        _, stopped = train_symbol(parameters, symbol, artefacts(parameters, symbol), f"trading-lib {shlex.join(arguments.line)}", arguments.resume, arguments.checkpoint,
-                                  "verbose" if arguments.verbose else "quiet" if arguments.quiet else None)
-        if stopped is not None: return
+        trainer, _ = train_symbol(parameters, symbol, artefacts(parameters, symbol), f"trading-lib {shlex.join(arguments.line)}", arguments.resume, arguments.checkpoint,
+                                  "verbose" if arguments.verbose else "quiet" if arguments.quiet else None, own=True)
+        if trainer.exit_status: return trainer.exit_status
 
 
 def _seeds(arguments):
@@ -102,8 +102,8 @@ def _seeds(arguments):
     parameters = _train_parameters(arguments)
     require(arguments.seeds is None or arguments.seeds >= 2, f"--seeds: expected 2 or more, was {arguments.seeds}; one seed is what `trading-lib train` trains")
     for symbol in _symbols(arguments, parameters):
-        trainer = train_seeds(parameters, symbol, artefacts(parameters, symbol), arguments.seeds or parameters.seeds.count)
-        if trainer.update < trainer.updates: return
+        trainer = train_seeds(parameters, symbol, artefacts(parameters, symbol), arguments.seeds or parameters.seeds.count, own=True)
+        if trainer.exit_status: return trainer.exit_status
 
 
 def _preflight(arguments):
@@ -133,17 +133,19 @@ def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `r
     from trading_lib.bars import read_bars
     from trading_lib.config import require
     from trading_lib.env import split_bounds
-    from trading_lib.pipeline import artefacts, market_truth, source_facts
+    from trading_lib.pipeline import artefacts, market_truth, newest_model, source_facts
     jobs = []
     for symbol in _symbols(arguments, parameters):
         paths = artefacts(parameters, symbol)
-        for path, stage in ((paths.bars, "prepare"), *([] if arguments.model else [(paths.model, "train")])):
+        model = arguments.model or newest_model(paths)
+        if not arguments.model and model != paths.model and paths.model.exists(): print(f"{symbol}: {model}, the newest; the pipeline's is {paths.model} (--model takes any)")
+        for path, stage in ((paths.bars, "prepare"), *([] if arguments.model else [(model, "train")])):
             require(path.exists(), f"{symbol}: no {path.name}; run `trading-lib stage {stage} --symbol {symbol}` (symbols of params.yaml: {', '.join(parameters.symbols)})")
         bars = read_bars(paths.bars)
         start, stop = split_bounds(len(bars), parameters.data.train_fraction, parameters.data.validation_fraction)["test"]
         truth = market_truth(parameters, symbol)
         start, stop = max(start, _edge(bars, arguments.start, "--start", start)), min(stop, _edge(bars, arguments.end, "--end", stop))
-        jobs.append((dict(model=arguments.model or paths.model, bars=bars, start=start, stop=stop, symbol=symbol, account=parameters.account, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
+        jobs.append((dict(model=model, bars=bars, start=start, stop=stop, symbol=symbol, account=parameters.account, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
     return jobs
 
 
@@ -194,6 +196,23 @@ def _backtest(arguments):
     if arguments.out: print(f"written: {arguments.out}/SYMBOL/report.html")
 
 
+def _models(arguments):
+    import time
+    from trading_lib.checkpoint import load_checkpoint
+    from trading_lib.pipeline import artefacts, kept_models
+    from trading_lib.memory import memory_text
+    parameters = load_parameters()
+    for symbol in _symbols(arguments, parameters):
+        paths = artefacts(parameters, symbol)
+        models = kept_models(paths) + [path for path in (paths.model,) if path.exists()]
+        if not models: print(f"{symbol}: no model yet; `trading-lib train {symbol}` trains one")
+        for path in models:
+            content = load_checkpoint(path)
+            train, judged = content["config"]["train"], (content.get("metrics") or {}).get("validation") or {}
+            print(f"{path}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(path.stat().st_mtime))}  seed {train['seed']}, update {content['update']}, {content['global_step']:,} steps, "
+                  f"validation Sharpe {judged.get('sharpe', float('nan')):+.2f}, {memory_text(path.stat().st_size)}{', the pipeline’s' if path == paths.model else ''}")
+
+
 def _trials(arguments):
     from trading_lib.archive import ledger_path, ledger_summary, overfitting_probability, read_trials
     from trading_lib.config import path_symbol, project_root
@@ -224,7 +243,7 @@ def _deploy(arguments):
     files = {name: paths.report / name for name in ("report.html", "metrics.json", "verdict.json")} | {"params.yaml": project_root() / "params.yaml"}
     for path in (paths.model, *files.values()): require(path.exists(), f"{symbol}: {path} is missing; run `dvc repro` first")
     said, judged = (json.loads(files[name].read_text()) for name in ("verdict.json", "metrics.json"))
-    require({said.get("model_sha256"), judged["provenance"].get("model_sha256")} == {hashlib.sha256(paths.model.read_bytes()).hexdigest()}, f"{symbol}: the verdict is about another model than {paths.model.name}; run `dvc repro` first")
+    require({said.get("model_sha256"), judged["provenance"].get("model_sha256")} == {hashlib.sha256(paths.model.read_bytes()).hexdigest()}, f"{symbol}: the verdict is about another model than {paths.model.name}; `dvc repro` puts the pipeline's model and its verdict there (`trading-lib models` lists what is kept, which it leaves alone)")
     require(said["verdict"] == "APPROVED" or arguments.anyway, f"{symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate (--anyway makes one all the same, and says so inside)")
     written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": {"verdict": said["verdict"], "failed": said["failed"]}, "headline": said["headline"]})
     print(f"{written}: {len(load_deploy_zip(written)['files'])} files, verified")
@@ -379,6 +398,7 @@ COMMANDS = {
     "backtest": ("backtest the trained symbols, or a model on files of bars, into one table", [
         (("symbols",), dict(nargs="*", help="default: those of params.yaml")), (("--model",), dict(help="another checkpoint than the symbol's own")), (("--bars",), dict(nargs="+", help="CSV or parquet files instead of prepared symbols")),
         *_SPAN, (("--costs",), dict(help="broker, conservative or zero")), (("--random-policies",), dict(type=int, default=0, help="shifted copies to rank the agent among")), (("--out",), dict(help="folder for reports"))], _backtest),
+    "models": ("the models of complete trainings, which nothing overwrites, and the pipeline's", [(("symbols",), dict(nargs="*"))], _models),
     "trials": ("how much was tried on a symbol", [(("symbols",), dict(nargs="*"))], _trials),
     "history": ("the runs of a symbol, in order", [(("symbols",), dict(nargs="*"))], _history),
     "deploy": ("pack a model with its report and a manifest of hashes", [(("symbol",), {}), (("--out",), dict(help="a .zip file")), (("--anyway",), dict(action="store_true", help="whatever the verdict"))], _deploy),

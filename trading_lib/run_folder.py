@@ -7,9 +7,12 @@ __all__ = ['RunFolder']
 
 # %% ../nbs/12_run_folder.ipynb #d5ee14d4
 import math
+import os
 import re
 import shutil
+import time
 import zipfile
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -17,6 +20,7 @@ import torch
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import InputError, require
+from .files import unwritable
 
 # %% ../nbs/12_run_folder.ipynb #af10f9e6
 def _glance(
@@ -50,6 +54,9 @@ def _remove(path: Path):
     path.unlink(missing_ok=True)
 
 
+_WAIT = 10  # seconds; whoever was asked to stop may still be saving
+
+
 class RunFolder:
     "The checkpoints of one training run; one process writes, any number may look."
 
@@ -59,13 +66,47 @@ class RunFolder:
     ):
         require(type(keep) is int and keep >= 1, f"run folder: expected to keep 1 or more numbered checkpoints, was {keep!r}")
         self.path, self.keep = Path(path), keep
+        self.say = print  # called with a line where something could not be written
+        self._unwritten = None  # the best policy, where there was no room for it
+
+    @contextmanager
+    def alone(self,
+        wait: float = _WAIT,  # seconds to wait for another one to end
+    ):
+        "Inside `with` no other process trains here; a second one is refused."
+        import fcntl  # not on every system; reading a module must not fail there
+        lock = self.path.with_name(f"{self.path.name}.lock")  # beside the folder, which may be put aside
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as e: raise unwritable(lock, e) from None
+        try:
+            until = time.monotonic() + wait
+            while True:
+                try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError: pass
+                else: break
+                who = os.pread(held, 20, 0).decode(errors="replace").strip() or "unknown"
+                require(time.monotonic() < until, f"{self.path}: another training is going on there (process {who}); wait for its end, or end it, and try again")
+                time.sleep(0.1)
+            try: os.pwrite(held, f"{os.getpid():<20}".encode(), 0)
+            except OSError: pass  # no room for a number: the lock is held all the same
+            yield
+        finally: os.close(held)
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
-    def save(self, content: dict) -> Path:
+    def _written(self, content: dict, path: Path) -> Path | None:
+        "The file, or None where there is no room for it: said, and no reason to end a run."
+        try: return save_checkpoint(content, path)
+        except OSError as e: self.say(f"{e}; the run goes on, and tries again at its next checkpoint")
+
+    def save(self, content: dict) -> Path | None:  # None: there was no room, and nothing has changed
         "Write a numbered checkpoint, then delete those that are too old."
         update = _update(content)
-        path = save_checkpoint(content, self.path / f"checkpoint_{update:06d}.pt")
+        if self._unwritten is not None: self.save_best(self._unwritten)
+        path = self._written(content, self.path / f"checkpoint_{update:06d}.pt")
+        if path is None: return None
         # those of later updates are of a run that this one left behind: not older, and not ours to judge
         earlier = [file for number, file in self._numbers(_NUMBERED) if number <= update]
         for file in earlier[:-self.keep]: _remove(file)
@@ -78,15 +119,18 @@ class RunFolder:
     ) -> Path:
         "Write the state of a run that was stopped; an earlier one is never overwritten."
         _update(content)
+        if self._unwritten is not None: self.save_best(self._unwritten)
         name = f"model_interrupted_{now:%Y%m%d_%H%M%S}"
         path, times = self.path / f"{name}.pt", 1
         while path.exists(): path, times = self.path / f"{name}_{times + 1}.pt", times + 1
         return save_checkpoint(content, path)
 
-    def save_best(self, content: dict) -> Path:
+    def save_best(self, content: dict) -> Path | None:  # None: there was no room; the next save tries again
         "Write the best policy so far; save it before the first checkpoint that refers to it."
         update = _update(content)
-        path = save_checkpoint(content, self._best_path(update))
+        path = self._written(content, self._best_path(update))
+        self._unwritten = content if path is None else None
+        if path is None: return None
         self._remove_unneeded_bests(content, update)
         return path
 

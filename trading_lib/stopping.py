@@ -9,18 +9,28 @@ __all__ = ['StopRequest']
 import os
 import signal
 import threading
+import time
 
 from .config import require
 
 # %% ../nbs/12_stopping.ipynb #95c93508
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_TOGETHER = 1.0  # seconds in which two signals that no person sends are one
+
+
 class StopRequest:
-    "Inside `with`, the first SIGINT or SIGTERM sets `requested`, and `signal` to which one it was; the second quits at once."
+    "Inside `with`, the first SIGINT, SIGTERM or SIGHUP sets `requested`, and `signal` to which one it was; the second quits at once."
 
     def __init__(self,
         say=print,  # called with one line at the first signal, from another thread
     ):
         self.say, self.requested, self.signal = say, False, None
-        self._before, self._outer, self._telling = {}, None, None
+        self._before, self._outer, self._telling, self._since = {}, None, None, 0.0
+
+    @property
+    def status(self) -> int | None:  # None: nothing was requested
+        "Exit status of a program that this signal ended."
+        return None if self.signal is None else 128 + self.signal
 
     def __enter__(self) -> "StopRequest":
         require(self._telling is None, "StopRequest: is in use already; make another one for the inner loop")
@@ -28,7 +38,7 @@ class StopRequest:
         self._pipe = os.pipe()
         self._telling = threading.Thread(target=self._tell, args=self._pipe[:1], daemon=True)
         self._telling.start()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             before = signal.getsignal(number)
             if before is signal.SIG_IGN: continue
             # read before the handler is in place: from then on a signal may come at any time
@@ -53,17 +63,22 @@ class StopRequest:
     def _receive(self, number: int, frame):
         "The handler."
         if self.requested:
-            self._restore()
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+            if number == signal.SIGINT or time.monotonic() - self._since >= _TOGETHER: self._insist(number)
+            return
         self._mark(signal.Signals(number))
         os.write(self._pipe[1], b"!")
 
+    def _insist(self, number: int):
+        "The second signal."
+        self._restore()
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
     def _mark(self, number: signal.Signals):
-        self.requested, self.signal = True, number
+        self.requested, self.signal, self._since = True, number, time.monotonic()
         if self._outer and not self._outer.requested: self._outer._mark(number)
 
     def _tell(self, reading: int):
         "Wait for the first signal or the end, whichever comes first."
         # a signal that this thread took would not wake the main one from a sleep
-        if hasattr(signal, "pthread_sigmask"): signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        if hasattr(signal, "pthread_sigmask"): signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         if os.read(reading, 1) == b"!": self.say(f"{self.signal.name}: the iteration is being finished; a second one quits at once")

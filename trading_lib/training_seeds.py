@@ -11,15 +11,15 @@ import os
 
 import numpy as np
 
-from .archive import ledger_path, ledger_summary, read_trials
+from .archive import check_ledger
 from .config import Parameters, project_root, require
 from .env import split_bounds
 from .files import atomic_write
 from .pipeline import Artefacts, prepared_market
-from .progress import progress_for
+from .progress import Unharmed, progress_for
 from .seeds import SeedsTrainer, mean_interval
 from .stopping import StopRequest
-from .training import make_trainer, record_training
+from .training import enter_trials, make_trainer
 
 # %% ../nbs/20_training_seeds.ipynb #a0388801
 # metric of the validation -> how it is shown
@@ -66,28 +66,42 @@ def train_seeds(
     paths: Artefacts,
     seeds: int = 8,  # from the configured one on
     progress: str | None = None,  # a key of PROGRESS; None: what suits whoever is looking
+    own: bool = False,  # write beside the pipeline's study, and leave that as it is
 ) -> SeedsTrainer:
     "Train them, print what they reached, and write seeds.json and seeds.png into the symbol's report; a signal ends it after the present update."
     require(int(os.environ.get("WORLD_SIZE", 1)) == 1, "seeds: several at once are trained by one process; start it without torchrun")
     market = prepared_market(parameters, symbol, paths)
     spans = split_bounds(len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction)
-    trainer = make_trainer(parameters, market, spans["train"], spans["validation"], progress_for(progress), seeds=seeds)
+    trainer = make_trainer(parameters, market, spans["train"], spans["validation"], Unharmed(progress_for(progress)), seeds=seeds)
     say = trainer.progress.say
     say(f"{symbol}, seeds {', '.join(map(str, trainer.seeds))} at once. What follows is of each seed; memory is that of all together, and no checkpoints are written\n{trainer.description}")
-    files = [paths.report / name for name in ("seeds.json", "seeds.png")]
-    for path in files: path.unlink(missing_ok=True)  # of an earlier study
+    check_ledger(project_root(), symbol)
+    files = [(paths.own_report if own else paths.report) / name for name in ("seeds.json", "seeds.png")]
+    _put_aside(files, say)
     try:
         with StopRequest(say) as stop: trainer.train(stop=lambda: stop.requested)
-    finally:
-        new = record_training(trainer, project_root())
-        say(f"ledger of {symbol}: {new} new trials, {ledger_summary(read_trials(ledger_path(project_root(), symbol)))['n_trials']} in all")
-    if not all(trainer.bests):
-        say("stopped before the first validation: there is nothing to show")
-        return trainer
+        trainer.exit_status = stop.status or 0
+        if all(trainer.bests): _write_study(trainer, symbol, files, say)
+        else: say("stopped before the first validation: there is nothing to show")
+    finally: enter_trials(trainer)  # what was looked at counts, whatever ended it
+    return trainer
+
+
+def _put_aside(files: list, say):
+    "An earlier study is not shown as this one's, and not lost."
+    if not files[0].exists(): return
+    number = next(n for n in range(1, 10**6) if not files[0].with_name(f"seeds.{n}.json").exists())
+    for path in files:
+        if path.exists(): path.rename(path.with_name(f"seeds.{number}{path.suffix}"))
+    say(f"an earlier study was there: put aside as {files[0].with_name(f'seeds.{number}.json')}; nothing reads it, and it may be deleted")
+
+
+def _write_study(trainer: SeedsTrainer, symbol: str, files: list, say):
+    "What the seeds reached, as a table, a file and a picture."
     if trainer.update < trainer.updates: say(f"stopped after update {trainer.update} of {trainer.updates}: what follows is of an unfinished study")
     course = [[{name: row[name] for name in ("update", "timesteps", "validation_return", "validation_sharpe", "validation_score")} for row in history if "validation_score" in row] for history in trainer.histories]
     content = {"symbol": symbol, "seeds": trainer.seeds, "updates": trainer.update, "of": trainer.updates, "best_updates": [best["update"] for best in trainer.bests], "validation": trainer.results(*_SHOWN), "course": course}
+    say(f"{seeds_table(trainer)}\nvalidation span, which chose them")
     atomic_write(files[0], json.dumps(content, indent=1) + "\n")
     plot_seeds(trainer).savefig(files[1], metadata={"Software": None})
-    say(f"{seeds_table(trainer)}\nvalidation span, which chose them; written to {files[0]} and {files[1].name}")
-    return trainer
+    say(f"written to {files[0]} and {files[1].name}")
