@@ -12,7 +12,7 @@ from test_backtest import FITTED, backtest, simulated, small_trainer
 from trading_lib.archive import ledger_path, load_deploy_zip, read_trials, record_trials
 from trading_lib.backtest import run_backtest
 from trading_lib.bars import write_bars
-from trading_lib.checkpoint import save_checkpoint
+from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.cli import main
 from trading_lib.config import AccountConfig, InputError, parse_parameters
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
@@ -119,11 +119,24 @@ def test_a_model_on_another_symbols_bars_is_discounted_by_the_trials_it_was_chos
     "Not by those of the symbol that it is tested on; the gates that fail are named."
     record_trials(ledger_path(project, "SIM-USD"), [trial(seed=seed) for seed in range(40)])
     record_trials(ledger_path(project, "OTHER-USD"), [trial(symbol="OTHER-USD", seed=seed) for seed in range(3)])
+    record_trials(ledger_path(project, "SIMA"), [trial(symbol="SIMA", seed=seed) for seed in range(5)])  # another simulated market: the best of both was chosen
     day = str(simulated("crypto")[0].index[FITTED].date() + np.timedelta64(2, "D").item())
     assert main(["backtest", "--model", saved_model(project), "--bars", file_of(project, simulated("crypto")[0], "OTHER-USD_15Min.parquet"), "--start", day, "--out", str(project / "out")]) == 0
     said = json.loads((project / "out" / "OTHER-USD" / "verdict.json").read_text())
-    assert said["trials"]["n_trials"] == 40 and said["headline"].startswith("OTHER-USD") and "unseen" in said["headline"]
+    assert said["trials"]["n_trials"] == 45 and said["trials"]["n_symbols"] == 2 and "45 trials of 2 symbols" in " ".join(said["reasons"])
+    assert said["headline"].startswith("OTHER-USD") and "unseen" in said["headline"]
     assert said["verdict"] == "DROP" and said["failed"]["REVIEW"] and set(said["failed"]["REVIEW"]) <= {line.strip() for line in capsys.readouterr().out.splitlines()}
+
+
+def test_a_model_without_a_ledger_is_discounted_by_what_its_checkpoint_has_seen(project):
+    seen = [{"update": update} for update in range(1, 8)]
+    save_checkpoint(load_checkpoint(saved_model(project)) | {"validations": seen}, project / "seven.pt")
+    day = str(simulated("crypto")[0].index[FITTED].date() + np.timedelta64(2, "D").item())
+    for own, words in ((0, "No ledger was found: the 7 validations"), (2, "2 trials of 1 symbol in the project's ledgers, and for 5 of the 7 validations"), (9, "11 trials of 1 symbol in the project's ledgers.")):
+        record_trials(ledger_path(project, "SIM-USD"), [trial(seed=seed, update=own) for seed in range(own)])
+        assert main(["backtest", "--model", str(project / "seven.pt"), "--bars", file_of(project, simulated("crypto")[0]), "--start", day, "--out", str(project / "out")]) == 0
+        said = json.loads((project / "out" / "SIM-USD" / "verdict.json").read_text())
+        assert said["trials"]["n_trials"] == max(7, own + 2 * (own > 2)) and any(words in reason for reason in said["reasons"]), own
 
 
 def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):

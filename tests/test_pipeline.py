@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from trading_lib.archive import index_path, index_runs, ledger_path, ledger_summary, read_trials
+from trading_lib.archive import index_path, index_runs, ledger_path, ledger_summary, project_trials, read_trials
 from trading_lib.bars import read_bars
 from trading_lib.checkpoint import inspect_checkpoint, load_checkpoint
 from trading_lib.env import MarketData
@@ -240,7 +240,8 @@ def test_every_artefact_can_be_read(job, symbol):
     assert "Simulated data." in page and market.fingerprint["sha256"] in page and said["headline"].split(":")[0] == symbol and f"<b>{said['verdict']}</b>" in page
     assert set(numbers[2]["baselines"]) >= {"ridge", "boosting", "oracle", "moving_average_cross"} and len(numbers[2]["stress"]) == 7 and len(numbers[2]["capacity"]) == 6
     # one run, every validated checkpoint of it
-    assert said["trials"]["n_runs"] == 1 and said["trials"]["n_trials"] == len(trials) == int(tables["train"]["validation_score"].notna().sum()) and {t["seed"] for t in trials} == {0}
+    everything = project_trials(tree.root)
+    assert said["trials"]["n_runs"] == said["trials"]["n_symbols"] == len(SYMBOLS) and said["trials"]["n_trials"] == sum(map(len, everything.values())) and len(trials) == int(tables["train"]["validation_score"].notna().sum()) and {t["seed"] for t in trials} == {0}
     run, = index_runs(index_path(tree.root))[SYMBOLS.index(symbol)::len(SYMBOLS)]
     assert run["symbol"] == symbol and run["model_sha256"] == hashlib.sha256(tree.model(symbol).read_bytes()).hexdigest() and run["verdict"] == said["verdict"]
     for path in (folder / "report.html", folder / "data.json", tree.model(symbol)): assert str(tree.root).encode() not in path.read_bytes()

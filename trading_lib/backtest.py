@@ -276,7 +276,7 @@ def _result(s: _Subject, walked: list[Walked], account: AccountState) -> Backtes
     result.provenance = {"symbol": market.symbol, "timeframe": market.timeframe, "asset_class": market.asset_class, "version": market.version, "bars": market.fingerprint,
                          "span": [str(equity.index[0]), str(equity.index[-1])], "account": asdict(s.account), "unseen": _unseen(s.seen, equity.index[0]),
                          "seen_to": None if s.seen["last"] is None else str(s.seen["last"]), "simulated": _simulated(s)}
-    if s.content is not None: result.provenance["training"] = training_budget(s.content)
+    if s.content is not None: result.provenance |= {"training": training_budget(s.content), "chosen": _chosen(s.content)}
     return result
 
 
@@ -284,6 +284,12 @@ def _simulated(s: _Subject) -> bool | None:
     "Whether it is certain that the bars are simulated: their truth was given, or the model knows these very bars; None: not known from here."
     data = (s.content or {}).get("data") or {}
     return True if s.truth is not None or data.get("source") == "simulated" and data.get("sha256") == s.market.fingerprint["sha256"] else None
+
+
+def _chosen(content: dict) -> dict:
+    "Among what a model was chosen, as far as it says so itself."
+    data, seen = content.get("data"), content.get("validations")
+    return {"symbol": data.get("symbol") if isinstance(data, dict) else None, "validations": len(seen) if isinstance(seen, list) else 0}
 
 
 _RESAMPLES = 500  # of the bootstrap; enough for two digits of a 95 % interval

@@ -172,7 +172,7 @@ def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files 
 def _backtest(arguments):
     from dataclasses import replace
     from pathlib import Path
-    from trading_lib.archive import ledger_path, read_trials
+    from trading_lib.archive import comparable_trials, simulated_bars
     from trading_lib.backtest import run_backtests, write_backtest
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import project_root
@@ -186,8 +186,8 @@ def _backtest(arguments):
     for result, (job, data) in zip(results, jobs):
         result.provenance["data"] = data
         content = job["model"] if isinstance(job["model"], dict) else load_checkpoint(job["model"])
-        tried_on = (content.get("data") or {}).get("symbol") or result.symbol  # the model was chosen among that symbol's trials
-        said.append(assess(result, read_trials(ledger_path(project_root(), tried_on.replace("/", "-")))))
+        on = content.get("data") or {}  # the model was chosen among trials on such bars, whatever it is tested on
+        said.append(assess(result, comparable_trials(project_root(), simulated_bars(on.get("symbol") or result.symbol, on))))
         if arguments.out:
             write_backtest(result, folder := Path(arguments.out) / result.symbol)
             write_report(result, folder, said[-1])

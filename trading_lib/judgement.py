@@ -131,14 +131,25 @@ def capacity_limit(
 _HOLDING = 0.9  # a correlation of bar returns from which an agent is a buy-and-hold at a smaller size
 
 
+def _counted(trials, chosen: dict) -> tuple[int, str]:
+    "How many trials a verdict discounts, and where the number is from. A model's own validations count where no ledger has them."
+    n, seen = len(trials), chosen.get("validations", 0)
+    missing = max(0, seen - sum(t["symbol"] == chosen.get("symbol") for t in trials))
+    symbols = len({t["symbol"] for t in trials})
+    ledger = f"{n} trial{'s' * (n != 1)} of {symbols} symbol{'s' * (symbols != 1)} in the project's ledgers"
+    recorded = f"{seen} validation{'s' * (seen != 1)} that the model's checkpoint records"
+    if not n: return max(1, seen), f"No ledger was found: the {recorded} {'is' if seen == 1 else 'are'} counted." if seen else "No ledger was found, and no validations in the model: it is judged as the only thing that was tried."
+    return n + missing, f"It is discounted for {ledger}" + (f", and for {missing} of the {recorded}: the ledger lacks them." if missing else ".")
+
+
 def assess(
     result: BacktestResult,
-    trials: list[dict] = (),  # of the symbol's ledger
+    trials: list[dict] = (),  # among which the model was chosen, from `comparable_trials`
     history=(),  # (name, fitness) of checkpoints in order of training, the assessed one last
 ) -> dict:  # plain values: verdict, reasons, sentences and figures
     "The verdict on a backtest, with its reasons."
     summary = ledger_summary(list(trials))
-    n_trials = max(1, summary["n_trials"])
+    n_trials, counted = _counted(trials, result.provenance.get("chosen", {}))
     best, limits = SIMULATED_PASS if is_simulated(result) else "APPROVED", limits_of(result)
     judged = judge(result.metrics, n_trials, history, best)
     verdict = worst_verdict(judged["verdict"], *(v for v, _ in limits))
@@ -147,7 +158,7 @@ def assess(
     failed = {gate: why for gate, why in failed.items() if why}
     stress, turns = judge_stress(result, n_trials, best, [v for v, _ in limits])
     limit = capacity_limit(result)
-    sentences = list(turns)
+    sentences = [*turns, counted]
     if result.metrics["break_even_cost_bps"] is not None:
         bearable = result.metrics["break_even_cost_bps"]
         sentences.append(f"It paid {result.metrics['cost_bps']:.1f} basis points of traded value; " + (f"at {bearable:.1f} nothing would be left." if bearable > 0 else "without any costs it would have lost money as well."))
@@ -163,5 +174,5 @@ def assess(
     if training.get("said") and not training["smoke"]: sentences.append(f"{training['said'][0].upper()}{training['said'][1:]}.")
     reasons = failed.get("REVIEW" if verdict == "DROP" else best, []) + judged["flags"] + sentences
     return {"verdict": verdict, "simulated": best == SIMULATED_PASS, "headline": headline(result), "reasons": reasons, "failed": failed, "flags": judged["flags"], "fitness": judged["fitness"], "deflated_sharpe": judged["deflated_sharpe"],
-            "trials": summary | {"n_trials": n_trials}, "luck": luck, "stress": stress, "sentences": sentences, "capacity": limit if limit is None or math.isfinite(limit) else None,
+            "trials": summary | {"n_trials": n_trials, "n_symbols": len({t["symbol"] for t in trials}), "counted": counted}, "luck": luck, "stress": stress, "sentences": sentences, "capacity": limit if limit is None or math.isfinite(limit) else None,
             "model_sha256": result.provenance.get("model_sha256")}

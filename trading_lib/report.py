@@ -156,7 +156,7 @@ def plot_stress(
 def _judgement(said: dict) -> str:
     "The verdict, what failed, and what it was chosen from."
     trials, luck = said["trials"], said["luck"]
-    tried = f"{trials['n_trials']} trial{'s' * (trials['n_trials'] > 1)} of this symbol (runs: {trials['n_runs']}, checkpoints looked at: {trials['n_checkpoints']})"
+    tried = f"{trials['n_trials']} trial{'s' * (trials['n_trials'] > 1)} (symbols: {trials['n_symbols']}, runs: {trials['n_runs']}, checkpoints looked at: {trials['n_checkpoints']}). {trials['counted']}"
     rows = [("tried so far", tried), ("deflated Sharpe ratio", f"{said['deflated_sharpe']:.3f}: the probability that the true Sharpe ratio exceeds what the best of so many worthless trials would show")]
     if luck.get("deflated_sharpe_of_spread") is not None: rows.append(("… with the trials' own spread", f"{luck['deflated_sharpe_of_spread']:.3f}"))
     if luck: rows.append(("probability of backtest overfitting", f"{luck['overfitting_probability']:.2f} over {luck['overfitting_trials']} trials and {luck['overfitting_days']} days of validation" if luck["overfitting_probability"] is not None else f"not known: {luck['overfitting_reason']}"))
