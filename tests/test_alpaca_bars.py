@@ -258,6 +258,21 @@ def test_the_same_as_alpaca_py_itself(server):
     for symbol, frame in ours.items(): assert [tuple(row) for row in frame.itertuples()] == [(b.timestamp, b.open, b.high, b.low, b.close, b.volume) for b in theirs[symbol]] and len(frame) == 260
 
 
+def test_the_servers_own_time_is_told(server):
+    before = pd.Timestamp.now("UTC").floor("s")
+    _, report = stocks(server)
+    assert before <= pd.Timestamp(report["server_time"]) <= pd.Timestamp.now("UTC") and report["pages"] > 1
+    for said in ("", "soon", "Mon, 99 Nov 2026 25:00:00 GMT", "9" * 100): assert alpaca_bars._told_time({"Date": said}) is None
+    assert alpaca_bars._told_time({"Date": "Sun, 06 Nov 1994 08:49:37 GMT"}) == pd.Timestamp("1994-11-06 08:49:37", tz="UTC")  # RFC 9110, 5.6.7
+
+
+def test_a_class_of_shares_is_asked_for_as_alpaca_writes_it():
+    bars = STOCKS["SIMA", "15Min"]
+    with AlpacaServer({("SIM.B", "15Min"): bars}) as server:
+        for name in ("SIM-B", "SIM.B"): same(fetch_bars(name, "15Min", START, END, "equity", **{"keys": KEYS, "url": server.url} | QUICK)[name], bars)
+        assert {r.query["symbols"] for r in server.requests} == {"SIM.B"}
+
+
 def test_the_server_sorts_downwards_too(server):
     from alpaca.common.enums import Sort
     from alpaca.data.historical import CryptoHistoricalDataClient

@@ -692,3 +692,70 @@ def test_only_its_own_litter_is_cleared(tmp_path):
     for name in others + own: (inner / name).write_text("")
     call("BRK", "2023-01-05")
     assert sorted(p.name for p in inner.iterdir()) == sorted(["BRK.json", "BRK.parquet", *others])
+
+
+# clocks that are wrong
+
+class Server(Vendor):
+    "Has the bars that are settled by its own time, and tells it or not."
+    def __init__(self, bars, time, tells): super().__init__(bars); self.time, self.tells = utc(time), tells
+
+    def settled(self, start, end): return self.bars[(self.bars.index >= start) & (self.bars.index < end) & (self.bars.index + pd.Timedelta("17min") <= self.time)]
+
+    def __call__(self, start, end):
+        self.asked.append((start, end))
+        return self.settled(start, end)
+
+    def call(self, folder, ahead="0s", start="2023-01-03", end=None, **options):
+        "A call by somebody whose clock is ahead of the server's; with the bars that it should have brought."
+        self.asked.clear()
+        out, facts = crypto(folder, self, start, end, now=self.time + pd.Timedelta(ahead), source_time=(lambda: self.time) if self.tells else None, **options)
+        return out, facts, self.settled(utc(start), utc(end) if end else self.time)
+
+
+@pytest.mark.parametrize("tells", [True, False])
+@pytest.mark.parametrize("ahead", ["20min", "8h", "3D", "2922D"])
+@pytest.mark.parametrize("later", ["1min", "40min", "9h", "26h", "5D"])
+def test_a_clock_that_was_ahead_once_loses_no_bar(tmp_path, tells, ahead, later):
+    server = Server(truth("SIM-USD"), "2023-01-10 12:00", tells)
+    for wrong in (ahead, "0s"):
+        out, _, expected = server.call(tmp_path, wrong)
+        assert out.index.equals(expected.index) and len(server.asked) <= 30
+    server.call(tmp_path, ahead)
+    server.time += pd.Timedelta(later)
+    out, _, expected = server.call(tmp_path)
+    pd.testing.assert_frame_equal(out, expected, check_freq=False, rtol=0, atol=0)
+    assert server.call(tmp_path)[1]["requests"] == 0
+    audit(tmp_path)
+
+
+@pytest.mark.parametrize("tells, after, requests", [(True, "1min", 0), (True, "400D", 0), (False, "1min", 0), (False, "59min", 0), (False, "61min", 1), (False, "400D", 1)])
+def test_a_quiet_end_is_asked_for_once_where_the_source_tells_its_time_and_once_an_hour_elsewhere(tmp_path, tells, after, requests):
+    quiet = truth("SIM-USD")[:"2023-01-20 05:00"]  # it was traded no more
+    server = Server(quiet, "2023-03-01", tells)
+    for expected in (1, 0):
+        out, facts, bars = server.call(tmp_path, end="2023-01-25")
+        assert facts["requests"] == expected and out.index.equals(bars.index)
+    server.time += pd.Timedelta(after)
+    out, facts, bars = server.call(tmp_path, end="2023-01-25")
+    assert facts["requests"] == requests and out.index.equals(bars.index) and server.asked == [(utc("2023-01-20 05:15"), utc("2023-01-25"))] * requests
+
+
+def test_a_cache_that_a_wrong_clock_has_marked_heals_itself(tmp_path):
+    "Manifests of before said nothing of the source's time."
+    server = Server(truth("SIM-USD"), "2023-01-10 12:00", True)
+    server.call(tmp_path)
+    manifest, = tmp_path.rglob("*.json")
+    told = json.loads(manifest.read_text())
+    told["ranges"][-1]["end"] = "2030-01-01T00:00:00Z"
+    manifest.write_text(json.dumps({k: v for k, v in told.items() if k not in ("proven", "asked")}))
+    server.time = utc("2023-01-20")
+    out, _, expected = server.call(tmp_path)
+    assert out.index.equals(expected.index) and server.asked == [(utc("2023-01-10 11:45"), utc("2023-01-19 23:45"))]  # the bar of 11:45 was not settled
+    assert cache_info(tmp_path)[0]["ranges"][-1]["end"] == "2023-01-19T23:45:00Z" and server.call(tmp_path)[1]["requests"] == 0
+
+
+def test_no_bar_at_all_is_no_error_and_asked_for_again(tmp_path):
+    server = Server(truth("SIM-USD")[:0], "2023-01-10 12:00", True)
+    out, facts, _ = server.call(tmp_path, "3D", start="2023-01-11")
+    assert len(out) == 0 and facts["downloaded"] is None and facts["requests"] == 1

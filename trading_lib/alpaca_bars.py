@@ -107,6 +107,12 @@ def _of_exception(error: Exception) -> _Failure:
     return _Failure(f"alpaca-py failed with {type(error).__name__}", "the versions may not go together: install the project's constraints.txt", _NEVER)
 
 
+def _told_time(headers) -> pd.Timestamp | None:
+    "The server's own time, of an answer's header Date."
+    try: return pd.Timestamp(parsedate_to_datetime(headers.get("Date", ""))).tz_convert("UTC").as_unit("ns")
+    except (ValueError, TypeError, IndexError, OverflowError): return None
+
+
 def _wished_wait(headers) -> float | None:
     "Seconds that the server wants to be left alone: Retry-After in seconds or as a date, else the time at which its limit is reset."
     after, reset = (headers.get(name, "").strip() for name in ("Retry-After", "X-Ratelimit-Reset"))
@@ -141,7 +147,7 @@ class _Transport(HTTPAdapter):
 
     def __init__(self, keys: Keys | None):
         super().__init__(max_retries=0)
-        self._keys, self.until = keys, 0.0
+        self._keys, self.until, self.told = keys, 0.0, None
 
     def send(self, request, **options):
         response = super().send(request, **options | {"stream": True, "timeout": max(self.until - time.monotonic(), 0.01)})
@@ -155,6 +161,7 @@ class _Transport(HTTPAdapter):
             response.close()
             raise
         if response.status_code != 200 or not body: raise _Stop(_of_status(response.status_code, response.headers, _said(bytes(body), self._keys)))
+        self.told = _told_time(response.headers)
         response._content, response._content_consumed, response.encoding = bytes(body), True, "utf-8"
         return response
 
@@ -175,6 +182,7 @@ class _Service:
     back_off_s: float
     progress: object
     asked: int = 0
+    told: pd.Timestamp | None = None  # the server's own time when it was asked first
     client: object = None
     transport: _Transport | None = None
 
@@ -212,7 +220,9 @@ class _Service:
             answer = self.ask_once(path, params, min(self.request_s, max(self.deadline_s - (time.monotonic() - begun), 0.05)))
             tried += 1
             failure = answer if isinstance(answer, _Failure) else problem(answer)
-            if failure is None: return answer
+            if failure is None:
+                self.told = self.told if self.told is not None else self.transport.told
+                return answer
             wait = min(_LONGEST_WAIT, self.back_off_s * 2 ** (tried - 1)) * random.uniform(0.5, 1.0)
             wait = max(wait, failure.wait_s or 0.0)
             passed = time.monotonic() - begun
@@ -311,7 +321,7 @@ def fetch_with_report(
     back_off_s: float = 1.0,  # before the second try; doubled from try to try
     allow_empty: bool = True,  # a symbol without bars is an empty table; False: an error
     progress=None,  # called with a line for each page and each wait
-) -> tuple[dict[str, pd.DataFrame], dict]:  # by symbol as given: raw bars; and a report: requests, pages, empty, and by symbol what was outside, in disorder, duplicate
+) -> tuple[dict[str, pd.DataFrame], dict]:  # by symbol as given: raw bars; and a report: requests, pages, empty, server_time (None: it did not say), and by symbol what was outside, in disorder, duplicate
     "Download bars, and say what it took."
     timeframe, start, end = timeframe_name(timeframe), moment(start, "start"), moment(end, "end")
     symbols = list(dict.fromkeys([symbols] if isinstance(symbols, str) else symbols))
@@ -322,7 +332,7 @@ def fetch_with_report(
     require(len(symbols) > 0, "alpaca: expected a symbol such as AAPL or BTC/USD, was none")
     for symbol in symbols:
         pair = "-" in path_symbol(symbol)
-        require(symbol == symbol.upper() and pair == crypto, f"alpaca: expected {'a pair such as BTC/USD' if crypto else 'a stock such as AAPL or BRK.B'} in capitals, was {symbol!r}")
+        require(symbol == symbol.upper() and (pair if crypto else "/" not in symbol), f"alpaca: expected {'a pair such as BTC/USD' if crypto else 'a stock such as AAPL or BRK.B'} in capitals, was {symbol!r}")
     require(start < end, f"start and end: expected start before end, were {start} and {end}")
     require(not crypto or (feed is None and adjustment == "raw"), f"alpaca: crypto has one feed and nothing to adjust for, were feed {feed} and adjustment {adjustment}; leave them out")
     for name, value, least, most in (("page_size", page_size, 1, 10_000), ("request_s", request_s, 0.01, 3600), ("deadline_s", deadline_s, 0.01, 86400),
@@ -334,7 +344,7 @@ def fetch_with_report(
     require(keys is None or all(re.fullmatch(r"[!-~]+", secret) for secret in (keys.key_id, keys.secret_key)),
             f"alpaca: {' or '.join(KEY_VARIABLES)} holds spaces, line breaks or other characters that keys do not have; copy both anew")
 
-    wire = {symbol: symbol.replace("-", "/") if crypto else symbol for symbol in symbols}
+    wire = {symbol: symbol.replace("-", "/" if crypto else ".") for symbol in symbols}  # a class of shares is BRK.B at Alpaca
     names = sorted(set(wire.values()))
     service = _Service(asset_class, keys, url, _title(names, timeframe), request_s, deadline_s, attempts, back_off_s, progress or (lambda line: None))
     path, params = _question(names, timeframe, start, end, asset_class, feed, adjustment)
@@ -360,7 +370,7 @@ def fetch_with_report(
     empty = [symbol for symbol in symbols if not len(joined[wire[symbol]][0])]
     require(allow_empty or not empty, f"alpaca: no {timeframe} bars of {', '.join(empty)} from {start:%Y-%m-%d %H:%MZ} to {end:%Y-%m-%d %H:%MZ}; "
                                       "check the spelling, or choose a span in which it was traded")
-    report = {"requests": service.asked, "pages": pages, "empty": empty} | {k: {symbol: joined[wire[symbol]][1][k] for symbol in symbols} for k in ("outside", "disorder", "duplicates")}
+    report = {"requests": service.asked, "pages": pages, "empty": empty, "server_time": service.told and service.told.isoformat()} | {k: {symbol: joined[wire[symbol]][1][k] for symbol in symbols} for k in ("outside", "disorder", "duplicates")}
     return {symbol: joined[wire[symbol]][0] for symbol in symbols}, report
 
 

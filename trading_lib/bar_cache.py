@@ -13,7 +13,7 @@ import os
 import re
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,8 @@ class _Held:
     ranges: tuple = ()  # (start, end, downloaded), sorted, disjoint
     invalidated: tuple = ()  # records of histories that were dropped
     sha256: str | None = None  # of the parquet; None: there is none yet
+    proven: pd.Timestamp | None = None  # bars up to here had closed by the source's own time; None: it told none
+    asked: pd.Timestamp | None = None  # our clock when it was asked last
     interrupted: bool = False  # a writer was killed before its last step
 
     def known(self): return [r[:2] for r in self.ranges]
@@ -78,7 +80,8 @@ def _entry(held: _Held) -> dict:
     "What the manifest says of it."
     first, last = (_text(held.bars.index[i]) for i in (0, -1)) if len(held.bars) else (None, None)
     ranges = [dict(zip(("start", "end", "downloaded"), map(_text, r))) for r in held.ranges]
-    return {"sha256": held.sha256, "bars": len(held.bars), "first": first, "last": last, "ranges": ranges, "invalidated": list(held.invalidated)}
+    times = {name: _text(t) if t is not None else None for name, t in (("proven", held.proven), ("asked", held.asked))}
+    return {"sha256": held.sha256, "bars": len(held.bars), "first": first, "last": last, "ranges": ranges, "invalidated": list(held.invalidated)} | times
 
 
 def _read(manifest: Path) -> tuple[dict | None, _Held]:
@@ -108,7 +111,8 @@ def _read(manifest: Path) -> tuple[dict | None, _Held]:
             bars = _no_bars() if content is None else pd.read_parquet(io.BytesIO(content)).set_index("timestamp")[list(COLUMNS)]
             inside = sum(bars.index.searchsorted(b) - bars.index.searchsorted(a) for a, b, _ in ranges)
             if not inside == entry["bars"] == len(bars): raise ValueError
-            return identity, _Held(bars, ranges, tuple(entry["invalidated"]), entry["sha256"], "next" in told)
+            times = [moment(entry[name]) if entry.get(name) is not None else None for name in ("proven", "asked")]
+            return identity, _Held(bars, ranges, tuple(entry["invalidated"]), entry["sha256"], *times, "next" in told)
     except (AttributeError, KeyError, TypeError, ValueError, OSError): raise InputError(f"{manifest}: does not describe {file.name}; {again}") from None
     raise InputError(f"{file}: {damage}; {again}")
 
@@ -129,12 +133,12 @@ class _Cache:
     @property
     def title(self): return " ".join(self.identity[k] for k in ("symbol", "timeframe", "source", "feed", "adjustment") if self.identity[k])
 
-    def load(self) -> _Held:
-        "What is held, checked to be what was asked for."
+    def load(self, present: pd.Timestamp) -> _Held:
+        "What is held, checked to be what was asked for, and cut back to what is believed now."
         identity, held = _read(self.manifest)
         for name, was in (identity or {}).items():
             require(was == self.identity[name], f"{self.manifest}: expected {name} {self.identity[name]}, was {was}; put it back to where it came from, or delete it to download again")
-        return held
+        return replace(held, ranges=_believed(held, present, self.identity["timeframe"]))
 
     def commit(self, before: _Held, after: _Held) -> _Held:
         "Replace what is held; the three steps above."
@@ -144,7 +148,7 @@ class _Cache:
             table.to_parquet(data, index=False, compression="zstd")
             content = data.getvalue()
         sha256 = before.sha256 if content is None else hashlib.sha256(content).hexdigest()
-        after = _Held(after.bars, after.ranges, after.invalidated, sha256)
+        after = replace(after, sha256=sha256, interrupted=False)
         head = {"schema": _SCHEMA} | self.identity
         if sha256 != before.sha256:
             atomic_write(self.manifest, json.dumps(head | _entry(before) | {"next": _entry(after)}, indent=1) + "\n")
@@ -213,6 +217,29 @@ def _steps(timeframe: str) -> tuple[pd.Timedelta, pd.Timedelta]:
     return length, min(length, pd.Timedelta(1, "h"))
 
 
+_HOUR, _DAY = pd.Timedelta(1, "h"), pd.Timedelta(1, "D")
+
+
+def _end_of(bars: pd.DataFrame, timeframe: str) -> pd.Timestamp:
+    "Up to here the newest bar proves that time has passed; a day of New York may have 23 hours."
+    length, grid = _steps(timeframe)
+    return bars.index[-1] + max(length - _HOUR, grid)
+
+
+def _closed_by(now: pd.Timestamp, timeframe: str) -> pd.Timestamp:
+    "All bars that start before this have closed, and are settled."
+    length, grid = _steps(timeframe)
+    return (now - _SETTLED - length).floor(grid) + grid
+
+
+def _believed(held: _Held, present: pd.Timestamp, timeframe: str) -> tuple:
+    "The ranges without what a clock that was ahead may have added."
+    proofs = [*([_end_of(held.bars, timeframe)] if len(held.bars) else []), *([held.proven] if held.proven is not None else [])]
+    if held.asked is not None and held.asked <= present < held.asked + _HOUR: proofs.append((held.asked - _DAY).floor("h"))
+    if not proofs: return ()
+    return tuple((start, min(end, max(proofs)), downloaded) for start, end, downloaded in held.ranges if start < max(proofs))
+
+
 def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
     return pd.concat(parts).sort_index() if len(parts) > 1 else parts[0]
 
@@ -243,9 +270,11 @@ def _largest_change(cached: pd.DataFrame, again: pd.DataFrame) -> tuple[pd.Times
     return labels[bar], float(ratio[bar, price])
 
 
-def _fill(cache: _Cache, held: _Held, wanted: tuple, fetch, piece_length: pd.Timedelta, progress) -> tuple[_Held, dict]:
+def _fill(cache: _Cache, held: _Held, wanted: tuple, fetch, source_time, present: pd.Timestamp, piece_length: pd.Timedelta, progress) -> tuple[_Held, dict]:
     "Fetch what is missing of one range, piece by piece; the caller holds the lock."
-    (length, grid), adjusted = _steps(cache.identity["timeframe"]), cache.identity["adjustment"] != "raw"
+    timeframe, adjusted = cache.identity["timeframe"], cache.identity["adjustment"] != "raw"
+    length, grid = _steps(timeframe)
+    if not held.asked or not held.asked <= present < held.asked + _HOUR: held = replace(held, asked=present)
     facts = {"requests": 0, "bars_fetched": 0, "invalidated": None}
     parts, ranges = [held.bars], held.ranges  # what is more than `held` is not on disk yet
 
@@ -256,7 +285,7 @@ def _fill(cache: _Cache, held: _Held, wanted: tuple, fetch, piece_length: pd.Tim
     def write():
         nonlocal held, parts
         if ranges == held.ranges: return
-        held = cache.commit(held, _Held(_joined(parts), ranges, held.invalidated))
+        held = cache.commit(held, replace(held, bars=_joined(parts), ranges=ranges))
         parts = [held.bars]
 
     def pieces():
@@ -284,7 +313,7 @@ def _fill(cache: _Cache, held: _Held, wanted: tuple, fetch, piece_length: pd.Tim
                     dropped = len(parts[0])
                     facts |= {"invalidated": {"found": _text(pd.Timestamp.now("UTC")), "bar": _text(bar), "ratio": ratio, "bars": dropped}, "bars_fetched": 0}
                     progress(f"{cache.title}: adjusted prices have changed, by a factor of {ratio:.6g} at {_text(bar)}: a split or a dividend; {dropped:,} cached bars are dropped and downloaded again")
-                    held = cache.commit(held, _Held(_no_bars(), (), (*held.invalidated, facts["invalidated"])))
+                    held = cache.commit(held, replace(held, bars=_no_bars(), ranges=(), invalidated=(*held.invalidated, facts["invalidated"])))
                     parts, ranges = [held.bars], ()
                     todo = pieces()
                     continue
@@ -293,9 +322,13 @@ def _fill(cache: _Cache, held: _Held, wanted: tuple, fetch, piece_length: pd.Tim
         except BaseException:
             write()  # what came before is kept
             raise
-        todo = todo[1:]
+        todo, told = todo[1:], source_time() if source_time is not None else None
         if len(got): parts = [*parts, got]
-        ranges = _with_range(ranges, start, end, pd.Timestamp.now("UTC"))
+        if told is not None:
+            proven = _closed_by(told, timeframe)
+            held = replace(held, proven=max(proven, held.proven or proven))
+            if proven < end: todo, end = [], max(proven, _end_of(got, timeframe) if len(got) else start)  # our clock is ahead
+        if start < end: ranges = _with_range(ranges, start, end, pd.Timestamp.now("UTC"))
         facts["bars_fetched"] += len(got)
         waiting = sum(map(len, parts)) - len(held.bars)
         progress(f"{cache.title}: {_text(start)} to {_text(end)}, {len(got):,} bars")
@@ -318,6 +351,7 @@ def cached_bars(
     adjustment: str = "raw",  # any other: history may change, and is compared where new bars are joined
     chunk: int = 10_000,  # bars in a request, about
     now=None,  # later bars are not asked for; None: the computer's clock
+    source_time=None,  # source_time() -> the source's own time at the last fetch, or None; the computer's clock may be wrong
     wait_s: float = 600.0,  # for another process that fills the same history
     progress=print,  # called with a line now and then; None: silent
 ) -> tuple[pd.DataFrame, dict]:  # raw bars in [start, end); facts: requests, bars_fetched, bars_from_cache, sha256, file, feed, adjustment, downloaded, invalidated
@@ -333,28 +367,28 @@ def cached_bars(
     (length, grid), present = _steps(timeframe), pd.Timestamp.now("UTC") if now is None else moment(now, "now")
     first, last = moment(start, "start"), present if end is None else moment(end, "end")
     require(first < last, f"start and end: expected start before end, were {start} and {end}")
-    wanted = (first.ceil(grid), min(last.ceil(grid), (present - _SETTLED - length).floor(grid) + grid))
+    wanted = (first.ceil(grid), min(last.ceil(grid), _closed_by(present, timeframe)))
     require(wanted[0] < wanted[1], f"{cache.title}: no bar that starts from {first} on and before {last} had closed by {present}; choose an earlier start or a later end")
     piece_length = chunk * length * (1.0 if ASSET_CLASSES[asset_class].calendar is None else 2.1)  # exchanges rest at night and on weekends
     piece_length = piece_length.floor("D" if piece_length >= pd.Timedelta(1, "D") else grid)
 
-    held = cache.load()
+    held = cache.load(present)
     complete = not subtract_ranges([wanted], held.known())
     facts = {"requests": 0, "bars_fetched": 0, "invalidated": None}
     if not complete or held.interrupted or cache.litter():
         try:
             with cache.locked(0.0 if complete else wait_s, progress):
-                held = cache.load()
+                held = cache.load(present)
                 complete = not subtract_ranges([wanted], held.known())
                 for path in cache.litter():
                     if path.suffix == ".tmp": path.unlink(missing_ok=True)
                 if held.interrupted: held = cache.commit(held, held)
-                if not complete: held, facts = _fill(cache, held, wanted, fetch, piece_length, progress)
+                if not complete: held, facts = _fill(cache, held, wanted, fetch, source_time, present, piece_length, progress)
         except InputError:
             if not complete: raise  # tidying up was all that was left to do, and it can wait
     bars = _between(held.bars, *wanted).copy()
     return bars, facts | {"bars_from_cache": len(bars) - facts["bars_fetched"], "sha256": held.sha256, "file": str(cache.manifest.with_suffix(".parquet")), "feed": feed,
-                          "adjustment": adjustment, "downloaded": _text(max(r[2] for r in held.ranges))}
+                          "adjustment": adjustment, "downloaded": _text(max(r[2] for r in held.ranges)) if held.ranges else None}
 
 
 def cache_info(

@@ -11,6 +11,7 @@ __all__ = ['REWARD_COMPONENTS', 'MarketData', 'layout_of', 'split_bounds', 'mark
 import inspect
 import io
 import json
+import zipfile
 from collections import deque
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,6 +28,10 @@ from .layouts import LAYOUTS
 from .version import MODEL_SPECS, action_table
 
 # %% ../nbs/09_env.ipynb #dd75237f
+_LARGEST = 480_000_000  # bytes of times, eight for each bar: more than a hundred years of minutes
+_KINDS = {"timestamp": np.int64, "segment": np.int64, "features": np.float32, "can_decide": np.bool_, "can_fill": np.bool_}  # of the stored arrays; the others are float64
+
+
 @dataclass(frozen=True)
 class MarketData:
     "One symbol's history and feature table; T bars, M market columns."
@@ -73,10 +78,30 @@ class MarketData:
         "Read what `save` wrote; nothing in the file is executed."
         require(Path(path).is_file(), f"{path}: no such file; run the prepare stage, or `MarketData.save`")
         try:
+            with zipfile.ZipFile(path) as archive: sizes = {i.filename: i.file_size for i in archive.infolist()}
+            bars = sizes["timestamp.npy"]  # eight bytes each
+            require(bars <= _LARGEST and sum(sizes.values()) <= 64 * bars + sizes["meta.npy"] and sizes["meta.npy"] <= _LARGEST, f"{path}: unpacks to more than its bars need")
             with np.load(path, allow_pickle=False) as file: arrays = {name: file[name] for name in file.files}
-            return cls(**json.loads(arrays.pop("meta").tobytes()), **arrays)
-        except InputError: raise
+            market = cls(**json.loads(arrays.pop("meta").tobytes()), **arrays)
+            market._check()
+        except InputError as e: raise InputError(f"{path}: {e}; run the prepare stage again") from None
         except Exception as e: raise InputError(f"{path}: is not a market data file ({type(e).__name__}); run the prepare stage again") from None
+        return market
+
+    def _check(self):
+        "Refuse what no market data has, of a file that somebody else may have written."
+        n = len(self.timestamp)
+        shapes = {"features": (n, len(layout_of(self.version).market_columns)), "prices": (5, n)}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type != np.ndarray:
+                require(type(value) is f.type, f"{f.name} is {type(value).__name__}, expected {f.type.__name__}")
+                continue
+            kind = _KINDS.get(f.name, np.float64)
+            require(value.dtype == kind and value.shape == shapes.get(f.name, (n,)), f"{f.name} holds {value.dtype} of shape {value.shape}, expected {np.dtype(kind)} of {shapes.get(f.name, (n,))}")
+        require(self.asset_class in ("crypto", "equity") and self.window >= 1, f"is of {self.asset_class!r} with a window of {self.window}")
+        require(bool((np.diff(self.timestamp) > 0).all()), "its times are not in order")
+        require(bool(np.isfinite(self.prices).all() and (self.prices[:4] > 0).all() and (self.prices[4] >= 0).all()), "a price or a volume is no number above zero")
 
 
 def layout_of(version: str):  # the Layout

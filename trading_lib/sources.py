@@ -46,16 +46,24 @@ _KEPT_BACK = pd.Timedelta(16, "min")  # of the feed sip: the last 15 minutes are
 
 
 def _from_alpaca(symbol: str, timeframe: str, asset_class: str, options: dict):
-    from trading_lib.alpaca_bars import fetch_bars
+    from trading_lib.alpaca_bars import fetch_with_report
     from trading_lib.bar_cache import cached_bars
     require(options["start"] is not None, "alpaca: expected a start, such as 2022-01-01, was null; set data.start, the first day to download")
     require(options["cache"] is not None, "alpaca: set cache to the folder in which downloaded bars are kept, such as data/cache")
     feed, adjustment = (options["feed"], options["adjustment"]) if asset_class == "equity" else (None, "raw")  # crypto has one feed, and nothing to adjust for
     url, progress = options["url"] or os.environ.get("APCA_API_DATA_URL"), options["progress"]
-    def fetch(start, end): return fetch_bars(symbol, timeframe, start, end, asset_class, feed=feed, adjustment=adjustment, url=url, progress=progress)[symbol]
+    told = None  # the server's own time
+
+    def fetch(start, end):
+        nonlocal told
+        bars, said = fetch_with_report(symbol, timeframe, start, end, asset_class, feed=feed, adjustment=adjustment, url=url, progress=progress)
+        told = said["server_time"] and moment(said["server_time"])
+        return bars[symbol]
+
+    kept_back = _KEPT_BACK if feed == "sip" else pd.Timedelta(0)  # asking for them would be refused
     now = moment(options["now"], "now") if options["now"] is not None else pd.Timestamp.now("UTC")
-    if feed == "sip": now -= _KEPT_BACK  # asking for them would be refused
-    raw, _ = cached_bars(options["cache"], symbol, timeframe, asset_class, options["start"], options["end"], fetch, feed=feed, adjustment=adjustment, now=now, progress=progress)
+    raw, _ = cached_bars(options["cache"], symbol, timeframe, asset_class, options["start"], options["end"], fetch, feed=feed, adjustment=adjustment, now=now - kept_back,
+                         source_time=lambda: told and told - kept_back, progress=progress)
     require(len(raw) > 0, f"alpaca: no {timeframe} bars of {symbol} from {options['start']} to {options['end'] or 'now'}; check the spelling, or choose a span in which it was traded")
     # when and how often something was fetched is in the cache's manifest: a report depends on the bars alone
     return raw, {"simulated": False, "feed": feed, "adjustment": adjustment}, {"now": options["now"], "allow_steps": options["allow_steps"]}
