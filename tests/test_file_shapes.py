@@ -83,6 +83,9 @@ SHAPES = {  # content, bars, options
     "MetaTrader": (lambda: metatrader(QUARTERS), QUARTERS, NEW_YORK),
     "MetaTrader, daily": (lambda: metatrader(DAYS, times=False), DAYS, {}),
     "MetaTrader, ticks alone": (lambda: metatrader(QUARTERS, volume="<TICKVOL>"), QUARTERS, NEW_YORK),
+    "Polygon": (lambda: pd.DataFrame({"ticker": "SIMA", **{c: QUARTERS[c].to_numpy() for c in COLUMNS}, "window_start": QUARTERS.index.asi8, "transactions": 3}).to_csv(index=False), QUARTERS, {}),
+    "TradingView": (lambda: QUARTERS.set_axis(QUARTERS.index.as_unit("s").asi8).rename_axis("time").assign(MA=1.0).to_csv(), QUARTERS, {}),
+    "bars between": (lambda: csv_of(DAYS, sep="|"), DAYS, {}), "all quoted": (lambda: csv_of(DAYS, quoting=1), DAYS, {}),
     "Stooq": (lambda: stooq(QUARTERS), QUARTERS, NEW_YORK),
     "Alpaca, parquet": (lambda: parquet_of(alpaca(QUARTERS, "SIMA")), QUARTERS, {}),
     "Alpaca, CSV": (lambda: alpaca(QUARTERS, "SIMA").to_csv(), QUARTERS, {}),
@@ -189,6 +192,8 @@ def test_paths_as_people_write_them(tmp_path, monkeypatch):
     (tmp_path / "nbs" / "home" / "my bars, é").mkdir(parents=True)  # what lies here comes first
     monkeypatch.chdir(tmp_path / "nbs")
     with pytest.raises(InputError, match="found none of"): load_bars("SIMA", "1Day", "files", path="home/my bars, é")
+    for zone in ("Mars/Olympus", "../../etc/passwd", "/etc/localtime"):
+        with pytest.raises(InputError, match="timezone: unknown zone"): load_bars("SIMA", "1Day", "files", path=folder, timezone=zone)
     for path in ("~nobody-of-this-name/x", "n" * 300, "a\0b"):
         with pytest.raises(InputError, match="files: "): load_bars("SIMA", "1Day", "files", path=path)
 

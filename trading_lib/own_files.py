@@ -20,7 +20,7 @@ from .bars import COLUMNS, TIMEFRAMES, listed, moment, path_symbol, shown, timef
 
 # %% ../nbs/02_own_files.ipynb #a96f5dd0
 _SYNONYMS = {  # as written in files, lower case, without punctuation
-    "timestamp": ("timestamp", "time", "date", "datetime", "date time", "t", "ts", "open time", "opentime", "unix", "unix timestamp", "epoch", "start"),
+    "timestamp": ("timestamp", "time", "date", "datetime", "date time", "t", "ts", "open time", "opentime", "unix", "unix timestamp", "epoch", "start", "start time", "bar start", "window start"),
     "open": ("open", "o", "open price"), "high": ("high", "h", "high price", "max"), "low": ("low", "l", "low price", "min"),
     "close": ("close", "c", "close price", "last"), "volume": ("volume", "v", "vol", "real volume"),
 }
@@ -125,7 +125,7 @@ def _read_csv(content: bytes, symbol: str, columns, where: str) -> pd.DataFrame:
     if hint: text = text[hint.end():]
     lines = text[:100_000].splitlines()[:5]
     require(lines and lines[0].strip() != "", f"{where}: the first line is empty; it should read {_EXAMPLE}")
-    separator = hint[1] if hint else max(",;\t", key=lines[0].count)
+    separator = hint[1] if hint else max(",;\t|", key=lines[0].count)
     rows = [next(csv.reader([line], delimiter=separator, skipinitialspace=True), []) for line in lines]
     first, known = rows[0], {n for synonyms in (*_SYNONYMS.values(), _ENDS, _TICKS) for n in synonyms}
     header = any(_plain(n) in known for n in first)
@@ -249,9 +249,13 @@ def _of_text(text: pd.Series, where: str) -> pd.Series:
         raise InputError(f"{where}: cannot read the time {shown(bad.iloc[0] if len(bad) else text.iloc[0])!r}; {_ISO}") from None
 
 
-def _in_zone(index: pd.DatetimeIndex, timezone: str, where: str) -> pd.DatetimeIndex:
+def _check_zone(timezone: str | None):
     try: pd.Timestamp("2024-01-01").tz_localize(timezone)
     except Exception: raise InputError(f"timezone: unknown zone {shown(timezone)!r}; expected a name such as UTC or America/New_York") from None
+
+
+def _in_zone(index: pd.DatetimeIndex, timezone: str, where: str) -> pd.DatetimeIndex:
+    _check_zone(timezone)
     try: return index.tz_localize(timezone).tz_convert("UTC")
     except ValueError as e: raise InputError(f"{where}: a time is missing or twofold in {timezone}, where clocks are changed ({' '.join(str(e).split())[:80]}); write times in UTC") from None
 
@@ -308,7 +312,7 @@ def file_timeframe(
     columns: list | str | None = None,  # see `read_own_bars`
 ) -> str | None:  # a key of `TIMEFRAMES`; None: its times do not say
     "The timeframe that most bars of a file are apart."
-    file = find_file(path, "X", "1Day", "crypto")
+    file = find_file(path, symbol or "SYMBOL", "1Day", "crypto")
     table = _read_table(file, symbol, columns)
     if not len(table): return None
     times = np.sort(_parse_times(_times_of(table, _find_columns(table, file.name)["timestamp"]), "1Day", "crypto", "UTC", file.name).asi8)
@@ -368,6 +372,7 @@ def read_own_bars(
     require(path is not None, "files: set path to a file, or to the folder that holds the files")
     file = find_file(path, symbol, timeframe, asset_class)
     if labels not in ("start", "end"): raise unknown_name("labels", labels, ("start", "end"))
+    _check_zone(timezone)
     table = _read_table(file, symbol, columns)
     require(len(table) > 0, f"{file.name}: holds no bars; download it again")
     found = _find_columns(table, file.name, labels)

@@ -98,7 +98,7 @@ def _doubt(symbol: str, asset_class: str, index: pd.DatetimeIndex):
     weekends, all_days = int((days.day_of_week >= 5).sum()), (days.max() - days.min()).days + 1
     said = lambda other: f"say what it is: data.asset_classes: {{{symbol}: {other}}} in params.yaml, --asset-class {other}, or asset_class=\"{other}\""
     if asset_class == "crypto":
-        require(weekends > 0 or all_days < 15, f"{symbol} is read as crypto, since its name is written as a pair, and crypto trades on all days; but none of {len(days):,} days in {all_days:,} is a Saturday or a Sunday; {said('equity')}")
+        require(weekends > 0 or all_days < 15, f"{symbol} is read as crypto, since its name is written as a pair, and crypto trades on all days; but none of {len(days):,} days in {all_days:,} is a Saturday or a Sunday; {said('equity')} (crypto, where it is a pair that rests on weekends)")
     else:
         both = (days.day_of_week == 5).any() and (days.day_of_week == 6).any()
         require(not both or weekends < 0.2 * len(days) or len(days) < 10, f"{symbol} is read as an equity, since its name is no pair, and exchanges rest on weekends; but {weekends:,} of {len(days):,} days are Saturdays or Sundays; {said('crypto')}")
