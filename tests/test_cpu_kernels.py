@@ -1,8 +1,11 @@
 """Hidden layers and the loss compiled for this CPU, beside plain ones in float64; and how the library comes to be."""
 import os
+import re
+import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -182,7 +185,7 @@ def started(folder, **environment):
 
 def test_this_machine_has_them_where_it_has_a_compiler():
     "A source that does not compile would otherwise skip the tests that it should fail."
-    assert cpu_kernels.available() or not cpu_kernels._compiler()
+    assert cpu_kernels.available() or not any(map(shutil.which, cpu_kernels._COMPILERS))
 
 
 @needs_them
@@ -238,6 +241,117 @@ def test_a_damaged_library_is_made_anew(tmp_path):
 @needs_them
 def test_a_compiler_may_be_a_command_with_arguments(tmp_path):
     assert tells(tmp_path, CXX=f"{cpu_kernels._compiler()[0]} -g0")[0] == "True"
+
+
+# --- compilers and caches that are not what they seem --------------------------------------------------------------------
+
+def tried(monkeypatch, cache: Path, compiler: str | None = None) -> str | None:
+    "What is said of a cache and a compiler; None: the library is there."
+    if compiler is not None: monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    library, missing = cpu_kernels._library.__wrapped__()
+    assert (library is None) != (missing is None) and (missing is None or missing.isprintable())
+    return missing
+
+
+def program(path: Path, text: str) -> str:
+    path.write_text("#!/bin/sh\n" + text)
+    path.chmod(0o755)
+    return str(path)
+
+
+def instead(code: str) -> str: return f"""while [ $# -gt 0 ]; do [ "$1" = -o ] && echo '{code}' | ${{REAL:-c++}} -shared -fPIC -x c -o "$2" -; shift; done\n"""
+
+
+NOTHING = "int forward(void){return 0;} int backward(void){return 0;} int ppo_loss(void){return 0;}"
+COMPILERS = {"garbage": ('while [ $# -gt 0 ]; do [ "$1" = -o ] && echo garbage > "$2"; shift; done\n', "not what PyTorch computes"), "an empty library": (instead("int x;"), "not what PyTorch computes.*forward"), "wrong code": (instead(NOTHING), "forward is wrong"),
+             "code that ends the process": (instead(NOTHING.replace("return 0", "*(volatile int*)0 = 1; return 0", 1)), "not what PyTorch computes.*status -11"), "nothing at all": ("exit 0\n", "made no library"), "a failure": ("echo 'no such \033[31moption' >&2; exit 3\n", "status 3: no such")}
+
+
+@needs_them
+@pytest.mark.parametrize("name", COMPILERS)
+def test_what_a_compiler_makes_is_compared_before_it_is_kept(name, tmp_path, monkeypatch):
+    text, words = COMPILERS[name]
+    assert re.search(words, tried(monkeypatch, tmp_path / "cache", program(tmp_path / "cc", text)))
+    assert not any((tmp_path / "cache" / "trading_lib").iterdir())
+
+
+@needs_them
+def test_a_compiler_that_is_repaired_or_replaced_compiles_anew(tmp_path, monkeypatch):
+    "And what it made lies under a name of its own: for each compiler file, and for each kind of CPU."
+    compiler = program(tmp_path / "cc", "exit 1\n")
+    assert "status 1" in tried(monkeypatch, tmp_path / "cache", compiler)
+    program(tmp_path / "cc", 'exec c++ "$@"\n')
+    assert tried(monkeypatch, tmp_path / "cache") is None
+    names = {cpu_kernels._path([compiler], tmp_path)}
+    program(tmp_path / "cc", 'exec c++ "$@" # newer\n')
+    names.add(cpu_kernels._path([compiler], tmp_path))
+    monkeypatch.setattr(cpu_kernels, "_cpu", lambda: "flags: avx512f of another kind")
+    names.add(cpu_kernels._path([compiler], tmp_path))
+    assert len(names) == 3
+    # what has its digest and is of no use is made anew
+    path = next((tmp_path / "cache" / "trading_lib").iterdir())
+    monkeypatch.undo()
+    program(tmp_path / "cc", 'exec c++ "$@"\n')
+    os.utime(tmp_path / "cc", ns=(0, 0))
+    monkeypatch.setenv("CXX", compiler)
+    path.rename(own := cpu_kernels._path([compiler], path.parent))
+    own.write_bytes(b"useless" + cpu_kernels._digest(b"useless"))
+    assert tried(monkeypatch, tmp_path / "cache") is None and own.stat().st_size > 10_000
+
+
+@needs_them
+def test_a_compiler_that_hangs_is_given_up_with_all_that_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_kernels, "_PATIENCE", 0.5)
+    compiler = program(tmp_path / "cc", f"sleep 300 & echo $! > {tmp_path}/child; wait\n")
+    assert tried(monkeypatch, tmp_path / "cache", compiler) == f"{compiler} did not end within 0.5 seconds"
+    child = int((tmp_path / "child").read_text())
+    for _ in range(200):
+        if not Path(f"/proc/{child}/status").exists() or "State:\tZ" in Path(f"/proc/{child}/status").read_text(): return
+        time.sleep(0.05)
+    raise AssertionError("what the compiler started goes on")
+
+
+@needs_them
+@pytest.mark.parametrize("chosen, words", [(" ", "no C"), ("g++ '", "no command"), ("g++;touch MARK", "no C++ compiler was found: $CXX is"), ("$(touch MARK)", "$CXX is"), ("c++ -O2 -ffast-math", "-ffast-math"), ("c++ -Ofast", "-Ofast"), ("c++ -ffinite-math-only", "-ffinite-math-only"), ("c++\x1b[31m", "$CXX is")])
+def test_a_compiler_that_makes_no_sense_is_a_line(chosen, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert words in tried(monkeypatch, tmp_path / "cache", chosen) and not (tmp_path / "MARK").exists()
+
+
+@needs_them
+def test_a_relative_cache_counts_as_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "rel")
+    assert cpu_kernels._folder() == Path.home() / ".cache" / "trading_lib"
+
+
+def given_away(path: Path): os.chown(path, 12_345, -1)
+
+
+PLACES = {"the folder, by all": lambda cache, folder, file: folder.chmod(0o777), "the folder, though sticky": lambda cache, folder, file: folder.chmod(0o1777), "the file, by its group": lambda cache, folder, file: file.chmod(0o664),
+          "what the folder lies in": lambda cache, folder, file: cache.chmod(0o777), "the file of somebody else": lambda cache, folder, file: given_away(file), "the folder of somebody else": lambda cache, folder, file: given_away(folder),
+          "what the folder lies in, of somebody else": lambda cache, folder, file: given_away(cache)}
+
+
+@needs_them
+@pytest.mark.parametrize("place", PLACES)
+def test_only_this_user_can_have_put_a_library_there(place, tmp_path, monkeypatch):
+    "A library with the right name and digest that leaves a mark when it is loaded."
+    if "somebody" in place and os.getuid() != 0: pytest.skip("only the administrator can give files away")
+    folder, mark = tmp_path / "cache" / "trading_lib", tmp_path / "mark"
+    folder.mkdir(parents=True, mode=0o700)
+    file = cpu_kernels._path(compiler := cpu_kernels._compiler(), folder)
+    (tmp_path / "evil.c").write_text(f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fopen("{mark}", "w"); }}\n{NOTHING}\n')
+    subprocess.run([compiler[0], "-shared", "-fPIC", "-x", "c", tmp_path / "evil.c", "-o", tmp_path / "evil.so"], check=True)
+    library = (tmp_path / "evil.so").read_bytes()
+    file.write_bytes(library + cpu_kernels._digest(library))
+    file.chmod(0o644)
+    PLACES[place](tmp_path / "cache", folder, file)
+    assert "not this user's alone to write" in tried(monkeypatch, tmp_path / "cache") and not mark.exists()
+    for path, mode in ((tmp_path / "cache", 0o700), (folder, 0o700), (file, 0o644)):
+        os.chown(path, os.getuid(), -1)
+        path.chmod(mode)
+    assert tried(monkeypatch, tmp_path / "cache") is None and mark.exists()  # the test can fail: its owner may keep there what he likes
 
 
 def test_only_a_training_that_could_use_them_says_that_they_are_missing(monkeypatch):

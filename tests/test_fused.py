@@ -8,10 +8,14 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from test_trainer import market, trading_trainer
+from trading_lib import fused
 from trading_lib.fused import _medium_is_exact, fast_products, fuses, hidden_layers
+from trading_lib.networks import NativeActorCritic
 from trading_lib.ppo import Minibatch, whole_groups
+from trading_lib.recurrent import RecurrentActorCritic
 from trading_lib.trainer import NativePPOTrainer
 
 WIDTHS = [(1, 1, 1), (7, 355, 64), (300, 64, 5), (513, 33, 17)]
@@ -219,3 +223,49 @@ def test_pages_are_not_fetched_again():
     "40 MB twenty times over: 10,000 pages of 4 kB each time, or a twentieth of that where pages are large."
     known, given_back, kept = map(int, subprocess.run([sys.executable, "-c", FAULTS], check=True, stdout=subprocess.PIPE, text=True).stdout.split())
     assert known and kept < 100 < given_back
+
+
+# --- few sizes of half-precision products ------------------------------------------------------------------------------
+
+def test_few_sizes_are_few_and_at_most_a_quarter_more():
+    sizes = [fused.few_sizes(n) for n in range(1, 65_537)]
+    assert all(n <= size <= 1.25 * n for n, size in enumerate(sizes, 1)) and len(set(sizes)) == 8 + 4 * 13 and fused.few_sizes(0) == 0
+    assert all(fused.few_sizes(size) == size for size in set(sizes)) and {64, 2048, 8192} <= set(sizes)  # what runs are made of stays as it is
+
+
+class Rows(TorchDispatchMode):
+    "Numbers of rows of all half-precision products."
+    def __init__(self): super().__init__(); self.seen = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(word in str(function) for word in ("mm", "linear")): self.seen |= {len(x) for x in args if torch.is_tensor(x) and x.ndim == 2 and x.dtype == torch.bfloat16 and x.shape[1] in (11, 12, 13)}
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [lambda: NativeActorCritic(11, 3, (12, 13)), lambda: NativeActorCritic(11, 3, (12, 13), shared_trunk=False), lambda: RecurrentActorCritic(11, 3, 12, 1)])
+def test_products_of_any_number_of_rows_are_of_few_sizes(make):
+    net, x = make().eval(), torch.randn(300, 11)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        answers = {n: net.evaluate_step(x[:n], net.initial_state(n))[:2] for n in range(1, 301, 7)}
+        with Rows() as rows:
+            for n in range(1, 301): net.evaluate_step(x[:n], net.initial_state(n))
+    assert rows.seen and rows.seen <= {3, 11, 12, 13} | {fused.few_sizes(n) for n in range(1, 301)} and len(rows.seen) < 35
+    whole = net.evaluate_step(x, net.initial_state(300))[:2]
+    for n, (logits, values) in answers.items():
+        assert logits.shape == (n, 3) and values.shape == (n,)
+        torch.testing.assert_close(logits, whole[0][:n], rtol=0.02, atol=0.02), torch.testing.assert_close(values, whole[1][:n], rtol=0.02, atol=0.02)
+
+
+def test_rows_of_nothing_change_no_gradient():
+    "37 rows are 40: weights learn the same as from 37 in the same precision, and float32 is left as it is."
+    torch.manual_seed(0)
+    x, layers, heads = torch.randn(37, 11), [(torch.randn(12, 11) / 3, torch.randn(12))], [(torch.randn(3, 12) / 3, torch.zeros(3))]
+    found = {}
+    for name in ("few", "as they are"):
+        own = [[(w.clone().requires_grad_(), b.clone().requires_grad_()) for w, b in pairs] for pairs in (layers, heads)]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = fused.layers_and_heads(x, *own)[0] if name == "few" else F.linear(F.relu(F.linear(x, *own[0][0])), *own[1][0])
+        out.float().square().sum().backward()
+        found[name] = [out.detach().float(), *(p.grad for pairs in own for pair in pairs for p in pair)]
+    for a, b in zip(*found.values()): torch.testing.assert_close(a, b, rtol=0.03, atol=0.03 * float(b.abs().max()))
+    assert fused.rows_in_few_sizes(x) is x

@@ -1,4 +1,5 @@
 """What a rollout takes: bytes on paper, bytes that buffers and networks really take, and requests that are cut until they fit."""
+import json
 import os
 import random
 import subprocess
@@ -278,3 +279,42 @@ def test_whatever_is_asked_it_fits_and_not_by_more_than_it_must():
         assert any(total(found | whole | {k: 2 * found[k] + 1}) > limit for k in asked if found[k] != asked[k])
         cut += 1
     assert cut > 200
+
+
+# --- what a run keeps, over thousands of updates -----------------------------------------------------------------------
+
+LONG_RUN = """
+import json, os, sys
+from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
+from trading_lib.features import fit_features
+from trading_lib.memory import memory_in_use
+from trading_lib.run_folder import RunFolder
+from trading_lib.sources import simulate_bars
+from trading_lib.tiers import NativePPOConfig
+from trading_lib.trainer import NativePPOTrainer
+
+network, version, updates = sys.argv[1], sys.argv[2], int(sys.argv[3])
+bars = simulate_bars("SIM-USD", "15Min", "2023-01-01", "2023-03-01", seed=1, asset_class="crypto")
+market = market_data(bars, version, fit_features(bars[:4000], version, "15Min", "crypto"), "15Min", "crypto", window=10, symbol="SIM-USD")
+env = GPUVectorizedTradingEnv(market.span(0, 4000), GPUEnvConfig(n_envs=8, version=version, window=10, episode_length=37))
+config = NativePPOConfig(network=network, hidden_dims=(32, 16), gru_hidden_dim=16, n_gru_layers=1, n_steps=64, minibatch_size=200, n_epochs=1, critic_epochs=0, total_timesteps=512 * updates, amp=True, validation_interval=100, checkpoint_interval=200)
+trainer = NativePPOTrainer(env, config, market.span(4000, 4400), None, RunFolder("run"))
+seen = {}
+while trainer.update < updates:
+    trainer.train(updates // 20)
+    seen[trainer.update] = (memory_in_use() / 1e6, len(os.listdir("/proc/self/fd")))
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system does not say what a process holds")
+@pytest.mark.parametrize("network, version", [("mlp", "5.6.0"), ("mlp", "2.7.0"), ("gru", "5.6.0")])
+def test_a_long_run_in_half_precision_grows_by_nothing(network, version, tmp_path):
+    "2,000 updates, in a process of their own: what oneDNN keeps for each new number of rows came to a gigabyte."
+    code = subprocess.run([sys.executable, "-c", LONG_RUN, network, version, "2000"], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert code.returncode == 0, code.stderr[-2000:]
+    seen = {int(update): of for update, of in json.loads(code.stdout.splitlines()[-1]).items()}
+    print(network, version, {update: f"{mb:.0f} MB, {files} files" for update, (mb, files) in seen.items()})
+    early, late = seen[1000], seen[2000]
+    assert late[0] - early[0] < 20 and late[1] == early[1], seen

@@ -9,11 +9,16 @@ __all__ = ['available', 'missing', 'forward', 'backward', 'loss_and_gradients']
 import ctypes
 import hashlib
 import os
+import platform
+import re
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
+import sys
 import tempfile
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -380,21 +385,47 @@ int ppo_loss(int64_t n, int64_t actions, const float* logits, const float* value
 # %% ../nbs/11_cpu_kernels.ipynb #39794a25
 _SOURCE = _TILES + _PANELS + _FORWARD + _BACKWARD + _LOSS
 _FLAGS = ("-O3", "-std=c++17", "-mavx512f", "-mfma", "-shared", "-fPIC", "-pthread")
+_FUNCTIONS = ("forward", "backward", "ppo_loss")
 _COMPILERS, _PATIENCE = ("c++", "g++", "clang++"), 120  # seconds
+_OTHER_NUMBERS = re.compile(r"-Ofast|-f[\w-]*math[\w-]*|-funsafe.*")  # options under which NaN may become a number, and whole processes lose the smallest ones
 
 
-def _compiler() -> list[str]:  # a command; empty: there is none
+class _Unusable(Exception):
+    "Why there is no library; one line."
+
+
+def _compiler() -> list[str]:  # a command
     "The user's own choice, or the first one found."
-    for command in [shlex.split(os.environ["CXX"])] if os.environ.get("CXX") else [[name] for name in _COMPILERS]:
-        if found := shutil.which(command[0]): return [found, *command[1:]]
-    return []
+    chosen = os.environ.get("CXX")
+    if not chosen:
+        found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+        if found is None: raise _Unusable(f"no C++ compiler was found ({', '.join(_COMPILERS)} or $CXX)")
+        return [found]
+    try: command = shlex.split(chosen)
+    except ValueError as e: raise _Unusable(f"$CXX is {chosen!r}, which is no command ({e}); expected a compiler such as g++, with options perhaps") from None
+    found = shutil.which(command[0]) if command else None
+    if found is None: raise _Unusable(f"no C++ compiler was found: $CXX is {chosen!r}; expected a program such as g++, with options perhaps")
+    strange = [option for option in command[1:] if _OTHER_NUMBERS.fullmatch(option)]
+    if strange: raise _Unusable(f"$CXX asks for {strange[0]}, with which NaN would go unnoticed; leave that option out")
+    return [found, *command[1:]]
 
 
-def _folder() -> Path: return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trading_lib"
+def _folder() -> Path:
+    own = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(own) if os.path.isabs(own) else Path.home() / ".cache") / "trading_lib"  # a relative one counts as none, as its specification says
+
+
+def _cpu() -> str:
+    "What this CPU can do: a cache may lie on a disk that several machines share."
+    try: return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration): return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _path(compiler: list[str], folder: Path) -> Path:
-    return folder / f"cpu_kernels_{hashlib.sha256(repr((compiler, _FLAGS, _SOURCE)).encode()).hexdigest()[:16]}.so"
+    "Named after all that the library depends on: source, options, the compiler's own file, the CPU."
+    program = Path(compiler[0]).resolve()
+    made_by = (compiler, str(program), program.stat().st_size, program.stat().st_mtime_ns, _cpu())
+    return folder / f"cpu_kernels_{hashlib.sha256(repr((made_by, _FLAGS, _SOURCE)).encode()).hexdigest()[:16]}.so"
 
 
 def _digest(library: bytes) -> bytes: return hashlib.sha256(library).digest()
@@ -405,34 +436,81 @@ def _is_whole(path: Path) -> bool:
     return path.exists() and (content := path.read_bytes())[-32:] == _digest(content[:-32])
 
 
+def _run(command: list, folder: Path, who: str):
+    "Run a program to its end, in a group of its own: one that hangs is given up with all that it started."
+    said = folder / "said.txt"
+    with said.open("wb") as out:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        try: status = process.wait(_PATIENCE)
+        except BaseException as e:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            if not isinstance(e, subprocess.TimeoutExpired): raise
+            raise _Unusable(f"{who} did not end within {_PATIENCE} seconds") from None
+    last = "".join(c for c in said.read_text(errors="replace").strip().rpartition("\n")[2] if c.isprintable())[:200]
+    if status: raise _Unusable(": ".join(filter(None, [f"{who} ended with status {status}", last])))
+
+
 def _compile(compiler: list[str], path: Path):
-    "Put the library there, whole."
+    "Put the library there, whole, once it has computed what PyTorch computes: in a process of its own, which wrong code would take with it."
+    import trading_lib
+    for left in path.parent.glob("tmp*"):
+        if left.is_dir() and time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
     with tempfile.TemporaryDirectory(dir=path.parent) as new:
         source, made = Path(new, "cpu_kernels.cpp"), Path(new, "cpu_kernels.so")
         source.write_text(_SOURCE)
-        subprocess.run([*compiler, *_FLAGS, "-o", made, source], check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_PATIENCE)
+        _run([*compiler, *_FLAGS, "-o", made, source], Path(new), compiler[0])
+        if not made.is_file(): raise _Unusable(f"{compiler[0]} made no library")
         made.write_bytes((library := made.read_bytes()) + _digest(library))
+        compare = "import sys; sys.path.insert(0, sys.argv[2]); from trading_lib import cpu_kernels; cpu_kernels._compare(sys.argv[1])"
+        _run([sys.executable, "-c", compare, made, Path(trading_lib.__file__).parents[1]], Path(new), f"what {compiler[0]} made is not what PyTorch computes; the comparison")
+        made.chmod(0o644)  # whatever the umask: a library that others can write is not trusted
         os.replace(made, path)
 
 
+def _check_owner(folder: Path, path: Path):
+    "Nobody but this user and the system's administrator could have put the library there, or could exchange it."
+    def writable(status) -> bool: return bool(status.st_mode & stat.S_IWOTH or status.st_mode & stat.S_IWGRP and status.st_gid not in (0, os.getegid()))
+    for own in (folder, path):
+        if not own.exists(): continue
+        status = own.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH): raise PermissionError(f"{own} is not this user's alone to write")
+    for parent in dict.fromkeys((*folder.absolute().parents, *folder.resolve().parents)):
+        status = parent.stat()
+        if status.st_uid not in (0, os.getuid()) or writable(status) and not status.st_mode & stat.S_ISVTX: raise PermissionError(f"{parent}, in which the cache lies, is not this user's alone to write")
+
+
+def _open(path: Path) -> ctypes.CDLL:
+    "The library there, with all of its functions."
+    library = ctypes.CDLL(str(path))
+    for name in _FUNCTIONS: getattr(library, name)
+    return library
+
+
 def _loaded(compiler: list[str], folder: Path) -> ctypes.CDLL:
-    "The library, made anew where it is not there yet or damaged."
+    "The library, made anew where it is not there yet, damaged, or of no use."
     path = _path(compiler, folder)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    owned = folder.stat()
-    if owned.st_uid != os.getuid() or owned.st_mode & (stat.S_IWGRP | stat.S_IWOTH): raise PermissionError(f"{folder} is not this user's alone to write")
-    if not _is_whole(path): _compile(compiler, path)
-    return ctypes.CDLL(str(path))
+    _check_owner(folder, path)
+    if _is_whole(path):
+        try: return _open(path)
+        except (OSError, AttributeError): pass
+    _compile(compiler, path)
+    return _open(path)
 
 
 @lru_cache(maxsize=None)
 def _library() -> tuple[ctypes.CDLL | None, str | None]:  # or why there is none; nothing where this CPU could not use it
     if torch.backends.cpu.get_cpu_capability() != "AVX512": return None, None
-    compiler = _compiler()
-    if not compiler: return None, "no C++ compiler was found (c++, g++, clang++ or $CXX)"
-    try: return _loaded(compiler, _folder()), None
-    except subprocess.CalledProcessError as e: return None, ": ".join([f"{compiler[0]} ended with status {e.returncode}", *e.stdout.decode(errors="replace").strip().splitlines()[-1:]])
-    except (OSError, RuntimeError, AttributeError, subprocess.TimeoutExpired) as e: return None, f"{type(e).__name__}: {e}"  # no place to write, no home, not POSIX, a system that will not load it
+    try: return _loaded(_compiler(), _folder()), None
+    except _Unusable as e: return None, str(e)
+    except (OSError, RuntimeError, AttributeError) as e: return None, f"{type(e).__name__}: {e}"  # no place to write, no home, not POSIX, a system that will not load it
+
+
+_tried = None  # a library that is being compared
+
+
+def _in_use() -> ctypes.CDLL: return _tried or _library()[0]
 
 
 def available() -> bool:
@@ -464,7 +542,7 @@ def _call(name: str, x: Tensor, weights: list[Tensor], linear: bool, *given):
     widths = [x.shape[1], *(len(weight) for weight in weights)]
     _check("inputs", x, len(x), widths[0])
     for i, weight in enumerate(weights): _check(f"weight {i}", weight, widths[i + 1], widths[i])
-    failed = getattr(_library()[0], name)(ctypes.c_int64(len(weights)), _numbers(widths), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()), _places(weights), *given, ctypes.c_int(linear), ctypes.c_int(torch.get_num_threads()))
+    failed = getattr(_in_use(), name)(ctypes.c_int64(len(weights)), _numbers(widths), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()), _places(weights), *given, ctypes.c_int(linear), ctypes.c_int(torch.get_num_threads()))
     if failed: raise MemoryError(f"hidden layers of {len(x):,} rows: the system has no memory left; use a smaller minibatch_size")
 
 
@@ -515,8 +593,43 @@ def loss_and_gradients(
     gradients, sums = (torch.empty_like(logits), torch.empty_like(value)), torch.zeros(5, dtype=torch.float64)
     tensors = (logits, value, action, own[0], before, *own[1:])
     numbers = (clip_range, -1.0 if value_clip_range is None else value_clip_range, value_coefficient, entropy_coefficient)
-    failed = _library()[0].ppo_loss(ctypes.c_int64(n), ctypes.c_int64(actions), *(ctypes.c_void_p(t.data_ptr()) for t in tensors), *map(ctypes.c_float, numbers),
+    failed = _in_use().ppo_loss(ctypes.c_int64(n), ctypes.c_int64(actions), *(ctypes.c_void_p(t.data_ptr()) for t in tensors), *map(ctypes.c_float, numbers),
                                     *(ctypes.c_void_p(t.data_ptr()) for t in (*gradients, sums)), ctypes.c_int(torch.get_num_threads()))
     if failed == 1: raise MemoryError(f"loss of {n:,} samples: the system has no memory left; use a smaller minibatch_size")
     if failed: raise InputError(f"loss: action: expected 0 to {actions - 1}, was {int(action.min())} to {int(action.max())}")
     return (sums / n).float(), *gradients
+
+# %% ../nbs/11_cpu_kernels.ipynb #410f8708
+def _compare(path: str):
+    "Ends the process with a line where the library there does not compute what PyTorch does."
+    global _tried
+    _tried, random = _open(Path(path)), torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=random)
+    def same(what: str, found, expected):
+        for a, b in zip(found, expected, strict=True):
+            worst = float((a.double() - b.double()).abs().nan_to_num(0).max() / (1 + b.double().abs().nan_to_num(0).max()))
+            if not worst < 1e-4 or not torch.equal(a.isnan(), b.isnan()): sys.exit(f"{what} is wrong by {worst:.1g}")
+    widths, rows, actions = (21, 40, 33, 5), 300, 3
+    weights, biases = [(normal(b, a) / a**0.5).requires_grad_() for a, b in zip(widths, widths[1:])], [normal(b).requires_grad_() for b in widths[1:]]
+    for x, linear in ((normal(rows, widths[0]), False), (normal(rows, widths[0]).index_fill_(0, torch.tensor([7]), torch.nan), True)):
+        plain = [x]
+        for i, (w, b) in enumerate(zip(weights, biases)):
+            out = plain[-1] @ w.t() + b
+            plain.append(out if linear and i == len(weights) - 1 else out.relu())
+        own, gradient = ([v.detach() for v in values] for values in (weights, biases)), normal(rows, widths[-1])
+        w, b = own
+        outputs = forward(x, w, b, True, linear)
+        same("forward", outputs, [v.detach() for v in plain[1:]])
+        if linear: continue  # of NaN there is no gradient to compare
+        expected = torch.autograd.grad(plain[-1], [*weights, *biases], gradient)
+        same("backward", [v for values in backward(x, w, outputs, gradient, linear) for v in values], expected)
+    logits, value, acted, old = normal(rows, actions).requires_grad_(), normal(rows).requires_grad_(), torch.log_softmax(normal(rows, actions), 1), normal(rows)
+    action, advantage, target = torch.randint(actions, (rows,), generator=random), normal(rows), normal(rows)
+    log, taken = torch.log_softmax(logits, 1), lambda x: x.gather(1, action[:, None]).squeeze(1)
+    ratio = (taken(log) - taken(acted)).exp()
+    parts = (-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean(), torch.maximum((value - target)**2, (old + (value - old).clamp(-0.3, 0.3) - target)**2).mean(), -(log.exp() * log).sum(1).mean())
+    data = {"logits": acted, "log_probability": taken(acted), "value": old, "advantage": advantage, "return": target, "action": action}
+    means, *gradients = loss_and_gradients(logits.detach(), value.detach(), data, 0.2, 0.3, 0.5, 0.01)
+    same("the loss", means[:3], [part.detach() for part in parts])
+    same("the gradient of the loss", gradients, torch.autograd.grad(parts[0] + 0.5 * parts[1] - 0.01 * parts[2], [logits, value]))
+    if not float(torch.tensor([1e-40]) * 0.5): sys.exit("its code makes 0 of the smallest numbers of the whole process")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import require
+from .fused import rows_in_few_sizes
 from .networks import FoldsInputs, InputLayout, _linear
 
 # %% ../nbs/11_recurrent.ipynb #80f3d000
@@ -105,7 +106,7 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _encode(self, x: Tensor) -> Tensor: return self.encoder(x).to(self.critic_head.value.weight.dtype)
+    def _encode(self, x: Tensor) -> Tensor: return self.encoder(rows_in_few_sizes(x))[:len(x)].to(self.critic_head.value.weight.dtype)
 
     def _remember(self, encoded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         "The recurrence, in the weights' own precision."
@@ -113,7 +114,8 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
 
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         # bf16 products come back in the weights' own precision
-        return self.actor_head(hidden).to(hidden.dtype), self.critic_head(hidden).to(hidden.dtype).squeeze(-1)
+        rows, n = rows_in_few_sizes(hidden), len(hidden)
+        return self.actor_head(rows)[:n].to(hidden.dtype), self.critic_head(rows)[:n].to(hidden.dtype).squeeze(-1)
 
     def _check(self, x: Tensor, state: Tensor, n_dims: int):
         words = {2: "(accounts, inputs)", 3: "(steps, accounts, inputs)"}[n_dims]

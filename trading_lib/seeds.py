@@ -22,7 +22,7 @@ from .config import require
 from .distributed import processes
 from .env import Obs
 from .evaluation import Validation
-from .fused import compiles, layers_and_heads
+from .fused import compiles, few_sizes, layers_and_heads
 from .networks import FoldedLinear, NativeActorCritic, parameter_groups
 from .ppo import Minibatch, normalised, ppo_losses
 from .tiers import NativePPOConfig
@@ -167,7 +167,7 @@ class SeedsTrainer(NativePPOTrainer):
         counts, order = torch.bincount(seed, minlength=n), seed.argsort(stable=True)
         rank = torch.empty_like(seed)
         rank[order] = torch.arange(len(seed), device=seed.device) - (counts.cumsum(0) - counts)[seed[order]]
-        most = int(counts.max()) if len(seed) else 0
+        most = few_sizes(int(counts.max())) if len(seed) else 0  # every new number of rows costs half-precision products memory
         place, fill = seed * most + rank, torch.zeros(n * most, dtype=torch.int64, device=seed.device)
         fill[place] = torch.arange(len(seed), device=seed.device)
         return act(Obs(obs.index[fill], obs.dense[fill]), None)[1][place] if most else obs.index.new_zeros(0, dtype=torch.float32)
