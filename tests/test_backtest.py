@@ -17,7 +17,8 @@ from trading_lib.builder import BacktestObservationBuilder
 from trading_lib.config import InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
-from trading_lib.sources import simulate_market
+from trading_lib.networks import NativeActorCritic
+from trading_lib.sources import simulate_bars, simulate_market
 from trading_lib.recurrent import RecurrentActorCritic
 from trading_lib.tiers import NativePPOConfig
 from trading_lib.trainer import NativePPOTrainer, layout_of_env
@@ -580,3 +581,22 @@ def test_a_careless_call_gets_one_line(careless, words):
     "What was given, what was expected; never a traceback from within, never something else done instead."
     with pytest.raises(InputError) as e: careless()
     assert words in str(e.value) and "\n" not in str(e.value)
+
+
+# --- models of older systems ------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("version, n_actions", [("2.3.0", 3), ("2.6.0", 3), ("2.7.0", 7)])
+@pytest.mark.parametrize("names", ["", "_orig_mod.module."])
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_holds_weights_and_nothing_else_is_backtested(version, n_actions, names, tmp_path):
+    "As versions 2.3.0 to 2.7.0 left them: no version, no configuration, no fitted features; those come from the bars before the test span."
+    bars = simulate_bars("SIM-USD", "15Min", "2023-01-01", "2023-03-01", seed=1, asset_class="crypto")
+    torch.manual_seed(0)
+    policy = NativeActorCritic(MODEL_SPECS[version].obs_dim, n_actions, (16, 8))
+    torch.save({"policy_state_dict": {names + name: v for name, v in policy.state_dict().items()}, "optimizer_state_dict": {}, "global_step": 10, "config": {"hidden_dims": [16, 8]}}, tmp_path / "old.pt")
+    given = dict(start=4000, stop=4300, timeframe="15Min", asset_class="crypto")
+    result = run_backtest(tmp_path / "old.pt", bars, **given)
+    same = run_backtest(policy, bars, **given, version=version, window=100, fit=fit_features(bars[:4000], version, "15Min", "crypto"))
+    assert len(result.equity) and result.equity.equals(same.equity) and result.metrics["orders"] == same.metrics["orders"] > 0
+    with pytest.raises(InputError, match="timeframe is missing"): run_backtest(tmp_path / "old.pt", bars, start=4000)
+    with pytest.raises(InputError, match="fit is missing"): run_backtest(tmp_path / "old.pt", bars, timeframe="15Min", asset_class="crypto")

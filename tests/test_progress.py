@@ -63,6 +63,21 @@ def test_verbose_is_two_lines_for_each_update_with_the_figures_of_its_row():
         assert numbers == pytest.approx(expected, rel=0.05, abs=1.1e-3), line
 
 
+def test_minibatches_move_the_bar_and_a_line_says_what_each_part_took():
+    "And none of it is part of a run: its bytes do not depend on how long it took."
+    seen = []
+    class Watched(Lines):
+        def phase(self, name, done, total): seen.append((name, done, total))
+    said = []
+    trainer = plain_trainer(total_timesteps=96 * 2, minibatch_size=20, n_epochs=3, critic_epochs=2)  # 96 samples: 5 minibatches
+    trainer.progress = Watched(said.append)
+    trainer.train()
+    once = [*(("rollout", i, 12) for i in range(1, 13)), *(("epochs", i, 15) for i in range(1, 16)), *(("critic epochs", i, 10) for i in range(1, 11))]
+    assert seen == once * 2
+    assert all(re.search(r" \| rollout \d+\.\d\d s, update \d+\.\d\d s, critic \d+\.\d\d s$", line) for line in said) and len(said) == 2
+    assert all(seconds > 0 for seconds in trainer.seconds.values()) and not any("seconds" in name or name == "rollout" for name in {**trainer.content(), **trainer.history[-1]})
+
+
 # --- a terminal -----------------------------------------------------------------------------------------------------------
 
 def test_bars_keep_validations_as_lines_and_close():

@@ -378,3 +378,12 @@ def test_the_configuration_records_what_its_mode_stands_for():
     for tier, steps in (("cpu", 7_500_000), ("h200", 50_000_000)):
         for asked in (None, 500): assert get_auto_config(asked, "standard", tier=tier).mode_timesteps == steps
     assert NativePPOConfig().mode_timesteps is None
+
+
+@pytest.mark.parametrize("mode", [*MODES, "auto"])
+@pytest.mark.parametrize("tier", list(TIERS))
+def test_every_run_has_ten_validations_or_more(mode, tier):
+    "The mode's interval, or a tenth of the updates: big tiers make few."
+    config = get_auto_config(training_mode=mode, tier=tier)
+    interval, updates = MODES["production" if mode == "auto" else mode].validation_interval, config.n_updates()
+    assert config.validation_interval == max(1, min(interval, updates // 10)) and updates // config.validation_interval >= min(10, updates)

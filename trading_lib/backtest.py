@@ -24,13 +24,13 @@ from .builder import BacktestObservationBuilder
 from .checkpoint import load_checkpoint
 from .config import AccountConfig, InputError, require, typed
 from .env import MarketData, market_data
-from .features import FeatureFit
+from .features import FeatureFit, fit_features
 from .files import atomic_write
 from .layouts import LAYOUTS
 from .metrics import block_bootstrap_interval, equity_returns, periods_per_year, sharpe_moments, sharpe_ratio, summarise_equity
 from .tiers import training_budget
 from .trainer import build_policy
-from .version import MODEL_SPECS, action_table
+from .version import MODEL_SPECS, action_table, assert_compatibility, declared_version
 from .walk import DecisionBars, Run, Walked, decisions_of, walk_and_keep
 
 # %% ../nbs/15_backtest.ipynb #5d88dc6f
@@ -325,16 +325,19 @@ def _subject(
     "Everything decided and checked, before anything runs."
     content = load_checkpoint(model) if isinstance(model, (str, Path)) else model if isinstance(model, dict) else None
     if content is not None:
-        policy, trained = build_policy(content), content["config"]["env"]
-        theirs = content["model_version"]
+        policy, trained = build_policy(content), (content.get("config") or {}).get("env") or {}  # older files say nothing of it
+        theirs = declared_version(content) or assert_compatibility(content).version
         require(version in (None, theirs), f"version: the model was trained on layout {theirs}, was {version!r}; leave it out, or choose a model of that layout")
-        version, window = theirs, trained["window"] if window is None else window
-        require(window == trained["window"], f"window: the model was trained on {trained['window']} bars, was {window!r}; leave it out")
+        own_window = policy.obs_dim // MODEL_SPECS[theirs].n_features
+        version, window = theirs, own_window if window is None else window
+        require(window == own_window, f"window: the model was trained on {own_window} bars, was {window!r}; leave it out")
         for name, given in (("timeframe", timeframe), ("asset_class", asset_class)):
-            require(given in (None, trained[name]), f"{name}: the model was trained on {trained[name]}, was {given!r}; leave it out, or choose another model")
-        timeframe, asset_class = trained["timeframe"], trained["asset_class"]
-        fit, symbol = fit if fit is not None else content["fit"], symbol or content["data"]["symbol"]
-        account = account or typed(AccountConfig, trained["account"], "account")
+            require(given in (None, trained.get(name, given)), f"{name}: the model was trained on {trained.get(name)}, was {given!r}; leave it out, or choose another model")
+        timeframe, asset_class = trained.get("timeframe", timeframe), trained.get("asset_class", asset_class)
+        fit, symbol = fit if fit is not None else content.get("fit"), symbol or (content.get("data") or {}).get("symbol")
+        if account is None and "account" in trained: account = typed(AccountConfig, trained["account"], "account")
+        # a model that brings no fitted features is judged on those of the bars before its test span, which are past there
+        if fit is None and start and timeframe and asset_class: fit = fit_features(bars.iloc[:start], version, timeframe, asset_class)
     else: policy = model
     account, window, symbol = account or AccountConfig(), 100 if window is None else window, symbol or ""
     require(model is not None or actions is not None, "run_backtest: neither a model nor actions were given; pass a checkpoint, a policy, or a list of actions")

@@ -194,16 +194,17 @@ def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files 
     from pathlib import Path
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import AccountConfig, path_symbol, require, typed
+    from trading_lib.pipeline import asset_class_for
     from trading_lib.sources import load_with_report
     require(arguments.model is not None, "backtest: --bars needs --model, the checkpoint that trades them")
     require(not arguments.symbols, "backtest: give symbols of the project or --bars, not both")
     content, jobs = load_checkpoint(arguments.model), []
-    trained = content["config"]["env"]
-    account = typed(AccountConfig, trained["account"], "account")
+    trained = (content.get("config") or {}).get("env")  # None: of an older system, which did not say
+    account = typed(AccountConfig, trained["account"], "account") if trained else parameters.account
     how = {name: getattr(parameters.data, name) for name in ("timezone", "labels", "price_scale", "columns")}
     for file in arguments.bars:
         symbol = path_symbol(Path(file).stem.split("_")[0], str(file))
-        bars, _ = load_with_report(symbol, trained["timeframe"], "files", path=file, asset_class=trained["asset_class"], allow_steps=parameters.data.steps(symbol), **how)
+        bars, _ = load_with_report(symbol, (trained or {}).get("timeframe", parameters.data.timeframe), "files", path=file, asset_class=trained["asset_class"] if trained else asset_class_for(parameters, symbol), allow_steps=parameters.data.steps(symbol), **how)
         jobs.append((dict(model=content, bars=bars, start=_edge(bars, arguments.start, "--start", 0), stop=_edge(bars, arguments.end, "--end", len(bars)), symbol=symbol, account=account), {"source": f"the file {Path(file).name}"}))
     names = [job["symbol"] for job, _ in jobs]
     require(len(set(names)) == len(names), f"backtest: the files hold {', '.join(names)}, by their names; expected each symbol once (a file's symbol is what stands before the first '_')")
@@ -218,6 +219,7 @@ def _backtest(arguments):
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import project_root
     from trading_lib.judgement import assess
+    from trading_lib.pipeline import asset_class_for
     from trading_lib.report import comparison_table, write_report
     from trading_lib.version import assert_compatibility
     parameters = load_parameters()
@@ -225,6 +227,9 @@ def _backtest(arguments):
     if arguments.strict_version:
         for job, _ in jobs: assert_compatibility(job["model"] if isinstance(job["model"], dict) else load_checkpoint(job["model"]), strict=True)
     other = {} if arguments.costs is None else {"costs": arguments.costs}
+    for job, _ in jobs:
+        content = job["model"] if isinstance(job["model"], dict) else load_checkpoint(job["model"])
+        if not (content.get("config") or {}).get("env"): job |= dict(timeframe=parameters.data.timeframe, asset_class=asset_class_for(parameters, job["symbol"]))  # an older file does not say
     results = run_backtests([job | dict(account=replace(job["account"], **other), random_policies=arguments.random_policies) for job, _ in jobs])
     said = []
     for result, (job, data) in zip(results, jobs):
