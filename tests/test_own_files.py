@@ -230,6 +230,10 @@ def test_where_files_are_looked_for(tmp_path):
         root = tmp_path / place.replace("/", "_").replace(".", "_")
         assert find_file(root, "BTC/USD", "15Min", "crypto") == file and find_file(file, "BTC/USD", "15Min", "crypto") == file
         with pytest.raises(InputError, match="found none of"): find_file(root, "ETH/USD", "15Min", "crypto")
+    (tmp_path / "other").mkdir()
+    for name in ("SPY_1Day.csv", "spy.CSV", "SPYG.csv"): (tmp_path / "other" / name).touch()
+    with pytest.raises(InputError, match=r"found none of .* \(there is SPY_1Day.csv, spy.CSV\); put the file"): find_file(tmp_path / "other", "SPY", "15Min", "equity")
+    with pytest.raises(InputError, match="/dev/null is neither a file nor a folder"): find_file("/dev/null", "SPY", "15Min", "equity")
     both = tmp_path / "both"
     both.mkdir()
     (both / "SPY.csv").touch(), (both / "SPY_1Day.csv").touch()

@@ -40,15 +40,20 @@ def find_file(
     asset_class: str,  # "crypto" or "equity"
 ) -> Path:  # the one file
     "The file of a symbol; none or two are errors."
-    try:
-        path = Path(path).expanduser()
-        if path.is_file(): return path
-    except (OSError, RuntimeError, ValueError) as e: raise InputError(f"files: {shown(path, 80)!r} is no path ({shown(e, 80)}); set path to a file, or to the folder that holds the files") from None
+    try: return _find(Path(path).expanduser(), symbol, timeframe, asset_class)
+    except InputError: raise
+    except (OSError, RuntimeError, ValueError) as e: raise InputError(f"files: {shown(path, 80)!r} cannot be looked into ({shown(e, 80)}); set path to a file, or to the folder that holds the files") from None
+
+
+def _find(path: Path, symbol: str, timeframe: str, asset_class: str) -> Path:
+    if path.is_file(): return path
     places = [p.format(symbol=path_symbol(symbol), timeframe=timeframe, asset_class=asset_class) for p in _PLACES]
     found = [f for p in places for ending in (".parquet", ".csv") if (f := path / (p + ending)).is_file()]
     looked = f"{path}/{{{','.join(places)}}}.{{parquet,csv}}"
     require(path.exists(), f"files: there is no {path}; set path to a file, or to the folder that holds {places[0]}.csv")
-    require(len(found) > 0, f"files: found none of {looked}; put the file in one of these places, or set path to it")
+    require(path.is_dir(), f"files: {path} is neither a file nor a folder; set path to one")
+    near = sorted(f.name for f in (path.iterdir() if path.is_dir() else ()) if f.stem.lower().split("_")[0] == path_symbol(symbol).lower())
+    require(len(found) > 0, f"files: found none of {looked}{f' (there is {listed(near, 3)})' if near else ''}; put the file in one of these places, or set path to it")
     require(len(found) < 2, f"files: {' and '.join(str(f.relative_to(path)) for f in found)} both fit {symbol} {timeframe}; remove one, or set path to the file")
     return found[0]
 
