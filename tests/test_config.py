@@ -209,7 +209,7 @@ def test_a_document_of_the_wrong_shape_is_refused(document, words): assert words
 # what a person writes as a symbol -> words of the line
 NO_SYMBOLS = {
     "$SPX": "write 'SPX' for '$SPX'", "^GSPC": "write 'GSPC' for '^GSPC'", "M&M.NS": "write 'MM.NS' for 'M&M.NS'", "EURUSD=X": "write 'EURUSDX'", "BRK B": "write 'BRK.B'", "-SPY": "write 'SPY' for '-SPY'", ".SPX": "write 'SPX'", "SPY ": "write 'SPY' for 'SPY '",
-    "SPY\n": "write 'SPY'", "\uff33\uff30\uff39": "write 'SPY'", "A;touch X": "expected a name", "x/../../../nbs/report": "expected a name", "../x": "expected a name", "S\u0420Y": "CYRILLIC CAPITAL LETTER ER", "\u0663": "ARABIC-INDIC DIGIT THREE", "a" * 41: "at most 40",
+    "SPY\n": "write 'SPY'", "\uff33\uff30\uff39": "write 'SPY'", "A;touch X": "expected a name", "SPY,QQQ": "expected a name", "SPY;QQQ": "expected a name", "GC=F": "write 'GCF'", "A|B": "expected a name", "x/../../../nbs/report": "expected a name", "../x": "expected a name", "S\u0420Y": "CYRILLIC CAPITAL LETTER ER", "\u0663": "ARABIC-INDIC DIGIT THREE", "a" * 41: "at most 40",
     "$(touch X)": "expected a name", "`id`": "expected a name", "index": "the list of all runs", "Index": "the list of all runs", "": "expected a name", "..": "expected a name", "A..B": "expected a name", "A\\B": "write 'AB'", "--help": "write 'help'", "\x1b[31mSPY": "expected a name", "SPY\0": "expected a name"}
 
 
@@ -376,6 +376,14 @@ def test_a_file_that_is_wrong_gets_one_line_quickly(tmp_path, name):
     began = time.process_time()
     line = refusal(load_parameters, tmp_path / "params.yaml")
     assert words in line and len(line) < 500 and time.process_time() - began < 10, line
+
+
+def test_a_folder_that_is_gone_gets_one_line(tmp_path, monkeypatch):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "has been removed" in refusal(load_parameters)
 
 
 def test_a_file_that_is_no_file_gets_one_line(tmp_path):

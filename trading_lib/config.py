@@ -271,7 +271,7 @@ _SYMBOL_RULE = ("a symbol names files and commands: ASCII letters, digits, '.', 
                 "a letter or digit first, no '..', at most 40 characters")
 
 
-_PAIR = re.compile(r"[A-Za-z0-9.]+/[A-Za-z0-9.]+")  # as exchanges write it
+_PAIR = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]*/[A-Za-z0-9.]+")  # as exchanges write it
 
 
 def _is_symbol(text: str) -> bool: return _SYMBOL.fullmatch(text) is not None and ".." not in text and text.lower() != "index"
@@ -286,7 +286,7 @@ def check_symbol(
     if _is_symbol(symbol): return symbol
     require(symbol.lower() != "index", f"{where}: '{symbol}' is the name of the list of all runs; name the symbol and its file otherwise, such as {symbol}-1")
     plain = unicodedata.normalize("NFKC", symbol).strip()  # full-width letters become ASCII, letters of other scripts stay
-    near, changed = re.subn(r"[^A-Za-z0-9._-]+|^[._-]+", lambda m: "-" if m[0] == "/" else "." if m[0].isspace() else "", plain)
+    near, changed = re.subn(r"^[._-]+|[/\\^$&=+:#@*!]|\s+", lambda m: "-" if m[0] == "/" else "." if m[0].isspace() else "", plain)
     if plain.isascii() and plain.isprintable() and changed <= 1 and _is_symbol(near):
         raise InputError(f"{where}: write '{near}' for {symbol!r}, also in the file's name; {_SYMBOL_RULE}")
     odd = next((f"; {ch!r} is {unicodedata.name(ch, 'not printable')}" for ch in symbol if not ch.isascii()), "")
@@ -597,7 +597,7 @@ def parse_parameters(
         if name not in known: raise unknown_name(where, name, known)
     sections = {name: typed(cls, document.get(name), name) for name, cls in _SECTIONS.items()}
     require(isinstance(document.get("modes") or {}, dict), f"modes: expected a table of names and budgets, was {_shown(document.get('modes'))}")
-    modes = MODES | {name: typed(ModeParameters, m, f"modes.{name}") for name, m in (document.get("modes") or {}).items()}
+    modes = MODES | {str(name): typed(ModeParameters, m, f"modes.{name}") for name, m in (document.get("modes") or {}).items()}
     symbols = document.get("symbols", ["SIM-USD"])
     try: symbols = _convert(list[str], symbols)
     except _MISFITS: raise InputError(f"symbols: expected a list such as [BTC-USD, SPY], was {_shown(symbols)}") from None
@@ -612,7 +612,8 @@ def project_root(
     start: str | Path = ".",  # where to look from
 ) -> Path:  # the folder that holds params.yaml and settings.ini
     "The nearest folder upwards that is a trading_lib project."
-    start = Path(start).resolve()
+    try: start = Path(start).resolve()
+    except FileNotFoundError: raise InputError("the folder that this runs in has been removed; change into the project") from None
     for folder in [start, *start.parents]:
         if (folder / "params.yaml").exists() and (folder / "settings.ini").exists(): return folder
     raise InputError(f"no params.yaml beside a settings.ini in {start} or above; run this inside the project")
