@@ -11,12 +11,13 @@ import torch
 
 from scalar_account import BROKER, FREE, STATE, ScalarAccount, hand_made_market, scalar_step, torch_root
 from trading_lib.account import AccountState, account_rules
-from trading_lib.backtest import CAPACITIES, STRESSES, greedy_actions, read_backtest, run_backtest, run_backtests, write_backtest
+from trading_lib.backtest import CAPACITIES, STRESSES, VOLUME_LIMIT, greedy_actions, read_backtest, run_backtest, run_backtests, write_backtest
 from trading_lib.baselines import buy_and_hold, moving_average_actions, oracle_actions, shifted
 from trading_lib.builder import BacktestObservationBuilder
 from trading_lib.config import InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
+from trading_lib.judgement import assess
 from trading_lib.networks import NativeActorCritic
 from trading_lib.sources import simulate_bars, simulate_market
 from trading_lib.recurrent import RecurrentActorCritic
@@ -208,12 +209,18 @@ def test_every_trade_is_found_again_in_the_actions(asset_class):
     held, trades, now = 0.0, [], None
     for t, row in prices.iterrows():
         when = bars.index[FITTED + 1 + t]
+        left = lambda price: trades.append(now | {"exit_time": when, "exit_price": price})
+        if row["gap_quantity"]:
+            left(row["fill_price"])
+            held, now = 0.0, None
         if held == 0 and row["quantity"]: now = {"entry_time": when, "side": "long" if row["quantity"] > 0 else "short", "entry_price": row["fill_price"], "largest_quantity": 0.0}
-        before, held = held, held + row["quantity"]
+        fee = 0.0025 * row["quantity"] if asset_class == "crypto" and row["quantity"] > 0 else 0.0  # in kind
         if now: now["largest_quantity"] = max(now["largest_quantity"], abs(held))
-        if now and (held == 0 or row["exit_quantity"]):
-            stopped = row["exit_quantity"] != 0
-            trades.append(now | {"exit_time": when, "exit_price": row["exit_price"] if stopped else row["fill_price"]})
+        if row["quantity"]: held = round(held + row["quantity"] - fee, 9)
+        if now: now["largest_quantity"] = max(now["largest_quantity"], abs(held))
+        inside = row["exit_quantity"] != row["gap_quantity"]
+        if now and (held == 0 or inside):
+            left(row["exit_price"] if inside else row["fill_price"])
             held, now = 0.0, None
     closed = result.trades[result.trades["exit"] != "still open"].reset_index(drop=True)
     pd.testing.assert_frame_equal(closed[list(trades[0])], pd.DataFrame(trades), rtol=1e-12, check_dtype=False)
@@ -441,7 +448,7 @@ def test_each_stress_is_a_backtest_of_its_own(asset_class, version):
     trainer = small_trainer(asset_class, version)
     account, options = trainer.env.config.account, dict(model=trainer.policy.eval(), version=version, window=20, start=FITTED, stop=FITTED + 90)
     result = backtest(asset_class, account=account, **options)
-    assert [row["name"] for row in result.stress] == list(STRESSES) and [row["initial"] / 5000 for row in result.capacity] == list(CAPACITIES)
+    assert [row["name"] for row in result.stress] == list(STRESSES) and [row["initial"] / 5000 for row in result.capacity] == list(CAPACITIES[:len(result.capacity)]) and len(result.capacity) > 1
     costs = ("commission_bps", "half_spread_bps", "slippage_bps", "impact_coefficient")
     for row, (times, late) in zip(result.stress, STRESSES.values()):
         if late: continue
@@ -511,11 +518,40 @@ def test_a_late_order_of_a_policy_that_sees_its_account_is_its_own_decision():
 
 
 def test_capacity_falls_by_the_square_root_law():
-    "Impact per unit of value grows tenfold where the account grows a hundredfold; everything else is proportional (crypto: no whole shares)."
+    "Impact per unit of value grows tenfold where the account grows a hundredfold; everything else is proportional (crypto: no whole shares, and a market with room for all)."
     only_impact = replace(FREE, impact_coefficient=1.0, stop_pct=0.0, target_pct=0.0)
-    result = backtest(actions=np.array([BUY_75, *[0] * 48]), start=FITTED, stop=FITTED + 50, account=only_impact)
+    deep = simulated("crypto")[0].assign(volume=1e9)
+    result = backtest(bars=deep, actions=np.array([BUY_75, *[0] * 48]), start=FITTED, stop=FITTED + 50, account=only_impact)
     shares = [row["costs"] / row["initial"] for row in result.capacity]
-    assert all(b / a == pytest.approx(10**0.5, rel=1e-9) for a, b in zip(shares, shares[1:])) and shares[0] > 0
+    assert all(b / a == pytest.approx(10**0.5, rel=1e-6) for a, b in zip(shares, shares[1:])) and shares[0] > 0 and len(shares) == 6
+
+
+def test_the_curve_of_larger_accounts_ends_where_an_order_is_too_much_of_its_bar():
+    "One order of 78.75 of 1,000, in a bar of which 10,000 currency units trade: of an account of 10,000 it would be 7.9 %, of 100,000 it would be 79 %."
+    bars = simulated("crypto")[0].copy()
+    bars["volume"] = 1e12 / bars["close"]
+    bars.iloc[FITTED + 1, 4] = 1e4 / bars["close"].iloc[FITTED + 1]
+    options = dict(actions=np.array([BUY_75, *[0] * 48]), start=FITTED, stop=FITTED + 50, account=replace(FREE, stop_pct=0.0, target_pct=0.0))
+    result = backtest(bars=bars, **options)
+    assert [row["initial"] for row in result.capacity] == [1e3, 1e4] and [row["volume_share"] for row in result.capacity] == pytest.approx([0.007875, 0.07875], rel=1e-6)
+    assert result.provenance["capacity_ends"] == {"initial": 1e5, "volume_share": pytest.approx(0.7875, rel=1e-6), "volume_limit": 0.10} == result.provenance["capacity_ends"] | {"volume_limit": VOLUME_LIMIT}
+    bars.iloc[FITTED + 1, 4] = 0.0  # nothing traded in it: the agent's own size is shown, no other
+    result = backtest(bars=bars, **options)
+    assert [row["initial"] for row in result.capacity] == [1e3] and result.provenance["capacity_ends"]["volume_share"] is None
+    assert backtest(bars=bars, **options | {"actions": np.zeros(49, int)}).provenance["capacity_ends"] is None, "an agent that does nothing can do so with any account"
+
+
+def test_without_any_volume_no_impact_is_charged_and_that_is_said():
+    "Indices and currency pairs: costs are those of a market without impact, to the last bit; a market that has traded before it stands still charges all of it."
+    bars, account = simulated("crypto")[0], replace(BROKER["crypto"], stop_pct=0.0, target_pct=0.0)
+    options = dict(actions=random_list(99, 8), start=FITTED, stop=FITTED + 100)
+    silent, free = backtest(bars=bars.assign(volume=0.0), account=account, **options), backtest(account=replace(account, impact_coefficient=0.0), **options)
+    assert silent.costs["impact"] == 0 and np.array_equal(silent.equity, free.equity) and silent.metrics["costs"] > 0
+    assert silent.provenance["has_volume"] is False and free.provenance["has_volume"] is True and len(silent.capacity) == 1
+    said = [" ".join(assess(result)["sentences"]) for result in (silent, free)]
+    assert "no volume" in said[0] and "with an account of" not in said[0] and "no volume" not in said[1]
+    began = bars.assign(volume=np.where(np.arange(len(bars)) == 0, 1.0, 0.0))
+    assert backtest(bars=began, account=account, **options).costs["impact"] > 10 * backtest(account=account, **options).costs["impact"] > 0
 
 
 def test_other_baselines_are_walked_under_the_agents_account():

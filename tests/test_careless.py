@@ -85,7 +85,7 @@ USES = {
     "negative costs": (lambda p: parameters(account={"commission_bps": -1}), 2, "account.commission_bps: expected 0 or more, was -1"),
     "an unknown cost preset": (lambda p: parameters(account={"costs": "brocker"}), 2, "account.costs: expected one of broker, conservative, zero, was 'brocker'"),
     "no capital": (lambda p: parameters(account={"initial_account_value": 0}), 2, "account.initial_account_value: expected more than 0, was 0"),
-    "more than everything in one position": (lambda p: parameters(account={"max_position_pct": 1.5}), 2, "account.max_position_pct: expected a share from 0 to 1, was 1.5"),
+    "more than everything in one position": (lambda p: parameters(account={"max_position_pct": 1.5}), 2, "account.max_position_pct: expected a share above 0, at most 1, was 1.5"),
     "crypto sold short": (lambda p: raised(lambda: backtest(actions=np.zeros(99, int), start=4000, stop=4100, account=AccountConfig(allow_short=True))), 2, "crypto cannot be sold short"),
     "splits that leave no test span": (lambda p: parameters(data={"train_fraction": 0.9, "validation_fraction": 0.2}), 2, "leave a share for the test span"),
     "folds that overlap": (lambda p: raised(lambda: check_folds([Fold(1, (0, 1000), (1200, 1400), (1300, 1800))], 100, 1, 0)), 2, "validation"),

@@ -88,8 +88,9 @@ def books_close(market, steps, n_envs, **changes):
         bar, held = env.bar.numpy().copy(), env.account.quantity.numpy()
         _, _, terminated, truncated, infos = env.step_index(torch.randint(env.n_actions, (n_envs,), generator=random))
         account, fills = infos["account"], infos["fills"]
-        position, exited = held + fills.quantity.numpy(), fills.exit_quantity.numpy() != 0
-        gross += held * (opening[bar + 1] - close[bar]) + position * (np.where(exited, fills.exit_price.numpy(), close[bar + 1]) - opening[bar + 1])
+        inside = (fills.exit_quantity - fills.gap_quantity).numpy()
+        position = np.where(inside != 0, -inside, account.quantity.numpy())  # after the order
+        gross += held * (opening[bar + 1] - close[bar]) + position * (np.where(inside != 0, fills.exit_price.numpy(), close[bar + 1]) - opening[bar + 1])
         books = account.cash.numpy() + account.quantity.numpy() * close[bar + 1] + (account.commission + account.spread + account.slippage + account.impact).numpy()
         worst = max(worst, np.abs(books - 1000 - gross).max())
         done = (terminated | truncated).numpy()
@@ -576,24 +577,31 @@ def expected_rewards(market, account, preset, actions, start, typical):
         forward = close[bar + horizon] / opening[bar + 1] - 1
         direction = 0 if is_close or units == 0 or abs(forward) <= threshold else side * math.copysign(1, forward)
         recent.append(action)
-        position_side = account.side_at_exit if exit_price is not None else 0
+        met = sum(account.met)
+        account.met = []
         variance = square - mean**2
         sharpe = (square * (change - mean) - 0.5 * mean * (change**2 - square)) / variance**1.5 if variance > 1e-12 else 0.0
         clip = lambda x, limit: max(-limit, min(limit, x))
         rows.append({
-            "direction": direction, "magnitude": direction * math.tanh(abs(forward) / (volatility * math.sqrt(horizon))), "pnl": clip(change / volatility, 1), "stop_tp": position_side,
-            "exploration": 1 - recent.count(action) / len(recent), "drawdown": max(-1.0, -10 * max(0.0, (account.peak_equity - account.equity) / account.peak_equity - 0.15) ** 2),
-            "costs": clip(-(account.costs - paid) / before / volatility, 1), "incentive": float(units != 0), "equity": math.log(account.equity / before) / typical, "differential_sharpe": clip(sharpe, 10)})
+            "direction": direction, "magnitude": direction * math.tanh(abs(forward) / (volatility * math.sqrt(horizon))), "pnl": clip(change / volatility, 1), "stop_tp": met,
+            "exploration": 1 - recent.count(action) / len(recent) if units != 0 or action == 0 else 0, "drawdown": max(-1.0, -10 * max(0.0, (account.peak_equity - account.equity) / account.peak_equity - 0.15) ** 2),
+            "costs": clip(-(account.costs - paid) / before / volatility, 1), "incentive": float(units != 0), "equity": clip(math.log(account.equity / before) / typical, 10), "differential_sharpe": clip(sharpe, 10)})
         mean, square = mean + 0.01 * (change - mean), square + 0.01 * (change**2 - square)
     return rows
 
 
 class ExitAware(ScalarAccount):
-    "Remembers on which side of the entry it left: +1 for a target, -1 for a stop."
+    "Remembers what was met in a bar: +1 for a target, -1 for a stop."
+    met = []
 
-    def _exit_price(self, open_, high, low):
-        price, side = super()._exit_price(open_, high, low), math.copysign(1, self.quantity)
-        if price is not None: self.side_at_exit = 1 if side * (price - self.average_entry) > 0 else -1
+    def _passed(self, open_):
+        passed, side = super()._passed(open_), math.copysign(1, self.quantity)
+        if passed: self.met = [math.copysign(1, side * (open_ - self.average_entry))]
+        return passed
+
+    def _inside(self, high, low):
+        price, side = super()._inside(high, low), math.copysign(1, self.quantity)
+        if price is not None: self.met = [*self.met, math.copysign(1, side * (price - self.average_entry))]
         return price
 
 
@@ -652,7 +660,7 @@ def test_direction_pays_from_the_round_trip_on():
 
 
 def test_exploration_counts_the_last_sixty_four_actions():
-    "64 holds, then one purchase: 1 of 64; held on, the holds return to 63 of 64 as the window moves."
+    "64 holds, then one purchase: 1 of 64; held on, the holds return to 63 of 64 as the window moves. A CLOSE of nothing is counted and earns nothing."
     env = env_of(hand_made_market(np.full(200, 10.0)), n_envs=2)
     env.reset_at([10, 10])
     share = []
@@ -660,7 +668,7 @@ def test_exploration_counts_the_last_sixty_four_actions():
         *_, infos = env.step(torch.tensor([1 if t == 70 else 0, t % 8]))
         share.append((1 - infos["reward_components"][:, env.reward_names.index("exploration")]).tolist())
     assert [share[t][0] for t in (0, 69, 70, 71, 133, 134, 135)] == [1, 1, 1 / 64, 63 / 64, 63 / 64, 1, 1]
-    assert [share[t][1] for t in (0, 1, 7, 8, 63, 64, 139)] == [1, 1 / 2, 1 / 8, 2 / 9, 1 / 8, 1 / 8, 1 / 8]
+    assert [share[t][1] for t in (0, 1, 7, 8, 63, 64, 139)] == [1, 1 / 2, 1, 2 / 9, 1, 1 / 8, 1 / 8]
 
 
 def test_a_restart_forgets_the_old_episode():
@@ -689,12 +697,13 @@ def test_a_market_that_stands_still_has_finite_rewards(preset):
 
 
 def test_cheaper_training_keeps_the_thresholds():
-    "Costs at a half are half, and a direction must still pay the whole round trip."
-    env, other, buy = tiny_env(n_envs=1), tiny_env(n_envs=1), torch.tensor([BUY_75])
+    "Costs at a half are half, to a step of the size grid, and a direction must still pay the whole round trip."
+    holding = replace(BROKER["crypto"], stop_pct=0.0, target_pct=0.0)
+    env, other, buy = tiny_env(n_envs=1, account=holding), tiny_env(n_envs=1, account=holding), torch.tensor([BUY_75])
     other.set_cost_scale(0.5)
     for e in (env, other): e.reset_at([10])
     a, b = (e.step(buy)[4]["fills"].costs for e in (env, other))
-    assert float(b) == pytest.approx(0.5 * float(a), rel=1e-12) and float(a) > 0 and other.reward.threshold == env.reward.threshold
+    assert float(b) == pytest.approx(0.5 * float(a), abs=TINY.prices[0, 11] * 1e-9) and float(a) > 0 and other.reward.threshold == env.reward.threshold
     other.set_cost_scale(1.0)
     other.reset_at([10])
     assert torch.equal(other.step(buy)[4]["fills"].costs, a), "and back, exactly"

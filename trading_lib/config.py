@@ -388,6 +388,8 @@ class AccountConfig:
     stop_pct: float = 0.02  # protective stop, distance from the average entry
     target_pct: float = 0.04  # profit target, distance from the average entry
     allow_short: bool | None = None  # null: equities yes, crypto never
+    minimum_order: float | None = None  # value of the smallest order; null: the broker's, 1 for equities, 10 for crypto
+    size_decimals: int | None = None  # of a quantity bought; null: the broker's, 9
     costs: typing.Literal["broker", "conservative", "zero"] = "broker"  # preset of the four numbers below
     commission_bps: float | None = None  # of traded value; null: from the preset
     half_spread_bps: float | None = None  # of traded value; null: from the preset
@@ -396,12 +398,20 @@ class AccountConfig:
 
     def __post_init__(self):
         require(self.initial_account_value > 0, f"account.initial_account_value: expected more than 0, was {self.initial_account_value}")
-        for name in ("safety_buffer_pct", "base_alloc", "max_position_pct", "stop_pct", "target_pct"):
+        for name in ("stop_pct", "target_pct"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"account.{name}: expected a share from 0 to 1, was {value}")
-        for name in ("commission_bps", "half_spread_bps", "slippage_bps", "impact_coefficient"):
+        # with none of these could an order have a size
+        for name in ("base_alloc", "max_position_pct"):
             value = getattr(self, name)
-            require(value is None or value >= 0, f"account.{name}: expected 0 or more, was {value}")
+            require(0 < value <= 1, f"account.{name}: expected a share above 0, at most 1, was {value}")
+        require(0 <= self.safety_buffer_pct < 1, f"account.safety_buffer_pct: expected a share from 0, below 1, was {self.safety_buffer_pct}")
+        for name in ("commission_bps", "half_spread_bps", "slippage_bps"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value < 10_000, f"account.{name}: expected 0 or more, below 10000 (all that is traded), was {value}")
+        require(self.impact_coefficient is None or self.impact_coefficient >= 0, f"account.impact_coefficient: expected 0 or more, was {self.impact_coefficient}")
+        require(self.minimum_order is None or self.minimum_order > 0, f"account.minimum_order: expected more than 0, was {self.minimum_order}")
+        require(self.size_decimals is None or 0 <= self.size_decimals <= 12, f"account.size_decimals: expected 0 to 12, was {self.size_decimals}")
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,11 @@ class MarketData:
                 f"market data: expected features of shape {(len(self.timestamp), len(layout.market_columns))} for layout {self.version}, was {self.features.shape}")
         require(0 <= self.start < self.stop <= len(self.timestamp), f"market data: expected a span inside 0..{len(self.timestamp)}, was {self.start}..{self.stop}")
 
+    @property
+    def has_volume(self) -> bool:
+        "Whether anything was traded at all; without, no order has an impact."
+        return bool((self.prices[4] > 0).any())
+
     def span(self, start: int, stop: int) -> "MarketData":
         "The same history, bounded to decisions whose consequences lie in bars start..stop-1."
         return replace(self, start=start, stop=stop)
@@ -123,12 +128,20 @@ def split_bounds(
 _LIQUIDITY_DAYS = 5  # days over which daily volatility and volume are averaged for the impact of an order
 
 
+_LARGEST_TURNOVER = 1e100  # of a bar: more than any market trades; a product of numbers without sense stays a number
+
+
 def _trailing_mean(values: np.ndarray, segment_start: np.ndarray, length: int) -> np.ndarray:
-    "Mean over the last `length` bars of the same segment, of as many as there are."
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    rows = np.arange(len(values))
-    first = np.maximum(rows - length + 1, segment_start)
-    return (total[rows + 1] - total[first]) / (rows + 1 - first)
+    "Mean over the last `length` bars of the same segment, of as many as there are. Sums are added up block by block and never subtracted: one huge value would leave nothing of the others."
+    out = np.empty(len(values))
+    for start in np.unique(segment_start):
+        own = values[start:np.searchsorted(segment_start, start, side="right")]
+        n, blocks = len(own), -(-len(own) // length)
+        table = np.pad(own, (0, blocks * length - n)).reshape(blocks, length)
+        here, behind = np.cumsum(table, 1), np.zeros_like(table)
+        behind[1:, :-1] = np.cumsum(table[:-1, ::-1], 1)[:, -2::-1]  # what the window still holds of the block before
+        out[start:start + n] = (here + behind).ravel()[:n] / np.minimum(np.arange(n) + 1, length)
+    return out
 
 
 def market_data(
@@ -162,13 +175,14 @@ def market_data(
     session_seconds = 86_400 if asset_class == "crypto" else 23_400  # 09:30 to 16:00
     per_day = max(1, round(session_seconds / timeframe_seconds(timeframe)))
     lookback = max(20, _LIQUIDITY_DAYS * per_day)
+    with np.errstate(over="ignore"): turnover = np.minimum(close * volume, _LARGEST_TURNOVER)
     return MarketData(
         symbol=symbol, timeframe=timeframe, asset_class=asset_class, version=version, window=window,
         timestamp=clock.start.astype(np.int64), features=table[list(layout.market_columns)].to_numpy(np.float32),
         prices=np.ascontiguousarray(bars[["open", "high", "low", "close", "volume"]].to_numpy(np.float64).T),
         volatility=table["volatility"].to_numpy(np.float64),
         daily_volatility=np.sqrt(np.maximum(_trailing_mean(returns**2, segment_start, lookback), 0) * per_day),
-        daily_dollar_volume=_trailing_mean(close * volume, segment_start, lookback) * per_day,
+        daily_dollar_volume=_trailing_mean(turnover, segment_start, lookback) * per_day,
         segment=clock.segment, can_decide=can_decide, can_fill=follows & same_session, fit=fit.to_state(), fingerprint=fingerprint(bars))
 
 # %% ../nbs/09_env.ipynb #2da12284
@@ -176,8 +190,9 @@ def bar_table(
     market: MarketData,
 ) -> Tensor:  # (T, 7) float64; `next_bar` knows the columns
     "Prices and what costs depend on, one row for each bar."
-    opening, high, low, close, _ = market.prices
-    columns = (close, market.daily_volatility, market.daily_dollar_volume, market.can_fill, opening, high, low)
+    opening, high, low, close, volume = market.prices
+    turnover = np.where(np.logical_or.accumulate(volume > 0), market.daily_dollar_volume, np.inf)
+    columns = (close, market.daily_volatility, turnover, market.can_fill, opening, high, low)
     return torch.as_tensor(np.stack([np.asarray(c, dtype=np.float64) for c in columns], 1))
 
 
@@ -285,6 +300,7 @@ _DRAWDOWN_LIMIT = 0.15
 _RECENT_ACTIONS = 64
 _BITS = 7  # that count up to so many
 _SHARPE_RATE = 0.01  # of the moving averages of the differential Sharpe ratio
+_LARGEST = 10  # of a component that is the whole reward: one night's gap must not outweigh a year of bars
 _MINIMUM_VOLATILITY = 1e-5  # of one bar; a market that stands still must not divide by zero
 
 
@@ -324,6 +340,7 @@ class StepFacts(NamedTuple):
     before: AccountState
     after: AccountState
     fills: NamedTuple
+    asked: Tensor  # bool: the action asks for an order
     action_share: Tensor  # share of the taken action among the account's recent ones
     full_move: float  # a typical bar's return of an account that holds all it may: the unit of the equity reward
     mean_return: Tensor  # moving average of account returns
@@ -339,7 +356,7 @@ def _differential_sharpe(s):
     r = s.after.equity / s.before.equity - 1
     variance = s.mean_square - s.mean_return**2
     value = (s.mean_square * (r - s.mean_return) - 0.5 * s.mean_return * (r**2 - s.mean_square)) / variance.clamp(min=1e-12) ** 1.5
-    return torch.where(variance > 1e-12, value, 0.0).clamp(-10, 10)
+    return torch.where(variance > 1e-12, value, 0.0).clamp(-_LARGEST, _LARGEST)
 
 
 REWARD_COMPONENTS = {
@@ -347,11 +364,11 @@ REWARD_COMPONENTS = {
     "magnitude": lambda s: _direction(s) * s.forward_strength,
     "pnl": lambda s: _in_volatility(s, s.after.equity / s.before.equity - 1),
     "stop_tp": lambda s: s.fills.targeted.double() - s.fills.stopped.double(),
-    "exploration": lambda s: 1 - s.action_share,
+    "exploration": lambda s: (1 - s.action_share) * ~(s.asked & (s.fills.quantity == 0)),
     "drawdown": lambda s: (-10 * (s.after.drawdown - _DRAWDOWN_LIMIT).clamp(min=0) ** 2).clamp(min=-1),
     "costs": lambda s: _in_volatility(s, -s.fills.costs / s.before.equity),
     "incentive": lambda s: (s.fills.quantity != 0).double(),
-    "equity": lambda s: torch.log((s.after.equity / s.before.equity).clamp(min=1e-6)) / s.full_move,
+    "equity": lambda s: (torch.log((s.after.equity / s.before.equity).clamp(min=1e-6)) / s.full_move).clamp(-_LARGEST, _LARGEST),
     "differential_sharpe": _differential_sharpe,
 }
 
@@ -425,7 +442,7 @@ def step_function(
         tally = tally + (1 << place) - torch.where(age >= _RECENT_ACTIONS, 1 << oldest, 0)
         share = (tally >> place & 2**_BITS - 1).double() / (age + 1).clamp(max=_RECENT_ACTIONS).double()
         placed = torch.sign(fills.quantity) * ~is_close
-        facts = StepFacts(placed, forward, forward_direction, forward_strength, volatility, before, after, fills, share, full_move, mean_return, mean_square)
+        facts = StepFacts(placed, forward, forward_direction, forward_strength, volatility, before, after, fills, actions > 0, share, full_move, mean_return, mean_square)
         rewards = [component(facts) for component in components]
         reward = rewards[0] * weights[0]
         for value, weight in zip(rewards[1:], weights[1:]): reward = reward + value * weight
@@ -469,7 +486,7 @@ def _flags(moved: Moved, convert) -> Moved:
     "All that is true or false, converted."
     fills = moved.fills
     return moved._replace(terminated=convert(moved.terminated), truncated=convert(moved.truncated), done=convert(moved.done),
-                          fills=fills._replace(stopped=convert(fills.stopped), targeted=convert(fills.targeted), trade_closed=convert(fills.trade_closed)))
+                          fills=fills._replace(**{name: convert(getattr(fills, name)) for name in ("stopped", "targeted", "trade_closed", "gap_stopped")}))
 
 # %% ../nbs/09_env.ipynb #df2b6562
 class GPUVectorizedTradingEnv:

@@ -128,6 +128,15 @@ def capacity_limit(
     return float(np.exp(np.log(sizes[k - 1]) + share * np.log(sizes[k] / sizes[k - 1])))
 
 # %% ../nbs/15_judgement.ipynb #e9d14683
+def _capacity_sentence(result: BacktestResult, limit: float) -> str:
+    "How much money it could carry, and where the figures end."
+    if math.isfinite(limit): return f"Half of the return is gone with an account of {limit:,.0f}."
+    ends, left = result.provenance.get("capacity_ends"), f"More than half of the return is left with an account of {result.capacity[-1]['initial']:,.0f}"
+    if ends is None: return left + "."
+    share = "fill in a bar without any volume" if ends["volume_share"] is None else f"be {ends['volume_share']:.0%} of all that traded in its bar"
+    return f"{left}; of {ends['initial']:,.0f} an order would {share}, where {ends['volume_limit']:.0%} is the most, so larger ones are not shown."
+
+
 _HOLDING = 0.9  # a correlation of bar returns from which an agent is a buy-and-hold at a smaller size
 
 
@@ -166,9 +175,8 @@ def assess(
     if result.metrics["orders_below_one_share"]: sentences.append(f"{result.metrics['orders_below_one_share']} orders to open a short were too small for a whole share; a larger account would have placed them.")
     alike = result.metrics["correlation_with_holding"]
     if alike is not None and alike > _HOLDING: sentences.append(f"It holds more than it trades: the correlation of its returns with buy-and-hold is {alike:.2f}.")
-    if limit is not None:
-        largest = result.capacity[-1]["initial"]
-        sentences.append(f"Half of the return is gone with an account of {limit:,.0f}." if math.isfinite(limit) else f"More than half of the return is left with an account of {largest:,.0f}.")
+    if limit is not None and result.provenance.get("has_volume", True): sentences.append(_capacity_sentence(result, limit))
+    if not result.provenance.get("has_volume", True): sentences.append("These bars have no volume: no order was charged an impact, and nobody knows how large an account could be.")
     luck = luck_adjusted(equity_returns(result.equity.to_numpy()), list(trials), result.provenance["timeframe"], result.provenance["bars"]["sha256"]) if trials else {}
     training = result.provenance.get("training", {})
     if training.get("said") and not training["smoke"]: sentences.append(f"{training['said'][0].upper()}{training['said'][1:]}.")

@@ -155,8 +155,8 @@ def _follow(
 
 def _settled(market: MarketData, account: AccountConfig, state: AccountState, bars: np.ndarray) -> AccountState:
     "Flat at the close of a bar, at the usual costs."
-    at = lambda a: torch.as_tensor(a[bars], dtype=torch.float64).expand(len(state.cash))
-    return settle(state, at(market.prices[3]), at(market.daily_volatility), at(market.daily_dollar_volume), account_rules(account, market.asset_class))[0]
+    known = (column.expand(len(state.cash)) for column in bar_table(market)[torch.as_tensor(bars), :3].unbind(1))
+    return settle(state, *known, account_rules(account, market.asset_class))[0]
 
 
 def _stretches(bars: np.ndarray) -> list[np.ndarray]: return np.split(bars, np.flatnonzero(np.diff(bars) != 1) + 1)

@@ -119,7 +119,8 @@ def prove_edge(
 def _gross_profit(walked: Walked, market: MarketData) -> float:
     "Profit before costs, from the fills alone."
     opening, close = market.prices[0][walked.bar + 1], market.prices[3][walked.bar + 1]
-    spent = walked.quantity @ opening + walked.exit_quantity @ walked.exit_price + walked.settled_quantity @ close
+    arrived = np.diff(walked.held, prepend=0.0) - walked.exit_quantity - walked.settled_quantity  # of the orders: a fee in kind is a cost
+    spent = (arrived + walked.gap_quantity) @ opening + walked.inside_quantity @ walked.exit_price + walked.settled_quantity @ close
     return float(walked.held[-1] * close[-1] - spent)
 
 
@@ -128,7 +129,7 @@ def _pooled_verdict(walks: list[tuple[Walked, MarketData]]) -> dict:
     returns = [equity_returns(np.append(_INITIAL, w.equity)) for w, _ in walks]
     moments = np.concatenate([m.timestamp[w.bar + 1] for w, m in walks])
     equity = _INITIAL * np.cumprod(np.append(1.0, 1 + np.concatenate(returns)))
-    profits = np.concatenate([p for w, _ in walks for p in (w.profit[w.closed > 0], w.settled_profit[w.settled_quantity != 0])])
+    profits = np.concatenate([w.profits for w, _ in walks])
     first = walks[0][1].timestamp[walks[0][0].bar[0]]
     figures = summarise_equity(equity, np.append(first, moments), _TIMEFRAME, _ASSET_CLASS, profits)
     judged = judge(figures | {"moments": sharpe_moments(np.concatenate(returns))})

@@ -120,14 +120,30 @@ class Walked(NamedTuple):
     held: np.ndarray  # units at the next close
     quantity: np.ndarray  # signed units filled at the next open
     exit_quantity: np.ndarray  # signed units filled by stop or target
-    exit_price: np.ndarray
+    exit_price: np.ndarray  # of the last of those
     stopped: np.ndarray  # 1.0 where a stop was met
-    closed: np.ndarray  # 1.0 where the position became flat
-    profit: np.ndarray  # of the trade that closed
+    targeted: np.ndarray  # 1.0 where a target was
+    closed: np.ndarray  # 1.0 where a trade ended
+    profit: np.ndarray  # of what ended
     costs: np.ndarray
+    gap_quantity: np.ndarray  # of the exits: what left at the open, before the order
+    gap_stopped: np.ndarray  # 1.0 where that was a stop
+    gap_profit: np.ndarray
+    gap_costs: np.ndarray
     settled_quantity: np.ndarray  # signed units sold before a gap
     settled_profit: np.ndarray  # of the trade that closed so
     settled_costs: np.ndarray
+
+    @property
+    def inside_quantity(self) -> np.ndarray:
+        "Signed units that stop or target filled inside the bar, after the order."
+        return self.exit_quantity - self.gap_quantity
+
+    @property
+    def profits(self) -> np.ndarray:
+        "Of each trade that ended, in time order: at the open, after that, and before a gap in the data."
+        ended = np.stack([self.gap_quantity != 0, (self.closed > 0) & ((self.gap_quantity == 0) | (self.inside_quantity != 0)), self.settled_quantity != 0], 1)
+        return np.stack([self.gap_profit, self.profit - self.gap_profit, self.settled_profit], 1)[ended]
 
 
 def _kept(step: Step, n: int) -> Tensor:  # (n, fields)
@@ -135,8 +151,8 @@ def _kept(step: Step, n: int) -> Tensor:  # (n, fields)
     account, fills, nothing = step.account, step.fills, torch.zeros_like(step.account.cash)
     of_settlement = lambda x: torch.where(step.settled, x, 0.0)
     settled = [of_settlement(x) for x in (step.settlement.quantity, step.settlement.trade_profit, step.settlement.costs)] if step.settlement else [nothing] * 3
-    rows = (account.equity, account.position_value, account.quantity, fills.quantity, fills.exit_quantity, fills.exit_price, fills.stopped.double(),
-            fills.trade_closed.double(), fills.trade_profit, fills.costs, *settled)
+    rows = (account.equity, account.position_value, account.quantity, fills.quantity, fills.exit_quantity, fills.exit_price, fills.stopped.double(), fills.targeted.double(),
+            fills.trade_closed.double(), fills.trade_profit, fills.costs, fills.gap_quantity, fills.gap_stopped.double(), fills.gap_profit, fills.gap_costs, *settled)
     return torch.stack([row[:n] for row in rows], 1)
 
 
