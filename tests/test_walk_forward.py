@@ -27,7 +27,7 @@ from trading_lib.features import fit_features
 from trading_lib.metrics import block_bootstrap_interval, sharpe_ratio
 from trading_lib.sources import simulate_market
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
-from trading_lib.walk_forward import (Fold, WalkForwardResult, chain_curves, check_folds, combinatorial_paths, combinatorial_purged_folds, plot_walk_forward, training_span, walk_forward,
+from trading_lib.walk_forward import (_summary_rows, Fold, WalkForwardResult, chain_curves, check_folds, combinatorial_paths, combinatorial_purged_folds, plot_walk_forward, training_span, walk_forward,
                                       walk_forward_folds, write_walk_forward)
 
 ACCOUNT = AccountConfig(costs="conservative")
@@ -378,6 +378,56 @@ def test_the_verdict_tells_skill_from_luck(drift, words):
     assert result.summary["profit_factor"] == 5.0 and result.summary["sharpe_mean"] == 2.5 and result.summary["beat_buy_and_hold_at_exposure"] == 0.5
 
 
+def with_rivals(**columns):
+    "The made-up result, with what baselines did in its folds, and how the models were trained."
+    result = made_of(np.random.default_rng(1).normal(1e-4, 1e-3, 2000))
+    return replace(result, folds=result.folds.assign(**({"training": "as its mode says", "said": None} | columns)))
+
+
+def test_the_verdict_names_what_did_better():
+    "Altogether, by the product of the folds' returns, and in how many folds; what did worse everywhere is not named."
+    result = with_rivals(moving_average_cross=[0.02, 0.03, -0.5, 0.0], ridge=[0.0, 0.0, 0.0, 0.0], boosting=[0.5, 0.5, 0.5, 0.5])
+    chained = {name: float(np.prod(1 + result.folds[name]) - 1) for name in ("moving_average_cross", "boosting")}
+    assert f"What did better, altogether or in folds: the moving-average cross {chained['moving_average_cross']:+.2%}, in 2 of 4, gradient boosting {chained['boosting']:+.2%}, in 4 of 4." in result.verdict.replace("buy-and-hold at its own exposure +0.00%, in 2 of 4, ", "")
+    assert "ridge" not in result.verdict and result.summary["baselines"]["ridge"] == {"total_return": 0.0, "better_in": 0} and result.summary["baselines"]["moving_average_cross"]["better_in"] == 2
+    assert "did better" not in with_rivals(buy_and_hold_at_exposure=0.0).verdict
+
+
+def test_one_fold_that_is_a_smoke_test_is_enough():
+    said = "mode quick_test, 1,000 steps: shows that the machinery runs, and says nothing about the strategy"
+    result = with_rivals(training=["as its mode says", "smoke test", "not known", "smoke test"], said=[None, said, None, "other"])
+    assert result.verdict.startswith(f"SMOKE TEST: {said}. S: ") and result.summary["smoke_test"] and not with_rivals().summary["smoke_test"] and not with_rivals().verdict.startswith("SMOKE")
+
+
+def test_bounds_that_say_nothing_are_not_written():
+    "Twenty bars of large noise: a year of them might end anywhere. In the line, and in the page's rows; nor is a profit factor of three trades."
+    wide, narrow = made_of(np.random.default_rng(1).normal(0, 0.01, 20)), made_of(np.random.default_rng(1).normal(0, 1e-4, 20_000))
+    for result, says in ((wide, False), (narrow, True)):
+        rows = dict(_summary_rows(result))
+        labels = [text for label, text in _summary_rows(result) if label == "95 % interval"]
+        assert ("95 % interval: too wide to say anything" in result.verdict) != says and ("too wide to say anything" in labels) != says and rows["profit factor, all trades"] == "too few trades to say (3)"
+
+
+def test_each_fold_is_beside_what_needs_no_agent(tmp_path):
+    "The moving-average cross as in a backtest of the fold; ridge regression and boosting where they are asked for, on the fold's own spans; who did better is named; and the page shows it all, escaped."
+    longer = [Fold(1, (0, 1300), (1321, 1700), (1721, 2000))]
+    result = walk(longer, train=untrained, probes=("ridge",), truth=simulated()[1])
+    row, test = result.folds.iloc[0], run_backtest(model((0, 1300), 1700), bars().iloc[:2000], start=1721, symbol="SIM-USD", account=ACCOUNT)
+    assert row["moving_average_cross"] == test.baselines["moving_average_cross"] and np.isfinite(row["ridge"]) and np.isnan(row["boosting"]) and row["training"] == "not known"
+    rivals = {"the moving-average cross": row["moving_average_cross"], "ridge regression": row["ridge"], "buy-and-hold": row["buy_and_hold"], "buy-and-hold at its own exposure": row["buy_and_hold_at_exposure"]}
+    assert set(filter(None, row["better"].split(", "))) == {name for name, value in rivals.items() if value > row["return"]}
+    assert " simulated bars" in result.verdict
+    evil = "<img src=x onerror=alert(1)>$a$"
+    result = replace(result, folds=result.folds.assign(better=evil, model=evil), curves={evil: result.curves["retrained"]}, profits={evil: result.profits["retrained"]}, notes=[evil], provenance=result.provenance | {"symbol": evil})
+    page = write_walk_forward(result, tmp_path, {"source": evil})["walk_forward.html"].read_text()
+    assert "<img src=x" not in page and page.count("&lt;img src=x") >= 5
+
+
+def test_probes_that_a_fold_is_too_short_for_are_said_to_be_missing():
+    result = walk([Fold(1, (0, 200), (1321, 1600), (1621, 1650))], models=model(), probes=("ridge", "boosting"))
+    assert result.folds["ridge"].isna().all() and len(result.notes) == 1 and "ridge regression and gradient boosting would do: SIM-USD: no decision can be made" in result.notes[0] and "use more history" in result.notes[0]
+
+
 def test_an_agent_that_does_nothing():
     "No trade, no cost, no spread: numbers or nothing, and words that say so."
     result = made_of(np.zeros(500))
@@ -541,7 +591,8 @@ def test_artefacts(tmp_path):
     assert "Real data" in real_page and "Simulated" not in real_page
     noted = write_walk_forward(walk(SHORT, models=model((0, 1400), 1800)), tmp_path / "d", real)["walk_forward.html"].read_text()
     assert "Not known" in noted and "it is not recorded which bars chose it" in noted and "Not known" not in page
-    unknown = write_walk_forward(result, tmp_path / "e", {})["walk_forward.html"].read_text()
+    other = replace(result, provenance=result.provenance | {"symbol": "OWN-USD"})
+    unknown = write_walk_forward(other, tmp_path / "e", {})["walk_forward.html"].read_text()
     assert "Data of unknown origin" in unknown and "Real data" not in unknown and "Simulated data" not in unknown
     with pytest.raises(InputError, match="data: expected a table that says where the bars come from"): write_walk_forward(result, tmp_path / "f", None)
 
@@ -550,14 +601,15 @@ def test_the_picture_says_what_it_shows():
     import matplotlib.pyplot as plt
     result = retrained()
     titles = []
-    for data in ({"source": "simulated", "edge": 0.2}, {"source": "files"}, None):
-        figure = plot_walk_forward(result, data)
+    own = replace(result, provenance=result.provenance | {"symbol": "OWN-USD"})
+    for shown_result, data in ((result, {"source": "simulated", "edge": 0.2}), (own, {"source": "files"}), (own, None), (result, {"source": "files"}), (result, None)):
+        figure = plot_walk_forward(shown_result, data)
         titles.append(figure.axes[0].get_title("left"))
         shown = {line.get_label().rsplit(" ", 2)[0]: line.get_ydata() for line in figure.axes[0].lines if "agent" in line.get_label()}
         assert shown["agent, retrained for each fold"][-1] == pytest.approx(100 * result.summary["total_return"]) and shown["buy and hold at the agent's exposure"][-1] == pytest.approx(100 * result.summary["buy_and_hold_at_exposure"])
         assert sorted(p.get_height() for p in figure.axes[2].patches)[0] == pytest.approx(100 * min(result.folds["return"].min(), result.folds["buy_and_hold_at_exposure"].min())) and len(figure.axes[3].patches) == 9
         plt.close(figure)
-    assert titles[0].endswith("simulated bars") and titles[1].endswith("real bars") and titles[2].endswith("bars of unknown origin") and all("3 folds" in t for t in titles)
+    assert titles[0].endswith("simulated bars") and titles[1].endswith("real bars") and titles[2].endswith("bars of unknown origin") and all(t.endswith("simulated bars") for t in titles[3:]) and all("3 folds" in t for t in titles)
 
 
 def test_the_span_of_a_model_as_it_is_recorded():

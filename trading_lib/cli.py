@@ -170,11 +170,30 @@ def _edge(bars, text, name: str, default: int) -> int:
     return default if text is None else int(np.searchsorted(bars.index, moment(text, name)))
 
 
+def _with_probes(job: dict, seed: int) -> dict:  # of the kinds of probe, their figures; the job gets their actions
+    "Ridge regression and gradient boosting on the model's own spans, where they are among the bars."
+    from trading_lib.backtest import probe_baselines, training_spans
+    from trading_lib.env import market_data
+    from trading_lib.features import FeatureFit
+    content, left_out = job["model"], f"{job['symbol']}: ridge regression and gradient boosting are left out:"
+    spans, env = training_spans(content, job["bars"].index, job["start"]), content["config"]["env"]
+    if spans is None:
+        print(left_out, "the spans that the model was trained and chosen on are not recorded, or not among these bars")
+        return {}
+    market = market_data(job["bars"], content["model_version"], FeatureFit.from_state(content["fit"]), env["timeframe"], env["asset_class"], env["window"], job["symbol"])
+    try: job["others"], figures = probe_baselines(market, *spans, (job["start"], job["stop"]), job["account"], seed=seed)
+    except InputError as e:
+        print(left_out, e)
+        return {}
+    return figures
+
+
 def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `run_backtest`, of the project's own symbols
     from trading_lib.bars import read_bars
+    from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import require
     from trading_lib.env import split_bounds
-    from trading_lib.pipeline import artefacts, market_truth, newest_model, source_facts
+    from trading_lib.pipeline import artefacts, market_truth, newest_model, prepared_market, source_facts
     jobs = []
     for symbol in _symbols(arguments, parameters):
         paths = artefacts(parameters, symbol)
@@ -182,11 +201,12 @@ def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `r
         if not arguments.model and model != paths.model and paths.model.exists(): print(f"{symbol}: {model}, the newest; the pipeline's is {paths.model} (--model takes any)")
         for path, stage in ((paths.bars, "prepare"), *([] if arguments.model else [(model, "train")])):
             require(path.exists(), f"{symbol}: no {path.name}; run `trading-lib stage {stage} --symbol {symbol}` (symbols of params.yaml: {', '.join(parameters.symbols)})")
+        if paths.market.exists(): prepared_market(parameters, symbol, paths)  # refuses what was prepared with other settings
         bars = read_bars(paths.bars)
         start, stop = split_bounds(len(bars), parameters.data.train_fraction, parameters.data.validation_fraction)["test"]
         truth = market_truth(parameters, symbol)
         start, stop = max(start, _edge(bars, arguments.start, "--start", start)), min(stop, _edge(bars, arguments.end, "--end", stop))
-        jobs.append((dict(model=model, bars=bars, start=start, stop=stop, symbol=symbol, account=parameters.account, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
+        jobs.append((dict(model=load_checkpoint(model), bars=bars, start=start, stop=stop, symbol=symbol, account=parameters.account, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
     return jobs
 
 
@@ -216,7 +236,6 @@ def _backtest(arguments):
     from pathlib import Path
     from trading_lib.archive import comparable_trials, simulated_bars
     from trading_lib.backtest import run_backtests, write_backtest
-    from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import project_root
     from trading_lib.judgement import assess
     from trading_lib.pipeline import asset_class_for
@@ -228,20 +247,21 @@ def _backtest(arguments):
         for job, _ in jobs: assert_compatibility(job["model"] if isinstance(job["model"], dict) else load_checkpoint(job["model"]), strict=True)
     other = {} if arguments.costs is None else {"costs": arguments.costs}
     for job, _ in jobs:
-        content = job["model"] if isinstance(job["model"], dict) else load_checkpoint(job["model"])
-        if not (content.get("config") or {}).get("env"): job |= dict(timeframe=parameters.data.timeframe, asset_class=asset_class_for(parameters, job["symbol"]))  # an older file does not say
-    results = run_backtests([job | dict(account=replace(job["account"], **other), random_policies=arguments.random_policies) for job, _ in jobs])
+        job |= dict(account=replace(job["account"], **other), random_policies=arguments.random_policies)
+        if not (job["model"].get("config") or {}).get("env"): job |= dict(timeframe=parameters.data.timeframe, asset_class=asset_class_for(parameters, job["symbol"]))  # an older file does not say
+    probes = [_with_probes(job, parameters.backtest.seed) if parameters.backtest.probes and not arguments.no_probes else {} for job, _ in jobs]
+    results = run_backtests([job for job, _ in jobs])
     said = []
-    for result, (job, data) in zip(results, jobs):
-        result.provenance["data"] = data
-        content = job["model"] if isinstance(job["model"], dict) else load_checkpoint(job["model"])
+    for result, (job, data), found in zip(results, jobs, probes):
+        result.provenance |= {"data": data, "probes": found}
+        content = job["model"]
         on = content.get("data") or {}  # the model was chosen among trials on such bars, whatever it is tested on
         said.append(assess(result, comparable_trials(project_root(), simulated_bars(on.get("symbol") or result.symbol, on))))
         if arguments.out:
             write_backtest(result, folder := Path(arguments.out) / result.symbol)
             write_report(result, folder, said[-1])
     print(comparison_table(results, said))
-    for s in said: print(f"{s['verdict']:8}  {s['headline']}", *s["reasons"], sep="\n          ")
+    for s in said: print(f"{s['verdict']:14}  {s['headline']}", *s["reasons"], sep="\n                ")
     if arguments.out: print(f"written: {arguments.out}/SYMBOL/report.html")
 
 
@@ -293,8 +313,8 @@ def _deploy(arguments):
     for path in (paths.model, *files.values()): require(path.exists(), f"{symbol}: {path} is missing; run `dvc repro` first")
     said, judged = (json.loads(files[name].read_text()) for name in ("verdict.json", "metrics.json"))
     require({said.get("model_sha256"), judged["provenance"].get("model_sha256")} == {hashlib.sha256(paths.model.read_bytes()).hexdigest()}, f"{symbol}: the verdict is about another model than {paths.model.name}; `dvc repro` puts the pipeline's model and its verdict there (`trading-lib models` lists what is kept, which it leaves alone)")
-    require(said["verdict"] == "APPROVED" or arguments.anyway, f"{symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate (--anyway makes one all the same, and says so inside)")
-    written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": {"verdict": said["verdict"], "failed": said["failed"]}, "headline": said["headline"]})
+    require(said["verdict"] == "APPROVED" or arguments.anyway, f"{symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate on real bars (--anyway makes one all the same, and says so inside)")
+    written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": {"verdict": said["verdict"], "failed": said["failed"]}, "headline": said["headline"], "simulated": said.get("simulated")})
     print(f"{written}: {len(load_deploy_zip(written)['files'])} files, verified")
 
 
@@ -451,7 +471,7 @@ COMMANDS = {
     "preflight": ("try everything that a long run will do, in seconds", [_SYMBOLS, *_TRAINING_OPTIONS], _preflight),
     "backtest": ("backtest the trained symbols, or a model on files of bars, into one table", [
         _SYMBOLS, (("--model",), dict(help="a checkpoint (default: the symbol's own)")), (("--bars",), dict(nargs="+", help="CSV or parquet files instead of prepared symbols")),
-        *_SPAN, (("--costs",), dict(help="broker, conservative or zero (default: as params.yaml has it, or the model of --bars)")), (("--random-policies",), dict(type=int, default=0, help="shifted copies to rank the agent among")), (("--out",), dict(help="folder for reports (default: none is written)")), _STRICT], _backtest),
+        *_SPAN, (("--costs",), dict(help="broker, conservative or zero (default: as params.yaml has it, or the model of --bars)")), (("--no-probes",), dict(action="store_true", help="leave out ridge regression and gradient boosting, which take some seconds")), (("--random-policies",), dict(type=int, default=0, help="shifted copies to rank the agent among")), (("--out",), dict(help="folder for reports (default: none is written)")), _STRICT], _backtest),
     "models": ("the models of complete trainings, which nothing overwrites, and the pipeline's", [_SYMBOLS], _models),
     "trials": ("how much was tried on a symbol", [_SYMBOLS], _trials),
     "history": ("the runs of a symbol, in order", [(("symbols",), dict(nargs="*", metavar="SYMBOL", help="such as SIM-USD (default: all that have one)"))], _history),

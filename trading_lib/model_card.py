@@ -18,6 +18,8 @@ import torch
 from .checkpoint import _count_parameters, flat_facts
 from .config import require
 from .files import atomic_write, markdown as _plain
+from .metrics import TRADE_FIGURES, too_few_trades
+from .tiers import training_budget
 from .version import declared_version, policy_matrices, policy_widths
 
 # %% ../nbs/14_model_card.ipynb #491ef0ff
@@ -66,6 +68,12 @@ def _source(data: dict) -> str | None:
     return ("simulated market" if data["source"] == "simulated" else f"real market, from {data['source']}") + (f" ({details})" if details else "")
 
 
+def _worth(metrics: dict, name: str) -> str | None:
+    "What to say instead of a figure of too few trades."
+    part, _, figure = name.rpartition(".")
+    return too_few_trades((metrics.get(part) or {}).get("trades")) if figure in TRADE_FIGURES and isinstance(metrics.get(part), dict) else None
+
+
 def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
     "What the figures of the card do not show."
     update, updates, looks, all_looks = (budget[name] for name in ("update", "updates", "looks", "all_looks"))
@@ -74,6 +82,8 @@ def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
     said = ["Validation chose it, on one span, among the checkpoints of its run: " + ("how many is not recorded." if looks is None else f"{_counted(looks)} looked at up to this one, {_counted(all_looks)} in the whole run.")
             + " The best of many looks better than it is; only bars that neither training nor validation has seen can judge it." if chosen else "No validation figures belong to this checkpoint: validation did not choose it."]
     if updates and update is not None and update < updates: said.append(f"It is the policy of update {update:,} of {updates:,}, not of the end of the run.")
+    training = training_budget(content)
+    if training["smoke"]: said.append(f"It is a smoke test: {_plain(training['said'])}.")
     if not data: return said
     return said + [f"It was trained on {_plain(data.get('symbol') or 'one symbol')} {_plain(data.get('timeframe') or 'bars')} alone; other markets and other timeframes were not tested.",
                    source.get(data.get("source"), "One span of one market is an anecdote; other times may differ."),
@@ -108,7 +118,7 @@ def model_card(
         "Data": _table(("what", "value"), known([("symbol", data.get("symbol")), ("timeframe", data.get("timeframe")), ("asset class", data.get("asset_class")), ("source", _source(data)), ("bars", _counted(data.get("bars"))),
                                                  ("span of the bars", span(data, ("start", "end"))), ("SHA-256 of the bars", data.get("sha256")), ("training span", span(spans.get("train"))), ("validation span", span(spans.get("validation")))])
                        ) if data else "The environment was no market; there is no data to record.",
-        "Results on the validation span": _table(("figure", "value"), [(n, f"{v:.6g}" if isinstance(v, float) else v) for n, v in flat_facts(metrics).items()]) if metrics else "None: this checkpoint was not validated.",
+        "Results on the validation span": _table(("figure", "value"), [(n, _worth(metrics, n) or (f"{v:.6g}" if isinstance(v, float) else v)) for n, v in flat_facts(metrics).items()]) if metrics else "None: this checkpoint was not validated.",
         "Parameters": _table(("parameter", "value"), flat_facts(config).items()) if config else "Not recorded.",
         "Made with": _table(("what", "version"), known([("git commit", commit), *(content.get("libraries") or {}).items()])),
         "How to use it": f"{'In this folder, inside a project that has prepared these bars:' if data else 'In this folder:'}\n\n{_code(chr(10).join(use))}",

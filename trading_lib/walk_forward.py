@@ -23,15 +23,16 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from .backtest import run_backtest, training_span
+from .backtest import probe_baselines, run_backtest, training_span
 from .bars import bar_clock, fingerprint, timeframe_name
 from .checkpoint import library_versions, load_checkpoint, save_checkpoint
-from .config import AccountConfig, InputError, require, unknown_name
+from .config import AccountConfig, InputError, require, typed, unknown_name
 from .env import layout_of, market_data
-from .features import fit_features
+from .features import FeatureFit, fit_features
 from .files import atomic_write
-from .metrics import block_bootstrap_interval, deflated_sharpe_ratio, equity_returns, profit_factor, sharpe_ratio, summarise_equity
-from .report import _COLOURS, _STYLE, _rows, _table, describe_source, figure_bytes
+from .judgement import SMOKE_TEST, baseline_name, better_baselines, is_simulated
+from .metrics import TRADE_FIGURES, block_bootstrap_interval, deflated_sharpe_ratio, equity_returns, interval_says, interval_text, profit_factor, sharpe_ratio, summarise_equity, too_few_trades
+from .report import _COLOURS, _STYLE, _rows, _table, describe_source, figure_bytes, picture_text
 
 # %% ../nbs/18_walk_forward.ipynb #9605a565
 SCHEMES = ("expanding", "rolling")
@@ -203,6 +204,8 @@ def chain_curves(
     return np.concatenate(chained)
 
 # %% ../nbs/18_walk_forward.ipynb #fd4e55e7
+_RIVALS = ("moving_average_cross", "ridge", "boosting")  # beside buy-and-hold; none of them looks at the test before it trades it
+_TRAINING = {True: "smoke test", False: "as its mode says", None: "not known"}  # how much of it there was
 _CURVES = ("agent", "buy_and_hold", "buy_and_hold_at_exposure")
 _TIMES = ("train_first", "train_last", "validation_first", "validation_last", "test_first", "test_last")
 
@@ -259,7 +262,21 @@ class WalkForwardResult:
                 "sharpe_mean": float(rows["sharpe"].mean()), "sharpe_deviation": float(rows["sharpe"].std(ddof=1)) if len(rows) > 1 else None,
                 "sharpe": self.metrics["sharpe"], "sharpe_low": sharpe[0], "sharpe_high": sharpe[1],
                 "mean_return": float(returns.mean()), "mean_return_low": mean[0], "mean_return_high": mean[1],
-                "profit_factor": pooled if pooled is None or math.isfinite(pooled) else None, "trades": len(self.profits[model]), "costs": float(rows["costs"].sum())}
+                "profit_factor": pooled if pooled is None or math.isfinite(pooled) else None, "trades": len(self.profits[model]), "costs": float(rows["costs"].sum()),
+                "smoke_test": self._smoke is not None, "baselines": self._rivals(rows, chained)}
+
+    def _rivals(self, rows: pd.DataFrame, chained: pd.Series) -> dict:  # name -> chained return, and folds in which it did better
+        "The simple things, over the same folds."
+        whole = {name: float(chained[name]) for name in ("buy_and_hold", "buy_and_hold_at_exposure")} | {name: float(np.prod(1 + rows[name]) - 1) for name in _RIVALS if name in rows and rows[name].notna().all()}
+        return {name: {"total_return": value, "better_in": int((rows[name] > rows["return"]).sum())} for name, value in whole.items() if name in rows}
+
+    @property
+    def _smoke(self) -> str | None:
+        "Why the first of the folds whose model was trained for less than its mode stands for is no evidence; None: there is none."
+        return next((row["said"] for row in self.folds.to_dict("records") if row.get("training") == _TRAINING[True]), None)
+
+    @property
+    def simulated(self) -> bool: return is_simulated(self)
 
     @cached_property
     def verdict(self) -> str:
@@ -267,13 +284,19 @@ class WalkForwardResult:
         if len(self.models) > 1: return self._verdict_of_many()
         s, model, rows, n = self.summary, self.models[0], self.folds, len(self.folds)
         low, high = s["mean_return_low"], s["mean_return_high"]
-        sure = ("it made no trade" if not s["costs"] and low == high == 0 else "above zero: more than luck, but perhaps no more than drift" if low > 0 else "below zero: it loses" if high < 0 else "it contains zero: luck would do as well")
+        said = interval_says("annual_mean", *(self.metrics["periods_per_year"] * value for value in (low, high)))
+        sure = ("it made no trade" if not s["costs"] and low == high == 0 else "too wide to say anything" if not said else "above zero: more than luck, but perhaps no more than drift" if low > 0 else "below zero: it loses" if high < 0 else "it contains zero: luck would do as well")
         unseen = " that training never saw" if (rows["unseen"] == "yes").all() else ""
         who = "retrained for each fold" if model == "retrained" else f"model {model}"
         spread = f"{s['sharpe_mean']:+.2f}" + (f" ± {s['sharpe_deviation']:.2f}" if s["sharpe_deviation"] is not None else "")
-        return (f"{self.provenance['symbol']}: {who}, {s['total_return']:+.2%} after costs over {n} fold{'s' * (n > 1)} and {s['bars']} bars{unseen}; buy-and-hold {s['buy_and_hold']:+.2%}, at the agent's exposure "
+        interval = f" {low * 1e4:+.3f} to {high * 1e4:+.3f}" if said else ""
+        better = {name: b for name, b in s["baselines"].items() if b["better_in"] or b["total_return"] > s["total_return"]}
+        rivals = ", ".join(f"{baseline_name(name)} {b['total_return']:+.2%}, in {b['better_in']} of {n}" for name, b in better.items())
+        smoke = f"{SMOKE_TEST}: {self._smoke}. " if self._smoke else ""
+        return (f"{smoke}{self.provenance['symbol']}: {who}, {s['total_return']:+.2%} after costs over {n} fold{'s' * (n > 1)} and {s['bars']}{' simulated' * self.simulated} bars{unseen}; buy-and-hold {s['buy_and_hold']:+.2%}, at the agent's exposure "
                 f"{s['buy_and_hold_at_exposure']:+.2%}. Positive in {round(s['positive_folds'] * n)} of {n}, better than buy-and-hold at its exposure in {round(s['beat_buy_and_hold_at_exposure'] * n)}; "
-                f"Sharpe ratio {spread} over folds; mean return of a bar {s['mean_return'] * 1e4:+.3f} bp, 95 % interval {low * 1e4:+.3f} to {high * 1e4:+.3f}: {sure}."
+                f"Sharpe ratio {spread} over folds; mean return of a bar {s['mean_return'] * 1e4:+.3f} bp, 95 % interval{interval}: {sure}."
+                + (f" What did better, altogether or in folds: {rivals}." if rivals else "")
                 + (f" {len(self.notes)} thing{'s' * (len(self.notes) > 1)} not known: see the notes." if self.notes else ""))
 
     def _verdict_of_many(self) -> str:
@@ -340,15 +363,27 @@ def _check_decidable(fold: Fold, names, bars: pd.DataFrame, timeframe: str, asse
         require(decides[a:b - 1].any(), f"fold {fold.number}: no decision can be made in its {name} span, bars {a} to {b - 1}: the first {warm_up} bars of the history and after each gap are warm-up; use more history or fewer folds")
 
 # %% ../nbs/18_walk_forward.ipynb #641ac966
-def _tested(content: dict, bars: pd.DataFrame, fold: Fold, name: str, first: dict, unseen: bool, account, symbol: str, truth, random_policies: int, seed: int) -> dict:
+def _probed(content: dict, bars: pd.DataFrame, fold: Fold, account, symbol: str, probes, seed: int) -> tuple[dict, str | None]:  # actions by kind; why there are none
+    "What supervised learning on the fold's own spans does in its test."
+    if not probes: return {}, None
+    env = content["config"]["env"]
+    market = market_data(bars.iloc[:fold.test[1]], content["model_version"], FeatureFit.from_state(content["fit"]), env["timeframe"], env["asset_class"], env["window"], symbol)
+    try: return probe_baselines(market, fold.train, fold.validation, fold.test, account or typed(AccountConfig, env["account"], "account"), probes, seed)[0], None
+    except InputError as e: return {}, str(e)
+
+
+def _tested(content: dict, bars: pd.DataFrame, fold: Fold, name: str, first: dict, unseen: bool, account, symbol: str, truth, random_policies: int, seed: int, probes=()) -> dict:
     "One fold's test, as plain values."
     start, stop = fold.test
-    result = run_backtest(content, bars.iloc[:stop], start=start, stop=stop, account=account, symbol=symbol, truth=None if truth is None else truth.iloc[:stop], random_policies=random_policies, seed=seed)
+    others, unprobed = _probed(content, bars, fold, account, symbol, probes, seed)
+    result = run_backtest(content, bars.iloc[:stop], start=start, stop=stop, account=account, symbol=symbol, truth=None if truth is None else truth.iloc[:stop], random_policies=random_policies, seed=seed, others=others)
     m, when = result.metrics, lambda i: bars.index[i].isoformat()
     row = {"fold": fold.number, "model": name, **first, "test_first": when(start), "test_last": when(stop - 1), "bars": len(result.equity), "return": m["total_return"],
            "buy_and_hold": result.baselines["buy_and_hold"], "buy_and_hold_at_exposure": result.baselines["buy_and_hold_at_exposure"], "sharpe": m["sharpe"], "max_drawdown": m["max_drawdown"],
            "trades": m["trades"], "profit_factor": m["profit_factor"], "costs": m["costs"], "exposure": m["exposure"], "hold_share": m["hold_share"],
-           "percentile_among_random": m.get("percentile_among_random"), "oracle": result.baselines.get("oracle"), "unseen": "yes" if unseen else "not known"}
+           "percentile_among_random": m.get("percentile_among_random"), "oracle": result.baselines.get("oracle"), "unseen": "yes" if unseen else "not known",
+           **{kind: result.baselines.get(kind) for kind in _RIVALS}, "better": ", ".join(baseline_name(b) for b in better_baselines(m["total_return"], result.baselines)),
+           "training": _TRAINING[result.provenance["training"]["smoke"]], "said": result.provenance["training"]["said"], "unprobed": unprobed}
     closed = result.trades.loc[result.trades["exit"] != "still open", "profit"]
     return {"row": row, "times": result.equity.index.as_unit("ns").asi8.tolist(), "curves": {c: result.curves[c].tolist() for c in _CURVES}, "profits": closed.tolist()}
 
@@ -379,7 +414,7 @@ def _collected(kept: list[dict], notes: list[str], provenance: dict) -> WalkForw
     "Rows and chained curves of all folds and models."
     rows = pd.DataFrame([k["row"] for k in kept])
     for column in (c for c in _TIMES if c in rows): rows[column] = pd.to_datetime(rows[column], utc=True)
-    for column in ("profit_factor", "percentile_among_random", "oracle"): rows[column] = rows[column].astype(float)
+    for column in ("profit_factor", "percentile_among_random", "oracle", *_RIVALS): rows[column] = rows[column].astype(float)
     curves, profits = {}, {}
     for model in dict.fromkeys(rows["model"]):
         own = sorted((k for k in kept if k["row"]["model"] == model), key=lambda k: k["times"][0])
@@ -409,6 +444,7 @@ def walk_forward(
     progress=print,  # called with a line for each fold; None: silent
     random_policies: int = 200,  # shifted copies of the agent that it is ranked among in each fold
     seed: int = 0,  # of those and of the bootstrap
+    probes=(),  # keys of PROBES that trade each fold as well, such as ("ridge", "boosting")
 ) -> WalkForwardResult:
     "Test every fold with a model of its own, or every model over every fold."
     progress = progress or (lambda line: None)
@@ -439,7 +475,7 @@ def walk_forward(
         if unsure: notes.append(f"{name}: trained on bars up to {_day(seen['last'])}, from a history up to {_day(seen['possible'])}; it is not recorded which bars chose it, so it may have seen the test of fold {', '.join(unsure)}.")
         if other and symbol and other != symbol: notes.append(f"{name}: was trained on {other}, and is tested on {symbol}.")
 
-    common = {**wanted, "symbol": symbol, "account": None if account is None else asdict(account), "random_policies": random_policies, "seed": seed,
+    common = {**wanted, "symbol": symbol, "account": None if account is None else asdict(account), "random_policies": random_policies, "seed": seed, "probes": list(probes),
               "code": _code() if folder else None, "libraries": library_versions() if folder else None}
     digests = {name: _model_digest(content) for name, content in contents.items()} if models is not None else {"retrained": {"train_settings": train_settings}}
     jobs = []
@@ -464,13 +500,14 @@ def walk_forward(
             else:
                 seen = training_span(content)
                 first = {f"train_{end}": None if seen[end] is None else seen[end].isoformat() for end in ("first", "last")}
-            found = {"key": key, **_tested(content, bars, fold, name, first, certain, account, symbol, truth, random_policies, seed)}
+            found = {"key": key, **_tested(content, bars, fold, name, first, certain, account, symbol, truth, random_policies, seed, probes)}
             if path: atomic_write(path, json.dumps(found, allow_nan=False, default=lambda number: number.item()) + "\n")
             kept = ""
         else: kept = " (kept from an earlier run)"
         row = found["row"]
         progress(f"{place}/{len(jobs)} fold {fold.number}, {name}: {row['test_first'][:10]} to {row['test_last'][:10]}, return {row['return']:+.2%}, buy-and-hold at its exposure {row['buy_and_hold_at_exposure']:+.2%}, {row['trades']} trades{kept}")
         done.append(found)
+    for reason in dict.fromkeys(found["row"]["unprobed"] for found in done if found["row"]["unprobed"]): notes.append(f"{done[0]['row']['model']}: what ridge regression and gradient boosting would do: {reason}")
     for found in done:
         if train is not None and found["row"]["unseen"] != "yes": notes.append(f"retrained: the model that train gave for fold {found['row']['fold']} does not come from the market that it was given; it is not recorded whether it has seen the test.")
     provenance = {**wanted, "symbol": symbol, "account": common["account"], "horizon": horizon, "embargo": embargo, "random_policies": random_policies, "seed": seed, "simulated": truth is not None or None,
@@ -481,11 +518,6 @@ def walk_forward(
 _SPANS = {"train": "#0b5394", "validation": "#93c47d", "test": "#e69138"}
 
 
-def _origin(data: dict | None, provenance: dict) -> str:
-    source = (data or {}).get("source") or ("simulated" if provenance.get("simulated") else None)
-    return {"simulated": "simulated bars", None: "bars of unknown origin"}.get(source, "real bars")
-
-
 def plot_walk_forward(
     result: WalkForwardResult,
     data: dict | None = None,  # provenance of the bars: `source` and what belongs to it; None: simulated if the truth was given, else unknown
@@ -493,9 +525,10 @@ def plot_walk_forward(
     "Chained equity beside buy-and-hold, returns of the folds, and the spans in time."
     figure, (money, market, bars, line) = plt.subplots(4, 1, figsize=(12, 12), height_ratios=[3, 1.6, 1.6, 1.4], layout="constrained")
     p, curves, single = result.provenance, result.curves, len(result.models) == 1
+    origin = "simulated bars" if is_simulated(result, data) else "real bars" if (data or {}).get("source") else "bars of unknown origin"
     base, at_exposure = curves[result.models[0]], ("buy and hold at the agent's exposure", _COLOURS["buy_and_hold_at_exposure"])
     colours = dict(zip(curves, [_COLOURS["agent"]] if single else [plt.get_cmap("viridis")(k) for k in np.linspace(0, 0.85, len(curves))]))
-    label = lambda model: "agent, retrained for each fold" if model == "retrained" else model
+    label = lambda model: "agent, retrained for each fold" if model == "retrained" else picture_text(model)
 
     def draw(axis, curve, name, text, colour, width=1.0):
         values = 100 * (curve[name].to_numpy() / curve[name].iloc[0] - 1)
@@ -529,7 +562,7 @@ def plot_walk_forward(
     for axis in (money, market, bars): axis.legend(loc="best", fontsize=8)
     line.legend(loc="upper right", fontsize=8)
     for axis in (money, market, bars, line): axis.grid(alpha=0.25); axis.margins(x=0.01); axis.set_axisbelow(True)
-    money.set_title(f"{p['symbol']} {p['timeframe']}: walk-forward, {len(numbers)} folds, {_origin(data, p)}", loc="left", fontsize=10)
+    money.set_title(picture_text(f"{p['symbol']} {p['timeframe']}: walk-forward, {len(numbers)} folds, {origin}"), loc="left", fontsize=10)
     return figure
 
 # %% ../nbs/18_walk_forward.ipynb #ea0977fc
@@ -537,16 +570,33 @@ _COLUMNS = {  # column -> (label, how it is written)
     "fold": ("fold", "{}"), "model": ("model", "{}"), "train_last": ("trained up to", "{:%Y-%m-%d %H:%M}"), "test_first": ("test from", "{:%Y-%m-%d %H:%M}"), "test_last": ("to", "{:%Y-%m-%d %H:%M}"), "bars": ("bars", "{}"),
     "return": ("return", "{:+.2%}"), "buy_and_hold": ("buy-and-hold", "{:+.2%}"), "buy_and_hold_at_exposure": ("at its exposure", "{:+.2%}"), "sharpe": ("Sharpe", "{:.2f}"), "max_drawdown": ("drawdown", "{:.2%}"),
     "trades": ("trades", "{}"), "profit_factor": ("profit factor", "{:.2f}"), "costs": ("costs", "{:.2f}"), "exposure": ("exposure", "{:.1%}"), "hold_share": ("hold", "{:.1%}"),
-    "percentile_among_random": ("percentile", "{:.0f}"), "oracle": ("oracle", "{:+.2%}"), "unseen": ("unseen", "{}")}
+    "percentile_among_random": ("percentile", "{:.0f}"), "oracle": ("oracle", "{:+.2%}"),
+    "moving_average_cross": ("moving-average cross", "{:+.2%}"), "ridge": ("ridge", "{:+.2%}"), "boosting": ("boosting", "{:+.2%}"), "better": ("did better", "{}"), "unseen": ("unseen", "{}"), "training": ("training", "{}")}
 _SUMMARY = {
     "total_return": ("return, chained", "{:+.2%}"), "buy_and_hold": ("buy-and-hold, chained", "{:+.2%}"), "buy_and_hold_at_exposure": ("buy-and-hold at the agent's exposure, chained", "{:+.2%}"),
     "positive_folds": ("share of positive folds", "{:.0%}"), "beat_buy_and_hold_at_exposure": ("share of folds better than buy-and-hold at its exposure", "{:.0%}"),
     "sharpe_mean": ("Sharpe ratio, mean over folds", "{:.2f}"), "sharpe_deviation": ("its standard deviation over folds", "{:.2f}"), "sharpe": ("Sharpe ratio of the chained curve", "{:.2f}"),
-    "sharpe_low": ("95 % interval, from", "{:.2f}"), "sharpe_high": ("to", "{:.2f}"), "mean_return": ("mean return of a bar", "{:+.6%}"), "mean_return_low": ("95 % interval, from", "{:+.6%}"), "mean_return_high": ("to", "{:+.6%}"),
+    "sharpe_interval": ("95 % interval", "{:.2f}"), "mean_return": ("mean return of a bar", "{:+.6%}"), "mean_return_interval": ("95 % interval", "{:+.6%}"),
     "profit_factor": ("profit factor, all trades", "{:.2f}"), "trades": ("trades", "{}"), "costs": ("costs, all folds", "{:.2f}")}
 
 
-def _cell(value, form: str) -> str: return "–" if value is None or pd.isna(value) else form.format(value)
+def _cell(value, form: str) -> str: return "–" if value is None or value == "" or pd.isna(value) else form.format(value)
+
+
+def _row_cell(row: dict, column: str) -> str:
+    "A fold's figure, where it says anything."
+    return column in TRADE_FIGURES and too_few_trades(row["trades"]) or _cell(row[column], _COLUMNS[column][1])
+
+
+def _summary_rows(result: WalkForwardResult) -> list[tuple[str, str]]:
+    "Label and figure of one model over all folds."
+    s, periods = result.summary, result.metrics["periods_per_year"]
+    wide = interval_text("sharpe", s["sharpe_low"], s["sharpe_high"], "{:.2f}")
+    bar = [periods * s[f"mean_return_{end}"] for end in ("low", "high")]
+    own = {"sharpe_interval": wide, "mean_return_interval": interval_text("annual_mean", *bar) if not interval_says("annual_mean", *bar) else f"{s['mean_return_low']:+.6%} to {s['mean_return_high']:+.6%}",
+           "profit_factor": too_few_trades(s["trades"])}
+    rows = [(label, own.get(name) or _cell(s[name], form)) for name, (label, form) in _SUMMARY.items()]
+    return rows + [(f"{baseline_name(name)}, chained; folds in which it did better", f"{b['total_return']:+.2%}; {b['better_in']} of {s['folds']}") for name, b in s["baselines"].items()]
 
 
 def _plain_rows(table: pd.DataFrame) -> list[dict]:
@@ -560,16 +610,17 @@ def _plain_rows(table: pd.DataFrame) -> list[dict]:
 
 def _page(result: WalkForwardResult, data: dict, picture: bytes) -> str:
     "One self-contained page."
-    p, kind = result.provenance, {"simulated": "Simulated data", None: "Data of unknown origin"}.get(data.get("source"), "Real data")
+    p, simulated = result.provenance, is_simulated(result, data)
+    kind = "Simulated data" if simulated else "Real data" if data.get("source") else "Data of unknown origin"
     columns = [c for c in _COLUMNS if c in result.folds and result.folds[c].notna().any()]
-    rows = _rows([_COLUMNS[c][0] for c in columns], [[_cell(row[c], _COLUMNS[c][1]) for c in columns] for row in result.folds.to_dict("records")])
-    summaries = "".join(f"<div><h2>{html.escape(name if len(result.models) > 1 else 'All folds')}</h2>{_table((label, _cell(result[name].summary[k], form)) for k, (label, form) in _SUMMARY.items())}</div>" for name in result.models)
+    rows = _rows([_COLUMNS[c][0] for c in columns], [[_row_cell(row, c) for c in columns] for row in result.folds.to_dict("records")])
+    summaries = "".join(f"<div><h2>{html.escape(name if len(result.models) > 1 else 'All folds')}</h2>{_table(_summary_rows(result[name]))}</div>" for name in result.models)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in result.notes)
     facts = [("all bars", f"{p['bars']['bars']} from {p['bars']['start']} to {p['bars']['end']}"), ("fingerprint of the bars", p["bars"]["sha256"]), ("layout", p["version"]), ("bars in one observation", p["window"]),
              ("bars between two spans, at least", p["window"] + p["horizon"] + p["embargo"]), ("account", ", ".join(f"{k} {v}" for k, v in p["account"].items() if v is not None) if p["account"] else "the models' own")]
-    title = f"{p['symbol']} {p['timeframe']} walk-forward"
+    title = f"{p['symbol']} {p['timeframe']} walk-forward{', simulated' * simulated}"
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}.wide{{overflow-x:auto}}th{{font-weight:600}}</style></head><body>
-<h1>{html.escape(title)}</h1><p class="source{'' if kind == 'Real data' else ' simulated'}"><b>{kind}.</b> {html.escape(describe_source(data))}</p>
+<h1>{html.escape(title)}</h1><p class="source{'' if kind == 'Real data' else ' simulated'}"><b>{kind}.</b> {html.escape(describe_source(data, simulated))}</p>
 <p class="verdict">{html.escape(result.verdict)}</p>{f'<h2>Not known</h2><ul>{notes}</ul>' if notes else ''}<img alt="chained equity, returns of the folds, spans in time" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
 <h2>Folds, after costs</h2><div class="wide">{rows}</div><div class="columns">{summaries}</div><h2>On what</h2>{_table(facts)}
 <p>Every fold starts with a fresh account; the curves are chained by their returns. Intervals are block bootstraps of the bars' returns. They say how much of this is luck on bars like these, and nothing about markets that are unlike them.</p></body></html>
@@ -583,7 +634,8 @@ def write_walk_forward(
 ) -> dict[str, Path]:  # name -> file
     "walk_forward.json, walk_forward.csv, walk_forward.png and walk_forward.html."
     require(isinstance(data, dict), f"data: expected a table that says where the bars come from, such as {{'source': 'simulated', 'edge': 0.1, 'seed': 0}}, was {data!r}")
+    result = replace(result, provenance=result.provenance | {"data": data})
     picture = figure_bytes(plot_walk_forward(result, data))
-    whole = {"verdict": result.verdict, "notes": result.notes, "data": data, "provenance": result.provenance, "summary": {m: result[m].summary for m in result.models}, "metrics": {m: result[m].metrics for m in result.models}, "folds": _plain_rows(result.folds)}
+    whole = {"verdict": result.verdict, "notes": result.notes, "data": data, "provenance": result.provenance, "simulated": result.simulated, "summary": {m: result[m].summary for m in result.models}, "metrics": {m: result[m].metrics for m in result.models}, "folds": _plain_rows(result.folds)}
     contents = {"walk_forward.json": json.dumps(whole, indent=1, allow_nan=False, default=str) + "\n", "walk_forward.csv": result.folds.to_csv(index=False), "walk_forward.png": picture, "walk_forward.html": _page(result, data, picture)}
     return {name: atomic_write(Path(folder) / name, content) for name, content in contents.items()}
