@@ -2,10 +2,12 @@
 import functools
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from test_archive import trial
 from test_backtest import FITTED, backtest, simulated, small_trainer
@@ -17,6 +19,7 @@ from trading_lib.cli import main
 from trading_lib.config import AccountConfig, InputError, parse_parameters
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.judgement import assess
+from trading_lib.trainer import NativePPOTrainer
 from trading_lib.walk_forward import Fold, check_folds, walk_forward_folds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,3 +155,29 @@ def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):
     assert command(project, "deploy", "SIM-USD", "--anyway", "--out", str(project / "deploy.zip")) == (0, "")
     deployed = load_deploy_zip(project / "deploy.zip")
     assert deployed["manifest"]["verdict"] == {"verdict": "REVIEW", "failed": said["failed"]} and "fitness 0.61, APPROVED needs >= 0.7" in deployed["files"]["README.md"].decode()
+
+
+def test_the_command_line_says_on_what_how_long_and_what_does_better(project, capsys):
+    "A model of a simulated market whose mode stands for more than it had: no other verdict than SMOKE TEST, probes on the model's own spans beside it, and their switch leaves them out."
+    trainer = small_trainer("crypto", "5.6.0")
+    bars, market = simulated("crypto")[0], trainer.env.market
+    trainer = NativePPOTrainer(trainer.env, replace(trainer.config, mode="standard", tier="cpu", mode_timesteps=7_500_000, validation_interval=2), replace(market, start=FITTED, stop=FITTED + 400), progress=None)
+    trainer.train()
+    path = str(save_checkpoint(trainer.best, project / "m.pt"))
+    start = str(bars.index[FITTED + 400].date() + np.timedelta64(1, "D").item())
+    asked = ["backtest", "--model", path, "--bars", file_of(project, bars), "--start", start]
+    for switch, probed in ((["--out", str(project / "out")], True), (["--no-probes"], False)):
+        assert main(asked + switch) == 0
+        said = capsys.readouterr().out
+        assert ("ridge regression" in said and "gradient boosting" in said and "left out" not in said) == probed and "the moving-average cross" in said
+        assert "SMOKE TEST" in said and "256 of the 7,500,000 steps that mode standard stands for on tier cpu" in said and " simulated bars" in said and "APPROVED" not in said
+    page, verdict = ((project / "out" / "SIM-USD" / name).read_text() for name in ("report.html", "verdict.json"))
+    assert "Simulated data." in page and "What supervised learning finds" in page and "<b>SMOKE TEST</b>" in page and json.loads(verdict)["verdict"] == "SMOKE TEST"
+
+
+def test_a_model_that_answers_nan_is_no_model_that_does_not_trade():
+    "Of layouts that see their account and that do not: refused by name in a backtest."
+    for version in ("5.6.0", "5.3.0"):
+        trainer = small_trainer("crypto", version)
+        with torch.no_grad(): next(trainer.policy.parameters()).fill_(torch.nan)
+        with pytest.raises(InputError, match="not finite"): backtest(model=trainer.policy.eval(), version=version, window=20, start=FITTED, stop=FITTED + 50)

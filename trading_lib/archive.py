@@ -606,7 +606,7 @@ def format_history(
     number = lambda name, form: lambda r: format(r["metrics"][name], form) if isinstance(r["metrics"].get(name), (int, float)) else "-"
     columns = {"symbol": lambda r: r["symbol"], "bars": lambda r: r["timeframe"], "data": lambda r: f"{str(r['data'].get('first', r['data'].get('start')))[:10]} … {str(r['data'].get('last', r['data'].get('end')))[:10]}",
                "return": number("total_return", "+.2%"), "Sharpe": number("sharpe", "+.2f"), "drawdown": number("max_drawdown", ".2%"), "deflated": number("deflated_sharpe", ".3f"), "trades": number("trades", ",d"),
-               "verdict": lambda r: _verdict_word(r["verdict"]), "model": lambda r: str(r["model_sha256"] or "-")[:8], "commit": lambda r: str(r["commit"] or "-")[:8]}
+               "verdict": lambda r: _verdict_word(r["verdict"]) + (" (simulated)" if r["data"].get("source") == "simulated" else ""), "model": lambda r: str(r["model_sha256"] or "-")[:8], "commit": lambda r: str(r["commit"] or "-")[:8]}
     right, before, table = ("return", "Sharpe", "drawdown", "deflated", "trades"), {}, [["run", *columns, "changed"]]
     for i, row in enumerate(rows, 1):
         changed = _changes(before.get(row["symbol"]), row)
@@ -631,16 +631,17 @@ def _model_facts(content: dict) -> dict:
     "What the checkpoint says about itself."
     data, git = (content.get(name) if isinstance(content.get(name), dict) else {} for name in ("data", "git"))
     return {"model_version": declared_version(content), "layout_hash": content.get("layout_hash"), **{name: content.get(name, data.get(name)) for name in ("symbol", "timeframe", "asset_class")},
-            "data": {name: data[name] for name in ("sha256", "start", "end", "bars") if name in data}, "commit": git.get("commit")}
+            "data": {name: data[name] for name in ("sha256", "start", "end", "bars", "source") if name in data}, "commit": git.get("commit")}
 
 
 def _readme(manifest: dict) -> str:
     "What the archive is, how to load it, and what is known about it."
-    say = lambda name: "unknown" if manifest.get(name) in (None, {}) else manifest[name]
+    say = lambda name: "unknown" if manifest.get(name) in (None, {}) else markdown(str(manifest[name]))
     data, verdict = manifest.get("data") or {}, manifest["verdict"]
     reasons = [reason for reasons in (verdict.get("failed") or {}).values() for reason in reasons] if isinstance(verdict, dict) and isinstance(verdict.get("failed"), dict) else []
     listed = "\n".join(f"| {name} | {entry['bytes']:,} | {entry['sha256']} |" for name, entry in manifest["files"].items() if name != _README)
-    return f"""# {say('symbol')}, {say('timeframe')} bars: {_verdict_word(verdict)}
+    simulated = manifest.get("simulated") or simulated_bars(manifest.get("symbol"), data)
+    return f"""# {say('symbol')}, {say('timeframe')}{' simulated' * simulated} bars: {markdown(_verdict_word(verdict))}
 
 A trading policy made with trading_lib, and what is known about it.
 
@@ -648,7 +649,8 @@ A trading policy made with trading_lib, and what is known about it.
 - layout of the observation: {say('model_version')}
 - commit: {say('commit')}
 - data: {data.get('bars', data.get('n', 'unknown number of'))} bars from {data.get('first', data.get('start', 'unknown'))} to {data.get('last', data.get('end', 'unknown'))}, SHA-256 {data.get('sha256', 'unknown')}
-- verdict: {_verdict_word(verdict)}{''.join(chr(10) + '  - ' + str(reason) for reason in reasons)}
+- market: {'SIMULATED, which says nothing about a real one' if simulated else markdown(str(data['source'])) if data.get('source') else 'not recorded'}
+- verdict: {markdown(_verdict_word(verdict))}{' (simulated)' * simulated}{''.join(chr(10) + '  - ' + markdown(str(reason)) for reason in reasons)}
 
 The verdict is what a test on the data above showed. It is not a promise: markets change, and what was good on past bars may lose money on the next ones.
 

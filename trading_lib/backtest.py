@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRESSES', 'CAPACITIES', 'VOLUME_LIMIT', 'greedy_actions', 'BacktestResult', 'training_span', 'run_backtests',
-           'run_backtest', 'write_backtest', 'read_backtest']
+           'run_backtest', 'training_spans', 'probe_baselines', 'write_backtest', 'read_backtest']
 
 # %% ../nbs/15_backtest.ipynb #15f381df
 import json
@@ -28,10 +28,12 @@ from .features import FeatureFit, fit_features
 from .files import atomic_write
 from .layouts import LAYOUTS
 from .metrics import block_bootstrap_interval, equity_returns, periods_per_year, sharpe_moments, sharpe_ratio, summarise_equity
+from .networks import finite_logits
+from .probe import PROBES, fit_probe, probe_actions, probe_figures
 from .tiers import training_budget
 from .trainer import build_policy
 from .version import MODEL_SPECS, action_table, assert_compatibility, declared_version
-from .walk import DecisionBars, Run, Walked, decisions_of, walk_and_keep
+from .walk import DecisionBars, Run, Walked, decision_bars, decisions_of, walk_and_keep
 
 # %% ../nbs/15_backtest.ipynb #5d88dc6f
 # name -> (costs are multiplied by, bars that every order comes late)
@@ -68,13 +70,7 @@ def greedy_actions(
         else:
             some, _, state = policy.evaluate_sequences(policy.window_inputs(windows)[:, None], state, torch.as_tensor(begins[i:i + batch])[:, None])
             logits.append(some[:, 0])
-    return _most_probable(torch.cat(logits))
-
-
-def _most_probable(logits: Tensor) -> Tensor:
-    "The greedy action of each row; an answer that is no number is no decision not to trade."
-    require(bool(torch.isfinite(logits).all()), "model: answers with numbers that are not finite; it cannot be judged: train it again, or choose an earlier checkpoint")
-    return logits.argmax(1)
+    return finite_logits(torch.cat(logits), bars).argmax(1)
 
 
 def _fresh_state(policy, n: int) -> Tensor | None:
@@ -86,9 +82,9 @@ def _fresh_state(policy, n: int) -> Tensor | None:
 def _next_actions(policy, builder: BacktestObservationBuilder, bar: int, account: AccountState, state: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (n,) int64, state
     "What n accounts do at one bar, each for itself."
     windows = builder.observations(np.full(len(account.cash), bar), account).flatten(1)
-    if state is None: return _most_probable(policy(windows)[0]), None
+    if state is None: return finite_logits(policy(windows)[0], [bar] * len(windows)).argmax(1), None
     logits, _, state = policy.evaluate_step(policy.window_inputs(windows), state)
-    return _most_probable(logits), state
+    return finite_logits(logits, [bar] * len(logits)).argmax(1), state
 
 
 def _late(actions: Tensor, delay: int, stretch: np.ndarray, can_fill: np.ndarray) -> Tensor:
@@ -460,6 +456,38 @@ def run_backtest(
     "Backtest a policy over a span, after costs, beside its baselines."
     return run_backtests([dict(model=model, bars=bars, start=start, stop=stop, actions=actions, fit=fit, version=version, timeframe=timeframe, asset_class=asset_class, window=window,
                                account=account, symbol=symbol, truth=truth, others=others, random_policies=random_policies, seed=seed)])[0]
+
+# %% ../nbs/15_backtest.ipynb #cd41c659
+def training_spans(
+    content: dict,  # of a checkpoint
+    times: pd.DatetimeIndex,  # of the bars
+    before: int,  # first bar of a test
+) -> tuple[tuple[int, int], tuple[int, int]] | None:  # training and validation, as bar numbers
+    "Where a model's spans lie among some bars; None: they are not recorded, or are not all there before the test."
+    spans = (content.get("data") or {}).get("spans") or {}
+    moments = [_moment((spans.get(name) or {}).get(end)) for name in ("train", "validation") for end in ("first", "last")]
+    if any(m is None for m in moments) or moments[0] < times[0]: return None
+    first, last, begin, end = (int(times.searchsorted(m, side)) for m, side in zip(moments, ("left", "right") * 2))
+    return ((first, last), (begin, end)) if first < last <= begin < end <= before else None
+
+
+def probe_baselines(
+    market: MarketData,  # with all bars of the three spans
+    train: tuple[int, int],  # bar numbers
+    validation: tuple[int, int],
+    test: tuple[int, int],
+    account: AccountConfig,
+    kinds=tuple(PROBES),  # ridge, boosting
+    seed: int = 0,  # of the boosting's bins
+) -> tuple[dict, dict]:  # kind -> actions for `others`, kind -> figures
+    "What supervised learning makes of the same features, spans, orders and costs."
+    span = market.span(*test)
+    bars, others, figures = decision_bars(span), {}, {}
+    for kind in kinds:
+        probe = fit_probe(market, train, validation, account, kind, seed=seed)
+        others[kind], figures[kind] = probe_actions(probe, span, bars), probe_figures(probe, span, bars)
+    return others, figures
+
 
 # %% ../nbs/15_backtest.ipynb #8d797948
 _KEPT = ("metrics", "baselines", "costs", "stress", "capacity", "provenance")

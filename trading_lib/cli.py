@@ -176,10 +176,11 @@ def _with_probes(job: dict, seed: int) -> dict:  # of the kinds of probe, their 
     from trading_lib.env import market_data
     from trading_lib.features import FeatureFit
     content, left_out = job["model"], f"{job['symbol']}: ridge regression and gradient boosting are left out:"
-    spans, env = training_spans(content, job["bars"].index, job["start"]), content["config"]["env"]
+    spans = training_spans(content, job["bars"].index, job["start"])
     if spans is None:
         print(left_out, "the spans that the model was trained and chosen on are not recorded, or not among these bars")
         return {}
+    env = content["config"]["env"]
     market = market_data(job["bars"], content["model_version"], FeatureFit.from_state(content["fit"]), env["timeframe"], env["asset_class"], env["window"], job["symbol"])
     try: job["others"], figures = probe_baselines(market, *spans, (job["start"], job["stop"]), job["account"], seed=seed)
     except InputError as e:
@@ -244,7 +245,7 @@ def _backtest(arguments):
     parameters = load_parameters()
     jobs = _file_backtests(arguments, parameters) if arguments.bars else _prepared_backtests(arguments, parameters)
     if arguments.strict_version:
-        for job, _ in jobs: assert_compatibility(job["model"] if isinstance(job["model"], dict) else load_checkpoint(job["model"]), strict=True)
+        for job, _ in jobs: assert_compatibility(job["model"], strict=True)
     other = {} if arguments.costs is None else {"costs": arguments.costs}
     for job, _ in jobs:
         job |= dict(account=replace(job["account"], **other), random_policies=arguments.random_policies)
@@ -268,6 +269,7 @@ def _backtest(arguments):
 def _models(arguments):
     import time
     from trading_lib.checkpoint import load_checkpoint
+    from trading_lib.archive import simulated_bars
     from trading_lib.pipeline import artefacts, kept_models
     from trading_lib.memory import memory_text
     parameters = load_parameters()
@@ -279,7 +281,7 @@ def _models(arguments):
             content = load_checkpoint(path)
             train, judged = content["config"]["train"], (content.get("metrics") or {}).get("validation") or {}
             print(f"{path}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(path.stat().st_mtime))}  seed {train['seed']}, update {content['update']}, {content['global_step']:,} steps, "
-                  f"validation Sharpe {judged.get('sharpe', float('nan')):+.2f}, {memory_text(path.stat().st_size)}{', the pipeline’s' if path == paths.model else ''}")
+                  f"{'simulated ' * simulated_bars(symbol, content.get('data'))}validation Sharpe {judged.get('sharpe', float('nan')):+.2f}, {memory_text(path.stat().st_size)}{', the pipeline’s' if path == paths.model else ''}")
 
 
 def _trials(arguments):

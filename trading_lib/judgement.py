@@ -38,12 +38,14 @@ def better_baselines(
 
 
 def is_simulated(
-    result: BacktestResult,
+    result,  # BacktestResult, or anything else with a provenance
+    data: dict | None = None,  # where the bars come from; None: what its provenance says
 ) -> bool:
     "Whether its bars are simulated: by what is known of their source, else by the name, which no other market has."
-    source = result.provenance.get("data", {}).get("source")
-    if source == "simulated" or result.provenance.get("simulated"): return True
-    return is_simulated_name(result.symbol) and (source in (None, "files") or source.startswith("the file "))
+    p = result.provenance
+    source = (p.get("data") or {} if data is None else data).get("source")
+    if source == "simulated" or p.get("simulated"): return True
+    return is_simulated_name(p.get("symbol")) and (source in (None, "files") or source.startswith("the file "))
 
 
 def headline(

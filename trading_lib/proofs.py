@@ -34,9 +34,9 @@ from .config import AccountConfig, require
 from .env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, Obs, ObservationTable, layout_of, market_data, split_bounds
 from .features import fit_features
 from .files import atomic_write
-from .judgement import judge
+from .judgement import SIMULATED_PASS, judge
 from .lookahead import check_lookahead
-from .metrics import block_bootstrap_interval, equity_returns, sharpe_moments, summarise_equity
+from .metrics import block_bootstrap_interval, equity_returns, interval_says, interval_text, sharpe_moments, summarise_equity
 from .report import figure_bytes
 from .simulation import simulate_market
 from .tiers import COST_WARM_UP, NativePPOConfig
@@ -113,7 +113,7 @@ def prove_edge(
     result = run_backtest(trainer.best, bars, start=spans["test"][0], truth=truth)
     own, names = result.metrics, ("share_of_oracle", "total_return", "net_profit", "gross_profit", "costs", "exposure", "trades", "bars", "start", "end")
     return {name: own[name] for name in names} | {"oracle": result.baselines["oracle"], "buy_and_hold": result.baselines["buy_and_hold"],
-            "buy_and_hold_at_exposure": result.baselines["buy_and_hold_at_exposure"], "chosen_update": trainer.best["update"], "updates": trainer.updates}
+            "buy_and_hold_at_exposure": result.baselines["buy_and_hold_at_exposure"], "moving_average_cross": result.baselines["moving_average_cross"], "chosen_update": trainer.best["update"], "updates": trainer.updates}
 
 # %% ../nbs/20_proofs.ipynb #a9ed6e79
 def _gross_profit(walked: Walked, market: MarketData) -> float:
@@ -132,7 +132,7 @@ def _pooled_verdict(walks: list[tuple[Walked, MarketData]]) -> dict:
     profits = np.concatenate([w.profits for w, _ in walks])
     first = walks[0][1].timestamp[walks[0][0].bar[0]]
     figures = summarise_equity(equity, np.append(first, moments), _TIMEFRAME, _ASSET_CLASS, profits)
-    judged = judge(figures | {"moments": sharpe_moments(np.concatenate(returns))})
+    judged = judge(figures | {"moments": sharpe_moments(np.concatenate(returns))}, best=SIMULATED_PASS)
     return {"verdict": judged["verdict"], "deflated_sharpe": judged["deflated_sharpe"]} | {name: figures[name] for name in ("fitness", "profit_factor", "consistency", "max_drawdown", "total_return")}
 
 
@@ -233,21 +233,29 @@ def _interval(values, level: float, n: int = _RESAMPLES) -> list[float]:
     return list(block_bootstrap_interval(np.asarray(values), np.mean, level=level, block_length=1, n=n, seed=0))
 
 
+def _per_path(interval) -> str:
+    "Of a profit in currency, where it says anything for an account of this size."
+    return f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval_says("profit", *(bound / _INITIAL for bound in interval)) else "too wide to say anything"
+
+
 def _edge_summary(figures: list[dict]) -> tuple[dict, list[str]]:
     "Figures of the planted edge, and what is wrong."
-    returns, oracle = (np.array([f[name] for f in figures]) for name in ("total_return", "oracle"))
+    returns, oracle, cross = (np.array([f[name] for f in figures]) for name in ("total_return", "oracle", "moving_average_cross"))
     shares = [f["share_of_oracle"] for f in figures]
     known = [s for s in shares if s is not None]  # None where the oracle itself lost
     require(len(known) >= 2, f"proofs: on {len(shares) - len(known)} of {len(shares)} histories the oracle itself earned nothing; use a longer history or a larger planted edge")
-    pooled = lambda seeds: returns[seeds.astype(int)].sum() / oracle[seeds.astype(int)].sum()
-    interval = list(block_bootstrap_interval(np.arange(len(returns)), pooled, level=0.95, block_length=1, n=_RESAMPLES, seed=0))
+    def pooled(of):  # interval of a share of the oracles' profit
+        share = lambda seeds: of[seeds.astype(int)].sum() / oracle[seeds.astype(int)].sum()
+        return list(block_bootstrap_interval(np.arange(len(of)), share, level=0.95, block_length=1, n=_RESAMPLES, seed=0))
+    interval, cross_shares = pooled(returns), [None if f["share_of_oracle"] is None else float(f["moving_average_cross"] / f["oracle"]) for f in figures]
     won = {"cash": float((returns > 0).mean()), "buy_and_hold_at_exposure": float((returns > [f["buy_and_hold_at_exposure"] for f in figures]).mean())}
     failed = []
-    if not interval[0] >= BANDS["edge_share"]: failed.append(f"edge: the share of the oracles' profit has the 95 % interval {interval[0]:.1%} to {interval[1]:.1%}, expected a lower end of {BANDS['edge_share']:.0%} or more")
+    if not interval[0] >= BANDS["edge_share"]: failed.append(f"edge: the share of the oracles' profit has the 95 % interval {interval_text('share_of_oracle', *interval, '{:.1%}')}, expected a lower end of {BANDS['edge_share']:.0%} or more")
     for name, share in won.items():
         if not share >= BANDS["edge_seeds"]: failed.append(f"edge: {share:.0%} of the seeds beat {name}, expected {BANDS['edge_seeds']:.0%} or more")
     return {"seeds": len(figures), "share_of_oracle": float(returns.sum() / oracle.sum()), "interval_95": interval, "mean_of_shares": float(np.mean(known)), "mean_interval_95": _interval(known, 0.95), "median_share": float(np.median(known)),
-            "shares": shares, "seeds_that_beat": won}, failed
+            "shares": shares, "seeds_that_beat": won,
+            "moving_average_cross": {"share_of_oracle": float(cross.sum() / oracle.sum()), "interval_95": pooled(cross), "shares": cross_shares, "seeds_that_beat_it": float((returns > cross).mean())}}, failed
 
 
 def _martingale_summary(figures: list[dict]) -> tuple[dict, list[str]]:
@@ -257,9 +265,9 @@ def _martingale_summary(figures: list[dict]) -> tuple[dict, list[str]]:
     error, trades = float(np.abs(gross - costs - net).max()), float(np.concatenate([f["trades"] for f in figures]).mean())
     verdicts = [f["pooled"]["verdict"] for f in figures]
     failed = []
-    if not low <= 0 <= high: failed.append(f"martingale: the pooled gross P&L has the {BANDS['level']:.0%} interval {low:+.2f} to {high:+.2f} per path, expected one that contains 0")
+    if not low <= 0 <= high: failed.append(f"martingale: the pooled gross P&L has the {BANDS['level']:.0%} interval {_per_path(interval)} per path, expected one that contains 0")
     if not error <= BANDS["books"]: failed.append(f"martingale: net differs from gross less costs by {error:.1e} on some path, expected {BANDS['books']:.0e} at most")
-    if "APPROVED" in verdicts: failed.append(f"martingale: {verdicts.count('APPROVED')} of {len(verdicts)} models are APPROVED, expected none")
+    if SIMULATED_PASS in verdicts: failed.append(f"martingale: {verdicts.count(SIMULATED_PASS)} of {len(verdicts)} models pass every gate, expected none")
     if not trades >= BANDS["trades_per_path"]: failed.append(f"martingale: {trades:.2f} trades per path, expected {BANDS['trades_per_path']:g} or more; agents that do not trade prove nothing")
     return {"models": len(figures), "paths": len(gross), "gross_per_path": float(gross.mean()), "interval_99": interval, "interval_95": _interval(gross, 0.95), "costs_per_path": float(costs.mean()), "net_per_path": float(net.mean()),
             "largest_error": error, "trades_per_path": trades, "verdicts": {name: verdicts.count(name) for name in sorted(set(verdicts))}}, failed
@@ -272,7 +280,7 @@ def _leak_summary(figures: list[dict], honest_high: float) -> tuple[dict, list[s
     named = {kind: sorted({column for look in looked for column in look[kind]}) for kind in ("leaking", "honest")}
     by_martingale, by_lookahead = low > max(0.0, honest_high), all(look["leaking"] == [planted] and not look["honest"] for look in looked)
     failed = []
-    if not by_martingale: failed.append(f"leak: not found by the martingale: its gross P&L has the {BANDS['level']:.0%} interval {low:+.2f} to {high:+.2f} per path, expected one above 0 and above the honest {honest_high:+.2f}")
+    if not by_martingale: failed.append(f"leak: not found by the martingale: its gross P&L has the {BANDS['level']:.0%} interval {_per_path(interval)} per path, expected one above 0 and above the honest {honest_high:+.2f}")
     if not by_lookahead: failed.append(f"leak: not found by the lookahead check: it names {named['leaking']} with the leak and {named['honest']} without, expected ['{planted}'] and [] for each of {len(looked)} models")
     error = float(gross.std(ddof=1) / np.sqrt(len(gross)))
     return {"models": len(figures), "paths": len(gross), "found_by_martingale": bool(by_martingale), "found_by_lookahead": bool(by_lookahead), "gross_per_path": float(gross.mean()), "interval_99": interval, "standard_errors": float(gross.mean() / error) if error else 0.0,
@@ -374,7 +382,7 @@ def _line(result: dict) -> str:
     "One result in one line."
     f, name = result["figures"], f"{result['kind']:10} {result['seed']:02d}"
     if result["kind"] == "edge":
-        text = f"{'  none' if f['share_of_oracle'] is None else format(f['share_of_oracle'], '6.1%')} of the oracle's profit; net {f['net_profit']:+8.2f} = gross {f['gross_profit']:+8.2f} - costs {f['costs']:7.2f}; buy-and-hold at its exposure {f['buy_and_hold_at_exposure']:+.2%}"
+        text = f"{'  none' if f['share_of_oracle'] is None else format(f['share_of_oracle'], '6.1%')} of the oracle's profit, the moving-average cross {f['moving_average_cross'] / f['oracle']:6.1%}; net {f['net_profit']:+8.2f} = gross {f['gross_profit']:+8.2f} - costs {f['costs']:7.2f}; buy-and-hold at its exposure {f['buy_and_hold_at_exposure']:+.2%}"
     else:
         text = f"per path gross {np.mean(f['gross']):+7.2f}, costs {np.mean(f['costs']):6.2f}, net {np.mean(f['net']):+7.2f}; {np.mean(f['trades']):5.1f} trades; {f['pooled']['verdict']}"
         if result["kind"] == "leak": text += f"; lookahead names {', '.join(f['lookahead']['leaking']) or 'nothing'}"
@@ -384,13 +392,14 @@ def _line(result: dict) -> str:
 def _summary_lines(summary: dict) -> list[str]:
     "The summary as people read it."
     e, m, k = (summary[kind] for kind in KINDS)
+    x, share = e["moving_average_cross"], lambda interval: interval_text("share_of_oracle", *interval, "{:.1%}")
     found = lambda yes: "found" if yes else "NOT FOUND"
-    return [f"Planted edge: {e['seeds']} seeds, together {e['share_of_oracle']:.1%} of the oracles' profit (95 % interval {e['interval_95'][0]:.1%} to {e['interval_95'][1]:.1%}); "
-            f"mean of the shares {e['mean_of_shares']:.1%} ({e['mean_interval_95'][0]:.1%} to {e['mean_interval_95'][1]:.1%}), median {e['median_share']:.1%}; "
-            f"{e['seeds_that_beat']['cash']:.0%} of the seeds beat cash, {e['seeds_that_beat']['buy_and_hold_at_exposure']:.0%} buy-and-hold at their own exposure",
-            f"Martingale: {m['models']} models, {m['paths']} paths, {m['trades_per_path']:.1f} trades on each; per path gross {m['gross_per_path']:+.2f} (99 % interval {m['interval_99'][0]:+.2f} to {m['interval_99'][1]:+.2f}), "
+    return [f"Planted edge: {e['seeds']} seeds, together {e['share_of_oracle']:.1%} of the oracles' profit (95 % interval {share(e['interval_95'])}), a moving-average cross without any training {x['share_of_oracle']:.1%} ({share(x['interval_95'])}); "
+            f"mean of the shares {e['mean_of_shares']:.1%} ({share(e['mean_interval_95'])}), median {e['median_share']:.1%}; "
+            f"{e['seeds_that_beat']['cash']:.0%} of the seeds beat cash, {e['seeds_that_beat']['buy_and_hold_at_exposure']:.0%} buy-and-hold at their own exposure, {x['seeds_that_beat_it']:.0%} the cross",
+            f"Martingale: {m['models']} models, {m['paths']} paths, {m['trades_per_path']:.1f} trades on each; per path gross {m['gross_per_path']:+.2f} (99 % interval {_per_path(m['interval_99'])}), "
             f"costs {m['costs_per_path']:.2f}, net {m['net_per_path']:+.2f}; net = gross - costs to {m['largest_error']:.0e}; " + ", ".join(f"{n} {name}" for name, n in m["verdicts"].items()),
-            f"Leak: {found(k['found_by_martingale'])} by the martingale ({k['models']} models, {k['paths']} paths; gross {k['gross_per_path']:+.2f} per path, 99 % interval {k['interval_99'][0]:+.2f} to {k['interval_99'][1]:+.2f}, {k['standard_errors']:.1f} standard errors from 0), "
+            f"Leak: {found(k['found_by_martingale'])} by the martingale ({k['models']} models, {k['paths']} paths; gross {k['gross_per_path']:+.2f} per path, 99 % interval {_per_path(k['interval_99'])}, {k['standard_errors']:.1f} standard errors from 0), "
             f"{found(k['found_by_lookahead'])} by the lookahead check (names {', '.join(k['named']) or 'nothing'})",
             *(f"FAILED: {sentence}" for sentence in summary["failed"]), "All proofs hold." if summary["passed"] else "The proofs do not hold."]
 
@@ -403,9 +412,12 @@ def plot_proofs(
     of = {kind: sorted((r for r in results if r["kind"] == kind), key=lambda r: r["seed"]) for kind in KINDS}
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.25), layout="constrained")
     e, m = summary["edge"], summary["martingale"]
-    left.bar([r["seed"] for r in of["edge"]], [100 * (s or 0) for s in e["shares"]], color="#0b5394", width=0.7)
+    x, seeds = e["moving_average_cross"], np.array([r["seed"] for r in of["edge"]])
+    left.bar(seeds - 0.2, [100 * (s or 0) for s in e["shares"]], color="#0b5394", width=0.4)
+    left.bar(seeds + 0.2, [100 * (s or 0) for s in x["shares"]], color="#999999", width=0.4)
     left.axhspan(*(100 * x for x in e["interval_95"]), color="#e69138", alpha=0.3, lw=0)
-    left.axhline(100 * e["share_of_oracle"], color="#e69138", lw=1.5, label=f"together {e['share_of_oracle']:.0%}, 95 % interval {e['interval_95'][0]:.0%} to {e['interval_95'][1]:.0%}")
+    left.axhline(100 * e["share_of_oracle"], color="#e69138", lw=1.5, label=f"agents together {e['share_of_oracle']:.0%}, 95 % interval {interval_text('share_of_oracle', *e['interval_95'], '{:.0%}')}")
+    left.axhline(100 * x["share_of_oracle"], color="#666666", lw=1.5, ls="--", label=f"moving-average cross together {x['share_of_oracle']:.0%}")
     for axis in (left, right): axis.xaxis.get_major_locator().set_params(integer=True)
     left.set_xlabel("seed"); left.set_ylabel("share of the oracle's profit, %"); left.set_title("planted edge", loc="left", fontsize=10); left.legend(fontsize=8, loc="upper right")
     for r in of["martingale"] + of["leak"]:
@@ -413,7 +425,7 @@ def plot_proofs(
         place, colour, (low, high) = len(of["martingale"]) + 1 + r["seed"] if leaks else r["seed"], "#a61c00" if leaks else "#0b5394", _interval(gross, BANDS["level"], 2000)
         right.plot([place, place], [low, high], color=colour, lw=1.5)
         right.plot(place, gross.mean(), "o", ms=4, color=colour, label="with a planted leak" if leaks and r["seed"] == 0 else None)
-    right.axhspan(*m["interval_99"], color="#e69138", alpha=0.4, lw=0, label=f"all {m['paths']} paths, 99 % interval {m['interval_99'][0]:+.2f} to {m['interval_99'][1]:+.2f}")
+    right.axhspan(*m["interval_99"], color="#e69138", alpha=0.4, lw=0, label=f"all {m['paths']} paths, 99 % interval {_per_path(m['interval_99'])}")
     right.set_xlabel("model (99 % interval of each)"); right.set_ylabel("gross P&L per path"); right.set_title(f"martingale; accounts of {_INITIAL:,.0f}", loc="left", fontsize=10); right.legend(fontsize=8, loc="upper left")
     for axis in (left, right): axis.axhline(0, color="#222", lw=0.8); axis.grid(alpha=0.25)
     return figure

@@ -108,7 +108,9 @@ class Lines:
         "An update in one line."
         rate = (trainer.global_step - self._first_step) / (time.perf_counter() - self._began)
         seen = next((r for r in reversed(trainer.history) if "validation_score" in r), None)
-        validation = f" | validation return {seen['validation_return']:+.2%}, Sharpe {seen['validation_sharpe']:+.2f}, score {self.score(seen['validation_composite'])}" if seen else ""
+        table = getattr(trainer.env, "market", None)
+        simulated = table is not None and table.fingerprint.get("source") == "simulated"
+        validation = f" | {'simulated ' * simulated}validation return {seen['validation_return']:+.2%}, Sharpe {seen['validation_sharpe']:+.2f}, score {self.score(seen['validation_composite'])}" if seen else ""
         return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
                 f"explained variance {row['explained_variance']:+.2f}{validation}{self.costs(trainer)}")
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .archive import add_trials, check_ledger, ledger_path, ledger_summary, read_trials, record_trials, run_trials
+from .archive import add_trials, check_ledger, ledger_path, ledger_summary, read_trials, record_trials, run_trials, simulated_bars
 from .bars import read_bars
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import InputError, Parameters, project_root, require
@@ -266,7 +266,8 @@ def finish_training(
     trainer.folder.finished()
     every = kept_models(paths)
     size = sum(path.stat().st_size for path in paths.kept.iterdir())
-    say(f"saved {model}: the policy of update {best['update']}, validation Sharpe {best['metrics']['validation']['sharpe']:+.2f}")
+    simulated = simulated_bars(content["data"]["symbol"], content["data"])
+    say(f"saved {model}: the policy of update {best['update']}, {'simulated ' * simulated}validation Sharpe {best['metrics']['validation']['sharpe']:+.2f}")
     if model != kept: say(f"kept as {kept} too, where no later run replaces it")
     if len(every) > 1: say(f"{len(every)} models are kept in {paths.kept}, {memory_text(size)}: `trading-lib models` lists them; those that nobody needs may be deleted")
     return model

@@ -15,6 +15,7 @@ from .archive import check_ledger
 from .config import Parameters, project_root, require
 from .env import split_bounds
 from .files import atomic_write
+from .metrics import interval_says, interval_text
 from .pipeline import Artefacts, prepared_market
 from .progress import Unharmed, progress_for
 from .seeds import SeedsTrainer, mean_interval
@@ -35,7 +36,7 @@ def seeds_table(
     rows = [line("seed, best update", [name.replace("_", " ") for name in _SHOWN])]
     rows += [line(f"{seed}, {best['update']}", shown(results[name]["seeds"][k] for name in _SHOWN)) for k, (seed, best) in enumerate(zip(trainer.seeds, trainer.bests))]
     rows.append(line("mean", shown(results[name]["mean"] for name in _SHOWN)))
-    rows.append(line("95 % interval", [" to ".join(text.format(v) for v in results[name]["interval_95"].values()) for name, text in _SHOWN.items()]))
+    rows.append(line("95 % interval", [interval_text(name, *results[name]["interval_95"].values(), text, results[name]["mean"]).removesuffix(" to say anything") for name, text in _SHOWN.items()]))
     return "\n".join(rows)
 
 
@@ -49,7 +50,8 @@ def plot_seeds(
     FigureCanvasAgg(figure)
     axes, seen = figure.subplots(), np.array([[(row["timesteps"], row["validation_sharpe"]) for row in history if "validation_sharpe" in row] for history in trainer.histories])
     steps, sharpe = seen[0, :, 0] / 1e6, seen[:, :, 1]
-    low, high = np.array([mean_interval(column) for column in sharpe.T]).T
+    # a band that says nothing is not drawn
+    low, high = np.array([bounds if interval_says("sharpe", *bounds) else (np.nan, np.nan) for bounds in map(mean_interval, sharpe.T)]).T
     for k, row in enumerate(sharpe): axes.plot(steps, row, color="0.75", linewidth=1, label="a seed" if k == 0 else None)
     axes.plot(steps, sharpe.mean(0), color="tab:blue", label=f"mean of {len(sharpe)}")
     axes.fill_between(steps, low, high, color="tab:blue", alpha=0.2, label="95 % interval of the mean")
