@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rollout_shape', 'make_trainer', 'training_trials', 'record_training', 'enter_trials', 'resume', 'run_until_stopped',
-           'finish_training', 'train_symbol']
+           'finish_training', 'train_symbol', 'train_fold']
 
 # %% ../nbs/20_training.ipynb #9448dce3
 import glob
@@ -337,3 +337,18 @@ def _finish(trainer: NativePPOTrainer, symbol: str, paths: Artefacts, command: s
     except OSError as e:
         path = _save_state(trainer, content, command)
         raise InputError(f"{e}; the run is complete, and its state saved as {path}: free some space, then {_how_to_go_on(trainer, symbol, path)} writes the model") from None
+
+
+def train_fold(
+    parameters: Parameters,
+    market: MarketData,  # fitted on the fold's training span
+    fold,  # of a walk-forward, with `number`, `train` and `validation`
+) -> dict:  # content of its best checkpoint
+    "Train one fold and enter its trials; a signal ends it after the present update, and with it the walk-forward."
+    check_ledger(project_root(), market.symbol)
+    trainer = make_trainer(parameters, market, fold.train, fold.validation)
+    try:
+        with StopRequest(trainer.progress.say) as stop: trainer.train(stop=lambda: stop.requested)
+    finally: enter_trials(trainer)  # an interrupted run has looked at checkpoints too
+    require(not stop.requested, f"walk_forward: was stopped in fold {fold.number}, after update {trainer.update} of {trainer.updates}; folds that are complete are kept, run it again for the rest")
+    return trainer.best
