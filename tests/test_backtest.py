@@ -636,3 +636,12 @@ def test_a_model_that_holds_weights_and_nothing_else_is_backtested(version, n_ac
     assert len(result.equity) and result.equity.equals(same.equity) and result.metrics["orders"] == same.metrics["orders"] > 0
     with pytest.raises(InputError, match="timeframe is missing"): run_backtest(tmp_path / "old.pt", bars, start=4000)
     with pytest.raises(InputError, match="fit is missing"): run_backtest(tmp_path / "old.pt", bars, timeframe="15Min", asset_class="crypto")
+
+
+@pytest.mark.parametrize("version", ["5.6.0", "2.7.0"])  # all bars at once, or one after another
+def test_an_answer_that_is_not_finite_names_its_bar(version):
+    bars = simulate_bars("SIM-USD", "15Min", "2023-01-01", "2023-02-10", seed=1, asset_class="crypto")
+    policy = NativeActorCritic(100 * MODEL_SPECS[version].n_features, MODEL_SPECS[version].n_actions, (8,))
+    with torch.no_grad(): policy.actor_head.bias[2] = math.nan
+    with pytest.raises(InputError, match="model: logits are not finite at bar 3000, in "):
+        run_backtest(policy, bars, start=3000, stop=3100, version=version, window=100, timeframe="15Min", asset_class="crypto", fit=fit_features(bars[:3000], version, "15Min", "crypto"))

@@ -435,6 +435,7 @@ LIES = {
     "negative scale": (fitted(scale=first([1.0] * 58, -1.0)), r"\['scale'\]: expected numbers from 1e-15.*such as \[-1.0\]"), "scale 0": (fitted(scale=first([1.0] * 58, 0.0)), "scale"), "scale 1e300": (fitted(scale=first([1.0] * 58, 1e300)), r"\[1e\+300\]"),
     "shift of a googol": (fitted(shift=first([0.0] * 58, 10**400)), "shift"), "words": (fitted(shift=["much"] * 58), "expected numbers"), "one number": (fitted(scale=1.0), "expected a list"), "another kind": (fitted(chains=[1.0]), "expected a table"),
     "NaN means": (fitted(means=[[float("nan"), 0.0, 1.0]] * 4), r"\['chains'\]\['means'\]\[0\]\[0\] holds NaN"), "negative variance": (fitted(variances=[[-0.1, 0.2, 0.3]] * 4), "variances.*above 0"),
+    "a variance that is next to none": (fitted(variances=[[1e-320, 0.2, 0.3]] * 4), "variances"), "chains of nothing": (fitted() | {"chains": {}}, "expected a table of means"), "a list": ([1.0, 2.0], "expected a table of fitted features"),
     "no variance": (fitted(variances=[[0.0, 0.2, 0.3]] * 4), "variances"), "probability of -1": (fitted(transitions=[[[-1.0, 1.0, 1.0]] * 3] * 4), "transitions.*adds up to 1"), "rows of 2": (fitted(transitions=[[[1.0, 1.0, 0.0]] * 3] * 4), "transitions"),
 }
 
@@ -479,13 +480,13 @@ STRANGE = {
     "3,000 deep": (lambda: small(config={"a": nested(3000)}), "nested more than 100 deep"), "names 3,000 deep": (lambda: small(config=nested(3000)), "nested more than 100 deep"),
     "claims 60,000 squared": (lambda: claims_much(small()), "claims 14,400,000,000 bytes"), "without numbers": (lambda: small(odd=torch.empty(60_000, 60_000, device="meta")), "without numbers"),
     "quantised": (lambda: small(odd=torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)), ""), "sparse": (lambda: small(odd=torch.eye(3).to_sparse()), ""),
-    "sparse rows": (lambda: small(odd=torch.eye(3).to_sparse_csr()), ""), "complex": (lambda: small(odd=torch.ones(3, dtype=torch.complex64)), "complex"),
+    "sparse rows": (lambda: small(odd=torch.eye(3).to_sparse_csr()), ""), "ragged": (lambda: small(odd=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])), "without numbers"), "complex": (lambda: small(odd=torch.ones(3, dtype=torch.complex64)), "complex"),
     "escapes in a value": (lambda: small(symbol="\x1b[31mTSLA\x1b[0m"), r"'\x1b[31mTSLA\x1b[0m'"), "escapes in a name": (lambda: small(**{"\x1b]0;hello\x07": 1}), "terminal would obey"),
     "escapes below": (lambda: small(config={"train": {"tier": "\x9b2J"}}), r"content['config']['train']['tier']"), "a name that is none": (lambda: small(config={(1, 2): 3}), "a name that is a tuple")}
 
 
 @pytest.mark.parametrize("name", STRANGE)
-@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning", "ignore:.*quantize:DeprecationWarning", "ignore:.*quantize:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning", "ignore:.*quantize:DeprecationWarning", "ignore:.*quantize:UserWarning", "ignore:The PyTorch API of nested:UserWarning")
 def test_strange_contents_get_one_printable_line(tmp_path, name):
     make, words = STRANGE[name]
     message = refused(tmp_path / "model.pt", signed_file(make()))

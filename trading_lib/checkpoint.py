@@ -55,7 +55,7 @@ def _check_text(text: str, of, path: tuple):
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     "Real numbers, all of them there, in an order that strides can say: not sparse, quantised, complex, or without numbers."
-    strange = tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.device.type == "meta"
+    strange = tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_nested or tensor.device.type == "meta"
     return not strange and not tensor.is_conj() and not tensor.is_neg()
 
 
@@ -89,7 +89,7 @@ _FITTED = {
     "shift": (lambda x: np.abs(x) <= _LARGEST, f"at most {_LARGEST:g} either way"),
     "scale": (lambda x: (x >= 1 / _LARGEST) & (x <= _LARGEST), f"from {1 / _LARGEST:g} to {_LARGEST:g}"),
     "means": (lambda x: np.abs(x) <= _LARGEST, f"at most {_LARGEST:g} either way"),
-    "variances": (lambda x: (x > 0) & (x <= _LARGEST), f"above 0, at most {_LARGEST:g}"),
+    "variances": (lambda x: (x >= 1 / _LARGEST) & (x <= _LARGEST), f"above 0, from {1 / _LARGEST:g} to {_LARGEST:g}"),
     "transitions": (lambda x: (x >= 0) & (np.abs(x.sum(-1, keepdims=True) - 1) < 1e-6), "probabilities of which each row adds up to 1"),
 }
 _WEIGHTS = ("policy_state_dict", "folded_sums", "optimizer_state_dict", "scaler_state_dict", "config", "fit")  # of which every number is finite
@@ -105,7 +105,8 @@ def _figures(value, at: tuple):
 def _check_fit(fit: dict, path: Path):
     "What the features were fitted to could have come from bars."
     chains = fit.get("chains")
-    require(chains is None or isinstance(chains, dict), f"{path}: {_where(('fit', 'chains'))}: expected a table of means, variances and transitions, was {type(chains).__name__}; refused")
+    names = set(_FITTED) - {"shift", "scale"}
+    require(chains is None or isinstance(chains, dict) and set(chains) == names, f"{path}: {_where(('fit', 'chains'))}: expected a table of {', '.join(sorted(names))}; refused")
     for name, values in {**fit, **(chains if isinstance(chains, dict) else {})}.items():
         if name not in _FITTED: continue
         fits, expected = _FITTED[name]
@@ -124,7 +125,8 @@ def _check_numbers(content: dict, path: Path):
             whole = math.isfinite(value) if isinstance(value, float) else bool(torch.isfinite(value).all())
             require(whole, f"{path}: {_where(at)} holds NaN or infinity; the model is damaged: use an older checkpoint or train anew")
     fit, state = content.get("fit"), content.get("policy_state_dict")
-    if not isinstance(fit, dict): return
+    require(fit is None or isinstance(fit, dict), f"{path}: {_where(('fit',))}: expected a table of fitted features, was {type(fit).__name__}; refused")
+    if fit is None: return
     _check_fit(fit, path)
     for name, buffer in (("shift", "input_shift"), ("scale", "input_scale")):
         own = state.get(buffer) if isinstance(state, dict) else None
