@@ -191,6 +191,20 @@ def test_exported_code_and_clean_notebooks_are_what_the_tools_write(tmp_path):
         assert [name for name in here.keys() | made.keys() if here.get(name) != made.get(name)] == [], f"run nbdev_export and nbdev_clean: {folder} differs"
 
 
+def names_made_twice(tree: ast.Module) -> set[str]:
+    "Names that a module gives to two things, so that the second takes the place of the first."
+    made = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    for node in tree.body:
+        if isinstance(node, ast.Assign): made += [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+    return {name for name in made if made.count(name) > 1}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_name_means_one_thing_in_a_module(name):
+    assert names_made_twice(ast.parse("a = 1\ndef b(): pass\na, c = 2, 3")) == {"a"}
+    assert names_made_twice(MODULES[name]) == set()
+
+
 @pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
 def test_notebooks_are_saved_without_results(path):
     for cell in cells(path):

@@ -28,7 +28,7 @@ from .layouts import LAYOUTS
 from .version import MODEL_SPECS, action_table
 
 # %% ../nbs/09_env.ipynb #dd75237f
-_LARGEST = 480_000_000  # bytes of times, eight for each bar: more than a hundred years of minutes
+_MOST_TIMES = 480_000_000  # bytes of times, eight for each bar: more than a hundred years of minutes
 _KINDS = {"timestamp": np.int64, "segment": np.int64, "features": np.float32, "can_decide": np.bool_, "can_fill": np.bool_}  # of the stored arrays; the others are float64
 
 
@@ -85,7 +85,7 @@ class MarketData:
         try:
             with zipfile.ZipFile(path) as archive: sizes = {i.filename: i.file_size for i in archive.infolist()}
             bars = sizes["timestamp.npy"]  # eight bytes each
-            require(bars <= _LARGEST and sum(sizes.values()) <= 64 * bars + sizes["meta.npy"] and sizes["meta.npy"] <= _LARGEST, f"{path}: unpacks to more than its bars need")
+            require(bars <= _MOST_TIMES and sum(sizes.values()) <= 64 * bars + sizes["meta.npy"] and sizes["meta.npy"] <= _MOST_TIMES, "unpacks to more than its bars need")
             with np.load(path, allow_pickle=False) as file: arrays = {name: file[name] for name in file.files}
             market = cls(**json.loads(arrays.pop("meta").tobytes()), **arrays)
             market._check()
