@@ -648,6 +648,11 @@ def test_history_is_a_table_for_people():
     assert len({len(line) for line in body[:1]} | {len(rule)}) == 2 and all(len(line) <= len(rule) for line in [head, *body])
 
 
+def test_a_run_on_a_simulated_market_says_so_in_the_history():
+    rows = [run(data=DATA | {"source": source}, verdict=verdict) for source in ("simulated", "alpaca") for verdict in ("REVIEW", "SIMULATED PASS")]
+    assert [("(simulated)" in line) for line in A.format_history(rows).splitlines()[2:]] == [True, True, False, False]
+
+
 def write_runs(path, number):
     for i in range(25): A.record_run(path, run(model_sha256=f"{number}-{i}"))
 

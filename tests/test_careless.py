@@ -154,6 +154,7 @@ def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):
     assert status == 2 and "the verdict is REVIEW" in line and not (project / "deploy.zip").exists()
     assert command(project, "deploy", "SIM-USD", "--anyway", "--out", str(project / "deploy.zip")) == (0, "")
     deployed = load_deploy_zip(project / "deploy.zip")
+    assert "# SIM-USD, 15Min simulated bars: REVIEW" in deployed["files"]["README.md"].decode() and "- market: SIMULATED" in deployed["files"]["README.md"].decode()
     assert deployed["manifest"]["verdict"] == {"verdict": "REVIEW", "failed": said["failed"]} and "fitness 0.61, APPROVED needs >= 0.7" in deployed["files"]["README.md"].decode()
 
 

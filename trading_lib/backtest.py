@@ -309,7 +309,7 @@ def _simulated(s: _Subject) -> bool | None:
 def _chosen(content: dict) -> dict:
     "Among what a model was chosen, as far as it says so itself."
     data, seen = content.get("data"), content.get("validations")
-    return {"symbol": data.get("symbol") if isinstance(data, dict) else None, "validations": len(seen) if isinstance(seen, list) else 0}
+    return {"symbol": data.get("symbol") if isinstance(data, dict) else None, "validations": max(len(seen) if isinstance(seen, list) else 0, (content.get("run") or {}).get("validations") or 0)}
 
 
 _RESAMPLES = 500  # of the bootstrap; enough for two digits of a 95 % interval
