@@ -1,6 +1,7 @@
 """The vectorised account against a slow one in plain floats, and the rules of orders, costs and stops one by one."""
 import math
 from dataclasses import fields, replace
+from decimal import Decimal
 
 import numpy as np
 import pytest
@@ -65,11 +66,16 @@ def random_actions(seed, steps, n):
 # against the slow account
 
 
-def compare_with_scalar(config, asset_class, seed, steps, n, root=torch_root):
+# nearly all at once, and so little that many orders are below the minimum or without funds
+ALL_IN = dict(safety_buffer_pct=0.0, base_alloc=1.0, max_position_pct=1.0)
+POOR = {"crypto": ALL_IN | dict(initial_account_value=35.0, size_decimals=4), "equity": ALL_IN | dict(initial_account_value=60.0, minimum_order=12.0)}
+
+
+def compare_with_scalar(config, asset_class, seed, steps, n, root=torch_root, rare=()):
     "Both accounts side by side through random steps: the largest difference of any variable, and how often each thing happened. Every fill must agree."
     state, rules = start(config, asset_class, n)
     slow, path, actions = [ScalarAccount.of(config, asset_class, root) for _ in range(n)], random_path(seed, steps, n), random_actions(seed + 1, steps, n)
-    worst, seen = 0.0, dict.fromkeys(("buys", "sales", "shorts", "covers", "capped", "stops", "targets", "gaps", "closed", "refused", "order and exit", "no volume"), 0)
+    worst, seen = 0.0, dict.fromkeys(("buys", "sales", "shorts", "covers", "capped", "stops", "targets", "gaps", "closed", "refused", "order and exit", "no volume", "gap and order", "three fills"), 0)
     for t in range(steps):
         rows, choices = list(zip(*(values_at[t].tolist() for values_at in path))), [CHOICES[a] for a in actions[t]]
         held, equity = state.quantity.tolist(), state.equity.tolist()
@@ -78,13 +84,13 @@ def compare_with_scalar(config, asset_class, seed, steps, n, root=torch_root):
         worst = max(worst, float(np.abs(values(state) - np.array([account.state for account in slow])).max()))
         assert root is not torch_root or worst == 0, (t, [STATE[j] for j in np.flatnonzero((values(state) != np.array([account.state for account in slow])).any(0))])
         assert fills.quantity.tolist() == [units for units, _ in filled] and (worst > 0 or fills.exit_price.tolist() == [price or 0.0 for _, price in filled])
-        for h, e, (side, size, is_close), (_, open_, *_, volume, can_fill), (units, price), stopped in zip(held, equity, choices, rows, filled, fills.stopped.tolist()):
+        for h, e, (side, size, is_close), (_, open_, *_, volume, can_fill), (units, price), stopped, gapped in zip(held, equity, choices, rows, filled, fills.stopped.tolist(), fills.gap_quantity.tolist()):
             sizing = units != 0 and not is_close
             for name, happened in {"buys": sizing and h >= 0 < side, "sales": sizing and h > 0 > side, "shorts": sizing and h <= 0 > side, "covers": sizing and h < 0 < side,
                                    "capped": sizing and h * side > 0 and abs(units) * open_ < 0.8 * e * rules.full_order * size, "stops": stopped, "targets": price and not stopped,
-                                   "gaps": price == open_, "closed": is_close and units, "refused": side and not units and can_fill, "order and exit": units and price, "no volume": units and not volume}.items():
+                                   "gaps": gapped, "gap and order": gapped and units, "three fills": gapped and price != open_, "closed": is_close and units, "refused": side and not units and can_fill, "order and exit": units and price, "no volume": units and not volume}.items():
                 seen[name] += bool(happened)
-    never = {name for name, times in seen.items() if times < 5} - ({"shorts", "covers"} if asset_class == "crypto" else set())
+    never = {name for name, times in seen.items() if times < 5} - ({"shorts", "covers"} if asset_class == "crypto" else set()) - set(rare)
     assert not never, f"the random steps never show {never}: {seen}"
     return worst
 
@@ -93,6 +99,12 @@ def compare_with_scalar(config, asset_class, seed, steps, n, root=torch_root):
 def test_every_variable_equals_the_slow_account_to_the_last_bit(asset_class):
     "15,000 random steps per asset class: broker's costs, gaps, stops, targets, empty markets, and bars at which nothing can be filled."
     assert compare_with_scalar(BROKER[asset_class], asset_class, 1, 300, 50) == 0
+
+
+@pytest.mark.parametrize("asset_class", ["crypto", "equity"])
+def test_a_poor_account_equals_the_slow_one_as_well(asset_class):
+    "Where the broker refuses much: minimum, funds, a coarse grid, opposite orders that are raised to the smallest."
+    assert compare_with_scalar(replace(BROKER[asset_class], **POOR[asset_class]), asset_class, 21, 200, 40, rare=("capped",)) == 0
 
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
@@ -324,6 +336,116 @@ def test_where_no_order_can_fill_none_is_placed():
     assert bool(fills.stopped) and float(fills.exit_price) == 95
 
 
+# what the broker takes
+
+
+@pytest.mark.parametrize("asset_class,least", [("crypto", 10), ("equity", 1)])
+def test_an_order_below_the_minimum_is_not_placed(asset_class, least):
+    "A hundredth below it nothing happens at all, at it the order fills; a minimum of one's own wins."
+    config = AccountConfig(costs="broker", safety_buffer_pct=0.0, base_alloc=1.0, max_position_pct=1.0, initial_account_value=4.0 * least)
+    for open_, fills in ((100.0, True), (100.01, True), (400.0, True)):
+        state, rules = start(config, asset_class)
+        after, happened = do(state, BUY_25, bar_of(100.0, open_), rules)
+        # the order is money: at another open it is as much, but for what the grid takes away
+        assert (float(happened.quantity) * open_ == pytest.approx(least, abs=1e-6)) or float(happened.quantity) == 0
+    for value, placed in ((least - 0.01, False), (least + 0.01, True)):
+        state, rules = start(replace(config, initial_account_value=4.0 * value), asset_class)
+        after, happened = do(state, BUY_25, bar_of(100.0), rules)
+        assert (float(happened.quantity) > 0) == placed == (float(after.cash) < 4 * value) and (float(happened.costs) > 0) == placed
+        state, rules = start(replace(config, initial_account_value=4.0 * value, minimum_order=0.5), asset_class)
+        assert float(do(state, BUY_25, bar_of(100.0), rules)[1].quantity) > 0
+    with pytest.raises(InputError, match=f"the broker takes no {asset_class} order below {least}; raise"): account_rules(replace(config, initial_account_value=0.9 * least), asset_class)
+
+
+def test_small_positions_can_always_be_left():
+    "A remainder below the minimum: CLOSE sells it, an opposite order too; a sale below the minimum becomes the smallest sale there is."
+    rules = account_rules(replace(NO_EXITS, initial_account_value=200.0), "crypto")
+    held, fills = do(AccountState.initial(rules), BUY_75, bar_of(100.0), rules)
+    assert float(fills.quantity) == 0.1575 and float(do(held, SELL_25, bar_of(100.0), rules)[1].quantity) == -0.1, "5.25 would be refused, 10 is sold"
+    rest, _ = do(held, SELL_25, bar_of(100.0), rules)
+    for action in (CLOSE, SELL_25, SELL_75):
+        after, fills = do(rest, action, bar_of(100.0), rules)
+        assert float(after.quantity) == 0 and float(fills.quantity) == -0.0575 and bool(fills.trade_closed)
+    for n_actions in (3, 7):  # versions without CLOSE, an account that has lost nearly everything
+        held, _ = do(AccountState.initial(rules), (1, 0.75, False), bar_of(100.0), rules)
+        poor = replace(held, cash=held.cash - 180.0, equity=held.equity - 180.0)
+        after, _ = do(poor, (-1, 0.5 if n_actions == 3 else 0.25, False), bar_of(50.0), rules)
+        assert float(after.quantity) == 0
+
+
+@pytest.mark.parametrize("size", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("shares,price", [(1, 70.0), (2, 35.0), (7, 11.0), (3, 25.0)])
+def test_a_short_can_always_be_closed(shares, price, size):
+    "Sold in whole shares, then the share becomes dear: orders of any size cover at least one a time, until none is left, and never one too many."
+    state, rules = start(NO_EXITS, "equity")
+    state, fills = do(state, SELL_75, bar_of(price), rules)
+    assert float(fills.quantity) == -shares
+    covered = []
+    while float(state.quantity) and len(covered) < 20:
+        state, fills = do(state, (1, size, False), bar_of(3 * price), rules)
+        covered.append(float(fills.quantity))
+    assert sum(covered) == shares and float(state.quantity) == 0 and all(c >= 1 and c == round(c) for c in covered) and int(state.trades) == 1
+
+
+@pytest.mark.parametrize("asset_class,decimals", [("crypto", None), ("equity", None), ("crypto", 4), ("equity", 0)])
+def test_every_order_and_every_position_is_on_the_grid(asset_class, decimals):
+    "Random steps: quantities have at most nine decimals, or as many as the asset takes; shorts are whole shares."
+    config = replace(BROKER[asset_class], size_decimals=decimals, max_position_pct=0.9)
+    n, steps = 300, 120
+    state, rules = start(config, asset_class, n)
+    path, actions, grid, orders = random_path(31, steps, n, 0.004), random_actions(32, steps, n), 9 if decimals is None else decimals, 0
+    for t in range(steps):
+        state, fills = do(state, [CHOICES[a] for a in actions[t]], NextBar(*map(tensor, (values_at[t] for values_at in path[:7])), torch.as_tensor(path[7][t])), rules)
+        for quantity in (fills.quantity, state.quantity):
+            assert np.array_equal(quantity.numpy(), [round(q, grid) for q in quantity.tolist()]) and np.array_equal(state.quantity[state.quantity < 0].numpy() % 1, 0 * state.quantity[state.quantity < 0].numpy())
+        orders += int((fills.quantity != 0).sum())
+    assert orders > 5000
+
+
+def test_the_fee_for_buying_crypto_is_taken_in_kind():
+    "A purchase of 1.0 leaves 0.9975, and the money is that of the whole; the fee for selling it is money. Worked out with decimal fractions; equities pay money both ways."
+    config = replace(NO_EXITS, commission_bps=25.0, safety_buffer_pct=0.0, base_alloc=0.4, max_position_pct=0.9)
+    state, rules = start(config, "crypto")
+    held, fills = do(state, (1, 0.25, False), bar_of(100.0), rules)
+    assert float(fills.quantity) == 1.0 and float(held.quantity) == 0.9975 and float(held.cash) == 900.0 and float(held.equity) == 999.75 and float(held.commission) == 0.25 == float(fills.costs)
+    assert float(held.average_entry) == 100.0 and float(held.traded_value) == 100.0
+    sold, fills = do(held, CLOSE, bar_of(100.0, 120.0), rules)
+    proceeds = Decimal("0.9975") * 120 * (1 - Decimal("0.0025"))
+    assert float(fills.quantity) == -0.9975 and float(sold.cash) == pytest.approx(float(900 + proceeds), abs=1e-12) and float(fills.trade_profit) == pytest.approx(float(proceeds - 100), abs=1e-12)
+    held, _ = do(start(config, "equity")[0], (1, 0.25, False), bar_of(100.0), account_rules(config, "equity"))
+    assert float(held.quantity) == 1.0 and float(held.cash) == 899.75
+    free, fills = do(state, (1, 0.25, False), bar_of(100.0), rules.with_costs(0.0))
+    assert float(free.quantity) == 1.0 and float(fills.costs) == 0
+
+
+@pytest.mark.parametrize("asset_class", ["crypto", "equity"])
+def test_nobody_buys_with_money_that_is_not_there(asset_class):
+    "All in, with costs: the last purchase is refused, and cash never falls below nothing, whatever the next open is; a long position never costs more than there is."
+    config = replace(BROKER[asset_class], safety_buffer_pct=0.0, base_alloc=1.0, max_position_pct=1.0, stop_pct=0.0, target_pct=0.0, allow_short=None if asset_class == "crypto" else False)
+    state, rules = start(config, asset_class)
+    first, fills = do(state, BUY_75, bar_of(10.0), rules)
+    assert float(fills.quantity) == 75
+    second, fills = do(first, BUY_75, bar_of(10.0), rules)
+    assert float(fills.quantity) == 0 and float(second.cash) == float(first.cash) > 240, "250 less the costs does not pay 250"
+    third, fills = do(first, BUY_75, bar_of(10.5), replace(rules, max_position=0.95))
+    assert float(fills.quantity) > 0 and float(third.cash) > 0
+    n, steps = 300, 150
+    state, path, actions = AccountState.initial(rules, n), random_path(41, steps, n), random_actions(42, steps, n)
+    for t in range(steps):
+        state, _ = do(state, [CHOICES[a] for a in actions[t]], NextBar(*map(tensor, (values_at[t] for values_at in path[:7])), torch.as_tensor(path[7][t])), rules)
+        assert float(state.cash.min()) >= 0, t
+
+
+def test_a_short_needs_as_much_as_it_is_worth():
+    "Shares are counted at the decision: where they open twice as dear, 80 % of an account of 1,000 would be short 1,600, and nothing is sold."
+    config = replace(NO_EXITS, safety_buffer_pct=0.0, base_alloc=1.0, max_position_pct=0.8)
+    state, rules = start(config, "equity")
+    assert float(do(state, SELL_75, bar_of(10.0, 20.0), rules)[1].quantity) == 0 and float(do(state, SELL_75, bar_of(10.0, 13.0), rules)[1].quantity) == -75
+    short, _ = do(state, SELL_75, bar_of(10.0), rules)  # 750 short; 250 are free
+    assert float(do(short, SELL_75, bar_of(10.0), rules)[1].quantity) == -5, "the cap leaves 50" 
+    assert float(do(short, SELL_75, bar_of(10.0, 12.0), rules)[1].quantity) == 0, "at 12 it is 900 short of 850"
+
+
 # stops and targets
 
 
@@ -342,6 +464,43 @@ def test_stop_and_target(side, open_, high, low, last, exit_price, kind):
     expected = 10_000 + float(held.quantity) * ((exit_price or last) - 100)
     assert float(after.equity) == pytest.approx(expected, abs=1e-9) and (float(after.quantity) == 0) == (kind is not None)
     assert int(after.trades) == (kind is not None) and int(after.wins) == (kind == "target")
+
+
+LONG_LEAVES, SHORT_LEAVES = {"HOLD": 0, "BUY": 1, "SELL": 0, "CLOSE": 0}, {"HOLD": 0, "BUY": 0, "SELL": -1, "CLOSE": 0}
+
+
+@pytest.mark.parametrize("order", ["HOLD", "BUY", "SELL", "CLOSE"])
+@pytest.mark.parametrize("side,open_,stopped", [("long", 97.0, True), ("long", 98.0, True), ("long", 106.0, False), ("short", 103.0, True), ("short", 95.0, False), ("short", 96.0, False)])
+def test_what_the_open_has_passed_leaves_first(side, open_, stopped, order):
+    "Entered at 100, whatever is ordered: all of it leaves at the open. An order in its direction is a new trade with its own entry; an opposite one, or CLOSE, finds nothing left."
+    state, rules = start(replace(FREE, initial_account_value=10_000.0), "equity")
+    held, _ = do(state, BUY_75 if side == "long" else SELL_75, bar_of(100.0), rules)
+    action = {"HOLD": HOLD, "BUY": BUY_75, "SELL": SELL_75, "CLOSE": CLOSE}[order]
+    after, fills = do(held, action, bar_of(100.0, open_), rules)
+    sign = 1 if side == "long" else -1
+    assert (bool(fills.stopped), bool(fills.targeted), bool(fills.gap_stopped)) == (stopped, not stopped, stopped)
+    assert float(fills.gap_quantity) == float(fills.exit_quantity) == -float(held.quantity) and float(fills.exit_price) == open_
+    profit = sign * abs(float(held.quantity)) * (open_ - 100)
+    assert float(fills.gap_profit) == float(fills.trade_profit) == pytest.approx(profit, abs=1e-9) and float(after.equity) == pytest.approx(10_000 + profit, abs=1e-9)
+    reopens = (LONG_LEAVES if side == "long" else SHORT_LEAVES)[order]
+    units = math.floor(787.5 / open_ * 1e9) / 1e9 if side == "long" else math.floor(787.5 / 100)
+    assert float(after.quantity) == float(fills.quantity) == reopens * units and float(after.average_entry) == abs(reopens) * open_ and float(after.bars_held) == abs(reopens)
+    assert int(after.trades) == 1 and int(after.wins) == (not stopped) and float(after.trade_cash) == pytest.approx(-reopens * units * open_, abs=1e-9)
+
+
+def test_three_fills_in_one_bar():
+    "Stopped at the open, bought again, stopped again: two trades, each with its own profit, and every fill pays."
+    state, rules = start(BROKER["crypto"], "crypto")
+    rules = replace(rules, impact=0.0)
+    held, _ = do(state, BUY_50, bar_of(100.0), rules)
+    equity = float(held.equity)
+    after, fills = do(held, BUY_50, bar_of(100.0, 97.0, 97.5, 94.0, 95.0), rules)
+    bought = math.floor(equity * 0.0525 / 97 * 1e9) / 1e9
+    first, second = 0.525 * 0.9975 * 97 * (1 - 27e-4) - 52.5 * (1 + 2e-4), bought * 0.9975 * 97 * 0.98 * (1 - 27e-4) - bought * 97 * (1 + 2e-4)
+    assert float(fills.gap_profit) == pytest.approx(first, abs=1e-6) and float(fills.trade_profit) == pytest.approx(first + second, abs=1e-6)
+    assert (int(after.trades), int(after.wins), float(after.quantity), float(after.bars_held)) == (2, 0, 0, 0) and float(after.equity) == pytest.approx(1000 + first + second, abs=1e-6)
+    assert float(fills.exit_price) == pytest.approx(97 * 0.98, abs=1e-12) and float(fills.traded_value) == pytest.approx(0.525 * 0.9975 * 97 + bought * 97 * (1 + 0.9975 * 0.98), abs=1e-5)
+    assert 0 < float(fills.gap_costs) < float(fills.costs) and float(fills.gap_costs) == pytest.approx(0.525 * 0.9975 * 97 * 27e-4, abs=1e-6)
 
 
 def test_an_order_in_the_bar_of_its_own_stop_loses_both_ways():

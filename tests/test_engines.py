@@ -1,8 +1,9 @@
 """Another engine keeps the books of our backtests: vectorbt is given the same orders, and must have the same equity to the cent at every close; or decides by itself where stops and targets take a position out.
 
-Each bar becomes several rows of the engine's, so that what happens in it has an order there too: first the order at the open, then stop or target inside the bar, then the close. The engine
-keeps cash, position, fees and trades by itself. Costs are not taken from our result either: commission, spread and slippage are a percentage, as the `broker` preset is documented, and the
-impact of each order is worked out here, with pandas. Where the data break off, our backtest sells at the last close before; the engine is told to be flat there. In crypto a bar opens where
+Each bar becomes several rows of the engine's, so that what happens in it has an order there too: first what stop or target sell at the open, then the order at the open, then stop or target inside the
+bar, then the close. The engine keeps cash, position, fees and trades by itself. Costs are not taken from our result either: commission, spread and slippage are percentages, as the `broker` preset is
+documented, and the impact of each order is worked out here, with pandas. The engine knows no fee in kind. Of a purchase of crypto it is told the units that arrive, and the price of those that the broker
+keeps as a fee in cash: that is the same money and the same units. Where the data break off, our backtest sells at the last close before; the engine is told to be flat there. In crypto a bar opens where
 the last one closed, so gaps through a level are looked for in equities. Run with -s for the tables."""
 import functools
 from types import SimpleNamespace
@@ -23,7 +24,8 @@ from trading_lib.walk import Run, decision_bars, walk
 vectorbt = pytest.importorskip("vectorbt", reason="vectorbt, of the test extras, is not installed")
 
 CENT, INITIAL, VERSION = 0.005, 100_000.0, "5.6.0"
-FEES = {"crypto": (25 + 1 + 1) * 1e-4, "equity": (0 + 1 + 1) * 1e-4}  # commission, half spread, slippage of the broker preset
+COMMISSION, AROUND = {"crypto": 25e-4, "equity": 0.0}, (1 + 1) * 1e-4  # of the broker preset; half spread and slippage
+FEES = {name: commission + AROUND for name, commission in COMMISSION.items()}
 BARS_A_DAY = {"crypto": 96, "equity": 26}
 HOLD, BUY_75, CLOSE = 0, 3, 7
 # odd distances: no level falls on a price, where the last bit would decide
@@ -69,30 +71,42 @@ def table_of(result, bars) -> pd.DataFrame:
     "Our backtest bar by bar: what was ordered at its open, what left inside, what was settled at its close."
     rows = bars.loc[result.equity.index].copy()
     fills = result.actions.set_index(bars.index[bars.index.get_indexer(result.actions["timestamp"]) + 1])
-    for name in ("action", "quantity", "exit_quantity", "exit_price"): rows[name] = fills[name].reindex(rows.index)
-    rows[["quantity", "exit_quantity", "exit_price"]] = rows[["quantity", "exit_quantity", "exit_price"]].fillna(0.0)
-    settled = result.trades.loc[result.trades["exit"] == "gap in the data", "exit_time"]
-    rows["settled"] = rows.index.isin(settled)
-    held, average = np.zeros((2, len(rows)))  # after the order, before any exit
+    for name in ("action", "quantity", "exit_quantity", "exit_price", "gap_quantity"): rows[name] = fills[name].reindex(rows.index)
+    rows[["quantity", "exit_quantity", "exit_price", "gap_quantity"]] = rows[["quantity", "exit_quantity", "exit_price", "gap_quantity"]].fillna(0.0)
+    rows["settled"] = rows.index.isin(result.trades.loc[result.trades["exit"] == "gap in the data", "exit_time"])
+    # of a purchase of crypto the broker keeps a quarter of a percent of the units
+    rows["kept"] = rows["quantity"].clip(lower=0).mul(COMMISSION["crypto"] * 1e9).round().div(1e9) if bars_are_crypto(bars) else 0.0
+    rows["inside"] = rows["exit_quantity"] != rows["gap_quantity"]
+    before, average_before, held, average = np.zeros((4, len(rows)))  # when the bar opens; after the order, before any exit inside the bar
     position = entry = 0.0
-    for k, (quantity, price, exit_quantity, settle) in enumerate(zip(rows["quantity"], rows["open"], rows["exit_quantity"], rows["settled"])):
-        if quantity and quantity * position >= 0: entry = (entry * position + price * quantity) / (position + quantity)
-        held[k], average[k] = position, entry = position + quantity, entry if position + quantity else 0.0
-        if exit_quantity or settle: position = entry = 0.0
-    return rows.assign(held=held, average=average, equity=result.equity, value=result.position * result.equity)
+    for k, (quantity, kept, price, gap, inside, settle) in enumerate(rows[["quantity", "kept", "open", "gap_quantity", "inside", "settled"]].itertuples(index=False)):
+        before[k], average_before[k] = position, entry
+        if gap: position = entry = 0.0
+        if quantity and quantity * position >= 0: entry = (entry * position + price * (quantity - kept)) / (position + quantity - kept)
+        if quantity: position = round(position + quantity - kept, 9)
+        held[k], average[k] = position, entry if position else 0.0
+        if inside or settle: position = entry = 0.0
+    return rows.assign(before=before, average_before=average_before, held=held, average=average, equity=result.equity, value=result.position * result.equity)
+
+
+def bars_are_crypto(bars) -> bool: return bool((bars.index.dayofweek >= 5).any())
+
+
+def levels_of(side, average, stop: float, target: float): return average * (1 - side * stop), average * (1 + side * target)
 
 
 def exits_by_the_rule(table, stop: float, target: float) -> pd.DataFrame:
-    "Where a position must leave inside a bar, and at what price: the stop first, where both are within reach; at the open, where that is beyond the level."
+    "Where a position must leave, and at what price: at the open, if that has passed a level; after the order, inside the bar, at a level in reach, the stop first."
+    side = np.sign(table["before"])
+    levels = levels_of(side, table["average_before"], stop, target)
+    gap = [(side != 0) & (side * table["open"] <= side * levels[0]), (side != 0) & (side * table["open"] >= side * levels[1])]
     side = np.sign(table["held"])
+    levels = levels_of(side, table["average"], stop, target)
     worst, best = table["low"].where(side > 0, table["high"]), table["high"].where(side > 0, table["low"])
-    levels = table["average"] * (1 - side * stop), table["average"] * (1 + side * target)
     stopped = (side != 0) & (side * worst <= side * levels[0])
     in_reach = (side != 0) & (side * best >= side * levels[1])
-    beyond = side * table["open"] < side * levels[0], side * table["open"] > side * levels[1]
-    price = np.select([stopped & beyond[0], stopped, in_reach & beyond[1], in_reach], [table["open"], levels[0], table["open"], levels[1]], 0.0)
-    return pd.DataFrame({"price": price, "stopped": stopped, "targeted": in_reach & ~stopped, "both": stopped & in_reach, "gap through the stop": stopped & beyond[0],
-                         "gap through the target": in_reach & ~stopped & beyond[1]}, table.index)
+    price = np.select([stopped, in_reach, gap[0] | gap[1]], [levels[0], levels[1], table["open"]], 0.0)
+    return pd.DataFrame({"price": price, "stopped": stopped, "targeted": in_reach & ~stopped, "both": stopped & in_reach, "gap through the stop": gap[0], "gap through the target": gap[1]}, table.index)
 
 
 def impact_rates(bars, asset_class: str) -> pd.DataFrame:
@@ -108,26 +122,35 @@ def impact_rates(bars, asset_class: str) -> pd.DataFrame:
 # the other engine
 
 
-def replay(table, rates, fees: float):
-    "Orders into vectorbt: three rows a bar, at the open, at the exit's price and at the close. What leaves is for the engine to know: exits and settlements only say flat."
+ROWS = 4  # of the engine, for each bar: stop or target at the open, the order, stop or target inside, the close
+
+
+def replay(table, rates, asset_class: str):
+    "Orders into vectorbt. What leaves is for the engine to know: exits and settlements only say flat."
     known = rates.shift(1).loc[table.index]  # an order is charged by what was known when it was decided
     at_close = rates.loc[table.index]
-    flat = (table["exit_quantity"] != 0, table["settled"])
-    price = np.stack([table["open"], np.where(flat[0], table["exit_price"], table["open"]), table["close"]], 1)
-    size = np.stack([table["quantity"].where(table["quantity"] != 0), *(np.where(f, 0.0, np.nan) for f in flat)], 1)
-    size_type = np.tile([vectorbt.portfolio.enums.SizeType.Amount, *2 * [vectorbt.portfolio.enums.SizeType.TargetAmount]], (len(table), 1))
-    units = np.stack([table["quantity"].abs(), *(np.where(f, table["held"].abs(), 0.0) for f in flat)], 1)
+    flat = (table["gap_quantity"] != 0, table["inside"], table["settled"])
+    price = np.stack([table["open"], table["open"], np.where(flat[1], table["exit_price"], table["open"]), table["close"]], 1)
+    arrives = table["quantity"] - table["kept"]
+    leaves = [np.where(f, 0.0, np.nan) for f in flat]
+    size = np.stack([leaves[0], arrives.where(arrives != 0), *leaves[1:]], 1)
+    kinds = vectorbt.portfolio.enums.SizeType
+    size_type = np.tile([kinds.TargetAmount, kinds.Amount, kinds.TargetAmount, kinds.TargetAmount], (len(table), 1))
+    units = np.stack([np.where(flat[0], table["before"].abs(), 0.0), table["quantity"].abs(), *(np.where(f, table["held"].abs(), 0.0) for f in flat[1:])], 1)
     value = units * price
-    volatility, volume = (np.stack([known[name], known[name], at_close[name]], 1) for name in ("volatility", "volume"))
-    impact = value * volatility * np.sqrt(value / volume)
+    volatility, volume = (np.stack([*3 * [known[name]], at_close[name]], 1) for name in ("volatility", "volume"))
+    in_kind = np.zeros_like(value)
+    in_kind[:, 1] = table["kept"]
+    commission = np.where(in_kind > 0, in_kind * price, COMMISSION[asset_class] * value)
+    costs = commission + AROUND * value + value * volatility * np.sqrt(value / volume)
     rows = lambda array: pd.Series(array.ravel())
-    return vectorbt.Portfolio.from_orders(rows(price), size=rows(size), size_type=rows(size_type), price=rows(price), fees=fees, fixed_fees=rows(np.nan_to_num(impact)), direction="both",
+    return vectorbt.Portfolio.from_orders(rows(price), size=rows(size), size_type=rows(size_type), price=rows(price), fees=0.0, fixed_fees=rows(np.nan_to_num(costs)), direction="both",
                                           init_cash=INITIAL, allow_partial=False, raise_reject=True, freq="5min")
 
 
 def counted(table, rule) -> dict:
     "What occurred."
-    quantity, before = table["quantity"], table["held"] - table["quantity"]
+    quantity, before = table["quantity"], table["before"].where(table["gap_quantity"] == 0, 0.0)
     ordered = quantity != 0
     return {"orders": int(ordered.sum()), "scale-ins": int((ordered & (before * quantity > 0)).sum()), "reductions": int((ordered & (before * quantity < 0) & (table["held"] != 0)).sum()),
             "CLOSE": int((ordered & (table["action"] == "CLOSE")).sum()), "short entries": int((ordered & (before == 0) & (quantity < 0)).sum()), "settlements": int(table["settled"].sum()),
@@ -152,10 +175,10 @@ def test_an_engine_that_replays_our_orders_has_our_equity_to_the_cent(case):
     result = backtest(case, eventful_actions(case))
     table = table_of(result, case.bars)
     rule = exits_by_the_rule(table, ACCOUNT["stop_pct"], ACCOUNT["target_pct"])
-    engine = replay(table, impact_rates(case.bars, case.asset_class), FEES[case.asset_class])
-    equity, cash, units = (getattr(engine, name)().to_numpy()[2::3] for name in ("value", "cash", "assets"))
+    engine = replay(table, impact_rates(case.bars, case.asset_class), case.asset_class)
+    equity, cash, units = (getattr(engine, name)().to_numpy()[ROWS - 1::ROWS] for name in ("value", "cash", "assets"))
     trades, positions, costs = result.trades, engine.positions.records, sum(result.costs.values())
-    counts, exits = counted(table, rule), int((table["exit_quantity"] != 0).sum())
+    counts, exits = counted(table, rule), int((table["gap_quantity"] != 0).sum() + table["inside"].sum())
     apart = {"equity": np.abs(equity - table["equity"]).max(), "cash": np.abs(cash - (table["equity"] - table["value"])).max(), "units": np.abs(units - table["value"] / table["close"]).max(),
              "profit of a trade": np.abs(positions["pnl"].to_numpy() - trades["profit"].to_numpy()).max(), "costs": abs(engine.orders.records["fees"].sum() - costs)}
     print(f"\n{case.symbol} 15Min, {len(table)} bars from {table.index[0]:%Y-%m-%d} to {table.index[-1]:%Y-%m-%d}; " + ", ".join(f"{name} {number}" for name, number in counts.items())
@@ -166,10 +189,11 @@ def test_an_engine_that_replays_our_orders_has_our_equity_to_the_cent(case):
     assert (positions["status"] == 1).sum() == (trades["exit"] != "still open").sum() == result.metrics["trades"] and (positions["direction"] == 1).tolist() == (trades["side"] == "short").tolist()
 
     # protective exits where the rule wants them, no other ones, on the engine's average entry
-    assert (table["exit_price"] - rule["price"]).abs().max() < 1e-9 * table["close"].max() and exits == counts["stops"] + counts["targets"]
+    assert (table["exit_price"] - rule["price"]).abs().max() < 1e-9 * table["close"].max() and exits == counts["stops"] + counts["targets"] + counts["gap through the stop"] + counts["gap through the target"]
     books = engine.exit_trades.records
-    inside = books[(books["exit_idx"] % 3 == 1) & (books["status"] == 1)]
-    assert len(inside) == exits and np.allclose(inside["entry_price"], table["average"].to_numpy()[inside["exit_idx"] // 3], rtol=1e-12, atol=0)
+    for row, average in ((0, "average_before"), (2, "average")):
+        left = books[(books["exit_idx"] % ROWS == row) & (books["status"] == 1)]
+        assert np.allclose(left["entry_price"], table[average].to_numpy()[left["exit_idx"] // ROWS], rtol=1e-9, atol=0)
 
     needed = ["orders", "scale-ins", "reductions", "CLOSE", "stops", "targets", *{"equity": ["short entries", "gap through the stop", "gap through the target"], "crypto": ["settlements"]}[case.asset_class]]
     assert all(counts[name] > 0 for name in needed) and (counts["short entries"] > 0) == (case.asset_class == "equity")
@@ -196,6 +220,8 @@ def plain_actions(market, seed=1) -> np.ndarray:
 def signals(table, asset_class: str, rows: int):
     "Entries and CLOSE as signals, stop and target as distances. With two rows a bar, the first holds nothing but the open."
     opens, enums = table["open"].to_numpy(), vectorbt.portfolio.enums
+    arrives = table["quantity"] - table["kept"]
+    paid = (table["kept"] + AROUND * table["quantity"]).div(arrives).where(table["kept"] > 0, FEES[asset_class])  # of what arrives: the engine knows no fee in kind
     first = lambda values, rest: pd.Series(np.stack([values, np.full(len(table), rest)][:rows], 1).ravel())  # orders go with the bar's first row
     within = lambda name: pd.Series(np.stack([opens, table[name]][2 - rows:], 1).ravel())
     # a session's last bar cannot order: its fill would be tomorrow's open
@@ -204,9 +230,9 @@ def signals(table, asset_class: str, rows: int):
     entry, leave = (table["quantity"] != 0) & (table["action"] != "CLOSE"), first((table["action"] == "CLOSE") & fillable, False)
     return vectorbt.Portfolio.from_signals(
         within("close"), open=first(opens, np.nan) if rows == 1 else pd.Series(np.repeat(opens, 2)), high=within("high"), low=within("low"), price=first(opens, np.nan),
-        entries=first(entry & (table["quantity"] > 0), False), short_entries=first(entry & (table["quantity"] < 0), False), exits=leave, short_exits=leave, size=first(table["quantity"].abs(), np.nan),
+        entries=first(entry & (table["quantity"] > 0), False), short_entries=first(entry & (table["quantity"] < 0), False), exits=leave, short_exits=leave, size=first(arrives.abs(), np.nan),
         sl_stop=TIGHT["stop_pct"], tp_stop=TIGHT["target_pct"], stop_entry_price=enums.StopEntryPrice.FillPrice, stop_exit_price=enums.StopExitPrice.StopLimit,
-        accumulate=False, upon_opposite_entry=enums.OppositeEntryMode.Ignore, fees=FEES[asset_class], init_cash=INITIAL, allow_partial=False, raise_reject=True, freq="5min")
+        accumulate=False, upon_opposite_entry=enums.OppositeEntryMode.Ignore, fees=first(paid, FEES[asset_class]), init_cash=INITIAL, allow_partial=False, raise_reject=True, freq="5min")
 
 
 def trades_of(engine, table, rows: int) -> pd.DataFrame:
