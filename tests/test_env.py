@@ -659,6 +659,59 @@ def test_direction_pays_from_the_round_trip_on():
     assert [direction(m, BUY_75, slippage_bps=10.0) for m in (0.0071, 0.0073)] == [0, 1], "a threshold follows the costs"
 
 
+@pytest.mark.parametrize("preset", ["v2.4.5", "v2.5.0"])
+@pytest.mark.parametrize("asset_class", ["crypto", "equity"])
+def test_an_order_that_the_broker_refuses_is_not_rewarded(asset_class, preset):
+    "Small accounts, random actions: what asks for an order and gets none has no direction, no magnitude, no exploration and no incentive; every order that is placed is worth the minimum, or is an exit."
+    least = {"crypto": 10.0, "equity": 1.0}[asset_class]
+    account = replace(BROKER[asset_class], initial_account_value=16 * least)
+    env = env_of(market_of(asset_class), n_envs=200, reward_preset=preset, account=account, observations="indices", episode_length=60)
+    env.reset(0)
+    kinds = [name for name in ("direction", "magnitude", "exploration", "incentive") if name in env.reward_names]
+    refused = placed = 0
+    for action in random_actions(5, 80, env):
+        held = env.account.quantity
+        *_, infos = env.step(action)
+        fills, components = infos["fills"], infos["reward_components"]
+        none = (action > 0) & (fills.quantity == 0)
+        assert not bool(components[none][:, [env.reward_names.index(name) for name in kinds]].any())
+        assert bool((components[:, env.reward_names.index("exploration")][(action == 0) | (fills.quantity != 0)] >= 0).all())
+        opens = (fills.quantity != 0) & (fills.quantity * held >= 0)
+        price = torch.as_tensor(env.market.prices[0])[infos["final_obs"].index]
+        assert bool(((fills.quantity.abs() * price)[opens] >= least - 1e-9).all())
+        refused, placed = refused + int(none.sum()), placed + int(opens.sum())
+    assert refused > 1000 and placed > 500
+
+
+@pytest.mark.parametrize("preset", ["equity", "differential_sharpe"])
+def test_a_gap_does_not_outweigh_everything(preset):
+    "A share that opens 45 % higher against a short, and one that falls by half: rewards stay within 10; ordinary bars are not touched by the bound."
+    close = 20 * np.cumprod(1 + 0.0025 * np.random.default_rng(0).standard_normal(300))
+    close[200:] *= 1.45
+    close[250:] *= 0.5
+    open_ = np.concatenate([close[:1], close[:-1]])
+    open_[[200, 250]] = close[[200, 250]]
+    market = hand_made_market(close, open_, asset_class="equity", volatility=0.0025)
+    env = env_of(market, n_envs=2, reward_preset=preset, episode_length=290)
+    env.reset_at([5, 5])
+    rewards = torch.stack([env.step(torch.tensor([SELL_75, BUY_75]))[1] for _ in range(280)]).numpy()
+    ordinary = np.delete(rewards, [194, 195, 244, 245], 0)
+    assert np.abs(rewards).max() == 10 and np.isfinite(rewards).all() and ordinary.std() > 0
+    # the differential Sharpe ratio has no scale before it has seen a few returns
+    assert preset != "equity" or (np.abs(ordinary).max() < 10 and rewards[194].tolist() == [-10, 10])
+
+
+@pytest.mark.parametrize("volume", [1e12, 2.0**53, 2.0**64, 1e25, 1e308])
+def test_one_absurd_volume_is_forgotten_with_its_window(volume):
+    "Turnover before it and from five days after it on is to the last bit what it was, and finite in between: sums are never subtracted."
+    bars = simulated("crypto").copy()
+    honest = market_of("crypto").daily_dollar_volume
+    bars.iloc[2000, bars.columns.get_loc("volume")] = volume
+    changed_ = market_data(bars, "5.6.0", fitted("crypto"), "15Min", "crypto").daily_dollar_volume
+    same = np.r_[0:2000, 2480:len(bars)]
+    assert np.array_equal(changed_[same], honest[same]) and np.isfinite(changed_).all() and (changed_[2000:2480] > 100 * honest[2000:2480]).all()
+
+
 def test_exploration_counts_the_last_sixty_four_actions():
     "64 holds, then one purchase: 1 of 64; held on, the holds return to 63 of 64 as the window moves. A CLOSE of nothing is counted and earns nothing."
     env = env_of(hand_made_market(np.full(200, 10.0)), n_envs=2)
