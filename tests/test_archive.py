@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from trading_lib import archive as A
-from trading_lib.checkpoint import save_checkpoint
+from trading_lib.checkpoint import Comparison, save_checkpoint
 from trading_lib.config import InputError
 from trading_lib.env import REWARD_COMPONENTS
 from trading_lib.version import get_checkpoint_metadata
@@ -830,6 +830,45 @@ def test_bombs_are_refused_before_they_are_unpacked(deploy, tmp_path):
     entry, end = data[start:data.index(b"PK\x05\x06")], data[data.index(b"PK\x05\x06"):]
     entries = b"".join(entry[:46] + name for name in (b"b", b"c", b"d", b"e"))
     refused(bad, data[:start] + entries + end[:8] + struct.pack("<HHII", 4, 4, len(entries), start) + b"\0\0", "compressed or overlapping")
+
+
+def judged_files(model, **other) -> dict:
+    "verdict.json and metrics.json about a model, as the backtest writes them."
+    digest = hashlib.sha256(model.read_bytes()).hexdigest()
+    said = {"verdict": "REVIEW", "failed": FACTS["verdict"]["failed"], "headline": "a line", "model_sha256": digest} | other
+    return {"verdict.json": json.dumps(said).encode(), "metrics.json": json.dumps({"provenance": {"model_sha256": said["model_sha256"]}}).encode()}
+
+
+def test_verdict_and_model_belong_together_when_a_zip_is_written_and_when_it_is_read(tmp_path, model):
+    facts, out, bad = FACTS | {"headline": "a line"}, tmp_path / "out.zip", tmp_path / "bad.zip"
+    whole = A.load_deploy_zip(A.write_deploy_zip(model, out, judged_files(model), facts))
+    assert json.loads(whole["files"]["verdict.json"])["model_sha256"] == whole["manifest"]["files"]["model.pt"]["sha256"]
+    parts = parts_of(out)
+    for other, words in ((dict(model_sha256="0" * 64), "is about another model"), (dict(verdict="APPROVED"), "the manifest's verdict is 'REVIEW', and verdict.json has 'APPROVED'"), (dict(failed={}), "the manifest's failed"),
+                         (dict(headline="a better line"), "the manifest's headline"), (dict(model_sha256=None), "is about another model")):
+        changed = judged_files(model, **other)
+        with pytest.raises(InputError, match=words) as e: A.write_deploy_zip(model, tmp_path / "none.zip", changed, facts)
+        assert "\n" not in str(e.value) and not (tmp_path / "none.zip").exists()
+        refused(bad, sealed(relisted(parts | changed)), words)
+    # a manifest that praises what its verdict.json does not; a verdict that is no table; a model of somebody else
+    refused(bad, sealed(relisted(parts, verdict={"verdict": "APPROVED", "failed": {}})), "the manifest's verdict is 'APPROVED'")
+    refused(bad, sealed(relisted(parts | {"verdict.json": b"[" * 100_000})), "is not a table in JSON")
+    other = save_checkpoint(torch.load(model, weights_only=True) | {"global_step": 7}, tmp_path / "other.pt")
+    refused(bad, sealed(relisted(parts | {"model.pt": other.read_bytes()})), "is about another model")
+
+
+def test_text_of_others_stays_text_in_the_readme_of_a_zip(tmp_path, model, files):
+    evil = "<script>x</script> [a](http://b) \x1b[2J\n# BIG *bold*"
+    facts = {"verdict": {"verdict": "REVIEW", "failed": {"APPROVED": [evil]}}, "data": DATA | {"start": evil}, "commit": evil}
+    readme = parts_of(A.write_deploy_zip(model, tmp_path / "out.zip", files, facts))["README.md"].decode()
+    assert readme.count("&lt;script>x") == 3 and "<script" not in readme and "](" not in readme and "\x1b" not in readme and "\n# BIG" not in readme and "*bold*" not in readme.replace("\\*", "")
+
+
+def test_what_ledgers_and_checkpoints_say_moves_no_cursor(tmp_path, model):
+    evil = "A\x1b[31m\x9bB\r\u202eC"
+    row = run(symbol=evil, verdict=evil, commit=evil, model_sha256=evil, parameters={evil: evil}, data=DATA | {"start": evil})
+    compared = Comparison({f"x {evil}": (evil, None), "y": (1, evil)})  # `load_checkpoint` refuses such text; what other code puts together is shown all the same
+    for text in (A.format_history([row, row | {"parameters": {evil: 2}}]), str(compared)): assert "A [31m" in text and all(c.isprintable() or c == "\n" for c in text)
 
 
 class Hostile:

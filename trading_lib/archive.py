@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['DEPLOY_FORMAT', 'MAX_DEPLOY_BYTES', 'Trial', 'simulated_bars', 'run_trials', 'ledger_path', 'record_trials',
-           'add_trials', 'check_ledger', 'read_trials', 'project_trials', 'comparable_trials', 'ledger_summary',
-           'TrialReturns', 'Overfitting', 'trial_returns', 'overfitting_probability', 'luck_adjusted', 'index_path',
-           'record_run', 'index_runs', 'symbol_history', 'format_history', 'write_deploy_zip', 'load_deploy_zip']
+           'add_trials', 'check_ledger', 'read_trials', 'project_trials', 'gather_ledgers', 'comparable_trials',
+           'ledger_summary', 'TrialReturns', 'Overfitting', 'trial_returns', 'overfitting_probability', 'luck_adjusted',
+           'index_path', 'record_run', 'index_runs', 'symbol_history', 'format_history', 'write_deploy_zip',
+           'load_deploy_zip']
 
 # %% ../nbs/14_archive.ipynb #b6611c9c
 import errno
@@ -124,6 +125,18 @@ def _lines(handle: int) -> Iterator[bytes]:
     yield rest
 
 
+def _seals(handle: int) -> tuple[set[bytes], bytes]:
+    "The seals of a file's lines, and what stands after its last line feed; nothing else is looked at, for a file may have 100,000 lines."
+    seen, rest = set(), b""
+    while data := os.read(handle, 2**20):
+        data, start = rest + data, 0
+        while (end := data.find(b"\n", start)) >= 0:
+            seen.add(_seal(data[max(start, end - 100):end]))
+            start = end + 1
+        rest = data[start:]
+    return seen | ({_seal(rest)} if _body(rest) is not None else set()), rest
+
+
 def _is_torn(last: bytes) -> bool: return bool(last.strip()) and _body(last) is None
 
 
@@ -146,13 +159,11 @@ def _add(path: Path, lines) -> set[bytes]:
     with _problems(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path, True) as handle:
-            seen, last = set(), b""
-            for last in _lines(handle): seen.add(_seal(last))
+            seen, last = _seals(handle)
             end, torn = os.fstat(handle).st_size, _is_torn(last)
             if torn:
                 _torn(path, last, "it is cut off, the complete ones stay")
                 end -= len(last)
-                seen.discard(_seal(last))
             rest = memoryview(b"\n" * bool(last and not torn) + b"".join(lines(seen)))
             try:
                 if torn: os.ftruncate(handle, end)
@@ -449,6 +460,15 @@ def project_trials(
     return {symbol: trials for symbol in symbols if (trials := read_trials(Path(root) / "ledger" / f"{symbol}.jsonl"))}
 
 
+def gather_ledgers(
+    root: str | Path,  # the project
+):
+    "Bring into the project's files what git's folder or models/ knows beside them, so that pipelines and other people see it."
+    for symbol in project_trials(root):
+        try: _append_everywhere(Path(root) / "ledger" / f"{symbol}.jsonl", [])
+        except InputError as e: warnings.warn(str(e))  # it counts all the same
+
+
 def comparable_trials(
     root: str | Path,  # the project
     simulated: bool,  # of the bars on which the choice was made
@@ -636,10 +656,11 @@ def _model_facts(content: dict) -> dict:
 
 def _readme(manifest: dict) -> str:
     "What the archive is, how to load it, and what is known about it."
-    say = lambda name: "unknown" if manifest.get(name) in (None, {}) else markdown(str(manifest[name]))
+    say = lambda name: "unknown" if manifest.get(name) in (None, {}) else markdown(manifest[name])
+    of_data = lambda *names: markdown(next((data[name] for name in names if name in data), "unknown"))
     data, verdict = manifest.get("data") or {}, manifest["verdict"]
     reasons = [reason for reasons in (verdict.get("failed") or {}).values() for reason in reasons] if isinstance(verdict, dict) and isinstance(verdict.get("failed"), dict) else []
-    listed = "\n".join(f"| {name} | {entry['bytes']:,} | {entry['sha256']} |" for name, entry in manifest["files"].items() if name != _README)
+    listed = "\n".join(f"| {markdown(name)} | {entry['bytes']:,} | {entry['sha256']} |" for name, entry in manifest["files"].items() if name != _README)
     simulated = manifest.get("simulated") or simulated_bars(manifest.get("symbol"), data)
     return f"""# {say('symbol')}, {say('timeframe')}{' simulated' * simulated} bars: {markdown(_verdict_word(verdict))}
 
@@ -648,9 +669,9 @@ A trading policy made with trading_lib, and what is known about it.
 - asset class: {say('asset_class')}
 - layout of the observation: {say('model_version')}
 - commit: {say('commit')}
-- data: {data.get('bars', data.get('n', 'unknown number of'))} bars from {data.get('first', data.get('start', 'unknown'))} to {data.get('last', data.get('end', 'unknown'))}, SHA-256 {data.get('sha256', 'unknown')}
-- market: {'SIMULATED, which says nothing about a real one' if simulated else markdown(str(data['source'])) if data.get('source') else 'not recorded'}
-- verdict: {markdown(_verdict_word(verdict))}{' (simulated)' * simulated}{''.join(chr(10) + '  - ' + markdown(str(reason)) for reason in reasons)}
+- data: {of_data('bars', 'n')} bars from {of_data('first', 'start')} to {of_data('last', 'end')}, SHA-256 {of_data('sha256')}
+- market: {'SIMULATED, which says nothing about a real one' if simulated else markdown(data['source']) if data.get('source') else 'not recorded'}
+- verdict: {markdown(_verdict_word(verdict))}{' (simulated)' * simulated}{''.join(chr(10) + '  - ' + markdown(reason) for reason in reasons)}
 
 The verdict is what a test on the data above showed. It is not a promise: markets change, and what was good on past bars may lose money on the next ones.
 
@@ -695,6 +716,28 @@ def _read_file(path: Path, limit: int) -> bytes:
     except OSError as e: raise InputError(f"{path}: " + ("no such file" if e.errno == errno.ENOENT else f"cannot be read ({e.strerror})") + "; check the path") from None
 
 
+def _parsed(data: bytes, where: str) -> dict:
+    "A table in JSON."
+    try: content = json.loads(data)
+    except (ValueError, RecursionError): content = None
+    require(isinstance(content, dict), f"{where}: is not a table in JSON; run the backtest again")
+    return content
+
+
+def _check_agreement(where: str, manifest: dict, files: dict[str, bytes]):
+    "Manifest, verdict.json and metrics.json speak of this very model, and say the same."
+    model = hashlib.sha256(files[_MODEL]).hexdigest()
+    for name in files.keys() & {"verdict.json", "metrics.json"}:
+        said = _parsed(files[name], f"{where}: {name}")
+        about = said if name == "verdict.json" else said.get("provenance") or {}
+        of = about.get("model_sha256") if isinstance(about, dict) else None
+        require(of == model or (of is None and name == "metrics.json"), f"{where}: {name} is about another model: it says SHA-256 {printable(of)[:16]}, {_MODEL} has {model[:16]}; run `dvc repro` first")
+        if name == "metrics.json": continue
+        stated = manifest["verdict"] if isinstance(manifest["verdict"], dict) else {"verdict": manifest["verdict"]}
+        for fact, value in (stated | {n: manifest[n] for n in ("headline", "simulated") if manifest.get(n) is not None}).items():
+            require(fact in said and _plain(said[fact], fact, infinite=True) == value, f"{where}: the manifest's {printable(fact)} is {printable(value)[:80]!r}, and {name} has {printable(said.get(fact))[:80]!r}; refused")
+
+
 def _checkpoint(data: bytes, where: str, map_location="cpu") -> dict:
     "The content of a checkpoint's bytes: of these very bytes, whatever happens to the file they came from."
     with tempfile.TemporaryDirectory() as private:
@@ -707,7 +750,7 @@ def _checkpoint(data: bytes, where: str, map_location="cpu") -> dict:
 def write_deploy_zip(
     model_path: str | Path,  # a checkpoint; it becomes model.pt
     out_path: str | Path,  # the archive, replaced in one step
-    files: dict[str, str | Path],  # name in the archive -> file, such as {"report.html": …, "metrics.json": …}
+    files: dict[str, str | Path | bytes],  # name in the archive -> file or its bytes, such as {"report.html": …, "metrics.json": …}; verdict.json must be about this model
     facts: dict,  # verdict, and what else belongs into the manifest, such as commit; what the checkpoint knows need not be repeated
 ) -> Path:  # the archive
     "Pack a model with its manifest and a README; equal inputs give equal bytes."
@@ -726,7 +769,8 @@ def write_deploy_zip(
     known = _model_facts(content)
     for name in _FROM_MODEL:
         require(known[name] is None or facts.get(name) in (None, known[name]), f"deploy zip: facts.{name} is {facts.get(name)!r}, but {model_path} says {known[name]!r}; is it the right model?")
-    packed = {_MODEL: model, **{name: _read_file(Path(p), MAX_DEPLOY_BYTES) for name, p in files.items()}}
+    packed = {_MODEL: model, **{name: p if isinstance(p, bytes) else _read_file(Path(p), MAX_DEPLOY_BYTES) for name, p in files.items()}}
+    _check_agreement("deploy zip", facts, packed)  # of the bytes that are packed, whatever becomes of the files
     listed = lambda: {name: {"sha256": hashlib.sha256(packed[name]).hexdigest(), "bytes": len(packed[name])} for name in sorted(packed)}
     given = {name: value for name, value in facts.items() if value is not None}
     manifest = {"libraries": content.get("libraries") or library_versions(), **known, **given, "format_version": DEPLOY_FORMAT, "files": listed()}
@@ -793,6 +837,7 @@ def load_deploy_zip(
     for name, entry in listed.items():
         require(len(files[name]) == entry["bytes"] and hashlib.sha256(files[name]).hexdigest() == entry["sha256"], f"{path}: {name} is not what its manifest says: size or SHA-256 differ; fetch it again")
     require(sealed, f"{path}: carries no SHA-256 of its own, so it was packed again by another program; pack it with write_deploy_zip")
+    _check_agreement(str(path), manifest, files)
     content = _checkpoint(files[_MODEL], f"{path}: {_MODEL}", map_location)
     stated = _model_facts(content)
     for name in _FROM_MODEL:

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from .config import InputError, project_root, require
-from .files import atomic_write
+from .files import atomic_write, printable
 from .version import CURRENT_MODEL_VERSION, compare_versions, declared_version, policy_matrices, policy_widths
 
 # %% ../nbs/12_checkpoint.ipynb #62781e08
@@ -331,8 +331,8 @@ class Comparison(dict):
         return {name: (a, b) for name, (a, b) in self.items() if a != b and name not in ("file", "sha256")}
 
     def __str__(self) -> str:
-        text = lambda value: "-" if value is None else f"{value:,}" if type(value) is int else f"{value:.6g}" if type(value) is float else str(value)
-        rows = [(" *"[name in self.differences], name, text(a), text(b)) for name, (a, b) in self.items()]
+        text = lambda value: "-" if value is None else f"{value:,}" if type(value) is int else f"{value:.6g}" if type(value) is float else printable(value)
+        rows = [(" *"[name in self.differences], printable(name), text(a), text(b)) for name, (a, b) in self.items()]
         widths = [min(max(len(row[i]) for row in rows), 44) for i in (1, 2)]
         return "\n".join(f"{mark} {name:{widths[0]}}  {a:{widths[1]}}  {b}" for mark, name, a, b in rows)
 

@@ -13,6 +13,7 @@ import sys
 from contextlib import contextmanager
 
 from .config import PARAMETERS_VARIABLE, InputError, home_path, load_parameters, require
+from .files import printable
 
 # %% ../nbs/21_cli.ipynb #52033eb9
 def _dvc_symbol(stage: str) -> str:
@@ -285,12 +286,18 @@ def _models(arguments):
 
 
 def _trials(arguments):
-    from trading_lib.archive import ledger_path, ledger_summary, overfitting_probability, read_trials
+    from trading_lib.archive import comparable_trials, gather_ledgers, ledger_summary, overfitting_probability, project_trials
     from trading_lib.config import path_symbol, project_root
-    for symbol in map(path_symbol, arguments.symbols or load_parameters().symbols):
-        trials = read_trials(ledger_path(project_root(), symbol))
+    gather_ledgers(root := project_root())
+    tried = project_trials(root)
+    for symbol in map(path_symbol, arguments.symbols or dict.fromkeys([*load_parameters().symbols, *tried])):
+        trials = tried.get(symbol, [])
         pbo = overfitting_probability(trials)
-        print(f"{symbol}: " + ", ".join(f"{name.removeprefix('n_').replace('_', ' ')} {n}" for name, n in ledger_summary(trials).items()) + f"; probability of backtest overfitting {pbo.reason if pbo.probability is None else f'{pbo.probability:.2f}'}")
+        counts = ", ".join(f"{name.removeprefix('n_').replace('_', ' ')} {n}" for name, n in ledger_summary(trials).items())
+        luck = pbo.reason if pbo.probability is None else f"{pbo.probability:.2f}"
+        print(f"{symbol}: {counts}; probability of backtest overfitting {luck}" if trials else f"{symbol}: no ledger yet, nothing was tried")
+    real, simulated = (len(comparable_trials(root, kind)) for kind in (False, True))
+    print(f"a verdict discounts all symbols of its kind: {real} trials on real markets, {simulated} on simulated ones")
 
 
 def _history(arguments):
@@ -303,18 +310,20 @@ def _history(arguments):
 
 
 def _deploy(arguments):
-    import hashlib
-    import json
-    from trading_lib.archive import load_deploy_zip, write_deploy_zip
-    from trading_lib.config import parameters_path, require
+    from trading_lib.archive import _parsed, comparable_trials, gather_ledgers, load_deploy_zip, simulated_bars, write_deploy_zip
+    from trading_lib.config import parameters_path, project_root, require
     from trading_lib.pipeline import artefacts
     parameters = load_parameters()
     symbol = parameters.listed(arguments.symbol)
     paths = artefacts(parameters, symbol)
     files = {name: paths.report / name for name in ("report.html", "metrics.json", "verdict.json")} | {"params.yaml": parameters_path()}
     for path in (paths.model, *files.values()): require(path.exists(), f"{symbol}: {path} is missing; run `dvc repro` first")
-    said, judged = (json.loads(files[name].read_text()) for name in ("verdict.json", "metrics.json"))
-    require({said.get("model_sha256"), judged["provenance"].get("model_sha256")} == {hashlib.sha256(paths.model.read_bytes()).hexdigest()}, f"{symbol}: the verdict is about another model than {paths.model.name}; `dvc repro` puts the pipeline's model and its verdict there (`trading-lib models` lists what is kept, which it leaves alone)")
+    files = {name: path.read_bytes() for name, path in files.items()}  # read once: what is checked is what is packed
+    said, judged = (_parsed(files[name], str(paths.report / name)) for name in ("verdict.json", "metrics.json"))
+    gather_ledgers(project_root())
+    require({"verdict", "failed", "headline"} <= set(said), f"{paths.report / 'verdict.json'}: has no verdict; run `dvc repro` first")
+    known, now = said.get("trials", {}).get("n_trials", 0), len(comparable_trials(project_root(), simulated_bars(symbol, judged.get("provenance", {}).get("data"))))
+    require(now <= known or arguments.anyway, f"{symbol}: the verdict is about {known} trials, and by now there are {now}; run `dvc repro`, or `trading-lib stage report --symbol {symbol}`, and see what it says then")
     require(said["verdict"] == "APPROVED" or arguments.anyway, f"{symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate on real bars (--anyway makes one all the same, and says so inside)")
     written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": {"verdict": said["verdict"], "failed": said["failed"]}, "headline": said["headline"], "simulated": said.get("simulated")})
     print(f"{written}: {len(load_deploy_zip(written)['files'])} files, verified")
@@ -329,9 +338,9 @@ def _inspect(arguments):
     from trading_lib.checkpoint import flat_facts, inspect_checkpoint, load_checkpoint
     from trading_lib.version import assert_compatibility
     if arguments.strict_version: assert_compatibility(load_checkpoint(arguments.file), strict=True)
-    facts = flat_facts(inspect_checkpoint(arguments.file))
+    facts = {printable(name): value for name, value in flat_facts(inspect_checkpoint(arguments.file)).items()}
     width = max(map(len, facts))
-    for name, value in facts.items(): print(f"{name:{width}}  {value}")
+    for name, value in facts.items(): print(f"{name:{width}}  {printable(value)}")
 
 
 def _compare(arguments):
@@ -568,7 +577,7 @@ def _run(arguments: list[str]) -> int:
         chosen.line = arguments
         with _parameters_of(getattr(chosen, "config", None)): return chosen.run(chosen) or 0
     except InputError as e:
-        print(f"error: {e}", file=sys.stderr)
+        print("error:", "\n".join(map(printable, str(e).split("\n"))), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; what was saved before is complete", file=sys.stderr)
@@ -588,4 +597,3 @@ def main(
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr): os.dup2(nowhere, stream.fileno())
         return _READER_GONE
-
