@@ -25,6 +25,7 @@ from trading_lib.config import MODES, Parameters, TrainParameters, load_paramete
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "trading_lib"
 STAGES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
+HELPERS = {"find": "trading-lib data find", "verdict": "trading-lib verdict"}  # stages of DVC that are no notebooks -> their commands
 CORE = {"config", "files", "layouts", "version", "metrics", "account", "env", "acting", "cpu_kernels", "fused", "networks", "checkpoint", "run_folder", "stopping", "recurrent", "distributed", "evaluation", "memory", "ppo", "tiers", "trainer", "seeds", "markov", "features"}
 BIN = Path(sys.executable).parent
 
@@ -229,7 +230,7 @@ def parameters_cell(stage: str) -> dict:
 
 def test_the_stages_are_the_notebooks_without_a_number():
     from trading_lib.pipeline import STAGES as declared
-    assert {p.stem for p in (ROOT / "nbs").glob("*.ipynb") if not p.stem[0].isdigit()} == set(STAGES) == set(declared) == set(DVC)
+    assert {p.stem for p in (ROOT / "nbs").glob("*.ipynb") if not p.stem[0].isdigit()} == set(STAGES) == set(declared) == set(DVC) - set(HELPERS)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -250,8 +251,8 @@ def field_names(cls) -> set[str]: return {f.name for f in fields(cls)}
 
 
 def import_closure(stage: str) -> set[str]:
-    "Modules that a stage's notebook imports, directly or through others, lazily or not."
-    found, todo = set(), ours(imported(ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb"))), MODULES)
+    "Modules that a stage's notebook imports, directly or through others, lazily or not; `find` goes by the rule that is in own_files."
+    found, todo = set(), {"own_files"} if stage == "find" else ours(imported(ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb"))), MODULES)
     while todo:
         found.add(name := todo.pop())
         todo |= ours(imported(MODULES[name]), MODULES) - found
@@ -270,10 +271,24 @@ def test_a_stage_depends_on_its_notebook_and_on_what_that_imports(stage):
     assert code_deps == {f"nbs/{stage}.ipynb"} | {f"trading_lib/{name}.py" for name in import_closure(stage)}
 
 
+def test_a_symbols_own_file_is_found_by_its_rule_and_never_kept_in_the_cache():
+    assert {d for d in declared("find", "deps") if d.endswith(".py")} == {f"trading_lib/{name}.py" for name in import_closure("find")}
+    (place,) = DVC["find"]["do"]["outs"]
+    assert set(place) <= set(declared("prepare", "deps")) and list(place.values()) == [{"cache": False, "persist": True}] and not any("data.path" in d for d in declared("prepare", "deps"))
+
+
+def test_tables_of_experiments_hold_a_handful_of_figures():
+    from trading_lib.pipeline import _COMPARED
+    for stage in STAGES: assert declared(stage, "metrics") == ([] if stage == "prepare" else ["reports/${item}_${data.timeframe}/compared/%s.json" % stage])
+    names = [name for _, places in _COMPARED.values() for name in places]
+    assert len(names) == len(set(names)) and sum(len(_COMPARED[stage][1]) for stage in ("train", "backtest", "report")) <= 10
+
+
 def test_stages_are_chained_by_their_files():
     made = {stage: set(declared(stage, "outs")) for stage in STAGES}
     needs = {stage: set(declared(stage, "deps")) for stage in STAGES}
-    figures = set(declared("backtest", "metrics")) | {p for p in declared("backtest", "plots") if p.endswith(".csv")}
+    figures = {p for p in declared("backtest", "outs") + declared("backtest", "plots") if p.endswith((".csv", ".json"))}
+    assert set(declared("verdict", "deps")) <= made["report"] and list(DVC)[-1] == "verdict", "the last to run, so that it holds what all others made"
     assert needs["train"] & made["prepare"] and needs["backtest"] & made["train"] and needs["backtest"] & made["prepare"] and needs["report"] & made["backtest"] and figures <= needs["report"] and needs["walk_forward"] & made["prepare"] and needs["seeds"] & made["prepare"]
     assert "ledger" in needs["report"] and not any("ledger" in path for stage in STAGES for path in made[stage]), "what was tried is an input, and nobody's output"
     assert (ROOT / "ledger" / "README.md").exists(), "git knows no empty folders, and a dependency that is not there ends `dvc repro`"
@@ -295,10 +310,10 @@ def looked_up(dotted: str):
     return value
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", DVC)
 def test_no_text_from_params_yaml_reaches_a_shell(stage):
     "DVC names the stage, and with it the symbol, in the environment; quotes around a symbol could be broken out of."
-    assert DVC[stage]["do"]["cmd"] == f"PATH=.venv/bin:$PATH trading-lib stage {stage}"
+    assert DVC[stage]["do"]["cmd"] == f"PATH=.venv/bin:$PATH {HELPERS.get(stage, f'trading-lib stage {stage}')}"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -395,8 +410,26 @@ def test_make_help_lists_every_target():
 def test_run_and_test_install_first(target, does, tmp_path):
     for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
     lines = subprocess.run(["make", "--no-print-directory", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    places = [lines.index(words) for words in ("-m venv .venv", "pip install", "-c constraints.txt -e '.[dev]'", *does)]
+    places = [lines.index(words) for words in ("-m venv --clear .venv", "pip install", "-c constraints.txt -e '.[dev]'", *does)]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("found", ["an older Python", "none", "a .venv of an older one"])
+def test_a_python_that_is_too_old_is_one_line(found, tmp_path):
+    "In a folder whose name has a blank; what is there is not touched."
+    project = tmp_path / "my bars"
+    project.mkdir()
+    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT / name, project)
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.10.13" || exit 1\n')
+    old.chmod(0o755)
+    if found.startswith("a .venv"):
+        (project / ".venv" / "bin").mkdir(parents=True)
+        shutil.copy(old, project / ".venv" / "bin" / "python")
+    python = str(tmp_path / "nowhere") if found == "none" else str(old)
+    done = subprocess.run(["make", "--no-print-directory", "run", f"PYTHON={python}"], cwd=project, capture_output=True, text=True)
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.splitlines()[0] == f"trading_lib needs Python 3.11 or newer, found {'none' if found == 'none' else 'Python 3.10.13'} as {python}; name another, such as: make run PYTHON=python3.12"
 
 
 def test_continuous_integration_runs_make_test():
@@ -454,11 +487,19 @@ def test_constraints_pin_what_requirements_bring_along():
 
 @pytest.fixture
 def lab_contents(tmp_path):
-    "The contents manager that JupyterLab uses, with the project's configuration, in a folder of its own."
+    "The contents manager that JupyterLab uses, with the configuration of a project that has these notebooks, in that project's folder."
     from jupyter_server.serverapp import ServerApp
     from traitlets.config import PyFileConfigLoader
-    settings = PyFileConfigLoader("jupyter_server_config.py", str(ROOT / ".jupyter")).load_config()
+    shutil.copytree(ROOT / ".jupyter", tmp_path / ".jupyter")
+    (tmp_path / "nbs" / "explore").mkdir(parents=True)
+    settings = PyFileConfigLoader("jupyter_server_config.py", str(tmp_path / ".jupyter")).load_config()
     return ServerApp.contents_manager_class.default_value(config=settings, root_dir=str(tmp_path))
+
+
+def save(manager, content: dict | str, path: str):
+    text = isinstance(content, str)
+    saved = manager.save({"type": "file" if text else "notebook", "format": "text" if text else "json", "content": content}, path)
+    if asyncio.iscoroutine(saved): asyncio.run(saved)
 
 
 def as_lab_would_save(path: Path) -> dict:
@@ -478,9 +519,10 @@ def as_lab_would_save(path: Path) -> dict:
 @pytest.mark.parametrize("stage", STAGES)
 def test_running_and_saving_in_jupyterlab_changes_no_byte_of_a_stage_notebook(stage, lab_contents, tmp_path):
     before = ROOT / "nbs" / f"{stage}.ipynb"
-    saved = lab_contents.save({"type": "notebook", "format": "json", "content": as_lab_would_save(before)}, f"{stage}.ipynb")
-    if asyncio.iscoroutine(saved): asyncio.run(saved)
-    written = tmp_path / f"{stage}.ipynb"
+    content = as_lab_would_save(before)
+    content["metadata"]["kernelspec"]["name"] = "my-other-environment"
+    save(lab_contents, content, f"nbs/{stage}.ipynb")
+    written = tmp_path / "nbs" / f"{stage}.ipynb"
     for cell in cells(written): assert cell["outputs"] == [] and cell["execution_count"] is None
     assert [c["metadata"].get("tags") for c in cells(written)] == [c["metadata"].get("tags") for c in cells(before)]
     assert written.read_bytes() == before.read_bytes()  # DVC goes by the bytes
@@ -489,16 +531,25 @@ def test_running_and_saving_in_jupyterlab_changes_no_byte_of_a_stage_notebook(st
 def test_an_edit_in_jupyterlab_is_kept(lab_contents, tmp_path):
     content = as_lab_would_save(ROOT / "nbs" / "train.ipynb")
     content["cells"][-1]["source"] += "\nprint('edited')"
-    saved = lab_contents.save({"type": "notebook", "format": "json", "content": content}, "train.ipynb")
-    if asyncio.iscoroutine(saved): asyncio.run(saved)
-    text = lab_contents.save({"type": "file", "format": "text", "content": "kept"}, "notes.txt")  # files that are no notebooks pass
-    if asyncio.iscoroutine(text): asyncio.run(text)
-    assert source(cells(tmp_path / "train.ipynb")[-1]).endswith("print('edited')") and (tmp_path / "notes.txt").read_text() == "kept"
+    save(lab_contents, content, "nbs/train.ipynb")
+    save(lab_contents, "kept", "notes.txt")  # files that are no notebooks pass
+    assert source(cells(tmp_path / "nbs" / "train.ipynb")[-1]).endswith("print('edited')") and (tmp_path / "notes.txt").read_text() == "kept"
+
+
+@pytest.mark.parametrize("path", ["research.ipynb", "train.ipynb", "nbs/research.ipynb", "nbs/08_account.ipynb", "nbs/explore/data.ipynb", "nbs/explore/train.ipynb"])
+def test_outputs_of_other_notebooks_are_kept(path, lab_contents, tmp_path):
+    "One's own, those that explore, and the package's: only a stage's notebook is cleared."
+    save(lab_contents, as_lab_would_save(ROOT / "nbs" / "train.ipynb"), path)
+    assert all(cell["outputs"] and cell["execution_count"] is not None for cell in cells(tmp_path / path))
+
+
+def test_the_hook_knows_the_stages():
+    assert set(ast.literal_eval(re.search(r"(?m)^STAGES = (.+)$", (ROOT / ".jupyter" / "jupyter_server_config.py").read_text())[1])) == set(STAGES)
 
 
 def test_make_lab_uses_the_hook():
     recipe = re.search(r"(?m)^lab:.*\n((?:\t.*\n)+)", MAKEFILE)[1]
-    assert "JUPYTER_CONFIG_PATH=$(CURDIR)/.jupyter" in recipe
+    assert 'JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter"' in recipe
     env = os.environ | {"JUPYTER_CONFIG_PATH": str(ROOT / ".jupyter"), "JUPYTER_PREFER_ENV_PATH": "1"}
     shown = subprocess.run([BIN / "jupyter", "server", "--show-config"], env=env, capture_output=True, text=True, timeout=60)
     assert "clear_outputs" in shown.stdout, shown.stderr

@@ -34,8 +34,11 @@ def _symbols(arguments, parameters) -> list[str]:
 
 
 def _verdict(arguments):
-    from trading_lib.pipeline import summary
-    print("\n".join(summary(load_parameters())))
+    from trading_lib.pipeline import artefacts, hold, summary
+    parameters, by_dvc = load_parameters(), "verdict@" in os.environ.get("DVC_STAGE", "")  # the last stage of a symbol's chain
+    symbols = [parameters.listed(_dvc_symbol("verdict"))] if by_dvc else _symbols(arguments, parameters)
+    if by_dvc: hold(artefacts(parameters, symbols[0]))
+    print("\n".join(summary(parameters, symbols=symbols)))
 
 
 # option of `train` -> field of the train section, whether it is a switch, help
@@ -439,6 +442,13 @@ def _data_info(arguments):
     print(pd.DataFrame(rows).to_string(index=False) if rows else "nothing has been downloaded yet; `trading-lib data download` does that")
 
 
+def _data_find(arguments):
+    from trading_lib.pipeline import artefacts, find_symbol
+    parameters = load_parameters()
+    symbols = [parameters.listed(_dvc_symbol("find"))] if "find@" in os.environ.get("DVC_STAGE", "") else _symbols(arguments, parameters)
+    for symbol in symbols: print(f"{symbol}: {find_symbol(parameters, symbol, artefacts(parameters, symbol)) or f'from the source {parameters.data.source}'}")
+
+
 def _data_simulate(arguments):
     from trading_lib.bars import path_symbol, write_bars
     from trading_lib.simulation import SIMULATED_END, SIMULATED_START, check_simulated_name, simulate_bars
@@ -468,6 +478,7 @@ COMMANDS = {
         (("--feed",), dict(help="iex or sip")), (("--adjustment",), dict(help="raw, split, dividend or all"))], _data_download),
     "data check": ("check a file of bars, and say what is in it", [*_BAR_FILE, (("--out",), dict(help="folder for the report as JSON and picture"))], _data_check),
     "data info": ("what has been downloaded", [], _data_info),
+    "data find": ("which file of your own holds a symbol's bars; DVC watches it", [(("symbols",), dict(nargs="*"))], _data_find),
     "data simulate": ("write simulated bars as parquet or CSV", [
         (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet or .csv file")), (("--timeframe",), dict(default="15Min", help="length of a bar, such as 15Min")), *_SPAN,
         (("--seed",), dict(type=int, default=0, help="which history")), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale")),
@@ -490,7 +501,7 @@ COMMANDS = {
     "prove": ("train and judge small agents on markets whose truth is known; a run that was interrupted goes on", [
         (("--out",), dict(default="reports/proofs", help="folder of one JSON for each seed, a summary and a picture")), (("--seeds",), dict(type=int, default=20, help="how many agents on each market")),
         (("--paths",), dict(type=int, default=50, help="fresh histories for each model of the martingale")), (("--workers",), dict(type=int, help="processes (default: one for each core)"))], _prove),
-    "verdict": ("print the verdict of the last backtests", [], _verdict),
+    "verdict": ("print the verdict of the last backtests", [(("symbols",), dict(nargs="*", help="default: those of params.yaml"))], _verdict),
     "inspect": ("show what a checkpoint holds", [(("file",), dict(help="a .pt file")), _STRICT], _inspect),
     "export": ("write a checkpoint's policy alone, as safetensors", [(("file",), dict(help="a .pt file")), (("out",), dict(help="a .safetensors file"))], _export),
     "size": ("parameters and checkpoint size of a network, before any training", [

@@ -15,6 +15,7 @@ import difflib
 import functools
 import os
 import re
+import sys
 import types
 import typing
 import unicodedata
@@ -673,6 +674,12 @@ def load_parameters(
     return parse_parameters(document, path.name)
 
 # %% ../nbs/00_config.ipynb #72ba142f
+def _before_the_notebook() -> dict:
+    "What the startup files of a person's Python and IPython put into every notebook."
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "user_ns_hidden", {})
+
+
 def check_notebook_parameters(
     namespace: dict,  # the notebook's globals()
     known: list[str],  # the names in the cell tagged `parameters`
@@ -680,8 +687,9 @@ def check_notebook_parameters(
     "Raise an `InputError` if the namespace holds a plain value that is not a known parameter."
     plain = (str, int, float, bool, list, dict, tuple, type(None))
     shell = ("In", "Out")  # the notebook's own history
+    before, nothing = _before_the_notebook(), object()
     for name, value in namespace.items():
-        if name.startswith("_") or name in shell or name in known: continue
+        if name.startswith("_") or name in shell or name in known or before.get(name, nothing) is value: continue
         if isinstance(value, plain): raise unknown_name("notebook parameters", name, known)
     for name in known: require(name in namespace, f"notebook parameters: '{name}' is missing from the parameters cell")
     return {name: namespace[name] for name in known}

@@ -4,22 +4,25 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'Artefacts', 'artefacts', 'kept_models', 'newest_model', 'stage_parameters', 'stage_command', 'source_facts',
-           'asset_class_for', 'source_options', 'prepare_symbol', 'prepared_market', 'market_truth', 'run_stage',
-           'summary']
+           'asset_class_for', 'kept_folder', 'source_options', 'find_symbol', 'prepare_symbol', 'prepared_market',
+           'market_truth', 'write_compared', 'run_stage', 'hold', 'summary']
 
 # %% ../nbs/20_pipeline.ipynb #f75e7823
 import json
 import os
 import re
 import shlex
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bars import asset_class_of, write_bars
-from .config import InputError, Parameters, check_notebook_parameters, check_symbol, convert, home_path, load_parameters, project_path, project_root, require
+from .config import InputError, Parameters, check_notebook_parameters, check_symbol, convert, home_path, load_parameters, project_root, require
 from .env import MarketData, market_data, split_bounds
 from .features import fit_features
 from .files import atomic_write, unwritable
+from .own_files import find_file, link_own_file
 from .simulation import check_simulated_name
 from .sources import load_with_report, simulate_market
 
@@ -30,6 +33,8 @@ class Artefacts:
     root: Path  # the project, or another folder to write to
     name: str  # {symbol}_{timeframe}
 
+    @property
+    def own_file(self) -> Path: return self.root / "data" / "own_files" / self.name  # a link to it
     @property
     def bars(self) -> Path: return self.root / "data" / f"{self.name}.parquet"
     @property
@@ -82,7 +87,9 @@ def stage_parameters(
     namespace: dict,  # the notebook's globals(), after its parameters cell
     **dotted,  # notebook parameter -> dotted name in params.yaml, such as mode="train.mode"; None: the notebook's own
 ) -> tuple[Parameters, str, Artefacts]:  # checked parameters, the symbol, the paths
-    "Read params.yaml, apply what papermill injected, refuse what nobody knows."
+    "Read params.yaml, apply what papermill injected, refuse what nobody knows; pictures look the same whatever a person's matplotlibrc says."
+    import matplotlib
+    matplotlib.rcdefaults()
     values = check_notebook_parameters(namespace, ["symbol", "out_dir", *dotted])
     parameters = load_parameters(**{name: values[short] for short, name in dotted.items() if name})
     for name in values.keys() & _OWN_PARAMETERS.keys(): values[name] = namespace[name] = convert(_OWN_PARAMETERS[name], values[name], name)
@@ -119,6 +126,19 @@ def asset_class_for(
     return parameters.data.asset_class(symbol) or asset_class_of(symbol)
 
 
+def kept_folder(
+    path: str,  # from the project, such as data/raw
+    root: Path | None = None,  # the project; None: the one that we are in
+) -> Path:
+    "A folder that git does not keep; a copy of the project that DVC makes for an experiment has none, and uses that of the project it was made from."
+    root, path = root or project_root(), home_path(path)
+    parts = root.parts
+    homes = [Path(*parts[:i]) for i in range(len(parts)) if parts[i:i + 3] == (".dvc", "tmp", "exps")]
+    places = [home / path for home in (root, *homes)]
+    filled = [place for place in places if place.is_file() or place.is_dir() and any(not inside.name.startswith(".") for inside in place.iterdir())]
+    return (filled or places[1:] or places)[0]
+
+
 def source_options(
     parameters: Parameters,
     symbol: str,
@@ -126,7 +146,19 @@ def source_options(
     "The data section as a source takes it."
     d = parameters.data
     as_they_are = ("start", "end", "seed", "edge", "recipe", "timezone", "labels", "price_scale", "columns", "feed", "adjustment")
-    return {name: getattr(d, name) for name in as_they_are} | dict(path=str(project_path(d.path)), cache=str(project_path(d.cache)), asset_class=d.asset_class(symbol), allow_steps=d.steps(symbol))
+    return {name: getattr(d, name) for name in as_they_are} | dict(path=str(kept_folder(d.path)), cache=str(kept_folder(d.cache)), asset_class=d.asset_class(symbol), allow_steps=d.steps(symbol))
+
+
+def find_symbol(
+    parameters: Parameters,
+    symbol: str,
+    paths: Artefacts,
+) -> Path | None:  # the file; None: bars come from elsewhere
+    "Let DVC see the file that holds a symbol's bars, if it is one of the person's own."
+    own = parameters.data.source == "files"
+    file = find_file(kept_folder(parameters.data.path), symbol, parameters.data.timeframe, asset_class_for(parameters, symbol)) if own else None
+    link_own_file(paths.own_file, file)
+    return file
 
 
 def prepare_symbol(
@@ -136,7 +168,7 @@ def prepare_symbol(
 ) -> tuple:  # bars, MarketData, report
     "Load, check, fit, build the table, write."
     d, asset_class = parameters.data, asset_class_for(parameters, symbol)
-    require(d.source != "files" or len(parameters.symbols) == 1 or not project_path(d.path).is_file(),
+    require(d.source != "files" or len(parameters.symbols) == 1 or not kept_folder(d.path).is_file(),
             f"data.path: {d.path} is one file, and symbols lists {', '.join(parameters.symbols)}; set it to the folder that holds a file for each of them")
     bars, report = load_with_report(symbol, d.timeframe, d.source, **source_options(parameters, symbol))
     spans = split_bounds(len(bars), d.train_fraction, d.validation_fraction)
@@ -183,6 +215,30 @@ def market_truth(
     options = {name: value for name, value in dict(start=d.start, end=d.end).items() if value is not None}
     return simulate_market(symbol, d.timeframe, seed=d.seed, edge=d.edge, asset_class=asset_class_for(parameters, symbol), recipe=d.recipe, **options)[1]
 
+# %% ../nbs/20_pipeline.ipynb #1a7c4d52
+_COMPARED = {  # stage -> its file, and name -> where the figure stands in it; * is whatever the key is
+    "train": ("train.json", {"validation_score": "validation_score"}),
+    "backtest": ("metrics.json", {"total_return": "agent.total_return", "buy_and_hold": "baselines.buy_and_hold", "moving_average_cross": "baselines.moving_average_cross", "sharpe": "agent.sharpe",
+                                  "max_drawdown": "agent.max_drawdown", "profit_factor": "agent.profit_factor", "trades": "agent.trades"}),
+    "report": ("verdict.json", {"verdict": "verdict", "deflated_sharpe": "deflated_sharpe"}),
+    "walk_forward": ("walk_forward.json", {"walk_forward_return": "metrics.*.total_return", "walk_forward_sharpe": "metrics.*.sharpe"}),
+    "seeds": ("seeds.json", {"seeds_sharpe": "validation.sharpe.mean", "seeds_sharpe_low": "validation.sharpe.interval_95.low", "seeds_sharpe_high": "validation.sharpe.interval_95.high"}),
+}
+
+
+def write_compared(
+    stage: str,  # a name in STAGES
+    paths: Artefacts,
+) -> Path:
+    "What is compared of a stage's figures, for DVC's tables."
+    file, places = _COMPARED[stage]
+    whole, found = json.loads((paths.report / file).read_text(encoding="utf-8")), {}
+    for name, place in places.items():
+        value = whole
+        for key in place.split("."): value = next(iter(value.values())) if key == "*" else value[key]
+        found[name] = value
+    return atomic_write(paths.report / "compared" / f"{stage}.json", json.dumps(found, indent=1) + "\n")
+
 # %% ../nbs/20_pipeline.ipynb #e209af97
 STAGES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
 
@@ -193,6 +249,26 @@ def _notebook_output(record) -> bool:
     return record.funcName == "log_output_message" and not record.msg.lstrip().startswith("<Figure")
 
 
+@contextmanager
+def _plain_kernel():
+    "The kernel of a stage is the interpreter that runs it, whatever kernels a person has, and reads no startup files of a person's."
+    folder = project_root() / "models" / "runs" / ".kernel"
+    spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    atomic_write(folder / "kernels" / "python3" / "kernel.json", json.dumps(spec))
+    others = os.environ.get("JUPYTER_PATH")
+    wanted = {"PYTHONSTARTUP": None, "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_PATH": os.pathsep.join([str(folder), *([others] if others else [])])}
+    before = {name: os.environ.get(name) for name in wanted}
+
+    def put(values):
+        for name, value in values.items():
+            if value is None: os.environ.pop(name, None)
+            else: os.environ[name] = value
+    put(wanted)
+    try: yield
+    finally: put(before)
+
+
+@_plain_kernel()
 def run_stage(
     stage: str,  # a name in STAGES
     symbol: str,
@@ -217,7 +293,7 @@ def run_stage(
         shown.addFilter(_notebook_output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(root / "nbs" / f"{stage}.ipynb", output, dict(symbol=symbol, **parameters), cwd=root, log_output=True, progress_bar=False, engine_name="trading_lib",
+        papermill.execute_notebook(root / "nbs" / f"{stage}.ipynb", output, dict(symbol=symbol, **parameters), cwd=root, kernel_name="python3", language="python", log_output=True, progress_bar=False, engine_name="trading_lib",
                                    # the interrupt that precedes a kernel's shutdown is no error of the person's
                                    config=Config({"NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}}))
     except PapermillExecutionError as e:
@@ -227,13 +303,27 @@ def run_stage(
     return output
 
 
+def hold(
+    paths: Artefacts,
+):
+    """Keep DVC from deleting what was made of a symbol once params.yaml no longer lists it.
+
+    A checkout, and with it `dvc exp run`, deletes files that DVC wrote and that have not been touched since, if they belong to no stage any more. These are touched.
+    """
+    made = [*(paths.root / "data").glob(f"{paths.name}.*"), *(paths.root / "models").glob(f"{paths.name}*"), *paths.report.rglob("*")]
+    for path in filter(Path.is_file, made):
+        facts = path.stat()
+        os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1_000_000))
+
+
 def summary(
     parameters: Parameters,
     out_dir: str | Path | None = None,  # None: the project
+    symbols: list[str] | None = None,  # None: those of the parameters
 ) -> list[str]:  # lines
     "The verdict of each symbol's backtest, why, and where its report is."
     lines = []
-    for symbol in parameters.symbols:
+    for symbol in symbols or parameters.symbols:
         paths = artefacts(parameters, symbol, out_dir)
         if not (paths.report / "verdict.json").exists():
             lines.append(f"{symbol}: no backtest yet; run `dvc repro`")
