@@ -36,7 +36,7 @@ test: install  ## all tests: notebooks and pytest, two at a time; about 20 minut
 	$(BIN)/pytest -n 2 --dist loadfile  # two processes, each takes whole files: a module's fixtures are made once
 
 experiments: install  ## what was tried with dvc exp run: the figures, and the settings that differ
-	@$(BIN)/dvc exp show --no-pager --only-changed --drop '(?!reports/[^:]*:)[^:]*/' --keep '(.*:)?($(FIGURES))$$'
+	@$(BIN)/dvc exp show --no-pager --only-changed --drop '(?!reports/[^:]*:)[^:]*/|ledger$$' --keep '(.*:)?($(FIGURES))$$'
 
 prove: install  ## the heavy end-to-end proofs, about an hour on two cores
 	$(BIN)/pytest -m proof -s
