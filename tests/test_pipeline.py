@@ -268,7 +268,7 @@ def test_every_artefact_can_be_read(job, symbol):
     page = (folder / "report.html").read_text()
     said, trials = json.loads((folder / "verdict.json").read_text()), read_trials(ledger_path(tree.root, symbol))
     assert "Simulated data." in page and market.fingerprint["sha256"] in page and said["headline"].split(":")[0] == symbol and f"<b>{said['verdict']}</b>" in page
-    assert set(numbers[2]["baselines"]) >= {"ridge", "boosting", "oracle", "moving_average_cross"} and len(numbers[2]["stress"]) == 7 and len(numbers[2]["capacity"]) == 6
+    assert set(numbers[2]["baselines"]) >= {"ridge", "boosting", "oracle", "moving_average_cross"} and len(numbers[2]["stress"]) == 7 and 1 <= len(numbers[2]["capacity"]) <= 6
     # one run, every validated checkpoint of it
     everything = project_trials(tree.root)
     assert said["trials"]["n_runs"] == said["trials"]["n_symbols"] == len(SYMBOLS) and said["trials"]["n_trials"] == sum(map(len, everything.values())) and len(trials) == int(tables["train"]["validation_score"].notna().sum()) and {t["seed"] for t in trials} == {0}
