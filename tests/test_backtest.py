@@ -489,7 +489,7 @@ def test_a_model_on_bars_that_it_has_seen_is_no_evidence():
     from trading_lib.judgement import assess
     content = small_trainer("crypto", "5.6.0").content()
     after, within = (run_backtest(content, simulated("crypto")[0], start=start, stop=start + 100) for start in (FITTED, 1500))
-    assert after.provenance["unseen"] is True and "unseen bars" in assess(after)["headline"] and not any("No evidence" in line for line in assess(after)["sentences"])
+    assert after.provenance["unseen"] is True and "unseen simulated bars" in assess(after)["headline"] and not any("No evidence" in line for line in assess(after)["sentences"])
     assert within.provenance["unseen"] is False and "unseen" not in assess(within)["headline"] and f"bars up to {simulated('crypto')[0].index[FITTED - 1]:%Y-%m-%d %H:%M}" in assess(within)["sentences"][0]
     assert backtest(actions=random_list(99), start=4000, stop=4100).provenance["unseen"] is None
 
