@@ -156,6 +156,21 @@ def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):
     deployed = load_deploy_zip(project / "deploy.zip")
     assert "# SIM-USD, 15Min simulated bars: REVIEW" in deployed["files"]["README.md"].decode() and "- market: SIMULATED" in deployed["files"]["README.md"].decode()
     assert deployed["manifest"]["verdict"] == {"verdict": "REVIEW", "failed": said["failed"]} and "fitness 0.61, APPROVED needs >= 0.7" in deployed["files"]["README.md"].decode()
+    (project / "deploy.zip").unlink()
+    for forged, words in (({"verdict": "APPROVED"}, "says APPROVED, but its bars are simulated; it lists gates that failed"), ({"verdict": "APPROVED", "failed": {}}, "says APPROVED, but its bars are simulated; it was changed")):
+        (report / "verdict.json").write_text(json.dumps(said | forged))
+        for options in ([], ["--anyway"]):
+            status, line = command(project, "deploy", "SIM-USD", *options, "--out", str(project / "deploy.zip"))
+            assert status == 2 and words in line and not (project / "deploy.zip").exists(), line
+    metrics = {"provenance": {"model_sha256": digest, "data": {"source": "alpaca"}}}  # real bars, and a smoke test all the same
+    content = model_content()
+    content["config"] = {**(content.get("config") or {}), "train": {**((content.get("config") or {}).get("train") or {}), "mode": "quick_test"}}
+    digest = sha256(save_checkpoint(content, model).read_bytes()).hexdigest()
+    metrics["provenance"]["model_sha256"] = digest
+    (report / "metrics.json").write_text(json.dumps(metrics))
+    (report / "verdict.json").write_text(json.dumps({"verdict": "APPROVED", "headline": "a line", "failed": {}, "model_sha256": digest}))
+    status, line = command(project, "deploy", "SIM-USD", "--out", str(project / "deploy.zip"))
+    assert status == 2 and "says APPROVED, but mode quick_test" in line, line
 
 
 def test_the_command_line_says_on_what_how_long_and_what_does_better(project, capsys):

@@ -482,7 +482,9 @@ STRANGE = {
     "quantised": (lambda: small(odd=torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)), ""), "sparse": (lambda: small(odd=torch.eye(3).to_sparse()), ""),
     "sparse rows": (lambda: small(odd=torch.eye(3).to_sparse_csr()), ""), "ragged": (lambda: small(odd=torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])), "without numbers"), "complex": (lambda: small(odd=torch.ones(3, dtype=torch.complex64)), "complex"),
     "escapes in a value": (lambda: small(symbol="\x1b[31mTSLA\x1b[0m"), r"'\x1b[31mTSLA\x1b[0m'"), "escapes in a name": (lambda: small(**{"\x1b]0;hello\x07": 1}), "terminal would obey"),
-    "escapes below": (lambda: small(config={"train": {"tier": "\x9b2J"}}), r"content['config']['train']['tier']"), "a name that is none": (lambda: small(config={(1, 2): 3}), "a name that is a tuple")}
+    "escapes below": (lambda: small(config={"train": {"tier": "\x9b2J"}}), r"content['config']['train']['tier']"), "a name that is none": (lambda: small(config={(1, 2): 3}), "a name that is a tuple"),
+    "a list of data": (lambda: small(data=[1]), "content['data']: expected a table"), "spans that are text": (lambda: small(data={"spans": "all"}), "content['data']['spans']: expected a table"),
+    "an environment that is a number": (lambda: small(config={"env": 5}), "content['config']['env']: expected a table")}
 
 
 @pytest.mark.parametrize("name", STRANGE)

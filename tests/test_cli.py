@@ -135,6 +135,32 @@ def test_nobody_reads_to_the_end(project, arguments):
     assert (running.returncode, errors) == (0 if "--help" in arguments else 141, b"")  # argparse itself swallows it
 
 
+def test_an_output_that_was_closed_before_it_began(project):
+    "As `trading-lib size >&-` does."
+    command, environment = process("size", "--hidden-dims", "8")
+    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], env=environment, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_trials_of_a_simulated_market_are_called_so(project, capsys):
+    from trading_lib.archive import record_trials, run_trials
+    for symbol, source in (("SIM-USD", "simulated"), ("TSLA", "alpaca")):
+        looked = {"update": 1, "sharpe_per_bar": 0.1, "bars": 9, "days": [], "returns": []}
+        record_trials(project / "ledger" / f"{symbol}.jsonl", run_trials(symbol, "15Min", {"source": source, "sha256": "0" * 64, "first": "2024-01-01", "last": "2024-02-01"}, ("2024-01-01", "2024-02-01"), {}, 0, [looked], code="x"))
+    assert main(["trials"]) == 0
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("SIM-USD: simulated, trials 1, ") and second.startswith("TSLA: trials 1, ")
+
+
+def test_a_model_of_another_kind_of_market_is_refused_by_its_name(project, capsys):
+    from test_backtest import small_trainer
+    model = str(save_checkpoint(small_trainer("equity", "5.6.0").content(), project / "equity.pt"))
+    (project / "data").mkdir()
+    bars_file(project).rename(project / "data" / "SIM-USD_15Min.parquet")
+    status, line = said(capsys, "backtest", "SIM-USD", "--model", model)
+    assert status == 2 and line.startswith("error: SIM-USD: is crypto, and ") and "equity.pt was trained on equity" in line
+
+
 # --- several GPUs, versions --------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are several GPUs here")

@@ -157,6 +157,12 @@ def test_the_length_of_bars_is_the_files_own_or_named(tmp_path, capsys):
     assert main(["data", "check", str(tmp_path / "SIMA.csv")]) == 2 and "do not tell the length of a bar; say it with --timeframe" in capsys.readouterr().err
 
 
+def test_what_a_file_lacks_is_said(tmp_path, capsys):
+    assert "expected a column volume, found timestamp, open, high, low, close; rename the one that holds it, or add one of zeros where the market has none" in refused(tmp_path, csv_of(DAYS.drop(columns="volume")))
+    (tmp_path / "SIMA.csv").write_text("timestamp,open,high,low,close,volume\n")
+    assert main(["data", "check", str(tmp_path / "SIMA.csv")]) == 2 and "SIMA.csv: holds a header and no bars" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("zone", ["America/Chicago", "Asia/Tokyo", "America/New_York", "Europe/London"])
 def test_days_of_another_zone_are_refused_however_they_are_told(tmp_path, zone):
     days = simulate_bars("SIM-USD", "1Day", "2024-01-01", "2024-07-01", 0, 0.0)

@@ -80,7 +80,7 @@ def rows(card: str, section: str) -> dict[str, str]:
     return dict(body)
 
 
-SECTIONS = ["SIM-USD 15Min: a PPO policy", "Command", "Budget", "Network", "Data", "Results on the validation span", "Parameters", "Made with", "How to use it", "Limits"]
+SECTIONS = ["SIM-USD 15Min: a PPO policy, of a simulated market", "Command", "Budget", "Network", "Data", "Results on the validation span", "Parameters", "Made with", "How to use it", "Limits"]
 
 
 # --- every number ----------------------------------------------------------------------------------------------------
@@ -138,13 +138,16 @@ def test_changes_to_the_code_are_confessed(content):
 
 
 @pytest.mark.parametrize("source, row, limit", [
-    ({"source": None}, "not recorded", "Whether its bars are simulated or real is not recorded."),
+    ({"source": None}, "not recorded", "nothing here says anything about any real market"),  # it is called SIM-USD
+    ({"source": None, "symbol": "BTC-USD"}, "not recorded", "Whether its bars are simulated or real is not recorded."),
     ({"source": "alpaca", "feed": "sip", "adjustment": "split", "edge": None, "seed": None, "recipe": None}, "real market, from alpaca (feed sip, adjustment split)", "One span of one market"),
+    ({"source": "files", "edge": None, "seed": None, "recipe": None}, "simulated market, by the name of its bars, from files", "nothing here says anything about any real market"),
     ({"source": "simulated", "edge": 0, "seed": None, "recipe": None}, "simulated market (edge 0)", "nothing here says anything about any real market")])
 def test_simulated_or_real(content, source, row, limit):
     content["data"] |= source
     card = model_card(content, COMMAND)
     assert rows(card, "Data")["source"] == row and limit in card.partition("## Limits")[2]
+    assert ("of a simulated market" in card.partition("\n")[0]) == limit.startswith("nothing here")
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
@@ -192,7 +195,7 @@ def test_the_same_content_makes_the_same_card_elsewhere_and_later(content, tmp_p
     monkeypatch.chdir(tmp_path)
     assert model_card(load_checkpoint(save_checkpoint(content, tmp_path / "m.pt")), COMMAND, "m.pt") == card
     for folder in ("a", "b"): assert write_model_card(tmp_path / folder / "m.pt", content, COMMAND).read_text(encoding="utf-8") == card
-    assert str(tmp_path) not in card and not re.search(r"(?<![\w.])/[a-z]+/", card) and re.search(r"20[3-9]\d|2026", card) is None
+    assert str(tmp_path) not in card and not re.search(r"(?<![\w.])/[a-z]+/", card) and re.search(r"\b(20[3-9]\d|2026)-\d\d", card) is None  # figures and hashes hold any digits
 
 
 def test_the_card_lies_beside_its_checkpoint(content, tmp_path):

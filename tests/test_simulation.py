@@ -15,7 +15,7 @@ from trading_lib.bars import bar_clock, expected_labels, timeframe_seconds
 from trading_lib.cli import main
 from trading_lib.config import AccountConfig, InputError, parse_parameters
 from trading_lib.pipeline import artefacts
-from trading_lib.simulation import RECIPES, STATE_BARS, check_simulated_name, is_simulated_name, oracle_figures, simulate_bars, simulate_market
+from trading_lib.simulation import RECIPES, STATE_BARS, check_simulated_name, is_simulated_name, oracle_figures, simulate_bars, simulate_market, simulated_bars
 from trading_lib.sources import load_with_report
 from trading_lib.stylised_facts import log_returns, return_correlations, variance_ratio
 
@@ -464,6 +464,20 @@ def test_a_simulated_market_has_a_name_that_is_no_tickers(name, simulated):
     for act in (lambda: load_with_report(name, "15Min", "simulated"), lambda: artefacts(parameters, name), lambda: check_simulated_name(name)):
         with pytest.raises(InputError, match=rf"^{name}: .*simulated.*SIM…, such as SIM-USD.*set data.source to files or alpaca$"): act()
     assert len(simulate_bars(name, "1Day", "2022-01-01", "2022-02-01")) and artefacts(replace(parameters, data=replace(parameters.data, source="files")), name).name == f"{name}_15Min"
+
+
+@pytest.mark.parametrize("symbol, source, simulated", [
+    ("SIM-USD", "simulated", True), ("SIM-USD", None, True), ("SIM-USD", "files", True), ("SIM-USD", "the file SIM-USD_15Min.csv", True), ("SIM-USD", "alpaca", False), ("SIMA", "alpaca", False),
+    ("TSLA", "simulated", True), ("TSLA", None, False), ("TSLA", "files", False), ("TSLA", "the file SIM-USD.csv", False), (None, None, False)])
+def test_one_rule_says_whether_bars_are_simulated(symbol, source, simulated):
+    "The ledger's, the verdict's and the card's: a file under a simulated market's name holds no real bars."
+    from types import SimpleNamespace
+    from trading_lib.archive import run_trials
+    from trading_lib.judgement import is_simulated
+    data = {"source": source, "sha256": "0" * 64, "first": "2024-01-01", "last": "2024-02-01"}
+    looked = {"update": 1, "sharpe_per_bar": 0.1, "bars": 9, "days": [], "returns": []}
+    assert simulated_bars(symbol, data) is simulated and is_simulated(SimpleNamespace(provenance={"symbol": symbol, "data": data})) is simulated
+    if symbol: assert run_trials(symbol, "15Min", data, ("2024-01-01", "2024-02-01"), {}, 0, [looked], code="x")[0].simulated is simulated
 
 
 def test_the_command_simulates_no_ticker(tmp_path, capsys):

@@ -118,6 +118,17 @@ def _check_fit(fit: dict, path: Path):
         require(not wrong, f"{where}: expected numbers {expected}; {len(wrong)} of {numbers.size} are not, such as {wrong[:1]}; the fitted features are damaged: prepare and train anew")
 
 
+_TABLES = (("config",), ("config", "env"), ("config", "train"), ("data",), ("data", "spans"), ("metrics",))  # where there are any
+
+
+def _check_tables(content: dict, path: Path):
+    "What is looked into by name is a table of names."
+    for at in _TABLES:
+        value = content
+        for name in at: value = (value or {}).get(name)
+        require(value is None or isinstance(value, dict), f"{path}: {_where(at)}: expected a table of names and values, was {type(value).__name__}; the file is damaged or made by hand: train anew")
+
+
 def _check_numbers(content: dict, path: Path):
     "Weights, moments and fitted features are finite, and the network is scaled by those very features."
     for part in _WEIGHTS:
@@ -163,6 +174,7 @@ def save_checkpoint(
     require(type(content) in (dict, OrderedDict), f"checkpoint: expected a dictionary, was {type(content).__name__}")
     require(not path.is_dir(), f"{path}: is a folder; give the name of a file such as {path / 'model.pt'}")
     content = _canonical(content)
+    _check_tables(content, path)
     _check_numbers(content, path)
     return atomic_write(path, _signed(content).getbuffer())
 
@@ -253,6 +265,7 @@ def _load(path: Path, map_location="cpu") -> tuple[dict, str | None, int]:
     content = _unpickle(data, path, map_location)
     require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}; expected the dictionary of a checkpoint")
     _check_values(content, len(data), path)
+    _check_tables(content, path)
     _check_numbers(content, path)
     if digest is None:
         require(isinstance(content.get("policy_state_dict"), dict), f"{path}: is a torch file without policy_state_dict; expected a checkpoint")

@@ -198,7 +198,7 @@ def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `r
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import require
     from trading_lib.env import split_bounds
-    from trading_lib.pipeline import artefacts, market_truth, newest_model, prepared_market, source_facts
+    from trading_lib.pipeline import artefacts, asset_class_for, market_truth, newest_model, prepared_market, source_facts
     jobs = []
     for symbol in _symbols(arguments, parameters):
         paths = artefacts(parameters, symbol)
@@ -208,10 +208,13 @@ def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `r
             require(path.exists(), f"{symbol}: no {path.name}; run `trading-lib stage {stage} --symbol {symbol}` (symbols of params.yaml: {', '.join(parameters.symbols)})")
         if paths.market.exists(): prepared_market(parameters, symbol, paths)  # refuses what was prepared with other settings
         bars = read_bars(paths.bars)
+        content, own = load_checkpoint(model), asset_class_for(parameters, symbol)
+        trained = ((content.get("config") or {}).get("env") or {}).get("asset_class", own)  # older files say nothing of it
+        require(trained == own, f"{symbol}: is {own}, and {model} was trained on {trained}, whose hours and costs are others; choose a model of its kind, or another symbol")
         start, stop = split_bounds(len(bars), parameters.data.train_fraction, parameters.data.validation_fraction)["test"]
         truth = market_truth(parameters, symbol)
         start, stop = max(start, _edge(bars, arguments.start, "--start", start)), min(stop, _edge(bars, arguments.end, "--end", stop))
-        jobs.append((dict(model=load_checkpoint(model), bars=bars, start=start, stop=stop, symbol=symbol, account=parameters.account, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
+        jobs.append((dict(model=content, bars=bars, start=start, stop=stop, symbol=symbol, account=parameters.account, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
     return jobs
 
 
@@ -239,12 +242,13 @@ def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files 
 def _backtest(arguments):
     from dataclasses import replace
     from pathlib import Path
-    from trading_lib.archive import comparable_trials, simulated_bars
+    from trading_lib.archive import comparable_trials
     from trading_lib.backtest import run_backtests, write_backtest
     from trading_lib.config import project_root
     from trading_lib.judgement import assess
     from trading_lib.pipeline import asset_class_for
     from trading_lib.report import comparison_table, write_report
+    from trading_lib.simulation import simulated_bars
     from trading_lib.version import assert_compatibility
     parameters = load_parameters()
     jobs = _file_backtests(arguments, parameters) if arguments.bars else _prepared_backtests(arguments, parameters)
@@ -273,9 +277,9 @@ def _backtest(arguments):
 def _models(arguments):
     import time
     from trading_lib.checkpoint import load_checkpoint
-    from trading_lib.archive import simulated_bars
     from trading_lib.pipeline import artefacts, kept_models
     from trading_lib.memory import memory_text
+    from trading_lib.simulation import simulated_bars
     parameters = load_parameters()
     for symbol in _symbols(arguments, parameters):
         paths = artefacts(parameters, symbol)
@@ -289,7 +293,7 @@ def _models(arguments):
 
 
 def _trials(arguments):
-    from trading_lib.archive import comparable_trials, gather_ledgers, ledger_summary, overfitting_probability, project_trials
+    from trading_lib.archive import comparable_trials, gather_ledgers, ledger_summary, overfitting_probability, project_trials, simulated_trial
     from trading_lib.config import path_symbol, project_root
     gather_ledgers(root := project_root())
     tried = project_trials(root)
@@ -298,7 +302,8 @@ def _trials(arguments):
         pbo = overfitting_probability(trials)
         counts = ", ".join(f"{name.removeprefix('n_').replace('_', ' ')} {n}" for name, n in ledger_summary(trials).items())
         luck = pbo.reason if pbo.probability is None else f"{pbo.probability:.2f}"
-        print(f"{symbol}: {counts}; probability of backtest overfitting {luck}" if trials else f"{symbol}: no ledger yet, nothing was tried")
+        kind = "simulated, " * any(map(simulated_trial, trials))
+        print(f"{symbol}: {kind}{counts}; probability of backtest overfitting {luck}" if trials else f"{symbol}: no ledger yet, nothing was tried")
     real, simulated = (len(comparable_trials(root, kind)) for kind in (False, True))
     print(f"a verdict discounts all symbols of its kind: {real} trials on real markets, {simulated} on simulated ones")
 
@@ -313,9 +318,12 @@ def _history(arguments):
 
 
 def _deploy(arguments):
-    from trading_lib.archive import _parsed, comparable_trials, gather_ledgers, load_deploy_zip, simulated_bars, write_deploy_zip
+    from trading_lib.archive import _parsed, comparable_trials, gather_ledgers, load_deploy_zip, write_deploy_zip
+    from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import parameters_path, project_root, require
     from trading_lib.pipeline import artefacts
+    from trading_lib.simulation import simulated_bars
+    from trading_lib.tiers import training_budget
     parameters = load_parameters()
     symbol = parameters.listed(arguments.symbol)
     paths = artefacts(parameters, symbol)
@@ -325,7 +333,10 @@ def _deploy(arguments):
     said, judged = (_parsed(files[name], str(paths.report / name)) for name in ("verdict.json", "metrics.json"))
     gather_ledgers(project_root())
     require({"verdict", "failed", "headline"} <= set(said), f"{paths.report / 'verdict.json'}: has no verdict; run `dvc repro` first")
-    known, now = said.get("trials", {}).get("n_trials", 0), len(comparable_trials(project_root(), simulated_bars(symbol, judged.get("provenance", {}).get("data"))))
+    simulated, training = simulated_bars(symbol, judged.get("provenance", {}).get("data")), training_budget(load_checkpoint(paths.model))
+    against = [why for why, holds in (("its bars are simulated", simulated), (training["said"], training["smoke"]), ("it lists gates that failed", said["failed"])) if holds]
+    require(said["verdict"] != "APPROVED" or not against, f"{symbol}: {paths.report / 'verdict.json'} says APPROVED, but {'; '.join(against)}; it was changed since it was written: run `trading-lib stage report --symbol {symbol}`")
+    known, now = said.get("trials", {}).get("n_trials", 0), len(comparable_trials(project_root(), simulated))
     require(now <= known or arguments.anyway, f"{symbol}: the verdict is about {known} trials, and by now there are {now}; run `dvc repro`, or `trading-lib stage report --symbol {symbol}`, and see what it says then")
     require(said["verdict"] == "APPROVED" or arguments.anyway, f"{symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate on real bars (--anyway makes one all the same, and says so inside)")
     written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": {"verdict": said["verdict"], "failed": said["failed"]}, "headline": said["headline"], "simulated": said.get("simulated")})
@@ -603,8 +614,9 @@ def main(
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
         try: return _run(sys.argv[1:] if arguments is None else list(arguments))
-        finally: sys.stdout.flush()
+        finally:
+            if sys.stdout is not None: sys.stdout.flush()  # None: closed before this process began
     except BrokenPipeError:  # what is still to be written has no reader
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr): os.dup2(nowhere, stream.fileno())
+        for stream in filter(None, (sys.stdout, sys.stderr)): os.dup2(nowhere, stream.fileno())
         return _READER_GONE

@@ -14,7 +14,7 @@ import numpy as np
 from .archive import ledger_summary, luck_adjusted
 from .backtest import BacktestResult
 from .metrics import assess_model_quality, deflated_sharpe_ratio, equity_returns, too_few_trades
-from .simulation import is_simulated_name
+from .simulation import simulated_bars
 
 # %% ../nbs/15_judgement.ipynb #d1aa2335
 _BASELINES = {"buy_and_hold": "buy-and-hold", "buy_and_hold_at_exposure": "buy-and-hold at its own exposure", "moving_average_cross": "the moving-average cross", "ridge": "ridge regression",
@@ -43,9 +43,7 @@ def is_simulated(
 ) -> bool:
     "Whether its bars are simulated: by what is known of their source, else by the name, which no other market has."
     p = result.provenance
-    source = (p.get("data") or {} if data is None else data).get("source")
-    if source == "simulated" or p.get("simulated"): return True
-    return is_simulated_name(p.get("symbol")) and (source in (None, "files") or source.startswith("the file "))
+    return bool(p.get("simulated")) or simulated_bars(p.get("symbol"), p.get("data") if data is None else data)
 
 
 def headline(

@@ -19,6 +19,7 @@ from .checkpoint import _count_parameters, flat_facts
 from .config import require
 from .files import atomic_write, markdown as _plain
 from .metrics import TRADE_FIGURES, too_few_trades
+from .simulation import simulated_bars
 from .tiers import training_budget
 from .version import declared_version, policy_matrices, policy_widths
 
@@ -64,6 +65,7 @@ def _budget(content: dict) -> dict:
 def _source(data: dict) -> str | None:
     "Simulated or real, where the checkpoint knows it."
     if data.get("source") is None: return None
+    if data["source"] != "simulated" and simulated_bars(data.get("symbol"), data): return f"simulated market, by the name of its bars, from {data['source']}"
     details = ", ".join(f"{name} {data[name]}" for name in ("recipe", "edge", "seed", "feed", "adjustment") if data.get(name) is not None)
     return ("simulated market" if data["source"] == "simulated" else f"real market, from {data['source']}") + (f" ({details})" if details else "")
 
@@ -78,7 +80,8 @@ def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
     "What the figures of the card do not show."
     update, updates, looks, all_looks = (budget[name] for name in ("update", "updates", "looks", "all_looks"))
     costs = content.get("config", {}).get("env", {}).get("account", {}).get("costs")
-    source = {None: "Whether its bars are simulated or real is not recorded.", "simulated": "Its market is simulated: nothing here says anything about any real market."}
+    simulated = simulated_bars(data.get("symbol"), data)
+    source = {None: "Whether its bars are simulated or real is not recorded."} if not simulated else {data.get("source"): "Its market is simulated: nothing here says anything about any real market."}
     said = ["Validation chose it, on one span, among the checkpoints of its run: " + ("how many is not recorded." if looks is None else f"{_counted(looks)} looked at up to this one, {_counted(all_looks)} in the whole run.")
             + " The best of many looks better than it is; only bars that neither training nor validation has seen can judge it." if chosen else "No validation figures belong to this checkpoint: validation did not choose it."]
     if updates and update is not None and update < updates: said.append(f"It is the policy of update {update:,} of {updates:,}, not of the end of the run.")
@@ -108,7 +111,7 @@ def model_card(
     if data.get("symbol"): use += [f"trading-lib backtest {shlex.quote(data['symbol'])} --model {shlex.quote(name)}", f"trading-lib trials {shlex.quote(data['symbol'])}  # what else was tried on it"]
     known = lambda rows: [(what, value if value is not None else "not recorded") for what, value in rows]
     sections = {
-        f"{_plain(subject) + ': ' if subject else ''}a PPO policy": f"A policy trained with PPO{f' to trade {_plain(subject)} bars' if subject else ''}{f', for the observation layout {_plain(version)}' if version else ''}: "
+        f"{_plain(subject) + ': ' if subject else ''}a PPO policy{', of a simulated market' * simulated_bars(data.get('symbol'), data)}": f"A policy trained with PPO{f' to trade {_plain(subject)} bars' if subject else ''}{f', for the observation layout {_plain(version)}' if version else ''}: "
                                                                     f"{inputs} inputs, {actions} actions, {parameters} parameters, after update {updates}.",
         "Command": _code(command),
         "Budget": _table(("what", "done"), [("environment steps", _counted(budget["step"], budget["steps"])), ("updates", updates), ("looks of the validation", _counted(budget["looks"], budget["all_looks"]))]),

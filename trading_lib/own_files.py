@@ -221,7 +221,7 @@ def _find_columns(table: pd.DataFrame, where: str, labels: str = "start") -> dic
             found[name] = sorted(matches, key=plain.get)
             continue
         if len(exact) == 1: matches = exact
-        require(len(matches) > 0, f"{where}: expected a column {name}, found {listed(table.columns)}; rename the one that holds it")
+        require(len(matches) > 0, f"{where}: expected a column {name}, found {listed(table.columns)}; rename the one that holds it" + ", or add one of zeros where the market has none" * (name == "volume"))
         require(len(matches) == 1, f"{where}: {' and '.join(map(shown, matches))} could both be {name}; rename the right one to {name}")
         found[name] = matches
     return found
@@ -320,7 +320,7 @@ def file_timeframe(
     "The timeframe that most bars of a file are apart."
     file = find_file(path, symbol or "SYMBOL", "1Day", "crypto")
     table = _read_table(file, symbol, columns)
-    if not len(table): return None
+    require(len(table) > 0, f"{file.name}: holds a header and no bars; export it again")
     times = np.sort(_parse_times(_times_of(table, _find_columns(table, file.name)["timestamp"]), "1Day", "crypto", "UTC", file.name).asi8)
     steps, counts = np.unique(np.diff(times[np.append(True, np.diff(times) > 0)]), return_counts=True)
     return next((name for name, seconds in TIMEFRAMES.items() if len(steps) and steps[counts.argmax()] == seconds * 1_000_000_000), None)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIMULATED', 'SIMULATED_START', 'SIMULATED_END', 'STATE_BARS', 'RECIPES', 'SIMULATED_NAME', 'Recipe',
-           'simulate_market', 'simulate_bars', 'oracle_figures', 'is_simulated_name', 'check_simulated_name']
+           'simulate_market', 'simulate_bars', 'oracle_figures', 'is_simulated_name', 'simulated_bars',
+           'check_simulated_name']
 
 # %% ../nbs/02_simulation.ipynb #e7a8e528
 import re
@@ -215,6 +216,16 @@ def is_simulated_name(
 ) -> bool:
     "Whether a symbol is named as simulated markets are."
     return isinstance(symbol, str) and SIMULATED_NAME.fullmatch(symbol) is not None and symbol not in _REAL_TICKERS
+
+
+def simulated_bars(
+    symbol: str | None,
+    data: dict | None = None,  # fingerprint of the bars, with their source where it is known
+) -> bool:
+    "Whether bars are simulated: by their source, else by the name. A file named as simulated markets are holds what was simulated."
+    source = (data or {}).get("source")
+    if source is None or source == "files" or str(source).startswith("the file "): return is_simulated_name(symbol)
+    return source == "simulated"
 
 
 def check_simulated_name(

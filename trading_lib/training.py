@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .archive import add_trials, check_ledger, ledger_path, ledger_summary, read_trials, record_trials, run_trials, simulated_bars
+from .archive import add_trials, check_ledger, ledger_path, ledger_summary, read_trials, record_trials, run_trials
 from .bars import read_bars
 from .checkpoint import load_checkpoint, save_checkpoint
 from .config import InputError, Parameters, project_root, require
@@ -37,6 +37,7 @@ from .preflight import preflight
 from .progress import Unharmed, progress_for
 from .run_folder import RunFolder
 from .seeds import SeedsTrainer
+from .simulation import simulated_bars
 from .stopping import StopRequest
 from .tiers import budget_warnings, describe, fit_config, get_auto_config, memory_of, resolve_device
 from .trainer import NativePPOTrainer
