@@ -763,7 +763,7 @@ class CartPole:
 def test_cartpole_is_balanced_and_its_value_sees_past_the_time_limit(bootstrap):
     "A balanced pole earns 1 / (1 - 0.99) = 100 for ever; where the time limit counts as a fall, no state is worth more than (1 - 0.99^200) × 100 = 87."
     env = CartPole(bootstrap)
-    trainer = NativePPOTrainer(env, NativePPOConfig(hidden_dims=(64, 64), n_steps=64, minibatch_size=256, total_timesteps=57_344, learning_rate=2.5e-3, entropy_coefficient=0.0), progress=None)
+    trainer = NativePPOTrainer(env, NativePPOConfig(hidden_dims=(64, 64), n_steps=64, minibatch_size=256, total_timesteps=114_688, learning_rate=2.5e-3, entropy_coefficient=0.0), progress=None)
     trainer.train()
     with torch.no_grad(): value = trainer.policy(torch.zeros(1, 4))[1].item()
     assert np.mean(env.finished[:100]) < 50 and np.mean(env.finished[-50:]) > 150
