@@ -374,8 +374,10 @@ def test_a_fresh_start_puts_an_unfinished_run_aside(project, stopped, tmp_path):
     before = {p.name: p.read_bytes() for p in left.runs.iterdir()}
     for n in (1, 2):
         status, out, _ = left.main("train", "--iterations", "1")
-        assert status == 0 and out.count("put aside as") == 1 and "going on" not in out
-        assert {p.name: p.read_bytes() for p in left.runs.with_name(f"SIM-USD_15Min.{n}").iterdir()} == before and not list(left.runs.iterdir())
+        aside, size = left.runs.with_name(f"SIM-USD_15Min.{n}"), memory_text(n * sum(map(len, before.values())))
+        assert status == 0 and [line for line in out.splitlines() if "put aside as" in line] == [
+            f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with it); what is put aside as {left.runs}.1 and so on, {size} by now, may be deleted"] and "going on from" not in out
+        assert {p.name: p.read_bytes() for p in aside.iterdir()} == before and not list(left.runs.iterdir())
         left.runs.rmdir()
         shutil.copytree(stopped[0].runs, left.runs)
     assert empty.main("train", "--iterations", "1")[0] == 0 and left.models() == empty.models()
@@ -478,7 +480,7 @@ def test_a_whole_file_that_is_no_runs_state_is_refused_in_one_line(tmp_path, con
     trainer = trainer_in(path.parent, 0, said, **KINDS["mlp"])
     with pytest.raises(InputError, match="no state to go on from") as e: resume(trainer, path)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
-    assert resume(trainer) is False and said[-1].startswith(f"resume: {path}: ") and said[-1].endswith("; starting fresh")
+    assert resume(trainer) is False and said == [f"skipped: {e.value}", f"resume: no checkpoint in {path.parent}"] and trainer.update == 0
 
 
 def test_another_run_is_not_gone_on_from(ran):
@@ -500,9 +502,11 @@ def test_a_run_can_be_gone_on_with_from_another_folder(project, whole, stopped, 
     ends_as(left, whole)
 
 
-def test_the_best_policy_can_be_gone_on_from(project, whole, tmp_path):
-    "It is the state after its update: the rest of the run follows again."
-    left = project.copied(tmp_path / "left")
+def test_the_best_policy_can_be_gone_on_from(project, tmp_path):
+    "It is the state after its update: the rest of the run follows again. Of a seed whose best policy is not its last."
+    whole, left = (project.copied(tmp_path / name) for name in ("whole", "left"))
+    for p in (whole, left): p.edit(seed=1)
+    assert whole.main("train")[0] == 0
     content = load_checkpoint(whole.model())
     assert content["update"] < LAST
     status, out, error = left.main("train", "--checkpoint", str(whole.model()))

@@ -257,8 +257,9 @@ def test_a_damaged_newest_one_is_skipped_with_a_line(run, tmp_path, kind, interr
 
 
 def test_what_would_unpack_to_more_than_the_file_is_not_unpacked(run):
-    path = run.save(content(30))
-    assert _glance(path) == {"update": 30, "best_update": None}
+    assert _glance(run.save(content(20))) == {"update": 20}  # no best policy yet
+    path = run.save(content(30, 20))
+    assert _glance(path) == {"update": 30, "best_update": 20}
     path.write_bytes(packed(path.read_bytes()))
     assert path.stat().st_size < 100_000 and _glance(path) == {}
 

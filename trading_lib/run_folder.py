@@ -91,7 +91,8 @@ class RunFolder:
                 time.sleep(0.1)
             try: os.pwrite(held, f"{os.getpid():<20}".encode(), 0)
             except OSError: pass  # no room for a number: the lock is held all the same
-            yield
+            try: yield
+            finally: os.ftruncate(held, 0)  # nobody holds it now: it names no process, and is the same bytes after every run
         finally: os.close(held)
 
     # -- saving ----------------------------------------------------------------------------------------------------
