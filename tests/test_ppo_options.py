@@ -83,9 +83,6 @@ def close(policy, other, tolerance=2e-6):
     for (name, a), b in zip(policy.named_parameters(), other.parameters()): assert torch.allclose(a, b, rtol=0, atol=tolerance), (name, float((a - b).abs().max()))
 
 
-SCHEDULE = [1.0, 0.505, 0.01]  # of three updates, on paper
-
-
 # --- two optimizers, epochs of the critic alone -----------------------------------------------------------------------
 
 @pytest.mark.parametrize("settings, separate, critic_epochs", [
@@ -93,11 +90,11 @@ SCHEDULE = [1.0, 0.505, 0.01]  # of three updates, on paper
     (dict(separate_optimizers=True, critic_epochs=1, shared_trunk=False, max_grad_norm=0.05), True, 1), (dict(learning_rate=0.01, critic_epochs=1), False, 1)])
 def test_updates_are_those_of_a_plain_reimplementation(settings, separate, critic_epochs):
     "The value head learns at 9e-4 and everything else at 3e-4, each times the schedule; what is logged is the mean over the minibatches of exact figures."
-    trainer = plain_trainer(**{"total_timesteps": 96 * 3, **settings})
+    trainer = plain_trainer(**{"total_timesteps": 96 * 3, "warmup_fraction": 0, **settings})
     plain = PlainPPO(copy.deepcopy(trainer.policy), separate)
     before, peak = weights(trainer), trainer.config.learning_rate
     rollouts, batches = spied(trainer)
-    for share in SCHEDULE:
+    for share in [1.0, 0.505, 0.01]:  # without warm-up, on paper
         row = trainer.train(1)[-1]
         epochs, own = batches[:2], batches[2:]
         assert len(own) == critic_epochs and all(torch.equal(torch.cat(epoch).sort().values, torch.arange(96)) for epoch in batches)
@@ -112,7 +109,7 @@ def test_updates_are_those_of_a_plain_reimplementation(settings, separate, criti
 
 def test_with_folded_inputs_too():
     "A trading environment: Adam on the dense network with whole, scaled windows."
-    trainer = trading_trainer(separate_optimizers=True, critic_epochs=2, total_timesteps=8 * 16 * 3)
+    trainer = trading_trainer(separate_optimizers=True, critic_epochs=2, total_timesteps=8 * 16 * 3, warmup_fraction=0)
     dense = NativeActorCritic(5800, 8, (16,))
     dense.load_state_dict({name: v for name, v in trainer.policy.state_dict().items() if not name.startswith("input_")})
     shift, scale = (v.repeat(100) for v in (trainer.policy.input_shift, trainer.policy.input_scale))
@@ -168,7 +165,7 @@ def test_a_checkpoint_of_one_optimizer_goes_on_with_two_and_back():
 
 def test_epochs_end_where_the_exact_divergence_says_so():
     "The target lies between the divergences of the second and the third epoch: there are exactly three, and then those of the critic."
-    settings = dict(n_epochs=6, total_timesteps=96, learning_rate=3e-3)
+    settings = dict(n_epochs=6, total_timesteps=96, learning_rate=3e-3, warmup_fraction=0)
     free = plain_trainer(**settings)
     plain = PlainPPO(copy.deepcopy(free.policy), False)
     rollouts, batches = spied(free)
@@ -430,7 +427,7 @@ def test_recurrent_updates_are_those_of_a_plain_reimplementation():
     state = torch.zeros(2, 6, 8)
     plain = PlainPPO(copy.deepcopy(trainer.policy), False, lambda rollout, batch: replayed(plain.policy, rollout, state, batch[:len(batch) // 10])[:2])
     rollouts, batches = spied(trainer)
-    for share in SCHEDULE:
+    for share in [0.1, 1.0, 0.01]:  # one update of warm-up, then the two ends of the cosine, on paper
         row = trainer.train(1)[-1]
         rollout = rollouts[-1]
         with torch.no_grad(): logits, values, after = replayed(plain.policy, rollout, state, torch.arange(6))

@@ -406,11 +406,11 @@ def test_inputs_scaled_once_are_the_inputs_scaled_at_every_gather():
 
 
 def test_folded_training_is_that_of_the_dense_network():
-    "50 steps of Adam on whole sequences with clipping, against plain torch on plain windows."
+    "50 steps of Adam on whole sequences with clipping, against plain torch on plain windows. Steps ten times as large are chaotic here: the last bits of a sum grow to 1e-4."
     m, state, starts = Market(), torch.zeros(LAYERS, N, HIDDEN, dtype=torch.float64), boundaries("random")
     x, target = torch.stack([m.folded.inputs(obs, m.table) for obs in m.obs]), torch.randn(T, N, 8, dtype=torch.float64)
     loss = lambda logits, values, _: (logits - target).square().mean() + (values - target[..., 0]).square().mean()
-    plain, adam = torch.optim.Adam(m.dense.parameters(), lr=1e-3, eps=1e-5), torch.optim.Adam(parameter_groups(m.folded, 1e-3), eps=1e-5)
+    plain, adam = torch.optim.Adam(m.dense.parameters(), lr=1e-4, eps=1e-5), torch.optim.Adam(parameter_groups(m.folded, 1e-4), eps=1e-5)
     start = loss(*m.dense.evaluate_sequences(m.windows, state, starts)).item()
     for _ in range(50):
         plain.zero_grad(); loss(*m.dense.evaluate_sequences(m.windows, state, starts)).backward()

@@ -458,7 +458,7 @@ class NativePPOTrainer:
         if not all(finite) or not bool(torch.stack([p.isfinite().all() for p in self.policy.parameters()]).all()):
             worst = next((name for name, is_finite in zip(watch, finite) if not is_finite), "a weight")
             self._restore(good)
-            raise self._diverged(f"{worst.replace('_', ' ')} became NaN or infinite though the rollout was finite; use a smaller learning_rate (was {rate:.2g}) or max_grad_norm ({c.max_grad_norm})")
+            raise self._diverged(f"{worst.replace('_', ' ')} became NaN or infinite though the rollout was finite; use a smaller learning_rate (was {c.learning_rate:g}) or max_grad_norm ({c.max_grad_norm})")
         return self._row(list(watch), means, {"learning_rate": rate, "entropy_coefficient": entropy_coefficient}, data)
 
     _FIGURES = ("explained_variance", "reward", "advantage_mean", "advantage_deviation", "return_mean", "value_mean")
