@@ -389,7 +389,7 @@ def test_wrong_arguments(tmp_path):
 # processes. A script forks its children, so that they need not import anything, and kills them.
 
 COMMON = """
-import fcntl, hashlib, json, os, random, resource, shutil, signal, sys, time, traceback
+import fcntl, hashlib, json, mmap, os, random, resource, shutil, signal, sys, time, traceback
 from pathlib import Path
 import pandas as pd
 from trading_lib import bar_cache, files
@@ -402,12 +402,13 @@ from test_bar_cache import audit, files_of
 folder, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
 MARKET = {s: simulate_bars(s, "15Min", "2022-01-01", "2024-01-03", seed=5) for s in SYMBOLS}
 
-def fill(folder, symbol, start, end, pause=0.0, chunk=4000, log=None, progress=None, **options):
+def fill(folder, symbol, start, end, pause=0.0, chunk=4000, log=None, progress=None, turn=None, **options):
     bars = MARKET[symbol]
     def fetch(start, end):
         if log:
             with open(log, "a") as f: f.write(f"{symbol} {start} {end}\\n")
         time.sleep(random.random() * 2 * pause)
+        if turn: turn()
         return bars[(bars.index >= start) & (bars.index < end)]
     asset_class = "crypto" if "-" in symbol else "equity"
     return cached_bars(folder, symbol, "15Min", asset_class, start, end, fetch, chunk=chunk, progress=progress, now="2025-01-01", **options)
@@ -482,7 +483,7 @@ def test_killed_at_twenty_random_moments_the_files_are_those_of_an_undisturbed_r
 def test_killed_before_every_line_that_writes(tmp_path):
     "Not at random: at each line of the commit, of the atomic write and of the lock, in the first commit of a cache and in a later one."
     out = run("""
-        WRITING = {f.__code__ for f in (bar_cache._Cache.commit, bar_cache._Cache._lock, bar_cache._Cache.locked.__wrapped__, files.atomic_write)}
+        WRITING = {f.__code__ for f in (bar_cache._Cache.commit, bar_cache._Cache._lock, bar_cache._Cache.locked.__wrapped__, files.atomic_write, files._replace)}
 
         def killed_at(n, *args):
             "Die before the n-th line of these functions."
@@ -575,19 +576,29 @@ def test_a_process_waits_only_so_long_and_the_dead_hold_no_lock(tmp_path):
 
 
 def test_readers_are_never_in_the_way_of_a_writer_nor_misled_by_it(tmp_path):
+    "The reader never stops; before each piece the writer waits until it has read twice, so that every state was read, however busy the machine."
     out = run("""
         fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-03")
         expected = MARKET["SIM-USD"].loc["2022-01-01":"2022-01-02"]
-        writer = child(fill, folder / "cache", "SIM-USD", "2022-01-01", "2022-06-01", 0.001, chunk=96)
-        reads, sizes = 0, set()
+        shared, reader = memoryview(mmap.mmap(-1, 8)).cast("q"), os.getpid()  # how often was read
+
+        def turn():
+            seen = shared[0]
+            while shared[0] < seen + 2:  # the first of them may have begun before the last commit
+                if os.getppid() != reader: os._exit(1)  # it has failed
+                time.sleep(0.001)
+
+        writer = child(fill, folder / "cache", "SIM-USD", "2022-01-01", "2022-06-01", chunk=288, log=folder / "log", turn=turn)
+        sizes = set()
         while not os.waitpid(writer, os.WNOHANG)[0]:
             bars, facts = fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-03")
             row, = cache_info(folder / "cache")
             assert facts["requests"] == 0 and bars.equals(expected) and row["problem"] is None, row["problem"]
-            reads += 1; sizes.add(row["bars"])
-        print(json.dumps({"reads": reads, "sizes": len(sizes), "files": len(files_of(folder / "cache"))}))
+            shared[0] += 1; sizes.add(row["bars"])
+        print(json.dumps({"reads": shared[0], "rounds": len(requests(folder / "log")), "sizes": len(sizes), "files": len(files_of(folder / "cache"))}))
     """, tmp_path)
-    assert out["reads"] > 30 and out["sizes"] > 10 and out["files"] == 2
+    print(out)
+    assert out["reads"] >= 2 * out["rounds"] > 30 and out["sizes"] > 10 and out["files"] == 2
 
 
 def test_a_commit_between_the_two_reads_of_a_reader(tmp_path, monkeypatch):

@@ -1,15 +1,20 @@
 """Bars: the calendar against an independent reading of it, every kind of bad bar, and real files with known defects."""
+import io
 import json
 import os
 import re
+import threading
 import zoneinfo
 from datetime import timedelta, timezone
+from pathlib import Path
+from types import SimpleNamespace
 
 import exchange_calendars
 import numpy as np
 import pandas as pd
 import pytest
 
+from trading_lib import bars as bars_module
 from trading_lib.bars import (COLUMNS, OUT_OF_SESSION, REFUSED, REPAIRED, REPORTED, TIMEFRAMES, asset_class_of, bar_clock, bars_per_year, expected_labels, fingerprint,
                               path_symbol, read_bars, resample_bars, timeframe_name, timeframe_seconds, validate_bars, write_bars)
 from trading_lib.config import DataParameters, InputError
@@ -669,6 +674,22 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert file.read_bytes() == first and [p.name for p in file.parent.iterdir()] == ["X.parquet"]
     assert write_bars(CRYPTO, file).read_bytes() == first  # same bars, same bytes
+
+
+def test_parquet_is_read_by_the_calling_thread(tmp_path, monkeypatch):
+    "Another thread that holds a Python object when the interpreter ends aborts the process, after all of its work is done."
+    class Watched(io.BytesIO):
+        readers = set()
+
+        def read(self, *size):
+            self.readers.add(threading.get_ident())
+            return super().read(*size)
+    file = write_bars(CRYPTO, tmp_path / "X.parquet")
+    monkeypatch.setattr(bars_module, "io", SimpleNamespace(BytesIO=Watched))
+    pd.testing.assert_frame_equal(read_bars(file), CRYPTO, check_freq=False)
+    assert Watched.readers == {threading.get_ident()}
+    modules = Path(bars_module.__file__).parent.glob("*.py")
+    assert [m.name for m in modules if "read_parquet(" in re.sub(r"\b_read_parquet\(", "", m.read_text(encoding="utf-8"))] == []  # pandas has others read it
 
 
 def test_unreadable_files_are_input_errors(tmp_path):

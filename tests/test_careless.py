@@ -85,7 +85,7 @@ USES = {
     "a crypto model on a share": (lambda p: raised(lambda: run_backtest(model_content(), simulated("equity")[0], asset_class="equity")), 2, "asset_class: the model was trained on crypto"),
     "a model that is not one": (lambda p: ((p / "model.pt").write_text("hello"), command(p, "inspect", str(p / "model.pt")))[1], 2, "model.pt"),
     "no model at all": (lambda p: command(p, "backtest", "--bars", file_of(p, simulated("crypto")[0])), 2, "--bars needs --model"),
-    "negative costs": (lambda p: parameters(account={"commission_bps": -1}), 2, "account.commission_bps: expected 0 or more, was -1"),
+    "negative costs": (lambda p: parameters(account={"commission_bps": -1}), 2, "account.commission_bps: expected 0 or more, below 10000 (all that is traded), was -1"),
     "an unknown cost preset": (lambda p: parameters(account={"costs": "brocker"}), 2, "account.costs: expected one of broker, conservative, zero, was 'brocker'"),
     "no capital": (lambda p: parameters(account={"initial_account_value": 0}), 2, "account.initial_account_value: expected more than 0, was 0"),
     "more than everything in one position": (lambda p: parameters(account={"max_position_pct": 1.5}), 2, "account.max_position_pct: expected a share above 0, at most 1, was 1.5"),

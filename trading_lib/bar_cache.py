@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from .config import InputError, require, unknown_name
-from .bars import ASSET_CLASSES, COLUMNS, moment, path_symbol, timeframe_name, timeframe_seconds
+from .bars import ASSET_CLASSES, COLUMNS, moment, parquet_table, path_symbol, timeframe_name, timeframe_seconds
 from .files import atomic_write, unwritable
 
 # %% ../nbs/02_bar_cache.ipynb #dd6da7d2
@@ -108,7 +108,7 @@ def _read(manifest: Path) -> tuple[dict | None, _Held]:
         elif sha256 != told["sha256"]: damage = f"was changed by another program (its SHA-256 is not the one in {manifest.name})"
         if damage is None:
             ranges = tuple(tuple(moment(r[k]) for k in ("start", "end", "downloaded")) for r in entry["ranges"])
-            bars = _no_bars() if content is None else pd.read_parquet(io.BytesIO(content)).set_index("timestamp")[list(COLUMNS)]
+            bars = _no_bars() if content is None else parquet_table(content).set_index("timestamp")[list(COLUMNS)]
             inside = sum(bars.index.searchsorted(b) - bars.index.searchsorted(a) for a, b, _ in ranges)
             if not inside == entry["bars"] == len(bars): raise ValueError
             times = [moment(entry[name]) if entry.get(name) is not None else None for name in ("proven", "asked")]

@@ -6,7 +6,7 @@
 __all__ = ['TIMEFRAMES', 'COLUMNS', 'ASSET_CLASSES', 'REFUSED', 'REPAIRED', 'REPORTED', 'OUT_OF_SESSION', 'timeframe_name',
            'timeframe_seconds', 'AssetClass', 'asset_class_of', 'shown', 'listed', 'moment', 'expected_labels',
            'bars_per_year', 'BarClock', 'bar_clock', 'validate_bars', 'resample_bars', 'fingerprint', 'write_bars',
-           'read_bars']
+           'parquet_table', 'read_bars']
 
 # %% ../nbs/01_bars.ipynb #516ed345
 import hashlib
@@ -708,13 +708,23 @@ def write_bars(
     return atomic_write(path, content.getvalue())
 
 
+def parquet_table(
+    content: bytes,  # of a parquet file
+) -> pd.DataFrame:  # all of its columns
+    "The table of a parquet file, read by the calling thread alone."
+    import pyarrow.parquet
+    # a thread of a pool may still hold this Python object when the interpreter ends, and that aborts the process
+    file = pyarrow.parquet.ParquetFile(io.BytesIO(content), pre_buffer=False)
+    return file.read(use_threads=False).to_pandas(use_threads=False)
+
+
 def read_bars(
     path: str | Path,  # file written by `write_bars`
 ) -> pd.DataFrame:
     "Read bars that `write_bars` has written."
     path = Path(path)
     require(path.is_file(), f"{path}: no such file; run the prepare stage, or check the path")
-    try: table = pd.read_parquet(path)
+    try: table = parquet_table(path.read_bytes())
     except (OSError, ValueError) as e: raise InputError(f"{path}: is no readable parquet file ({' '.join(str(e).split())[:100]}); write it again") from None
     missing = [c for c in ("timestamp", *COLUMNS) if c not in table.columns]
     require(not missing, f"{path}: expected the columns timestamp, open, high, low, close, volume, {', '.join(missing)} missing; was it written by write_bars?")

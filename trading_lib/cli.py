@@ -489,7 +489,7 @@ COMMANDS = {
         (("--feed",), dict(help="iex or sip")), (("--adjustment",), dict(help="raw, split, dividend or all"))], _data_download),
     "data check": ("check a file of bars, and say what is in it", [*_BAR_FILE, (("--out",), dict(help="folder for the report as JSON and picture"))], _data_check),
     "data info": ("what has been downloaded", [], _data_info),
-    "data find": ("which file of your own holds a symbol's bars; DVC watches it", [(("symbols",), dict(nargs="*"))], _data_find),
+    "data find": ("which file of your own holds a symbol's bars; DVC watches it", [_SYMBOLS], _data_find),
     "data simulate": ("write simulated bars as parquet or CSV", [
         (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet or .csv file")), (("--timeframe",), dict(default="15Min", help="length of a bar, such as 15Min")), *_SPAN,
         (("--seed",), dict(type=int, default=0, help="which history")), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale")),
