@@ -48,7 +48,7 @@ OPTIONS = {"plain": dict(), "two optimizers": dict(separate_optimizers=True, cri
 
 def ledger_trainer(first, n, options):
     "All samples of a process are one minibatch."
-    trainer = NativePPOTrainer(Ledger(first, n), NativePPOConfig(**{**dict(hidden_dims=(16,), n_steps=8, minibatch_size=8 * n, n_epochs=3, total_timesteps=8 * 8, learning_rate=1e-3), **options}), progress=None)
+    trainer = NativePPOTrainer(Ledger(first, n), NativePPOConfig(**{**dict(hidden_dims=(16,), n_steps=8, minibatch_size=8 * n, n_epochs=3, total_timesteps=8 * 8, learning_rate=1e-3, warmup_fraction=0.0), **options}), progress=None)
     act_by_number(trainer)
     return trainer
 

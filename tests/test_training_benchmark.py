@@ -201,7 +201,7 @@ def test_the_single_file_loop_learns_what_ours_learns(benchmark, peers):
     "The steps that our trainer made are given to the loop, with the same first weights. One batch: its order does not matter."
     settings = benchmark.SETTINGS | dict(n_envs=16, n_steps=16, minibatch_size=256, n_epochs=10, hidden_dims=[32, 16], learning_rate=3e-3)
     ours = Recorded(TensorEnv(functools.partial(gym.make, "CartPole-v1", max_episode_steps=12), 16))
-    trainer = NativePPOTrainer(ours, NativePPOConfig(**{name: settings[name] for name in ("n_steps", "minibatch_size", "n_epochs", "hidden_dims", *benchmark.PPO)}, shared_trunk=False, total_timesteps=256, seed=3), progress=None)
+    trainer = NativePPOTrainer(ours, NativePPOConfig(**{name: settings[name] for name in ("n_steps", "minibatch_size", "n_epochs", "hidden_dims", *benchmark.PPO)}, shared_trunk=False, total_timesteps=256, warmup_fraction=0.0, seed=3), progress=None)
     first = {name: v.clone() for name, v in trainer.policy.state_dict().items()}
     trainer.train()
     data = ours.stacked()
