@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from trading_lib.ppo import generalized_advantages, minibatches, normalised
+from trading_lib.training.ppo import generalized_advantages, minibatches, normalised
 
 
 class DenseEnv:

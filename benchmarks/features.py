@@ -19,7 +19,7 @@ from timing import best_of, print_profile
 from trading_lib.account import AccountState
 from trading_lib.builder import InferenceObservationBuilder
 from trading_lib.features import feature_table, fit_features
-from trading_lib.layouts import LAYOUTS
+from trading_lib.market.layouts import LAYOUTS
 from trading_lib.sources import simulate_bars
 
 SIZES = (35_040, 140_000)

@@ -32,14 +32,15 @@ import numpy as np
 import torch
 
 from environment import processor
-from trading_lib import networks, ppo
+from trading_lib import networks
+from trading_lib.training import ppo
 from trading_lib.backtest import run_backtest
 from trading_lib.config import AccountConfig
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data, split_bounds
 from trading_lib.features import fit_features
 from trading_lib.files import atomic_write
-from trading_lib.simulation import simulate_market
-from trading_lib.tiers import get_auto_config
+from trading_lib.data.simulation import simulate_market
+from trading_lib.training.config import get_auto_config
 from trading_lib.trainer import NativePPOTrainer
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learning.json"

@@ -42,8 +42,8 @@ from scipy.stats import mannwhitneyu
 
 from environment import processor
 from trading_lib.files import atomic_write
-from trading_lib.ppo import learning_rate_at
-from trading_lib.tensor_env import CueRecall, TensorEnv
+from trading_lib.training.ppo import learning_rate_at
+from trading_lib.market.tensor_env import CueRecall, TensorEnv
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 
 ROOT = Path(__file__).resolve().parents[1]

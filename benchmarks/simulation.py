@@ -15,7 +15,7 @@ import pandas as pd
 
 from timing import best_of, print_profile
 
-from trading_lib.simulation import RECIPES, simulate_market
+from trading_lib.data.simulation import RECIPES, simulate_market
 
 YEAR = ("2022-01-01", "2023-01-01")
 SPANS = {"1Min": ("2022-01-01", "2022-04-01"), "5Min": YEAR, "15Min": YEAR, "1Hour": ("2015-01-01", "2023-01-01"), "4Hour": ("2000-01-01", "2023-01-01"), "1Day": ("1980-01-01", "2023-01-01")}

@@ -1,6 +1,6 @@
 """A slow account in plain Python floats, written from the description of the rules alone, to hold the vectorised account against; and small markets made by hand.
 
-Where the rules leave a choice, this follows what nbs/08_account says:
+Where the rules leave a choice, this follows what nbs/03_env/00_account says:
 - an order's value is a share of the equity at the decision's close; the room below the cap is measured there too, with the position at that close;
 - an order to buy a long, or to sell some of it, is an amount of money: value / open units at the next open, whatever that open is, rounded down to the size grid;
 - a short is stated in whole shares, counted at the decision's close and rounded down, when it is opened, added to or reduced; CLOSE flattens all of it;
@@ -28,7 +28,7 @@ import torch
 
 from trading_lib.config import AccountConfig
 from trading_lib.env import MarketData
-from trading_lib.layouts import LAYOUTS
+from trading_lib.market.layouts import LAYOUTS
 
 # accounts that trade free of costs, and at a broker's
 FREE = AccountConfig(commission_bps=0.0, half_spread_bps=0.0, slippage_bps=0.0, impact_coefficient=0.0)
