@@ -316,7 +316,8 @@ def _code() -> str:
     "Digest of this package's code: a corrected formula must not meet results of the old one."
     import trading_lib
     digest = hashlib.sha256()
-    for path in sorted(Path(trading_lib.__file__).parent.glob("*.py")): digest.update(path.name.encode() + path.read_bytes())
+    package = Path(trading_lib.__file__).parent
+    for path in sorted(package.rglob("*.py")): digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -688,7 +688,7 @@ def test_parquet_is_read_by_the_calling_thread(tmp_path, monkeypatch):
     monkeypatch.setattr(bars_module, "io", SimpleNamespace(BytesIO=Watched))
     pd.testing.assert_frame_equal(read_bars(file), CRYPTO, check_freq=False)
     assert Watched.readers == {threading.get_ident()}
-    modules = Path(bars_module.__file__).parent.glob("*.py")
+    modules = Path(bars_module.__file__).parent.rglob("*.py")
     assert [m.name for m in modules if "read_parquet(" in re.sub(r"\b_read_parquet\(", "", m.read_text(encoding="utf-8"))] == []  # pandas has others read it
 
 

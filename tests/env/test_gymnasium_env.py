@@ -93,7 +93,7 @@ def test_it_is_made_by_name_alone_in_a_fresh_python_and_nothing_else_here_needs_
         assert type(envs).__name__ == "TradingVectorEnv" and envs.reset(seed=0)[0].shape == (3, 5, 58)
     """
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)], check=True, timeout=120)
-    users = {p.name for p in Path(gymnasium_env.__file__).parent.glob("*.py") if "gymnasium" in p.read_text() and p.name != "_modidx.py"}
+    users = {p.name for p in Path(gymnasium_env.__file__).parent.rglob("*.py") if "gymnasium" in p.read_text() and p.name != "_modidx.py"}
     assert users == {"gymnasium_env.py", "tensor_env.py"}
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "trading_lib"
 STAGES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
 HELPERS = {"find": "trading-lib data find", "verdict": "trading-lib verdict"}  # stages of DVC that are no notebooks -> their commands
-CORE = {"config", "files", "layouts", "version", "metrics", "account", "env", "acting", "cpu_kernels", "fused", "networks", "checkpoint", "run_folder", "stopping", "recurrent", "distributed", "evaluation", "memory", "ppo", "tiers", "trainer", "seeds", "markov", "features"}
+CORE = {"config", "files", "market.layouts", "version", "metrics", "account", "env", "policy.cache", "kernels.cpu", "kernels.layers", "networks", "checkpoint", "training.run_folder", "pipeline.stopping", "policy.recurrent", "training.distributed", "training.validation", "training.memory", "training.ppo", "training.config", "trainer", "seeds", "market.regimes", "features"}
 BIN = Path(sys.executable).parent
 
 
@@ -37,26 +37,27 @@ def code(path): return "\n".join(re.sub(r"(?m)^\s*[%!].*$", "", source(c)) for c
 
 
 def floors() -> dict[str, int]:
-    "Module -> floor: notebooks in the order of their numbers, equal numbers in the order of the alphabet."
-    numbered = sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))
-    names = [re.search(r"(?m)^#\|\s*default_exp\s+(\w+)", code(p)) for p in numbered]
+    "Module -> floor: chapters in the order of their numbers, and in each its notebooks."
+    numbered = sorted((ROOT / "nbs").glob("[0-9][0-9]_*/[0-9][0-9]_*.ipynb"))
+    names = [re.search(r"(?m)^#\|\s*default_exp\s+([\w.]+)", code(p)) for p in numbered]
     return {m[1]: floor for floor, m in enumerate(names) if m}
 
 
-def imported(tree: ast.AST) -> set[str]:
-    "Full names of imported modules, at any depth; `.bars` is read as trading_lib.bars."
+def imported(tree: ast.AST, module: str = "config") -> set[str]:
+    "Full names of imported modules, at any depth; in a module at the top `.bars` is read as trading_lib.bars."
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(p for p in ("trading_lib" if node.level else None, node.module) if p)
-            found |= {f"{base}.{alias.name}" for alias in node.names} if base == "trading_lib" else {base}
+            parents = ["trading_lib", *module.split(".")][:-node.level] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
 def ours(names: set[str], known) -> set[str]:
     "Modules of this package among the names."
-    return {n.split(".")[1] for n in names if n.startswith("trading_lib.") and n.split(".")[1] in known}
+    return {n.removeprefix("trading_lib.") for n in names} & set(known)
 
 
 def at_top_level(tree: ast.Module) -> ast.Module:
@@ -67,7 +68,7 @@ def at_top_level(tree: ast.Module) -> ast.Module:
     return Without().visit(ast.parse(ast.unparse(tree)))
 
 
-MODULES = {p.stem: ast.parse(p.read_text(encoding="utf-8")) for p in sorted(PACKAGE.glob("*.py")) if p.stem not in ("__init__", "_modidx")}
+MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8")) for p in sorted(PACKAGE.rglob("*.py")) if p.stem not in ("__init__", "_modidx")}
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -81,7 +82,7 @@ def read_ini(path=ROOT / "settings.ini"):
 # --- floors --------------------------------------------------------------------------------------------------------
 
 def test_every_module_has_one_notebook():
-    names = [m[1] for p in notebooks() if (m := re.search(r"(?m)^#\|\s*default_exp\s+(\w+)", code(p)))]
+    names = [m[1] for p in notebooks() if (m := re.search(r"(?m)^#\|\s*default_exp\s+([\w.]+)", code(p)))]
     assert sorted(names) == sorted(MODULES) and sorted(floors()) == sorted(MODULES)  # none twice, and only numbered notebooks export
 
 
@@ -89,21 +90,23 @@ def test_every_module_has_one_notebook():
 def test_a_module_imports_from_lower_floors_only(name):
     floor = floors()
     below = {other for other in floor if floor[other] < floor[name]}
-    assert ours(imported(MODULES[name]), MODULES) <= below, "imports from its own or a higher floor, perhaps lazily"
+    assert ours(imported(MODULES[name], name), MODULES) <= below, "imports from its own or a higher floor, perhaps lazily"
 
 
 @pytest.mark.parametrize("name", sorted(CORE))
 def test_the_core_stands_on_torch_and_numpy(name):
-    used = imported(at_top_level(MODULES[name]))
+    used = imported(at_top_level(MODULES[name]), name)
     assert ours(used, MODULES) <= CORE
     others = {n.split(".")[0] for n in used} - set(sys.stdlib_module_names) - {"trading_lib"}
     assert others <= {"torch", "numpy"}
 
 
 def test_the_two_import_readers_tell_lazy_from_top_level():
-    tree = ast.parse("import a.b\nfrom .bars import x\nfrom . import env\nif 1:\n    import c\ndef f():\n    from trading_lib.reporting.pages import y\n    import d\nclass K:\n    import e\n    g = lambda: __import__('z')")
-    assert imported(tree) == {"a.b", "trading_lib.bars", "trading_lib.env", "c", "trading_lib.reporting.pages", "d", "e"}
-    assert imported(at_top_level(tree)) == {"a.b", "trading_lib.bars", "trading_lib.env", "c", "e"}
+    tree = ast.parse("import a.b\nfrom .bars import x\nfrom . import env\nif 1:\n    import c\ndef f():\n    from trading_lib.report import y\n    import d\nclass K:\n    import e\n    g = lambda: __import__('z')")
+    known = {"bars", "env", "report", "data.bars"}
+    assert ours(imported(tree), known) == {"bars", "env", "report"} and {"a.b", "c", "d", "e"} <= imported(tree)
+    assert ours(imported(at_top_level(tree)), known) == {"bars", "env"} and imported(at_top_level(tree)) & set("acde") == {"c", "e"}
+    assert ours(imported(tree, "data.cache"), known) == {"data.bars", "report"}
 
 
 # --- where only torch and numpy are installed ------------------------------------------------------------------------
@@ -184,7 +187,7 @@ def contents(folder: Path, pattern: str) -> dict[str, bytes]:
 def test_exported_code_and_clean_notebooks_are_what_the_tools_write(tmp_path):
     for name in ("nbs", "trading_lib"): shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     shutil.copy(ROOT / "settings.ini", tmp_path)
-    for module in (tmp_path / "trading_lib").glob("*.py"):
+    for module in (tmp_path / "trading_lib").rglob("*.py"):
         if module.name not in ("__init__.py", "_modidx.py"): module.unlink()  # all of it must come from the notebooks
     for tool in ("nbdev_export", "nbdev_clean"): subprocess.run([BIN / tool], cwd=tmp_path, check=True, capture_output=True, timeout=120)
     for folder, pattern in (("trading_lib", "*.py"), ("nbs", "*.ipynb")):
@@ -252,10 +255,10 @@ def field_names(cls) -> set[str]: return {f.name for f in fields(cls)}
 
 def import_closure(stage: str) -> set[str]:
     "Modules that a stage's notebook imports, directly or through others, lazily or not; `find` goes by the rule that is in own_files."
-    found, todo = set(), {"own_files"} if stage == "find" else ours(imported(ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb"))), MODULES)
+    found, todo = set(), {"data.user_files"} if stage == "find" else ours(imported(ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb"))), MODULES)
     while todo:
         found.add(name := todo.pop())
-        todo |= ours(imported(MODULES[name]), MODULES) - found
+        todo |= ours(imported(MODULES[name], name), MODULES) - found
     return found
 
 
@@ -268,11 +271,11 @@ def test_a_stage_depends_on_its_notebook_and_on_what_that_imports(stage):
     deps = declared(stage, "deps")
     assert len(deps) == len(set(deps))
     code_deps = {d for d in deps if d.endswith((".py", ".ipynb"))}
-    assert code_deps == {f"nbs/{stage}.ipynb"} | {f"trading_lib/{name}.py" for name in import_closure(stage)}
+    assert code_deps == {f"nbs/{stage}.ipynb"} | {f"trading_lib/{name.replace('.', '/')}.py" for name in import_closure(stage)}
 
 
 def test_a_symbols_own_file_is_found_by_its_rule_and_never_kept_in_the_cache():
-    assert {d for d in declared("find", "deps") if d.endswith(".py")} == {f"trading_lib/{name}.py" for name in import_closure("find")}
+    assert {d for d in declared("find", "deps") if d.endswith(".py")} == {f"trading_lib/{name.replace('.', '/')}.py" for name in import_closure("find")}
     (place,) = DVC["find"]["do"]["outs"]
     assert set(place) <= set(declared("prepare", "deps")) and list(place.values()) == [{"cache": False, "persist": True}] and not any("data.path" in d for d in declared("prepare", "deps"))
 
@@ -491,7 +494,7 @@ def lab_contents(tmp_path):
     from jupyter_server.serverapp import ServerApp
     from traitlets.config import PyFileConfigLoader
     shutil.copytree(ROOT / ".jupyter", tmp_path / ".jupyter")
-    (tmp_path / "nbs" / "explore").mkdir(parents=True)
+    for folder in ("explore", "03_env"): (tmp_path / "nbs" / folder).mkdir(parents=True)
     settings = PyFileConfigLoader("jupyter_server_config.py", str(tmp_path / ".jupyter")).load_config()
     return ServerApp.contents_manager_class.default_value(config=settings, root_dir=str(tmp_path))
 

@@ -7,7 +7,6 @@ __all__ = ['KINDS', 'LEAK_MODELS', 'BANDS', 'ProofSettings', 'prove_edge', 'prov
            'summarise_proofs', 'code_hash', 'plot_proofs', 'prove']
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #c89a97d0
-import ast
 import hashlib
 import json
 import multiprocessing
@@ -33,6 +32,7 @@ from ..checkpoint import library_versions
 from ..config import AccountConfig, require
 from ..env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, Obs, ObservationTable, layout_of, market_data, split_bounds
 from ..features import fit_features
+from ..evaluation.code_identity import package_closure
 from ..files import atomic_write
 from ..reporting.verdict import SIMULATED_PASS, judge
 from ..evaluation.lookahead import check_lookahead
@@ -299,17 +299,9 @@ def summarise_proofs(
     return {"passed": not failed, "failed": failed, "edge": edge[0], "martingale": martingale[0], "leak": leak[0], "bands": BANDS}
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #2d2fd6a4
-def _sources(name: str = "proofs", seen: dict | None = None) -> dict[str, bytes]:  # module -> source
+def _sources() -> dict[str, bytes]:  # module -> source
     "This module and all of the package that it leads to."
-    seen, folder = {} if seen is None else seen, Path(trading_lib.__file__).parent
-    if name in seen or not (folder / f"{name}.py").exists(): return seen
-    seen[name] = (folder / f"{name}.py").read_bytes()
-    for node in ast.walk(ast.parse(seen[name])):
-        if not isinstance(node, ast.ImportFrom): continue
-        module = (node.module or "") if node.level else (node.module or "").removeprefix("trading_lib").removeprefix(".") if (node.module or "").split(".")[0] == "trading_lib" else None
-        if module is None: continue
-        for found in [module] if module else [alias.name for alias in node.names]: _sources(found, seen)
-    return seen
+    return package_closure("pipeline.known_truth", folder=Path(trading_lib.__file__).parent)
 
 
 def code_hash() -> str:  # 64 hexadecimal digits
