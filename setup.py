@@ -1,4 +1,5 @@
 """Everything about the package is declared once, in settings.ini, which nbdev reads too."""
+
 from configparser import ConfigParser
 
 from setuptools import find_packages, setup
@@ -19,7 +20,9 @@ setup(
     extras_require={name: settings[f"{name}_requirements"].split() for name in ("dev", "bench")},
     entry_points={
         "console_scripts": settings["console_scripts"].split(),
-        "papermill.engine": [f"{settings['lib_path']}={settings['lib_path']}.pipeline.engine:papermill_engine"],  # signals reach the kernel of any notebook that papermill runs here
+        "papermill.engine": [
+            f"{settings['lib_path']}={settings['lib_path']}.pipeline.engine:papermill_engine"
+        ],  # signals reach the kernel of any notebook that papermill runs here
         "nbdev": [f"{settings['lib_path']}={settings['lib_path']}._modidx:d"],
     },
 )

@@ -16,6 +16,7 @@ Each run has one thread; seconds are its own processor time, so that what else t
 at which a seed is first at or above THRESHOLD; the share is the part of the oracle's profit that the kept policy earns on the span that it never saw.
 Numbers are kept in benchmarks/results/learning.json, one table for each precision of the fast way; the command fails where the fast way earns less than the plain way by more than the seeds' spread.
 """
+
 import argparse
 import functools
 import json
@@ -30,18 +31,18 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import numpy as np
 import torch
-
 from environment import processor
+
 from trading_lib import networks
-from trading_lib.training import ppo
 from trading_lib.backtest import run_backtest
 from trading_lib.config import AccountConfig
+from trading_lib.data.simulation import simulate_market
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data, split_bounds
 from trading_lib.features import fit_features
 from trading_lib.files import atomic_write
-from trading_lib.data.simulation import simulate_market
-from trading_lib.training.config import get_auto_config
 from trading_lib.trainer import NativePPOTrainer
+from trading_lib.training import ppo
+from trading_lib.training.config import get_auto_config
 
 RESULTS = Path(__file__).resolve().parent / "results" / "learning.json"
 MARKET = dict(start="2023-01-01", end="2024-06-01", edge=0.2, recipe="lifelike")
@@ -50,7 +51,10 @@ SEEDS, STEPS, THRESHOLD = range(5), 1_500_000, 0.05
 WIDE = dict(amp=False, n_envs=1_024, n_steps=24, minibatch_size=12_288)
 # part -> what is fast and what is plain: settings that are not the mode's, and what a trainer does not do
 PARTS = {
-    "precision": {"fast": (dict(), ()), "float32": (dict(amp=False), ("few passes", "known bars", "whole bars"))},
+    "precision": {
+        "fast": (dict(), ()),
+        "float32": (dict(amp=False), ("few passes", "known bars", "whole bars")),
+    },
     "minibatches": {"whole bars": (WIDE, ()), "samples": (WIDE, ("whole bars",))},
 }
 WAYS = {way: settings for ways in PARTS.values() for way, settings in ways.items()}
@@ -59,53 +63,113 @@ WAYS = {way: settings for ways in PARTS.values() for way, settings in ways.items
 def plain_operations():
     "Hidden layers and the loss as PyTorch makes them."
     linear = torch.nn.functional.linear
-    networks.hidden_layers = lambda x, layers: functools.reduce(lambda x, layer: torch.relu(linear(x, *layer)), layers, x)
-    networks.layers_and_heads = lambda x, layers, heads: [linear(networks.hidden_layers(x, layers), *head) for head in heads]
+    networks.hidden_layers = lambda x, layers: functools.reduce(
+        lambda x, layer: torch.relu(linear(x, *layer)), layers, x
+    )
+    networks.layers_and_heads = lambda x, layers, heads: [
+        linear(networks.hidden_layers(x, layers), *head) for head in heads
+    ]
     ppo._is_compiled = lambda logits: False
 
 
 class Watch:
     "Progress that notes when which validation result was there."
 
-    def __init__(self): self.rows, self.began = [], time.thread_time()
+    def __init__(self):
+        self.rows, self.began = [], time.thread_time()
 
-    def start(self, trainer): pass
+    def start(self, trainer):
+        pass
 
-    def phase(self, name, done, total): pass
+    def phase(self, name, done, total):
+        pass
 
-    def say(self, line): pass
+    def say(self, line):
+        pass
 
     def updated(self, trainer, row):
-        if "validation_return" in row: self.rows.append({"seconds": round(time.thread_time() - self.began, 2), "update": row["update"], "return": row["validation_return"]})
+        if "validation_return" in row:
+            self.rows.append(
+                {
+                    "seconds": round(time.thread_time() - self.began, 2),
+                    "update": row["update"],
+                    "return": row["validation_return"],
+                }
+            )
 
 
 def made(way: str, seed: int, dense: bool = False, **settings):
     "A trainer on its own history, and what its policy is judged by."
-    bars, truth = simulate_market("SIM-USD", TIMEFRAME, MARKET["start"], MARKET["end"], seed=seed, edge=MARKET["edge"], recipe=MARKET["recipe"])
+    bars, truth = simulate_market(
+        "SIM-USD",
+        TIMEFRAME,
+        MARKET["start"],
+        MARKET["end"],
+        seed=seed,
+        edge=MARKET["edge"],
+        recipe=MARKET["recipe"],
+    )
     spans = split_bounds(len(bars), 0.7, 0.15)
-    market = market_data(bars, VERSION, fit_features(bars.iloc[slice(*spans["train"])], VERSION, TIMEFRAME, ASSET_CLASS), TIMEFRAME, ASSET_CLASS, WINDOW, "SIM-USD")
+    market = market_data(
+        bars,
+        VERSION,
+        fit_features(bars.iloc[slice(*spans["train"])], VERSION, TIMEFRAME, ASSET_CLASS),
+        TIMEFRAME,
+        ASSET_CLASS,
+        WINDOW,
+        "SIM-USD",
+    )
     config = get_auto_config(STEPS, "quick_test", "cpu", **WAYS[way][0], seed=seed, **settings)
-    env = GPUVectorizedTradingEnv(market.span(*spans["train"]), GPUEnvConfig(n_envs=config.n_envs, version=VERSION, window=WINDOW, timeframe=TIMEFRAME, asset_class=ASSET_CLASS, reward_preset="equity",
-                                                                          account=AccountConfig(costs="broker")), device="cpu")
+    env = GPUVectorizedTradingEnv(
+        market.span(*spans["train"]),
+        GPUEnvConfig(
+            n_envs=config.n_envs,
+            version=VERSION,
+            window=WINDOW,
+            timeframe=TIMEFRAME,
+            asset_class=ASSET_CLASS,
+            reward_preset="equity",
+            account=AccountConfig(costs="broker"),
+        ),
+        device="cpu",
+    )
     if dense:
         from _peers import DenseEnv
+
         env = DenseEnv(env)
     watch = Watch()
-    return NativePPOTrainer(env, config, None if dense else market.span(*spans["validation"]), watch), watch, lambda best: run_backtest(best, bars, start=spans["test"][0], truth=truth).metrics
+    return (
+        NativePPOTrainer(env, config, None if dense else market.span(*spans["validation"]), watch),
+        watch,
+        lambda best: run_backtest(best, bars, start=spans["test"][0], truth=truth).metrics,
+    )
 
 
 def run(way: str, seed: int) -> dict:
     "One line of the results."
     torch.set_num_threads(1)
-    if "few passes" in WAYS[way][1]: plain_operations()
+    if "few passes" in WAYS[way][1]:
+        plain_operations()
     trainer, watch, judged = made(way, seed)
-    if "known bars" in WAYS[way][1]: trainer._known_of_bars = lambda: None
-    if "whole bars" in WAYS[way][1]: trainer._whole_bars = False
+    if "known bars" in WAYS[way][1]:
+        trainer._known_of_bars = lambda: None
+    if "whole bars" in WAYS[way][1]:
+        trainer._whole_bars = False
     trainer.train()
     figures = judged(trainer.best)
     first = next((row for row in watch.rows if row["return"] >= THRESHOLD), {"seconds": None, "update": None})
-    return {"seed": seed, "share": figures["share_of_oracle"], "return": figures["total_return"], "precision": "bfloat16" if trainer.config.amp else "float32",
-            "seconds": first["seconds"], "update": first["update"], "all_seconds": watch.rows[-1]["seconds"], "updates": trainer.updates, "whole_bars": trainer._whole_bars, "computed_share": trainer.computed_share}
+    return {
+        "seed": seed,
+        "share": figures["share_of_oracle"],
+        "return": figures["total_return"],
+        "precision": "bfloat16" if trainer.config.amp else "float32",
+        "seconds": first["seconds"],
+        "update": first["update"],
+        "all_seconds": watch.rows[-1]["seconds"],
+        "updates": trainer.updates,
+        "whole_bars": trainer._whole_bars,
+        "computed_share": trainer.computed_share,
+    }
 
 
 def dense_seconds(seed: int = 0) -> float:
@@ -122,22 +186,34 @@ def dense_seconds(seed: int = 0) -> float:
 def table(part: dict) -> int:  # exit status
     "Print what came out."
     median = lambda values: float(np.median([np.inf if v is None else v for v in values]))
-    (fast, plain), shares = part["ways"], {way: np.array([r["share"] for r in rows]) for way, rows in part["ways"].items()}
-    print(f"{part['machine']}; {part['steps']:,} steps, planted edge {part['market']['edge']}, broker's costs\n{'':10} {'precision':10} {'share of the oracle, unseen: mean, range':44} seconds to a validation return of {THRESHOLD:.0%}: median, range; whole run")
+    (fast, plain), shares = (
+        part["ways"],
+        {way: np.array([r["share"] for r in rows]) for way, rows in part["ways"].items()},
+    )
+    print(
+        f"{part['machine']}; {part['steps']:,} steps, planted edge {part['market']['edge']}, broker's costs\n{'':10} {'precision':10} {'share of the oracle, unseen: mean, range':44} seconds to a validation return of {THRESHOLD:.0%}: median, range; whole run"
+    )
     for way, rows in part["ways"].items():
         own, seconds = shares[way], [r["seconds"] for r in rows]
         reached = [s for s in seconds if s is not None]
-        print(f"{way:10} {rows[0]['precision']:10} {f'{own.mean():.1%}, {own.min():.1%} to {own.max():.1%}':44} {median(seconds):.0f}, {min(reached, default=np.inf):.0f} to {max(reached, default=np.inf):.0f} "
-              f"({len(reached)} of {len(rows)} seeds); {np.median([r['all_seconds'] for r in rows]):.0f}")
+        print(
+            f"{way:10} {rows[0]['precision']:10} {f'{own.mean():.1%}, {own.min():.1%} to {own.max():.1%}':44} {median(seconds):.0f}, {min(reached, default=np.inf):.0f} to {max(reached, default=np.inf):.0f} "
+            f"({len(reached)} of {len(rows)} seeds); {np.median([r['all_seconds'] for r in rows]):.0f}"
+        )
     if "dense_seconds_per_update" in part:
         updates = median([r["update"] for r in part["ways"][plain]])
-        print(f"{'dense':10} {'float32':10} {'not trained':44} {part['dense_seconds_per_update'] * updates:,.0f}, from {part['dense_seconds_per_update']:.1f} s an update × {updates:.0f} updates")
+        print(
+            f"{'dense':10} {'float32':10} {'not trained':44} {part['dense_seconds_per_update'] * updates:,.0f}, from {part['dense_seconds_per_update']:.1f} s an update × {updates:.0f} updates"
+        )
     spread, behind = float(shares[plain].std(ddof=1)), float(shares[plain].mean() - shares[fast].mean())
-    print(f"{fast}: {abs(behind):.1%} {'behind' if behind > 0 else 'ahead'} on average, the seeds' standard deviation is {spread:.1%}: {'within it' if behind <= spread else 'MISSED'}")
+    print(
+        f"{fast}: {abs(behind):.1%} {'behind' if behind > 0 else 'ahead'} on average, the seeds' standard deviation is {spread:.1%}: {'within it' if behind <= spread else 'MISSED'}"
+    )
     return int(behind > spread)
 
 
-def read() -> dict: return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+def read() -> dict:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
 def kept_as(name: str, part: dict) -> str:
@@ -146,22 +222,46 @@ def kept_as(name: str, part: dict) -> str:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, (fast, plain) in PARTS.items(): parser.add_argument(f"--{name}", action="store_true", help=f"only {fast} beside {plain}")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for name, (fast, plain) in PARTS.items():
+        parser.add_argument(f"--{name}", action="store_true", help=f"only {fast} beside {plain}")
     parser.add_argument("--kept", action="store_true", help="train nothing")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     given = parser.parse_args(arguments)
     names, shown = [name for name in PARTS if getattr(given, name)] or list(PARTS), []
     if not given.kept:
-        with ProcessPoolExecutor(given.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        with ProcessPoolExecutor(
+            given.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1
+        ) as pool:
             for name in names:
-                running, dense = {way: [pool.submit(run, way, seed) for seed in SEEDS] for way in PARTS[name]}, pool.submit(dense_seconds) if name == "precision" else None
-                part = {"machine": f"{processor()}, one thread a run", "torch": torch.__version__, "market": MARKET, "steps": STEPS, "ways": {way: [future.result() for future in futures] for way, futures in running.items()}}
-                if dense: part["dense_seconds_per_update"] = dense.result()
-                atomic_write(RESULTS, (json.dumps(read() | {kept_as(name, part): part}, indent=1, default=float) + "\n").encode())
+                running, dense = (
+                    {way: [pool.submit(run, way, seed) for seed in SEEDS] for way in PARTS[name]},
+                    pool.submit(dense_seconds) if name == "precision" else None,
+                )
+                part = {
+                    "machine": f"{processor()}, one thread a run",
+                    "torch": torch.__version__,
+                    "market": MARKET,
+                    "steps": STEPS,
+                    "ways": {
+                        way: [future.result() for future in futures] for way, futures in running.items()
+                    },
+                }
+                if dense:
+                    part["dense_seconds_per_update"] = dense.result()
+                atomic_write(
+                    RESULTS,
+                    (
+                        json.dumps(read() | {kept_as(name, part): part}, indent=1, default=float) + "\n"
+                    ).encode(),
+                )
                 shown.append(kept_as(name, part))
-    else: shown = [key for key in read() if key.split(", ")[0] in names]
+    else:
+        shown = [key for key in read() if key.split(", ")[0] in names]
     return max((table(read()[key]) for key in shown), default=0)
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

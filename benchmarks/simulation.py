@@ -4,6 +4,7 @@
 
 Ratios between rows come from one run on one machine; absolute seconds depend on it.
 """
+
 import os
 import platform
 import sys
@@ -12,31 +13,44 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pandas as pd
-
 from timing import best_of, print_profile
 
 from trading_lib.data.simulation import RECIPES, simulate_market
 
 YEAR = ("2022-01-01", "2023-01-01")
-SPANS = {"1Min": ("2022-01-01", "2022-04-01"), "5Min": YEAR, "15Min": YEAR, "1Hour": ("2015-01-01", "2023-01-01"), "4Hour": ("2000-01-01", "2023-01-01"), "1Day": ("1980-01-01", "2023-01-01")}
+SPANS = {
+    "1Min": ("2022-01-01", "2022-04-01"),
+    "5Min": YEAR,
+    "15Min": YEAR,
+    "1Hour": ("2015-01-01", "2023-01-01"),
+    "4Hour": ("2000-01-01", "2023-01-01"),
+    "1Day": ("1980-01-01", "2023-01-01"),
+}
 BUDGET = 0.5  # seconds for a year of 15Min crypto bars: 35,040
 
 
 def main():
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, pandas {pd.__version__}, one core, shortest of 5")
+    print(
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, pandas {pd.__version__}, one core, shortest of 5"
+    )
     print(f"{'':8} {'':9} {'':>7} " + " ".join(f"{recipe:>25}" for recipe in RECIPES))
     slowest = 0.0
     for asset_class, symbol in (("crypto", "SIM-USD"), ("equity", "SIMA")):
         for timeframe, span in SPANS.items():
-            bars, cells = len(simulate_market(symbol, timeframe, *span)[0]), []  # the exchange's calendar is built here, once
+            bars, cells = (
+                len(simulate_market(symbol, timeframe, *span)[0]),
+                [],
+            )  # the exchange's calendar is built here, once
             for recipe in RECIPES:
                 seconds = best_of(lambda: simulate_market(symbol, timeframe, *span, recipe=recipe), 5)
                 cells.append(f"{seconds:>7.3f} s {bars / seconds:>9,.0f} bars/s")
-                if (asset_class, timeframe) == ("crypto", "15Min"): slowest = max(slowest, seconds)
+                if (asset_class, timeframe) == ("crypto", "15Min"):
+                    slowest = max(slowest, seconds)
             print(f"{asset_class:8} {timeframe:>5} {bars:>11,} " + " ".join(cells))
     print_profile("lifelike, 35,040 bars", simulate_market, "SIM-USD", "15Min", *YEAR, recipe="lifelike")
     print(f"\na year of 15Min bars: {slowest:.3f} s at most, budget {BUDGET} s")
     return int(slowest > BUDGET)
 
 
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,5 @@
 "What the benchmarks share: the shortest of some runs, and where the time goes."
+
 import cProfile
 import os
 import pstats
@@ -21,4 +22,5 @@ def print_profile(title: str, function, *arguments, **options):
     profile.runcall(function, *arguments, **options)
     print(f"\nwhere the time goes, {title} (own time, seconds):")
     rows = sorted(pstats.Stats(profile).stats.items(), key=lambda row: -row[1][2])[:8]
-    for (file, line, name), (_, calls, own, *_) in rows: print(f"  {own:7.3f}  {calls:>8} calls  {os.path.basename(file)}:{name}")
+    for (file, line, name), (_, calls, own, *_) in rows:
+        print(f"  {own:7.3f}  {calls:>8} calls  {os.path.basename(file)}:{name}")

@@ -26,17 +26,25 @@ ORDER_RULES = {
 _BASIS_POINT = 1e-4
 # preset -> asset class -> basis points of traded value (impact: a coefficient)
 COST_PRESETS = {
-    "broker": {"crypto": dict(commission_bps=25.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0),
-               "equity": dict(commission_bps=0.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0)},
-    "conservative": {"crypto": dict(commission_bps=25.0, half_spread_bps=1.0, slippage_bps=20.0, impact_coefficient=1.0),
-                     "equity": dict(commission_bps=0.0, half_spread_bps=1.0, slippage_bps=10.0, impact_coefficient=1.0)},
-    "zero": {name: dict(commission_bps=0.0, half_spread_bps=0.0, slippage_bps=0.0, impact_coefficient=0.0) for name in ("crypto", "equity")},
+    "broker": {
+        "crypto": dict(commission_bps=25.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0),
+        "equity": dict(commission_bps=0.0, half_spread_bps=1.0, slippage_bps=1.0, impact_coefficient=1.0),
+    },
+    "conservative": {
+        "crypto": dict(commission_bps=25.0, half_spread_bps=1.0, slippage_bps=20.0, impact_coefficient=1.0),
+        "equity": dict(commission_bps=0.0, half_spread_bps=1.0, slippage_bps=10.0, impact_coefficient=1.0),
+    },
+    "zero": {
+        name: dict(commission_bps=0.0, half_spread_bps=0.0, slippage_bps=0.0, impact_coefficient=0.0)
+        for name in ("crypto", "equity")
+    },
 }
 
 
 @dataclass(frozen=True)
 class AccountRules:
     "An `AccountConfig` with everything decided for one asset class; each field is one number, or one for each account (n,)."
+
     initial: float  # cash at the start
     full_order: float  # value of a full-size order as a share of equity
     max_position: float  # cap of the absolute position as a share of equity
@@ -57,19 +65,28 @@ class AccountRules:
         "What it costs to buy and sell again at one price."
         return 2 * (self.commission + self.half_spread + self.slippage)
 
-
-    def with_costs(self,
+    def with_costs(
+        self,
         scale: float,  # 0: free trading, 1: as they are
     ) -> "AccountRules":
         "The same rules at other costs."
-        return replace(self, **{name: scale * getattr(self, name) for name in ("commission", "half_spread", "slippage", "impact")})
+        return replace(
+            self,
+            **{
+                name: scale * getattr(self, name)
+                for name in ("commission", "half_spread", "slippage", "impact")
+            },
+        )
 
 
 def stack_rules(
     rules: list[AccountRules],  # one for each account
 ) -> AccountRules:  # every field a tensor (n,)
     "Accounts that live by different rules, side by side."
-    column = lambda name: torch.tensor([getattr(r, name) for r in rules], dtype=torch.bool if name in ("allow_short", "fee_in_kind") else torch.float64)
+    column = lambda name: torch.tensor(
+        [getattr(r, name) for r in rules],
+        dtype=torch.bool if name in ("allow_short", "fee_in_kind") else torch.float64,
+    )
     return AccountRules(**{f.name: column(f.name) for f in fields(AccountRules)})
 
 
@@ -78,31 +95,52 @@ def account_rules(
     asset_class: str,  # crypto or equity
 ) -> AccountRules:
     "Decide presets and per-class defaults. Crypto cannot be sold short."
-    if asset_class not in ORDER_RULES: raise InputError(f"asset class: expected crypto or equity, was {asset_class!r}")
+    if asset_class not in ORDER_RULES:
+        raise InputError(f"asset class: expected crypto or equity, was {asset_class!r}")
     order = ORDER_RULES[asset_class]
     shortable = order["short_decimals"] is not None
     if config.allow_short and not shortable:
-        raise InputError(f"account.allow_short: {asset_class} cannot be sold short at the broker; set it to false or null")
-    minimum, decimals = (order[name] if getattr(config, name) is None else getattr(config, name)
-                         for name in ("minimum_order", "size_decimals"))
+        raise InputError(
+            f"account.allow_short: {asset_class} cannot be sold short at the broker; set it to false or null"
+        )
+    minimum, decimals = (
+        order[name] if getattr(config, name) is None else getattr(config, name)
+        for name in ("minimum_order", "size_decimals")
+    )
     full_order = (1 - config.safety_buffer_pct) * config.base_alloc
     largest = config.initial_account_value * min(full_order, config.max_position_pct)
-    require(largest >= minimum, f"account: a full-size order of {config.initial_account_value:g} is {largest:g}, and the broker takes no {asset_class} order "
-                                f"below {minimum:g}; raise initial_account_value, base_alloc or max_position_pct")
+    require(
+        largest >= minimum,
+        f"account: a full-size order of {config.initial_account_value:g} is {largest:g}, and the broker takes no {asset_class} order "
+        f"below {minimum:g}; raise initial_account_value, base_alloc or max_position_pct",
+    )
     preset = COST_PRESETS[config.costs][asset_class]
-    cost = {name: default if getattr(config, name) is None else getattr(config, name) for name, default in preset.items()}
+    cost = {
+        name: default if getattr(config, name) is None else getattr(config, name)
+        for name, default in preset.items()
+    }
     return AccountRules(
-        initial=config.initial_account_value, full_order=full_order,
-        max_position=config.max_position_pct, stop=config.stop_pct, target=config.target_pct,
+        initial=config.initial_account_value,
+        full_order=full_order,
+        max_position=config.max_position_pct,
+        stop=config.stop_pct,
+        target=config.target_pct,
         allow_short=shortable and config.allow_short is not False,
-        minimum_order=minimum, lots=10.0**decimals, short_lots=10.0 ** (order["short_decimals"] or 0), fee_in_kind=order["fee_in_kind"],
-        commission=cost["commission_bps"] * _BASIS_POINT, half_spread=cost["half_spread_bps"] * _BASIS_POINT,
-        slippage=cost["slippage_bps"] * _BASIS_POINT, impact=cost["impact_coefficient"])
+        minimum_order=minimum,
+        lots=10.0**decimals,
+        short_lots=10.0 ** (order["short_decimals"] or 0),
+        fee_in_kind=order["fee_in_kind"],
+        commission=cost["commission_bps"] * _BASIS_POINT,
+        half_spread=cost["half_spread_bps"] * _BASIS_POINT,
+        slippage=cost["slippage_bps"] * _BASIS_POINT,
+        impact=cost["impact_coefficient"],
+    )
 
 # %% ../nbs/03_env/00_account.ipynb #e452c7ae
 @dataclass
 class AccountState:
     "Accounts at the close of a bar; every field has shape (n,), float64."
+
     cash: Tensor  # currency; grows when selling short
     quantity: Tensor  # units held, negative when short
     average_entry: Tensor  # average price of the open position; 0 when flat
@@ -119,7 +157,8 @@ class AccountState:
     impact: Tensor  # paid so far
 
     @classmethod
-    def initial(cls,
+    def initial(
+        cls,
         config: AccountConfig | AccountRules | None = None,  # None: the default configuration
         n: int = 1,  # number of accounts
         device: str | torch.device | None = None,
@@ -128,7 +167,12 @@ class AccountState:
         config = config if config is not None else AccountConfig()
         start = config.initial if isinstance(config, AccountRules) else config.initial_account_value
         full = lambda value: torch.as_tensor(value, dtype=torch.float64, device=device).expand(n).clone()
-        return cls(**{f.name: full(start if f.name in ("cash", "equity", "peak_equity") else 0.0) for f in fields(cls)})
+        return cls(
+            **{
+                f.name: full(start if f.name in ("cash", "equity", "peak_equity") else 0.0)
+                for f in fields(cls)
+            }
+        )
 
     @property
     def costs(self) -> Tensor:  # (n,)
@@ -147,7 +191,9 @@ class AccountState:
 
     def where(self, mask: Tensor, other: "AccountState") -> "AccountState":
         "`other` where `mask` (n,) is true, else this state."
-        return AccountState(*(torch.where(mask, getattr(other, f.name), getattr(self, f.name)) for f in fields(self)))
+        return AccountState(
+            *(torch.where(mask, getattr(other, f.name), getattr(self, f.name)) for f in fields(self))
+        )
 
 # %% ../nbs/03_env/00_account.ipynb #e36a6b71
 def _choose(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -157,6 +203,7 @@ def _choose(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 class NextBar(NamedTuple):
     "What a step needs of the market; tensors of shape (n,) or (), float64."
+
     close: Tensor  # of bar t, known at decision
     open: Tensor  # of bar t+1 …
     high: Tensor
@@ -169,8 +216,11 @@ class NextBar(NamedTuple):
 
 def _kept_as_fee(quantity: Tensor, rules: AccountRules) -> Tensor | float:  # on the grid
     "Units of a purchase that the broker keeps, where the fee is taken in kind."
-    if rules.fee_in_kind is False: return 0.0
-    return torch.round(quantity.clamp(min=0) * (rules.commission * rules.lots * rules.fee_in_kind)) / rules.lots
+    if rules.fee_in_kind is False:
+        return 0.0
+    return (
+        torch.round(quantity.clamp(min=0) * (rules.commission * rules.lots * rules.fee_in_kind)) / rules.lots
+    )
 
 
 def order_quantity(
@@ -184,7 +234,11 @@ def order_quantity(
     cash: Tensor | None = None,  # (n,) at that moment; None: the state's
 ) -> Tensor:  # (n,) signed units that fill at the next open; 0 where no order can be placed
     "Size an order: value from equity, cap, the broker's grid, minimum and funds, no crossing of zero."
-    held, kept, cash = state.quantity, state.quantity if kept is None else kept, state.cash if cash is None else cash
+    held, kept, cash = (
+        state.quantity,
+        state.quantity if kept is None else kept,
+        state.cash if cash is None else cash,
+    )
     side = torch.sign(held)
     opposite = (direction * side).lt_(0)  # else from flat, or in the direction of the position
     room = (state.equity * rules.max_position - (held * bar.close).abs()).clamp(min=0)
@@ -193,22 +247,35 @@ def order_quantity(
     price, lots, funds = bar.open, rules.lots, cash
     if rules.allow_short is not False:
         short_side = torch.add(direction, side, alpha=2).lt_(0)  # the order opens, adds to or covers a short
-        price, lots = _choose(short_side, bar.close, bar.open), rules.lots + short_side * (rules.short_lots - rules.lots)
-        funds = cash + kept.clamp(max=0) * (2.0 * bar.open)  # what a short brought is its security, and so is as much again
+        price, lots = (
+            _choose(short_side, bar.close, bar.open),
+            rules.lots + short_side * (rules.short_lots - rules.lots),
+        )
+        funds = cash + kept.clamp(max=0) * (
+            2.0 * bar.open
+        )  # what a short brought is its security, and so is as much again
     units = torch.floor(value / price * lots) / lots
     least = torch.ceil(rules.minimum_order / bar.open * lots) / lots
     # the most that an order may cost: the impact of one that is all of the market
-    dearest = 1.0 + rules.commission + rules.half_spread + rules.slippage + rules.impact * bar.daily_volatility
+    dearest = (
+        1.0 + rules.commission + rules.half_spread + rules.slippage + rules.impact * bar.daily_volatility
+    )
     accepted = torch.minimum(units - least, funds - units * bar.open * dearest).ge_(0)
     if rules.allow_short is not True:
         sells = direction.lt(0)
-        accepted = accepted * (1.0 - (sells if rules.allow_short is False else sells * ~rules.allow_short).double())
+        accepted = accepted * (
+            1.0 - (sells if rules.allow_short is False else sells * ~rules.allow_short).double()
+        )
     exits = torch.minimum(torch.maximum(units, least), kept.abs())
-    return _choose(is_close.double(), -kept, direction * _choose(opposite, exits, units * accepted)) * bar.can_fill
+    return (
+        _choose(is_close.double(), -kept, direction * _choose(opposite, exits, units * accepted))
+        * bar.can_fill
+    )
 
 # %% ../nbs/03_env/00_account.ipynb #11c2d007
 class Fills(NamedTuple):
     "What happened in one bar; tensors of shape (n,)."
+
     quantity: Tensor  # signed units ordered and filled at the open; 0: no order, or none that could be placed
     exit_quantity: Tensor  # signed units filled by stop or target
     exit_price: Tensor  # of the last of those; 0 where none
@@ -254,7 +321,10 @@ def account_step(
     side = torch.sign(before)
     stop, target = _levels(side, state.average_entry, rules)
     seen, holds = side * open_, side.abs()
-    gap_stopped, gap_targeted = _met(rules.stop, (seen - stop).le_(0) * holds), _met(rules.target, (seen - target).ge_(0) * holds)
+    gap_stopped, gap_targeted = (
+        _met(rules.stop, (seen - stop).le_(0) * holds),
+        _met(rules.target, (seen - target).ge_(0) * holds),
+    )
     gap = gap_stopped + gap_targeted
     goes_on = 1.0 - gap
     kept, side = before * goes_on, side * goes_on
@@ -294,7 +364,8 @@ def account_step(
     traded = gap_value + value + exit_value
     impact = gap_impact + impact_of(value) + impact_of(exit_value)
     spread, slippage = traded * rules.half_spread, traded * rules.slippage
-    if rules.fee_in_kind is False: commission, in_kind = traded * rules.commission, 0.0
+    if rules.fee_in_kind is False:
+        commission, in_kind = traded * rules.commission, 0.0
     else:
         commission = (traded - paid.clamp(min=0) * rules.fee_in_kind) * rules.commission
         in_kind = fee * open_
@@ -308,13 +379,36 @@ def account_step(
     cash, profit = state.cash - spent, closed * trade_cash
     equity = cash + held * bar.last
     after = AccountState(
-        cash=cash, quantity=held, average_entry=entry * remains, equity=equity, peak_equity=torch.maximum(state.peak_equity, equity),
-        trades=state.trades + gap + closed, wins=state.wins + gap_profit.gt(0) + profit.gt(0), trade_cash=trade_cash * remains,
-        bars_held=(state.bars_held * goes_on + 1.0) * remains, traded_value=state.traded_value + traded,
-        commission=state.commission + commission, spread=state.spread + spread, slippage=state.slippage + slippage, impact=state.impact + impact)
+        cash=cash,
+        quantity=held,
+        average_entry=entry * remains,
+        equity=equity,
+        peak_equity=torch.maximum(state.peak_equity, equity),
+        trades=state.trades + gap + closed,
+        wins=state.wins + gap_profit.gt(0) + profit.gt(0),
+        trade_cash=trade_cash * remains,
+        bars_held=(state.bars_held * goes_on + 1.0) * remains,
+        traded_value=state.traded_value + traded,
+        commission=state.commission + commission,
+        spread=state.spread + spread,
+        slippage=state.slippage + slippage,
+        impact=state.impact + impact,
+    )
     return after, Fills(
-        quantity, gap_quantity + exit_quantity, _choose(exits, exit_price, open_ * gap), (gap_stopped + stopped).bool(), (gap_targeted + targeted).bool(),
-        (gap + closed).bool(), gap_profit + profit, traded, costs, gap_quantity, gap_stopped.bool(), gap_profit, gap_costs)
+        quantity,
+        gap_quantity + exit_quantity,
+        _choose(exits, exit_price, open_ * gap),
+        (gap_stopped + stopped).bool(),
+        (gap_targeted + targeted).bool(),
+        (gap + closed).bool(),
+        gap_profit + profit,
+        traded,
+        costs,
+        gap_quantity,
+        gap_stopped.bool(),
+        gap_profit,
+        gap_costs,
+    )
 
 # %% ../nbs/03_env/00_account.ipynb #dcbc4185
 def settle(
@@ -325,9 +419,20 @@ def settle(
     rules: AccountRules,
 ) -> tuple[AccountState, Fills]:
     "Flatten accounts at a price, paying the usual costs. Nothing else happens: no level is met at a close that its bar has not met."
-    flat = NextBar(close, close, close, close, close, daily_volatility, daily_dollar_volume, torch.ones_like(close, dtype=torch.bool))
+    flat = NextBar(
+        close,
+        close,
+        close,
+        close,
+        close,
+        daily_volatility,
+        daily_dollar_volume,
+        torch.ones_like(close, dtype=torch.bool),
+    )
     zero = torch.zeros_like(state.cash)
-    return account_step(state, zero, zero, torch.ones_like(zero, dtype=torch.bool), flat, replace(rules, stop=0.0, target=0.0))
+    return account_step(
+        state, zero, zero, torch.ones_like(zero, dtype=torch.bool), flat, replace(rules, stop=0.0, target=0.0)
+    )
 
 # %% ../nbs/03_env/00_account.ipynb #03eca266
 def account_columns(

@@ -19,39 +19,69 @@ import torch
 from torch import Tensor
 
 from .account import AccountRules, AccountState, account_rules
-from .evaluation.baselines import buy_and_hold, moving_average_actions, oracle_actions, shifted
 from .builder import BacktestObservationBuilder
 from .checkpoint import load_checkpoint
 from .config import AccountConfig, InputError, require, typed
 from .env import MarketData, market_data
+from .evaluation.baselines import buy_and_hold, moving_average_actions, oracle_actions, shifted
+from trading_lib.evaluation.replay import (
+    DecisionBars,
+    Run,
+    Walked,
+    decision_bars,
+    decisions_of,
+    walk_and_keep,
+)
+from .evaluation.supervised import PROBES, fit_probe, probe_actions, probe_figures
 from .features import FeatureFit, fit_features
 from .files import atomic_write
 from .market.layouts import LAYOUTS
-from .metrics import block_bootstrap_interval, equity_returns, periods_per_year, sharpe_moments, sharpe_ratio, summarise_equity
+from trading_lib.metrics import (
+    block_bootstrap_interval,
+    equity_returns,
+    periods_per_year,
+    sharpe_moments,
+    sharpe_ratio,
+    summarise_equity,
+)
 from .networks import finite_logits
-from .evaluation.supervised import PROBES, fit_probe, probe_actions, probe_figures
-from .training.config import training_budget
 from .trainer import build_policy
+from .training.config import training_budget
 from .version import MODEL_SPECS, action_table, assert_compatibility, declared_version
-from .evaluation.replay import DecisionBars, Run, Walked, decision_bars, decisions_of, walk_and_keep
 
 # %% ../nbs/07_evaluation/06_backtest.ipynb #5d88dc6f
 # name -> (costs are multiplied by, bars that every order comes late)
-STRESSES = {"as it is": (1, 0), "no costs": (0, 0), "costs × 2": (2, 0), "costs × 3": (3, 0), "orders 1 bar late": (1, 1), "orders 2 bars late": (1, 2), "orders 3 bars late": (1, 3)}
+STRESSES = {
+    "as it is": (1, 0),
+    "no costs": (0, 0),
+    "costs × 2": (2, 0),
+    "costs × 3": (3, 0),
+    "orders 1 bar late": (1, 1),
+    "orders 2 bars late": (1, 2),
+    "orders 3 bars late": (1, 3),
+}
 CAPACITIES = (1, 10, 100, 1_000, 10_000, 100_000)  # the account's size is multiplied by
 VOLUME_LIMIT = 0.10  # an order that is more than this share of its bar's volume would not have filled at that bar's prices: larger accounts are not shown
 
 
 class _Question(NamedTuple):
     "One account that follows the agent's decisions."
+
     rules: AccountRules
     delay: int = 0  # bars that every order comes late
 
 
 def _questions(rules: AccountRules) -> list[_Question]:
     "The agent itself, then the stresses, then the capacities; what equals the agent is not asked twice."
-    return ([_Question(rules)] + [_Question(rules.with_costs(costs), delay) for costs, delay in STRESSES.values() if (costs, delay) != (1, 0)]
-            + [_Question(replace(rules, initial=rules.initial * times)) for times in CAPACITIES if times != 1])
+    return (
+        [_Question(rules)]
+        + [
+            _Question(rules.with_costs(costs), delay)
+            for costs, delay in STRESSES.values()
+            if (costs, delay) != (1, 0)
+        ]
+        + [_Question(replace(rules, initial=rules.initial * times)) for times in CAPACITIES if times != 1]
+    )
 
 # %% ../nbs/07_evaluation/06_backtest.ipynb #eaf8cdae
 @torch.no_grad()
@@ -59,16 +89,24 @@ def greedy_actions(
     policy,  # NativeActorCritic or RecurrentActorCritic
     builder: BacktestObservationBuilder,
     bars: np.ndarray,  # bar numbers, in time order
-    begins: np.ndarray | None = None,  # (len(bars),) bool: a policy with a memory begins afresh here; None: it does at every bar
+    begins: np.ndarray
+    | None = None,  # (len(bars),) bool: a policy with a memory begins afresh here; None: it does at every bar
     batch: int = 1024,  # observations at once
 ) -> Tensor:  # (len(bars),) int64
     "The most probable action at each bar, of a policy that does not see its account."
-    state, begins, logits = _fresh_state(policy, 1), np.ones(len(bars), bool) if begins is None else begins, []
+    state, begins, logits = (
+        _fresh_state(policy, 1),
+        np.ones(len(bars), bool) if begins is None else begins,
+        [],
+    )
     for i in range(0, len(bars), batch):
-        windows = builder.observations(bars[i:i + batch]).flatten(1)
-        if state is None: logits.append(policy(windows)[0])
+        windows = builder.observations(bars[i : i + batch]).flatten(1)
+        if state is None:
+            logits.append(policy(windows)[0])
         else:
-            some, _, state = policy.evaluate_sequences(policy.window_inputs(windows)[:, None], state, torch.as_tensor(begins[i:i + batch])[:, None])
+            some, _, state = policy.evaluate_sequences(
+                policy.window_inputs(windows)[:, None], state, torch.as_tensor(begins[i : i + batch])[:, None]
+            )
             logits.append(some[:, 0])
     return finite_logits(torch.cat(logits), bars).argmax(1)
 
@@ -79,19 +117,23 @@ def _fresh_state(policy, n: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def _next_actions(policy, builder: BacktestObservationBuilder, bar: int, account: AccountState, state: Tensor | None) -> tuple[Tensor, Tensor | None]:  # (n,) int64, state
+def _next_actions(
+    policy, builder: BacktestObservationBuilder, bar: int, account: AccountState, state: Tensor | None
+) -> tuple[Tensor, Tensor | None]:  # (n,) int64, state
     "What n accounts do at one bar, each for itself."
     windows = builder.observations(np.full(len(account.cash), bar), account).flatten(1)
-    if state is None: return finite_logits(policy(windows)[0], [bar] * len(windows)).argmax(1), None
+    if state is None:
+        return finite_logits(policy(windows)[0], [bar] * len(windows)).argmax(1), None
     logits, _, state = policy.evaluate_step(policy.window_inputs(windows), state)
     return finite_logits(logits, [bar] * len(logits)).argmax(1), state
 
 
 def _late(actions: Tensor, delay: int, stretch: np.ndarray, can_fill: np.ndarray) -> Tensor:
     "The list, so many bars later; an order is never carried over a gap, and one that could not be placed in time is not placed late."
-    if delay == 0: return actions
+    if delay == 0:
+        return actions
     actions = torch.where(torch.as_tensor(can_fill), actions, 0)
-    late = torch.cat([torch.zeros(delay, dtype=actions.dtype), actions])[:len(actions)]
+    late = torch.cat([torch.zeros(delay, dtype=actions.dtype), actions])[: len(actions)]
     same = np.append(np.zeros(min(delay, len(stretch)), bool), stretch[delay:] == stretch[:-delay])
     return torch.where(torch.as_tensor(same), late, 0)
 
@@ -99,6 +141,7 @@ def _late(actions: Tensor, delay: int, stretch: np.ndarray, can_fill: np.ndarray
 @dataclass
 class _Subject:
     "One agent on one span, and all that its walk needs."
+
     market: MarketData
     account: AccountConfig
     rules: AccountRules
@@ -114,54 +157,95 @@ class _Subject:
     content: dict | None = None  # of the checkpoint
 
     @property
-    def spec(self): return MODEL_SPECS[self.market.version]
+    def spec(self):
+        return MODEL_SPECS[self.market.version]
 
     def runs(self) -> list[Run]:
         "The questions, then the baselines."
         stretch = np.cumsum(self.decisions.begins)
-        asked = [Run(self.market, q.rules, None if self.actions is None else _late(self.actions, q.delay, stretch, self.market.can_fill[self.decisions.bars])) for q in _questions(self.rules)]
-        rules = {"moving_average_cross": replace(self.rules, allow_short=False)}  # out is out, also where only a sale gets there
-        return asked + [Run(self.market, rules.get(name, self.rules), actions) for name, actions in self.baseline_actions().items()]
+        asked = [
+            Run(
+                self.market,
+                q.rules,
+                None
+                if self.actions is None
+                else _late(self.actions, q.delay, stretch, self.market.can_fill[self.decisions.bars]),
+            )
+            for q in _questions(self.rules)
+        ]
+        rules = {
+            "moving_average_cross": replace(self.rules, allow_short=False)
+        }  # out is out, also where only a sale gets there
+        return asked + [
+            Run(self.market, rules.get(name, self.rules), actions)
+            for name, actions in self.baseline_actions().items()
+        ]
 
     def baseline_actions(self) -> dict[str, Tensor]:
         "Name -> list, of what trades under the agent's own account."
         lists = {"moving_average_cross": moving_average_actions(self.market, self.decisions.bars, self.spec)}
-        if self.truth is not None: lists["oracle"] = oracle_actions(self.truth, self.decisions.bars, self.spec, self.rules.allow_short)
+        if self.truth is not None:
+            lists["oracle"] = oracle_actions(
+                self.truth, self.decisions.bars, self.spec, self.rules.allow_short
+            )
         return lists | self.others
 
     def lucky_runs(self, taken: Tensor) -> list[Run]:
         "The agent's own actions at other moments; none where a bankruptcy cut them short: there is nothing to shift."
-        if not self.random_policies or len(taken) < len(self.decisions.bars): return []
-        return [Run(self.market, self.rules, list_) for list_ in shifted(taken.to(torch.int8), self.random_policies, self.seed).unbind(1)]
+        if not self.random_policies or len(taken) < len(self.decisions.bars):
+            return []
+        return [
+            Run(self.market, self.rules, list_)
+            for list_ in shifted(taken.to(torch.int8), self.random_policies, self.seed).unbind(1)
+        ]
 
 
 def _asker(subjects: list[_Subject], places: list[slice], n: int):
     "`decide` for a walk: asks each policy what its own accounts do."
     asked = [(s, place, _questions(s.rules)) for s, place in zip(subjects, places) if s.actions is None]
-    if not asked: return None
+    if not asked:
+        return None
     said = {id(s): [] for s, _, _ in asked}  # decisions of the past, for orders that come late
     states = {}  # what each policy remembers
 
     def decide(number: int, state: AccountState) -> Tensor:
         actions = torch.zeros(n, dtype=torch.int64)
         for s, place, questions in asked:
-            if number >= len(s.decisions.bars): continue
-            own = AccountState(**{name: value[place][:len(questions)] for name, value in vars(state).items()})
+            if number >= len(s.decisions.bars):
+                continue
+            own = AccountState(
+                **{name: value[place][: len(questions)] for name, value in vars(state).items()}
+            )
             initial = torch.tensor([q.rules.initial for q in questions], dtype=torch.float64)
             s.builder.account_config = _SeenConfig(initial, s.account.max_position_pct)
             if s.decisions.begins[number]:
                 said[id(s)].clear()
                 states[id(s)] = _fresh_state(s.policy, len(questions))
-            now, states[id(s)] = _next_actions(s.policy, s.builder, s.decisions.bars[number], own, states[id(s)])
+            now, states[id(s)] = _next_actions(
+                s.policy, s.builder, s.decisions.bars[number], own, states[id(s)]
+            )
             past = said[id(s)]
-            past.append(now * int(s.market.can_fill[s.decisions.bars[number]]))  # what could not be placed in time is not placed late
-            actions[place.start:place.start + len(questions)] = torch.stack([now[i] if q.delay == 0 else past[-1 - q.delay][i] if q.delay < len(past) else torch.tensor(0) for i, q in enumerate(questions)])
+            past.append(
+                now * int(s.market.can_fill[s.decisions.bars[number]])
+            )  # what could not be placed in time is not placed late
+            actions[place.start : place.start + len(questions)] = torch.stack(
+                [
+                    now[i]
+                    if q.delay == 0
+                    else past[-1 - q.delay][i]
+                    if q.delay < len(past)
+                    else torch.tensor(0)
+                    for i, q in enumerate(questions)
+                ]
+            )
         return actions
+
     return decide
 
 
 class _SeenConfig(NamedTuple):
     "What an observation needs of the accounts' settings."
+
     initial_account_value: Tensor  # (n,)
     max_position_pct: float
 
@@ -169,6 +253,7 @@ class _SeenConfig(NamedTuple):
 @dataclass
 class BacktestResult:
     "What happened, and what it is worth."
+
     symbol: str
     equity: pd.Series  # value of the account at the close of each bar, by the bar's time stamp
     position: pd.Series  # position as a share of equity, negative when short
@@ -184,7 +269,8 @@ class BacktestResult:
     provenance: dict = field(default_factory=dict)  # data, model, settings
 
 
-def _reason(stopped: bool) -> str: return "stop" if stopped else "target"
+def _reason(stopped: bool) -> str:
+    return "stop" if stopped else "target"
 
 
 def _trade_table(walked: Walked, market: MarketData) -> pd.DataFrame:
@@ -193,32 +279,92 @@ def _trade_table(walked: Walked, market: MarketData) -> pd.DataFrame:
     rows, opened, opens, inside = [], None, market.prices[0], walked.inside_quantity
 
     def close(bar: int, price: float, profit: float, reason: str):
-        rows.append(opened | {"exit_time": when(bar), "exit_price": float(price), "bars": bar - opened["entry_bar"] + 1, "profit": float(profit), "exit": reason})
+        rows.append(
+            opened
+            | {
+                "exit_time": when(bar),
+                "exit_price": float(price),
+                "bars": bar - opened["entry_bar"] + 1,
+                "profit": float(profit),
+                "exit": reason,
+            }
+        )
 
-    for k in np.flatnonzero(walked.quantity.astype(bool) | walked.exit_quantity.astype(bool) | walked.settled_quantity.astype(bool)):
-        bar, gap, settled = int(walked.bar[k]) + 1, walked.gap_quantity[k] != 0, walked.settled_quantity[k] != 0
+    for k in np.flatnonzero(
+        walked.quantity.astype(bool)
+        | walked.exit_quantity.astype(bool)
+        | walked.settled_quantity.astype(bool)
+    ):
+        bar, gap, settled = (
+            int(walked.bar[k]) + 1,
+            walked.gap_quantity[k] != 0,
+            walked.settled_quantity[k] != 0,
+        )
         if gap:
             opened["costs"] += float(walked.gap_costs[k])
             close(bar, opens[bar], walked.gap_profit[k], _reason(walked.gap_stopped[k] > 0))
             opened = None
-            if walked.quantity[k] == 0: continue
-        if opened is None: opened = {"entry_time": when(bar), "entry_bar": bar, "side": "long" if walked.quantity[k] > 0 else "short", "entry_price": float(opens[bar]), "largest_quantity": 0.0, "costs": 0.0}
-        before, after = 0.0 if gap or not k else walked.held[k - 1], inside[k] or walked.settled_quantity[k] or walked.held[k]
+            if walked.quantity[k] == 0:
+                continue
+        if opened is None:
+            opened = {
+                "entry_time": when(bar),
+                "entry_bar": bar,
+                "side": "long" if walked.quantity[k] > 0 else "short",
+                "entry_price": float(opens[bar]),
+                "largest_quantity": 0.0,
+                "costs": 0.0,
+            }
+        before, after = (
+            0.0 if gap or not k else walked.held[k - 1],
+            inside[k] or walked.settled_quantity[k] or walked.held[k],
+        )
         opened["largest_quantity"] = max(opened["largest_quantity"], abs(float(before)), abs(float(after)))
         opened["costs"] += float(walked.costs[k] - walked.gap_costs[k] + walked.settled_costs[k])
-        if walked.held[k] != 0: continue
-        if settled: close(bar, market.prices[3, bar], walked.settled_profit[k], "gap in the data")
-        elif inside[k]: close(bar, walked.exit_price[k], walked.profit[k] - walked.gap_profit[k], _reason(not walked.targeted[k] if walked.gap_stopped[k] else walked.stopped[k] > 0))
-        else: close(bar, opens[bar], walked.profit[k], "order")
+        if walked.held[k] != 0:
+            continue
+        if settled:
+            close(bar, market.prices[3, bar], walked.settled_profit[k], "gap in the data")
+        elif inside[k]:
+            close(
+                bar,
+                walked.exit_price[k],
+                walked.profit[k] - walked.gap_profit[k],
+                _reason(not walked.targeted[k] if walked.gap_stopped[k] else walked.stopped[k] > 0),
+            )
+        else:
+            close(bar, opens[bar], walked.profit[k], "order")
         opened = None
     if opened is not None:
         bar = int(walked.bar[-1]) + 1
-        rows.append(opened | {"exit_time": pd.NaT, "exit_price": float(market.prices[3, bar]), "bars": bar - opened["entry_bar"] + 1, "profit": math.nan, "exit": "still open"})
-    columns = ["entry_time", "exit_time", "side", "bars", "entry_price", "exit_price", "largest_quantity", "costs", "profit", "exit"]
+        rows.append(
+            opened
+            | {
+                "exit_time": pd.NaT,
+                "exit_price": float(market.prices[3, bar]),
+                "bars": bar - opened["entry_bar"] + 1,
+                "profit": math.nan,
+                "exit": "still open",
+            }
+        )
+    columns = [
+        "entry_time",
+        "exit_time",
+        "side",
+        "bars",
+        "entry_price",
+        "exit_price",
+        "largest_quantity",
+        "costs",
+        "profit",
+        "exit",
+    ]
     return pd.DataFrame(rows, columns=["entry_bar", *columns])[columns]
 
 
-def _curves(walked: Walked, market: MarketData, rules: AccountRules) -> tuple[np.ndarray, pd.Series, pd.Series]:  # bars, equity, position as a share of it
+def _curves(
+    walked: Walked, market: MarketData, rules: AccountRules
+) -> tuple[np.ndarray, pd.Series, pd.Series]:  # bars, equity, position as a share of it
     "The account at every close, the first decision's of each stretch included."
     begins = np.flatnonzero(walked.begins)
     with_begins = lambda values, first: np.insert(values, begins, np.append(first, values[:-1])[begins])
@@ -228,88 +374,206 @@ def _curves(walked: Walked, market: MarketData, rules: AccountRules) -> tuple[np
     return bars, equity, (pd.Series(with_begins(walked.position, 0.0), index) / equity).rename("position")
 
 
-def _figures(walked: Walked, i: int, account: AccountState, rules: AccountRules, market: MarketData, spec, periods: float) -> tuple[dict, tuple]:
+def _figures(
+    walked: Walked,
+    i: int,
+    account: AccountState,
+    rules: AccountRules,
+    market: MarketData,
+    spec,
+    periods: float,
+) -> tuple[dict, tuple]:
     "The metrics of the i-th account, and its curves."
     bars, equity, position = curves = _curves(walked, market, rules)
     paid, traded = float(account.costs[i]), float(account.traded_value[i])
     net, orders = float(account.equity[i]) - rules.initial, int((walked.quantity != 0).sum())
     before = np.append(0.0, walked.held[:-1])
     sells, fillable = action_table(spec)[0][walked.action] < 0, market.can_fill[walked.bar]
-    refused = int((sells & fillable & (before == 0) & (walked.quantity == 0)).sum()) if rules.allow_short else 0
+    refused = (
+        int((sells & fillable & (before == 0) & (walked.quantity == 0)).sum()) if rules.allow_short else 0
+    )
     shares = np.bincount(walked.action, minlength=spec.n_actions) / len(walked.action)
     entropy = -float((shares[shares > 0] * np.log(shares[shares > 0])).sum()) / math.log(spec.n_actions)
-    return summarise_equity(equity.to_numpy(), equity.index, market.timeframe, market.asset_class, walked.profits, periods) | {
-        "net_profit": net, "gross_profit": net + paid, "costs": paid, "turnover": traded / rules.initial, "exposure": float(position.abs().mean()),
-        "mean_position": float(position.mean()), "orders": orders, "orders_below_one_share": refused, "hold_share": 1 - orders / len(walked.action), "action_entropy": entropy + 0.0, "open_trades": int(walked.held[-1] != 0),
+    return summarise_equity(
+        equity.to_numpy(), equity.index, market.timeframe, market.asset_class, walked.profits, periods
+    ) | {
+        "net_profit": net,
+        "gross_profit": net + paid,
+        "costs": paid,
+        "turnover": traded / rules.initial,
+        "exposure": float(position.abs().mean()),
+        "mean_position": float(position.mean()),
+        "orders": orders,
+        "orders_below_one_share": refused,
+        "hold_share": 1 - orders / len(walked.action),
+        "action_entropy": entropy + 0.0,
+        "open_trades": int(walked.held[-1] != 0),
         # what one unit of traded value may cost before nothing is left
         "break_even_cost_bps": (net + paid) / traded * 1e4 if traded else None,
-        "cost_bps": paid / traded * 1e4 if traded else None, "moments": sharpe_moments(equity_returns(equity.to_numpy()))}, curves
+        "cost_bps": paid / traded * 1e4 if traded else None,
+        "moments": sharpe_moments(equity_returns(equity.to_numpy())),
+    }, curves
 
 
-def _volume_share(walked: Walked, market: MarketData) -> float | None:  # None: an order filled in a bar without volume
+def _volume_share(
+    walked: Walked, market: MarketData
+) -> float | None:  # None: an order filled in a bar without volume
     "The largest order, as a share of all that traded in the very bar it filled in."
     (opens, _, _, close, volume), bar = market.prices, walked.bar + 1
-    orders = np.stack([walked.quantity * opens[bar], walked.gap_quantity * opens[bar], walked.inside_quantity * walked.exit_price, walked.settled_quantity * close[bar]])
+    orders = np.stack(
+        [
+            walked.quantity * opens[bar],
+            walked.gap_quantity * opens[bar],
+            walked.inside_quantity * walked.exit_price,
+            walked.settled_quantity * close[bar],
+        ]
+    )
     values, traded = np.abs(orders).max(0), close[bar] * volume[bar]
     filled = values > 0
-    if (traded[filled] <= 0).any(): return None
+    if (traded[filled] <= 0).any():
+        return None
     return float((values[filled] / traded[filled]).max(initial=0.0))
 
 
-_IN_STRESS = ("total_return", "net_profit", "gross_profit", "costs", "sharpe", "max_drawdown", "profit_factor", "consistency", "fitness", "win_rate", "trades", "moments")
+_IN_STRESS = (
+    "total_return",
+    "net_profit",
+    "gross_profit",
+    "costs",
+    "sharpe",
+    "max_drawdown",
+    "profit_factor",
+    "consistency",
+    "fitness",
+    "win_rate",
+    "trades",
+    "moments",
+)
 
 
 def _result(s: _Subject, walked: list[Walked], account: AccountState) -> BacktestResult:
     "Tables and figures of a subject's accounts: the questions first, then the baselines."
     questions, market, rules = _questions(s.rules), s.market, s.rules
-    start, end = (pd.Timestamp(int(market.timestamp[b]), tz="UTC") for b in (s.decisions.bars[0], s.decisions.bars[-1] + 1))
+    start, end = (
+        pd.Timestamp(int(market.timestamp[b]), tz="UTC")
+        for b in (s.decisions.bars[0], s.decisions.bars[-1] + 1)
+    )
     periods = periods_per_year(market.timeframe, market.asset_class, start, end + pd.Timedelta(1, "ns"))
-    figures = [_figures(w, i, account, q.rules, market, s.spec, periods) for i, (w, q) in enumerate(zip(walked, questions))]
+    figures = [
+        _figures(w, i, account, q.rules, market, s.spec, periods)
+        for i, (w, q) in enumerate(zip(walked, questions))
+    ]
     (metrics, (bars, equity, position)), agent = figures[0], walked[0]
     trades = _trade_table(agent, market)
     open_ = trades["exit"] == "still open"
     trades.loc[open_, "profit"] = float(account.trade_cash[0] + account.position_value[0])
-    actions = pd.DataFrame({"timestamp": pd.DatetimeIndex(market.timestamp[agent.bar], tz="UTC"), "action": [s.spec.action_meanings[a] for a in agent.action.tolist()],
-                            "quantity": agent.quantity, "fill_price": market.prices[0, agent.bar + 1], "exit_quantity": agent.exit_quantity, "exit_price": agent.exit_price, "gap_quantity": agent.gap_quantity, "costs": agent.costs})
-    costs = {name: float(getattr(account, name)[0]) for name in ("commission", "spread", "slippage", "impact")}
+    actions = pd.DataFrame(
+        {
+            "timestamp": pd.DatetimeIndex(market.timestamp[agent.bar], tz="UTC"),
+            "action": [s.spec.action_meanings[a] for a in agent.action.tolist()],
+            "quantity": agent.quantity,
+            "fill_price": market.prices[0, agent.bar + 1],
+            "exit_quantity": agent.exit_quantity,
+            "exit_price": agent.exit_price,
+            "gap_quantity": agent.gap_quantity,
+            "costs": agent.costs,
+        }
+    )
+    costs = {
+        name: float(getattr(account, name)[0]) for name in ("commission", "spread", "slippage", "impact")
+    }
     of_question = dict(zip(((q.rules, q.delay) for q in questions), (f for f, _ in figures)))
     chosen = lambda q: {name: of_question[q][name] for name in _IN_STRESS}
-    stress = [{"name": name, "costs_times": costs_, "bars_late": delay} | chosen((rules if costs_ == 1 else rules.with_costs(costs_), delay)) for name, (costs_, delay) in STRESSES.items()]
+    stress = [
+        {"name": name, "costs_times": costs_, "bars_late": delay}
+        | chosen((rules if costs_ == 1 else rules.with_costs(costs_), delay))
+        for name, (costs_, delay) in STRESSES.items()
+    ]
     capacity, capacity_ends = [], None
     for times in CAPACITIES:
         grown = rules if times == 1 else replace(rules, initial=rules.initial * times)
         share = _volume_share(walked[questions.index(_Question(grown))], market)
         row = {"initial": grown.initial, "volume_share": share, "volume_limit": VOLUME_LIMIT}
-        if share is None or share > VOLUME_LIMIT: capacity_ends = capacity_ends or row
-        if capacity_ends is None or times == 1: capacity.append(row | chosen((grown, 0)))  # the agent's own size was asked for
-    result = BacktestResult(market.symbol, equity, position, pd.Series(market.prices[3, bars], equity.index, name="close"), actions, trades, costs, metrics, stress=stress, capacity=capacity)
-    curves = {"agent": equity.to_numpy(), "cash": np.full(len(equity), rules.initial), "buy_and_hold": buy_and_hold(market, equity.index, rules),
-              "buy_and_hold_at_exposure": buy_and_hold(market, equity.index, rules, metrics["exposure"])}
+        if share is None or share > VOLUME_LIMIT:
+            capacity_ends = capacity_ends or row
+        if capacity_ends is None or times == 1:
+            capacity.append(row | chosen((grown, 0)))  # the agent's own size was asked for
+    result = BacktestResult(
+        market.symbol,
+        equity,
+        position,
+        pd.Series(market.prices[3, bars], equity.index, name="close"),
+        actions,
+        trades,
+        costs,
+        metrics,
+        stress=stress,
+        capacity=capacity,
+    )
+    curves = {
+        "agent": equity.to_numpy(),
+        "cash": np.full(len(equity), rules.initial),
+        "buy_and_hold": buy_and_hold(market, equity.index, rules),
+        "buy_and_hold_at_exposure": buy_and_hold(market, equity.index, rules, metrics["exposure"]),
+    }
     result.curves = pd.DataFrame(curves, equity.index)
     own, held = (np.diff(curves[name]) / curves[name][:-1] for name in ("agent", "buy_and_hold"))
-    metrics["correlation_with_holding"] = float(np.corrcoef(own, held)[0, 1]) if len(own) > 2 and own.std() > 0 and held.std() > 0 else None
-    result.baselines = {name: float(values[-1] / rules.initial - 1) for name, values in curves.items() if name != "agent"}
+    metrics["correlation_with_holding"] = (
+        float(np.corrcoef(own, held)[0, 1]) if len(own) > 2 and own.std() > 0 and held.std() > 0 else None
+    )
+    result.baselines = {
+        name: float(values[-1] / rules.initial - 1) for name, values in curves.items() if name != "agent"
+    }
     profit = account.equity.numpy() - rules.initial
-    result.baselines |= {name: float(p / rules.initial) for name, p in zip(s.baseline_actions(), profit[len(questions):])}
-    if s.truth is not None: metrics["share_of_oracle"] = metrics["net_profit"] / rules.initial / result.baselines["oracle"] if result.baselines["oracle"] > 0 else None
-    result.provenance = {"symbol": market.symbol, "timeframe": market.timeframe, "asset_class": market.asset_class, "version": market.version, "bars": market.fingerprint,
-                         "span": [str(equity.index[0]), str(equity.index[-1])], "account": asdict(s.account), "unseen": _unseen(s.seen, equity.index[0]),
-                         "seen_to": None if s.seen["last"] is None else str(s.seen["last"]), "simulated": _simulated(s),
-                         "has_volume": market.has_volume, "capacity_ends": capacity_ends}
-    if s.content is not None: result.provenance |= {"training": training_budget(s.content), "chosen": _chosen(s.content)}
+    result.baselines |= {
+        name: float(p / rules.initial) for name, p in zip(s.baseline_actions(), profit[len(questions) :])
+    }
+    if s.truth is not None:
+        metrics["share_of_oracle"] = (
+            metrics["net_profit"] / rules.initial / result.baselines["oracle"]
+            if result.baselines["oracle"] > 0
+            else None
+        )
+    result.provenance = {
+        "symbol": market.symbol,
+        "timeframe": market.timeframe,
+        "asset_class": market.asset_class,
+        "version": market.version,
+        "bars": market.fingerprint,
+        "span": [str(equity.index[0]), str(equity.index[-1])],
+        "account": asdict(s.account),
+        "unseen": _unseen(s.seen, equity.index[0]),
+        "seen_to": None if s.seen["last"] is None else str(s.seen["last"]),
+        "simulated": _simulated(s),
+        "has_volume": market.has_volume,
+        "capacity_ends": capacity_ends,
+    }
+    if s.content is not None:
+        result.provenance |= {"training": training_budget(s.content), "chosen": _chosen(s.content)}
     return result
 
 
 def _simulated(s: _Subject) -> bool | None:
     "Whether it is certain that the bars are simulated: their truth was given, or the model knows these very bars; None: not known from here."
     data = (s.content or {}).get("data") or {}
-    return True if s.truth is not None or data.get("source") == "simulated" and data.get("sha256") == s.market.fingerprint["sha256"] else None
+    return (
+        True
+        if s.truth is not None
+        or data.get("source") == "simulated"
+        and data.get("sha256") == s.market.fingerprint["sha256"]
+        else None
+    )
 
 
 def _chosen(content: dict) -> dict:
     "Among what a model was chosen, as far as it says so itself."
     data, seen = content.get("data"), content.get("validations")
-    return {"symbol": data.get("symbol") if isinstance(data, dict) else None, "validations": max(len(seen) if isinstance(seen, list) else 0, (content.get("run") or {}).get("validations") or 0)}
+    return {
+        "symbol": data.get("symbol") if isinstance(data, dict) else None,
+        "validations": max(
+            len(seen) if isinstance(seen, list) else 0, (content.get("run") or {}).get("validations") or 0
+        ),
+    }
 
 
 _RESAMPLES = 500  # of the bootstrap; enough for two digits of a 95 % interval
@@ -317,69 +581,161 @@ _RESAMPLES = 500  # of the bootstrap; enough for two digits of a 95 % interval
 
 def _unseen(seen: dict, begins: pd.Timestamp) -> bool | None:
     "Whether the model was neither trained nor chosen on bars from here on; None: not recorded."
-    if seen["last"] is not None and seen["last"] >= begins: return False
+    if seen["last"] is not None and seen["last"] >= begins:
+        return False
     return True if seen["possible"] is not None and seen["possible"] < begins else None
 
 
 def _add_luck(result: BacktestResult, final_equity: np.ndarray, initial: float):
     "The agent's place among its shifted copies."
-    if not len(final_equity): return
+    if not len(final_equity):
+        return
     luck, agent = final_equity - initial, result.metrics["net_profit"]
     result.baselines["time_shifted_copies_median"] = float(np.median(luck) / initial)
     # ties count half: an agent that always does the same is no better than its own shifts
-    result.metrics["percentile_among_random"] = float(100 * ((luck < agent).mean() + 0.5 * (luck == agent).mean()))
+    result.metrics["percentile_among_random"] = float(
+        100 * ((luck < agent).mean() + 0.5 * (luck == agent).mean())
+    )
 
 
 def _add_intervals(result: BacktestResult, seed: int):
     "How far the figures would move if the same market were drawn again: stationary bootstrap of blocks of bars."
     returns, periods = equity_returns(result.equity.to_numpy()), result.metrics["periods_per_year"]
-    if len(returns) < 8 or not result.metrics["orders"]: return
-    of = {"total_return": lambda r: np.expm1(np.log1p(np.maximum(r, -1 + 1e-12)).sum()), "sharpe": lambda r: sharpe_ratio(r, periods)}
-    result.metrics["intervals"] = {name: dict(zip(("low", "high"), block_bootstrap_interval(returns, f, n=_RESAMPLES, seed=seed))) for name, f in of.items()}
+    if len(returns) < 8 or not result.metrics["orders"]:
+        return
+    of = {
+        "total_return": lambda r: np.expm1(np.log1p(np.maximum(r, -1 + 1e-12)).sum()),
+        "sharpe": lambda r: sharpe_ratio(r, periods),
+    }
+    result.metrics["intervals"] = {
+        name: dict(zip(("low", "high"), block_bootstrap_interval(returns, f, n=_RESAMPLES, seed=seed)))
+        for name, f in of.items()
+    }
 
 # %% ../nbs/07_evaluation/06_backtest.ipynb #d892912f
 def _subject(
-    model, bars: pd.DataFrame, *, start=0, stop=None, actions=None, fit=None, version=None, timeframe=None, asset_class=None, window=None, account=None, symbol=None,
-    truth=None, others=None, random_policies=0, seed=0,
+    model,
+    bars: pd.DataFrame,
+    *,
+    start=0,
+    stop=None,
+    actions=None,
+    fit=None,
+    version=None,
+    timeframe=None,
+    asset_class=None,
+    window=None,
+    account=None,
+    symbol=None,
+    truth=None,
+    others=None,
+    random_policies=0,
+    seed=0,
 ) -> _Subject:
     "Everything decided and checked, before anything runs."
-    content = load_checkpoint(model) if isinstance(model, (str, Path)) else model if isinstance(model, dict) else None
+    content = (
+        load_checkpoint(model)
+        if isinstance(model, (str, Path))
+        else model
+        if isinstance(model, dict)
+        else None
+    )
     if content is not None:
-        policy, trained = build_policy(content), (content.get("config") or {}).get("env") or {}  # older files say nothing of it
+        policy, trained = (
+            build_policy(content),
+            (content.get("config") or {}).get("env") or {},
+        )  # older files say nothing of it
         theirs = declared_version(content) or assert_compatibility(content).version
-        require(version in (None, theirs), f"version: the model was trained on layout {theirs}, was {version!r}; leave it out, or choose a model of that layout")
+        require(
+            version in (None, theirs),
+            f"version: the model was trained on layout {theirs}, was {version!r}; leave it out, or choose a model of that layout",
+        )
         own_window = policy.obs_dim // MODEL_SPECS[theirs].n_features
         version, window = theirs, own_window if window is None else window
-        require(window == own_window, f"window: the model was trained on {own_window} bars, was {window!r}; leave it out")
+        require(
+            window == own_window,
+            f"window: the model was trained on {own_window} bars, was {window!r}; leave it out",
+        )
         for name, given in (("timeframe", timeframe), ("asset_class", asset_class)):
-            require(given in (None, trained.get(name, given)), f"{name}: the model was trained on {trained.get(name)}, was {given!r}; leave it out, or choose another model")
+            require(
+                given in (None, trained.get(name, given)),
+                f"{name}: the model was trained on {trained.get(name)}, was {given!r}; leave it out, or choose another model",
+            )
         timeframe, asset_class = trained.get("timeframe", timeframe), trained.get("asset_class", asset_class)
-        fit, symbol = fit if fit is not None else content.get("fit"), symbol or (content.get("data") or {}).get("symbol")
-        if account is None and "account" in trained: account = typed(AccountConfig, trained["account"], "account")
+        fit, symbol = (
+            fit if fit is not None else content.get("fit"),
+            symbol or (content.get("data") or {}).get("symbol"),
+        )
+        if account is None and "account" in trained:
+            account = typed(AccountConfig, trained["account"], "account")
         # a model that brings no fitted features is judged on those of the bars before its test span, which are past there
-        if fit is None and start and timeframe and asset_class: fit = fit_features(bars.iloc[:start], version, timeframe, asset_class)
-    else: policy = model
+        if fit is None and start and timeframe and asset_class:
+            fit = fit_features(bars.iloc[:start], version, timeframe, asset_class)
+    else:
+        policy = model
     account, window, symbol = account or AccountConfig(), 100 if window is None else window, symbol or ""
-    require(model is not None or actions is not None, "run_backtest: neither a model nor actions were given; pass a checkpoint, a policy, or a list of actions")
-    require(truth is None or truth.index.equals(bars.index), f"truth: expected one row for each of the {len(bars)} bars; it must come from the same simulate_market call")
+    require(
+        model is not None or actions is not None,
+        "run_backtest: neither a model nor actions were given; pass a checkpoint, a policy, or a list of actions",
+    )
+    require(
+        truth is None or truth.index.equals(bars.index),
+        f"truth: expected one row for each of the {len(bars)} bars; it must come from the same simulate_market call",
+    )
     require(isinstance(window, int) and window >= 1, f"window: expected 1 or more bars, was {window!r}")
-    require(isinstance(random_policies, int) and random_policies >= 0, f"random_policies: expected 0 or more, was {random_policies!r}")
-    for name, value in (("version", version), ("timeframe", timeframe), ("asset_class", asset_class), ("fit", fit)):
+    require(
+        isinstance(random_policies, int) and random_policies >= 0,
+        f"random_policies: expected 0 or more, was {random_policies!r}",
+    )
+    for name, value in (
+        ("version", version),
+        ("timeframe", timeframe),
+        ("asset_class", asset_class),
+        ("fit", fit),
+    ):
         require(value is not None, f"run_backtest: {name} is missing; pass it, or a checkpoint that holds it")
     fit = FeatureFit.from_state(fit) if isinstance(fit, dict) else fit
-    market = market_data(bars, version, fit, timeframe, asset_class, window, symbol).span(start, len(bars) if stop is None else stop)
+    market = market_data(bars, version, fit, timeframe, asset_class, window, symbol).span(
+        start, len(bars) if stop is None else stop
+    )
     decisions, n_actions = decisions_of(market), MODEL_SPECS[version].n_actions
-    checked = {name: _checked_actions(list_, n_actions, len(decisions.bars)) for name, list_ in ({"actions": actions} | (others or {})).items() if list_ is not None}
-    builder = BacktestObservationBuilder(bars, version, fit, timeframe, asset_class, window, account) if actions is None else None
+    checked = {
+        name: _checked_actions(list_, n_actions, len(decisions.bars))
+        for name, list_ in ({"actions": actions} | (others or {})).items()
+        if list_ is not None
+    }
+    builder = (
+        BacktestObservationBuilder(bars, version, fit, timeframe, asset_class, window, account)
+        if actions is None
+        else None
+    )
     decided = checked.pop("actions", None)
-    if actions is None and not LAYOUTS[version].account_columns: decided = greedy_actions(policy, builder, decisions.bars, decisions.begins)
-    return _Subject(market, account, account_rules(account, asset_class), decisions, policy if actions is None else None, builder, decided, truth, checked, random_policies, seed, training_span(content or {}), content)
+    if actions is None and not LAYOUTS[version].account_columns:
+        decided = greedy_actions(policy, builder, decisions.bars, decisions.begins)
+    return _Subject(
+        market,
+        account,
+        account_rules(account, asset_class),
+        decisions,
+        policy if actions is None else None,
+        builder,
+        decided,
+        truth,
+        checked,
+        random_policies,
+        seed,
+        training_span(content or {}),
+        content,
+    )
 
 
 def _moment(text) -> pd.Timestamp | None:
-    if text is None: return None
-    try: moment = pd.Timestamp(text)
-    except (TypeError, ValueError): return None
+    if text is None:
+        return None
+    try:
+        moment = pd.Timestamp(text)
+    except (TypeError, ValueError):
+        return None
     return moment.tz_localize("UTC") if moment.tzinfo is None else moment.tz_convert("UTC")
 
 
@@ -389,15 +745,24 @@ def training_span(
     "What a checkpoint says about the bars it comes from."
     data, fit = content.get("data") or {}, content.get("fit") or {}
     spans = [s for s in (data.get("spans") or {}).values() if s]
-    first = min((m for m in [_moment(fit.get("first")), *(_moment(s.get("first")) for s in spans)] if m is not None), default=None)
-    last = max((m for m in [_moment(fit.get("last")), *(_moment(s.get("last")) for s in spans)] if m is not None), default=None)
+    first = min(
+        (m for m in [_moment(fit.get("first")), *(_moment(s.get("first")) for s in spans)] if m is not None),
+        default=None,
+    )
+    last = max(
+        (m for m in [_moment(fit.get("last")), *(_moment(s.get("last")) for s in spans)] if m is not None),
+        default=None,
+    )
     return {"first": first, "last": last, "possible": last if spans else _moment(data.get("end"))}
 
 
 def _checked_actions(actions, n_actions: int, n: int) -> Tensor:
     given = np.asarray(actions)
-    require(given.ndim == 1 and given.dtype.kind in "iu" and bool(((given >= 0) & (given < n_actions)).all()),
-            f"actions: expected one list of whole numbers from 0 to {n_actions - 1}, was {given.dtype} of shape {given.shape}" + (f" with {given.min()} to {given.max()}" if given.size else ""))
+    require(
+        given.ndim == 1 and given.dtype.kind in "iu" and bool(((given >= 0) & (given < n_actions)).all()),
+        f"actions: expected one list of whole numbers from 0 to {n_actions - 1}, was {given.dtype} of shape {given.shape}"
+        + (f" with {given.min()} to {given.max()}" if given.size else ""),
+    )
     require(len(given) == n, f"actions: expected one row for each of {n} decision bars, was {len(given)}")
     return torch.tensor(given, dtype=torch.int64)  # a copy: a column of a table may be read-only
 
@@ -425,7 +790,11 @@ def run_backtests(
     for s, place, result in zip(subjects, places, results):
         if id(s) in lucky:
             # a bankrupt agent did not do all that its list says
-            own = account.equity[lucky[id(s)]] if len(walked[place][0].action) == len(s.actions) else account.equity[:0]
+            own = (
+                account.equity[lucky[id(s)]]
+                if len(walked[place][0].action) == len(s.actions)
+                else account.equity[:0]
+            )
         else:
             again = s.lucky_runs(torch.as_tensor(walked[place][0].action))
             own = walk_and_keep(again, keep=0)[1].equity if again else account.equity[:0]
@@ -454,8 +823,28 @@ def run_backtest(
     seed: int = 0,  # of those
 ) -> BacktestResult:
     "Backtest a policy over a span, after costs, beside its baselines."
-    return run_backtests([dict(model=model, bars=bars, start=start, stop=stop, actions=actions, fit=fit, version=version, timeframe=timeframe, asset_class=asset_class, window=window,
-                               account=account, symbol=symbol, truth=truth, others=others, random_policies=random_policies, seed=seed)])[0]
+    return run_backtests(
+        [
+            dict(
+                model=model,
+                bars=bars,
+                start=start,
+                stop=stop,
+                actions=actions,
+                fit=fit,
+                version=version,
+                timeframe=timeframe,
+                asset_class=asset_class,
+                window=window,
+                account=account,
+                symbol=symbol,
+                truth=truth,
+                others=others,
+                random_policies=random_policies,
+                seed=seed,
+            )
+        ]
+    )[0]
 
 # %% ../nbs/07_evaluation/06_backtest.ipynb #cd41c659
 def training_spans(
@@ -465,9 +854,16 @@ def training_spans(
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:  # training and validation, as bar numbers
     "Where a model's spans lie among some bars; None: they are not recorded, or are not all there before the test."
     spans = (content.get("data") or {}).get("spans") or {}
-    moments = [_moment((spans.get(name) or {}).get(end)) for name in ("train", "validation") for end in ("first", "last")]
-    if any(m is None for m in moments) or moments[0] < times[0]: return None
-    first, last, begin, end = (int(times.searchsorted(m, side)) for m, side in zip(moments, ("left", "right") * 2))
+    moments = [
+        _moment((spans.get(name) or {}).get(end))
+        for name in ("train", "validation")
+        for end in ("first", "last")
+    ]
+    if any(m is None for m in moments) or moments[0] < times[0]:
+        return None
+    first, last, begin, end = (
+        int(times.searchsorted(m, side)) for m, side in zip(moments, ("left", "right") * 2)
+    )
     return ((first, last), (begin, end)) if first < last <= begin < end <= before else None
 
 
@@ -488,7 +884,6 @@ def probe_baselines(
         others[kind], figures[kind] = probe_actions(probe, span, bars), probe_figures(probe, span, bars)
     return others, figures
 
-
 # %% ../nbs/07_evaluation/06_backtest.ipynb #8d797948
 _KEPT = ("metrics", "baselines", "costs", "stress", "capacity", "provenance")
 
@@ -500,8 +895,12 @@ def write_backtest(
     "metrics.json, equity.csv, trades.csv and actions.csv."
     figures = {{"metrics": "agent"}.get(name, name): getattr(result, name) for name in _KEPT}
     equity = result.curves.assign(position=result.position, price=result.price)
-    contents = {"metrics.json": json.dumps(figures, indent=1, allow_nan=False) + "\n", "trades.csv": result.trades.to_csv(index=False), "actions.csv": result.actions.to_csv(index=False),
-                "equity.csv": equity.to_csv(index_label="timestamp")}
+    contents = {
+        "metrics.json": json.dumps(figures, indent=1, allow_nan=False) + "\n",
+        "trades.csv": result.trades.to_csv(index=False),
+        "actions.csv": result.actions.to_csv(index=False),
+        "equity.csv": equity.to_csv(index_label="timestamp"),
+    }
     return {name: atomic_write(Path(folder) / name, content) for name, content in contents.items()}
 
 
@@ -516,12 +915,28 @@ def read_backtest(
 ) -> BacktestResult:
     "A backtest from its files."
     folder = Path(folder)
-    for name in ("metrics.json", "equity.csv", "trades.csv", "actions.csv"): require((folder / name).is_file(), f"{folder / name}: no such file; run the backtest stage")
+    for name in ("metrics.json", "equity.csv", "trades.csv", "actions.csv"):
+        require((folder / name).is_file(), f"{folder / name}: no such file; run the backtest stage")
     try:
         figures = json.loads((folder / "metrics.json").read_text())
         kept = {name: figures[{"metrics": "agent"}.get(name, name)] for name in _KEPT}
         table = _read_table(folder / "equity.csv", ["timestamp"]).set_index("timestamp")
-        trades, actions = _read_table(folder / "trades.csv", ["entry_time", "exit_time"]), _read_table(folder / "actions.csv", ["timestamp"])
+        trades, actions = (
+            _read_table(folder / "trades.csv", ["entry_time", "exit_time"]),
+            _read_table(folder / "actions.csv", ["timestamp"]),
+        )
         curves = table.drop(columns=["position", "price"])
-        return BacktestResult(kept["provenance"]["symbol"], curves["agent"].rename("equity"), table["position"], table["price"].rename("close"), actions, trades, curves=curves, **kept)
-    except (KeyError, ValueError) as e: raise InputError(f"{folder}: does not hold a backtest that this version wrote ({type(e).__name__}: {e}); run the backtest stage again") from None
+        return BacktestResult(
+            kept["provenance"]["symbol"],
+            curves["agent"].rename("equity"),
+            table["position"],
+            table["price"].rename("close"),
+            actions,
+            trades,
+            curves=curves,
+            **kept,
+        )
+    except (KeyError, ValueError) as e:
+        raise InputError(
+            f"{folder}: does not hold a backtest that this version wrote ({type(e).__name__}: {e}); run the backtest stage again"
+        ) from None

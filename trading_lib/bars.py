@@ -23,10 +23,31 @@ from .config import InputError, path_symbol, require, unknown_name
 from .files import atomic_write
 
 # %% ../nbs/01_data/01_bars.ipynb #91148fc0
-TIMEFRAMES = {"1Min": 60, "5Min": 300, "15Min": 900, "30Min": 1800, "1Hour": 3600, "4Hour": 14400, "1Day": 86400}  # name -> seconds
+TIMEFRAMES = {
+    "1Min": 60,
+    "5Min": 300,
+    "15Min": 900,
+    "30Min": 1800,
+    "1Hour": 3600,
+    "4Hour": 14400,
+    "1Day": 86400,
+}  # name -> seconds
 COLUMNS = ("open", "high", "low", "close", "volume")
 
-_UNITS = {"m": 60, "t": 60, "min": 60, "mins": 60, "minute": 60, "minutes": 60, "h": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400}
+_UNITS = {
+    "m": 60,
+    "t": 60,
+    "min": 60,
+    "mins": 60,
+    "minute": 60,
+    "minutes": 60,
+    "h": 3600,
+    "hour": 3600,
+    "hours": 3600,
+    "d": 86400,
+    "day": 86400,
+    "days": 86400,
+}
 _BY_SECONDS = {seconds: name for name, seconds in TIMEFRAMES.items()}
 _SECOND = 1_000_000_000  # nanoseconds, as everywhere below
 _HOUR = 3600 * _SECOND
@@ -41,7 +62,8 @@ def timeframe_name(
     if parts and parts[2] != "M" and parts[2].lower() in _UNITS:
         seconds = int(parts[1] or 1) * _UNITS[parts[2].lower()]
         for name, known in TIMEFRAMES.items():
-            if known == seconds: return name
+            if known == seconds:
+                return name
     raise unknown_name("timeframe", timeframe, TIMEFRAMES)
 
 
@@ -55,6 +77,7 @@ def timeframe_seconds(
 @dataclass(frozen=True)
 class AssetClass:
     "When an asset class trades, and the clock its people live by."
+
     calendar: str | None  # name in exchange_calendars; None: always open
     timezone: str  # of the clock features
 
@@ -70,7 +93,8 @@ def asset_class_of(
 
 
 def _asset(asset_class: str) -> AssetClass:
-    if asset_class not in ASSET_CLASSES: raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
+    if asset_class not in ASSET_CLASSES:
+        raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
     return ASSET_CLASSES[asset_class]
 
 # %% ../nbs/01_data/01_bars.ipynb #e771fbc3
@@ -80,6 +104,7 @@ _CALENDAR_SPAN = ("1970-01-01", "2035-12-31")
 @dataclass(frozen=True, eq=False)
 class _Sessions:
     "All sessions of an exchange, in order; int64 nanoseconds."
+
     date: np.ndarray  # the trading date at 00:00 UTC, as a label
     open: np.ndarray
     close: np.ndarray
@@ -89,12 +114,19 @@ class _Sessions:
 @lru_cache(maxsize=None)
 def _sessions(calendar: str) -> _Sessions:
     import exchange_calendars
+
     schedule = exchange_calendars.get_calendar(calendar, start=_CALENDAR_SPAN[0], end=_CALENDAR_SPAN[1])
     zone = next(a.timezone for a in ASSET_CLASSES.values() if a.calendar == calendar)
     opens = pd.DatetimeIndex(schedule.opens)
     offset = _nanoseconds(opens.tz_convert(zone).tz_localize(None)) - _nanoseconds(opens)
-    arrays = [_nanoseconds(schedule.sessions), _nanoseconds(opens), _nanoseconds(pd.DatetimeIndex(schedule.closes)), offset]
-    for a in arrays: a.setflags(write=False)  # shared by everyone
+    arrays = [
+        _nanoseconds(schedule.sessions),
+        _nanoseconds(opens),
+        _nanoseconds(pd.DatetimeIndex(schedule.closes)),
+        offset,
+    ]
+    for a in arrays:
+        a.setflags(write=False)  # shared by everyone
     return _Sessions(*arrays)
 
 
@@ -103,8 +135,10 @@ def shown(
     most: int = 40,  # characters
 ) -> str:  # one line without control characters
     "A foreign value as a message shows it."
-    try: text = str(value)
-    except Exception: text = f"a {type(value).__name__}"  # numbers of a million digits cannot be written
+    try:
+        text = str(value)
+    except Exception:
+        text = f"a {type(value).__name__}"  # numbers of a million digits cannot be written
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= most else text[:most] + "…"
 
@@ -115,7 +149,9 @@ def listed(
 ) -> str:  # one line
     "Foreign values as a message lists them."
     values = list(values)
-    return ", ".join(map(shown, values[:most])) + (f" and {len(values) - most:,} more" if len(values) > most else "")
+    return ", ".join(map(shown, values[:most])) + (
+        f" and {len(values) - most:,} more" if len(values) > most else ""
+    )
 
 
 def _nanoseconds(index: pd.DatetimeIndex) -> np.ndarray:
@@ -133,8 +169,10 @@ def moment(
     name: str = "time",  # for messages
 ) -> pd.Timestamp:  # in UTC
     "A moment as people write it."
-    try: t = pd.Timestamp(value)
-    except (TypeError, ValueError): t = pd.NaT
+    try:
+        t = pd.Timestamp(value)
+    except (TypeError, ValueError):
+        t = pd.NaT
     require(t is not pd.NaT, f"{name}: expected a date such as 2024-01-31, was {value!r}")
     return (t.tz_localize("UTC") if t.tz is None else t.tz_convert("UTC")).as_unit("ns")
 
@@ -143,18 +181,23 @@ def _session_numbers(label: np.ndarray, seconds: int, sessions: _Sessions) -> tu
     "Per label: the ordinal of the session it could belong to, and whether it does."
     if len(label):
         low, high = label.min(), label.max()
-        require(low >= sessions.date[0] and high < sessions.close[-1],
-                f"the exchange calendar covers {_when(sessions.date[0])[:10]} to {_when(sessions.date[-1])[:10]}, but a bar is labelled {_when(low if low < sessions.date[0] else high)}; leave such bars out")
+        require(
+            low >= sessions.date[0] and high < sessions.close[-1],
+            f"the exchange calendar covers {_when(sessions.date[0])[:10]} to {_when(sessions.date[-1])[:10]}, but a bar is labelled {_when(low if low < sessions.date[0] else high)}; leave such bars out",
+        )
     if seconds == TIMEFRAMES["1Day"]:
         number = np.searchsorted(sessions.date, label)
         return number, sessions.date[number] == label
-    number = np.searchsorted(sessions.close, label, side="right")  # the first session that closes after the label
+    number = np.searchsorted(
+        sessions.close, label, side="right"
+    )  # the first session that closes after the label
     return number, label + seconds * _SECOND > sessions.open[number]
 
 # %% ../nbs/01_data/01_bars.ipynb #b8d76d0f
 def _bars_of_sessions(sessions: _Sessions, seconds: int) -> tuple[np.ndarray, np.ndarray]:
     "First label and number of bars of every session."
-    if seconds == TIMEFRAMES["1Day"]: return sessions.date, np.ones(len(sessions.date), np.int64)
+    if seconds == TIMEFRAMES["1Day"]:
+        return sessions.date, np.ones(len(sessions.date), np.int64)
     length = seconds * _SECOND
     first = (sessions.open + sessions.offset) // length * length - sessions.offset
     return first, -((first - sessions.close) // length)  # rounded up
@@ -170,11 +213,14 @@ def expected_labels(
     seconds, calendar = timeframe_seconds(timeframe), _asset(asset_class).calendar
     length, low, high = seconds * _SECOND, moment(start).value, moment(end).value
     require(low < high, f"start and end: expected start before end, were {start} and {end}")
-    if calendar is None: label = np.arange(-(-low // length) * length, high, length)
+    if calendar is None:
+        label = np.arange(-(-low // length) * length, high, length)
     else:
         sessions = _sessions(calendar)
-        require(low >= sessions.date[0] and high <= sessions.date[-1] + _DAY,
-                f"the exchange calendar covers {_when(sessions.date[0])[:10]} to {_when(sessions.date[-1])[:10]}, but {start} to {end} was asked for; choose dates inside")
+        require(
+            low >= sessions.date[0] and high <= sessions.date[-1] + _DAY,
+            f"the exchange calendar covers {_when(sessions.date[0])[:10]} to {_when(sessions.date[-1])[:10]}, but {start} to {end} was asked for; choose dates inside",
+        )
         first, count = _bars_of_sessions(sessions, seconds)
         a, b = np.searchsorted(sessions.date, [low - _DAY, high])
         first, count = first[a:b], count[a:b]
@@ -194,27 +240,38 @@ def bars_per_year(
     seconds, calendar = timeframe_seconds(timeframe), _asset(asset_class).calendar
     start, end = moment(start), moment(end)
     require(start < end, f"start and end: expected start before end, were {start} and {end}")
-    if calendar is None: return 365.0 * _DAY / (seconds * _SECOND)
+    if calendar is None:
+        return 365.0 * _DAY / (seconds * _SECOND)
     first_year, last_year = start.year, (end - pd.Timedelta(1, "ns")).year
-    return len(expected_labels(timeframe, asset_class, f"{first_year}-01-01", f"{last_year + 1}-01-01")) / (last_year - first_year + 1)
+    return len(expected_labels(timeframe, asset_class, f"{first_year}-01-01", f"{last_year + 1}-01-01")) / (
+        last_year - first_year + 1
+    )
 
 # %% ../nbs/01_data/01_bars.ipynb #f3354e6e
 @dataclass(frozen=True, eq=False)
 class BarClock:
     "What time says about each bar; arrays of length T, times in int64 nanoseconds UTC."
+
     start: np.ndarray  # the label
-    close: np.ndarray  # when the bar is known: label + timeframe, or the session's close where that is earlier
+    close: (
+        np.ndarray
+    )  # when the bar is known: label + timeframe, or the session's close where that is earlier
     segment: np.ndarray  # int64 from 0
     session: np.ndarray  # int64; crypto: number of the UTC day; equities: ordinal of the exchange session
     session_open: np.ndarray
     session_close: np.ndarray
     session_progress: np.ndarray  # float64, share of the session elapsed at the bar's close; 1 for daily bars
-    last_of_session: np.ndarray  # bool, intraday equities: the bar that closes with the session, by the calendar
-    hour: np.ndarray  # float64, clock hour of the label with its fraction: New York for equities, UTC for crypto
+    last_of_session: (
+        np.ndarray
+    )  # bool, intraday equities: the bar that closes with the session, by the calendar
+    hour: (
+        np.ndarray
+    )  # float64, clock hour of the label with its fraction: New York for equities, UTC for crypto
     weekday: np.ndarray  # int64, Monday 0, same clock
     month: np.ndarray  # int64, 1 to 12, same clock
 
-    def __len__(self): return len(self.start)
+    def __len__(self):
+        return len(self.start)
 
 
 def bar_clock(
@@ -224,9 +281,15 @@ def bar_clock(
 ) -> BarClock:
     "Closes, sessions, segments and clock of each bar."
     seconds, calendar = timeframe_seconds(timeframe), _asset(asset_class).calendar
-    require(isinstance(index, pd.DatetimeIndex) and index.tz is not None, "bar_clock: expected a DatetimeIndex in UTC; pass the index of validated bars")
+    require(
+        isinstance(index, pd.DatetimeIndex) and index.tz is not None,
+        "bar_clock: expected a DatetimeIndex in UTC; pass the index of validated bars",
+    )
     start, length, daily = _nanoseconds(index), seconds * _SECOND, seconds == TIMEFRAMES["1Day"]
-    require(bool(np.all(np.diff(start) > 0)), "bar_clock: expected sorted, unique labels; pass the bars through validate_bars first")
+    require(
+        bool(np.all(np.diff(start) > 0)),
+        "bar_clock: expected sorted, unique labels; pass the bars through validate_bars first",
+    )
     if calendar is None:
         session = start // _DAY
         session_open = session * _DAY
@@ -237,7 +300,10 @@ def bar_clock(
     else:
         sessions = _sessions(calendar)
         session, inside = _session_numbers(start, seconds, sessions)
-        if not inside.all(): raise InputError(f"bar_clock: {_when(start[~inside][0])} lies outside the exchange's sessions; pass the bars through validate_bars first")
+        if not inside.all():
+            raise InputError(
+                f"bar_clock: {_when(start[~inside][0])} lies outside the exchange's sessions; pass the bars through validate_bars first"
+            )
         session_open, session_close = sessions.open[session], sessions.close[session]
         # a daily label is a date, not a moment: it has no time zone to convert
         local = start if daily else start + sessions.offset[session]
@@ -245,11 +311,20 @@ def bar_clock(
         last = (close == session_close) & (not daily)
         broken = np.diff(session) > 1
     progress = np.ones(len(start)) if daily else (close - session_open) / (session_close - session_open)
-    segment = np.concatenate([[0], np.cumsum(broken)]).astype(np.int64)[:len(start)]
-    return BarClock(start=start, close=close, segment=segment, session=session.astype(np.int64), session_open=session_open, session_close=session_close,
-                    session_progress=progress, last_of_session=last, hour=(local % _DAY) / _HOUR,
-                    weekday=(local // _DAY + 3) % 7,  # 1970-01-01 was a Thursday
-                    month=local.astype("datetime64[ns]").astype("datetime64[M]").astype(np.int64) % 12 + 1)
+    segment = np.concatenate([[0], np.cumsum(broken)]).astype(np.int64)[: len(start)]
+    return BarClock(
+        start=start,
+        close=close,
+        segment=segment,
+        session=session.astype(np.int64),
+        session_open=session_open,
+        session_close=session_close,
+        session_progress=progress,
+        last_of_session=last,
+        hour=(local % _DAY) / _HOUR,
+        weekday=(local // _DAY + 3) % 7,  # 1970-01-01 was a Thursday
+        month=local.astype("datetime64[ns]").astype("datetime64[M]").astype(np.int64) % 12 + 1,
+    )
 
 # %% ../nbs/01_data/01_bars.ipynb #8afcb7ea
 REFUSED = {  # kind -> what to do
@@ -310,14 +385,25 @@ OUT_OF_SESSION = {  # kind -> meaning; such bars are dropped and counted
 _SAME_THROUGHOUT = ("symbol", "feed", "adjustment", "currency", "exchange")
 _UTC_NAMES = ("UTC", "UTC+00:00", "Etc/UTC", "GMT", "Etc/GMT", "Zulu", "tzutc()")
 _RISE, _FALL = 1.50, 0.55  # legs of a step beyond these are refused
-_SPLITS = {f"{n}-for-1": 1 / n for n in (2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 25, 50)} | {f"1-for-{n}": float(n) for n in (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 100)}
+_SPLITS = {f"{n}-for-1": 1 / n for n in (2, 3, 4, 5, 6, 7, 8, 10, 15, 20, 25, 50)} | {
+    f"1-for-{n}": float(n) for n in (2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 25, 30, 40, 50, 100)
+}
 _SPIKE = 12
 _CENTURY = pd.Timestamp("1900-01-01", tz="UTC").value  # no bar is older; nanoseconds since cannot overflow
 _DEAREST, _CHEAPEST = 1e12, 1e-12  # prices beyond are no prices, in any currency
 _TURNOVER = 1e15  # worth of what one bar trades, ten times all shares of the world: beyond it running sums of a history no longer hold the other bars to the cent
-_FOREIGN = 100  # bars outside the session whose volume is so many times below the session's are of another feed
-_BREAKS = {20: 5.0, 5: 8.0}  # sessions before and after -> times that the median volume must change, beyond what the change of ranges explains
-_SMALL_SPLITS = {"3-for-2": 2 / 3, "4-for-3": 3 / 4, "5-for-4": 4 / 5}  # refused only on a day of ordinary volume and range
+_FOREIGN = (
+    100  # bars outside the session whose volume is so many times below the session's are of another feed
+)
+_BREAKS = {
+    20: 5.0,
+    5: 8.0,
+}  # sessions before and after -> times that the median volume must change, beyond what the change of ranges explains
+_SMALL_SPLITS = {
+    "3-for-2": 2 / 3,
+    "4-for-3": 3 / 4,
+    "5-for-4": 4 / 5,
+}  # refused only on a day of ordinary volume and range
 
 
 def _refuse(kind: str, detail: str):
@@ -326,7 +412,8 @@ def _refuse(kind: str, detail: str):
 
 def _refuse_where(kind: str, bad: np.ndarray, label: np.ndarray, detail):
     "Refuse if any bar is bad, naming the first in time; `detail` is called with its position."
-    if not bad.any(): return
+    if not bad.any():
+        return
     positions = np.flatnonzero(bad)
     i = positions[np.argmin(label[positions])]
     more = f" (and {len(positions) - 1} more)" if len(positions) > 1 else ""
@@ -335,65 +422,108 @@ def _refuse_where(kind: str, bad: np.ndarray, label: np.ndarray, detail):
 
 def _labels_of(bars: pd.DataFrame) -> pd.DatetimeIndex:
     "The time stamps of a raw table, checked to be UTC."
-    twice = [c for c in bars.columns[bars.columns.duplicated()] if c in ("timestamp", *COLUMNS, *_SAME_THROUGHOUT, "updated")]
-    if twice: _refuse("mixed content", f"there are {list(bars.columns).count(twice[0])} columns named {twice[0]}")
-    if "timestamp" in bars.columns: times = bars["timestamp"]
-    elif isinstance(bars.index, pd.DatetimeIndex): times = bars.index.to_series()
-    else: _refuse("missing column", f"no timestamp among {listed(bars.columns)}, and the index holds no times")
+    twice = [
+        c
+        for c in bars.columns[bars.columns.duplicated()]
+        if c in ("timestamp", *COLUMNS, *_SAME_THROUGHOUT, "updated")
+    ]
+    if twice:
+        _refuse("mixed content", f"there are {list(bars.columns).count(twice[0])} columns named {twice[0]}")
+    if "timestamp" in bars.columns:
+        times = bars["timestamp"]
+    elif isinstance(bars.index, pd.DatetimeIndex):
+        times = bars.index.to_series()
+    else:
+        _refuse("missing column", f"no timestamp among {listed(bars.columns)}, and the index holds no times")
     if not pd.api.types.is_datetime64_any_dtype(times):
         _refuse("bad dtype", f"timestamp holds {times.dtype}, such as {shown(times.iloc[0])!r}")
     times = pd.DatetimeIndex(times)
-    if times.tz is None: _refuse("naive time", f"timestamp has no time zone, such as {times[0]}")
-    if str(times.tz) not in _UTC_NAMES: _refuse("wrong zone", f"timestamp is in {times.tz}, expected UTC")
-    if times.hasnans: _refuse("null time", f"row {int(np.flatnonzero(times.isna())[0])} has no time")
-    try: times = times.tz_convert("UTC").as_unit("ns")
-    except (ValueError, OverflowError): _refuse("impossible time", f"timestamp goes from {shown(times.min())} to {shown(times.max())}")
-    _refuse_where("impossible time", _nanoseconds(times) < _CENTURY, _nanoseconds(times), lambda i: "which is before 1900")
+    if times.tz is None:
+        _refuse("naive time", f"timestamp has no time zone, such as {times[0]}")
+    if str(times.tz) not in _UTC_NAMES:
+        _refuse("wrong zone", f"timestamp is in {times.tz}, expected UTC")
+    if times.hasnans:
+        _refuse("null time", f"row {int(np.flatnonzero(times.isna())[0])} has no time")
+    try:
+        times = times.tz_convert("UTC").as_unit("ns")
+    except (ValueError, OverflowError):
+        _refuse("impossible time", f"timestamp goes from {shown(times.min())} to {shown(times.max())}")
+    _refuse_where(
+        "impossible time",
+        _nanoseconds(times) < _CENTURY,
+        _nanoseconds(times),
+        lambda i: "which is before 1900",
+    )
     return times
 
 
 def _is_number(value) -> bool:
-    if isinstance(value, (bool, np.bool_)) or isinstance(value, str) and "_" in value: return False  # numbers to Python alone
-    try: return float(value) is not None
-    except (TypeError, ValueError, OverflowError): return False
+    if isinstance(value, (bool, np.bool_)) or isinstance(value, str) and "_" in value:
+        return False  # numbers to Python alone
+    try:
+        return float(value) is not None
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _refuse_column(name: str, column: pd.Series, label: np.ndarray):
     "Name the first value that is no number, with its time; or what the column holds, where each of them could be one."
     bad = np.array([not _is_number(v) for v in column]) & ~column.isna().to_numpy(bool)
-    if bad.all() or not bad.any(): _refuse("bad dtype", f"{name} holds {column.dtype}, such as {shown(column.iloc[0])!r}")
+    if bad.all() or not bad.any():
+        _refuse("bad dtype", f"{name} holds {column.dtype}, such as {shown(column.iloc[0])!r}")
     _refuse_where("no number", bad, label, lambda i: f"{name} is {shown(column.iloc[i])!r}")
 
 
 def _values_of(bars: pd.DataFrame, label: np.ndarray) -> dict[str, np.ndarray]:
     "The five columns as float64, each value checked by itself."
     missing = [c for c in COLUMNS if c not in bars.columns]
-    if missing: _refuse("missing column", f"{', '.join(missing)} not among {listed(bars.columns)}")
+    if missing:
+        _refuse("missing column", f"{', '.join(missing)} not among {listed(bars.columns)}")
     values = {}
     for name in COLUMNS:
         column = bars[name]
-        numeric = pd.api.types.is_numeric_dtype(column) and not pd.api.types.is_bool_dtype(column) and not pd.api.types.is_complex_dtype(column)
-        if not numeric and column.isna().all() and column.dtype == object: column = column.astype("float64")  # all null: named as such below
-        elif not numeric: _refuse_column(name, column, label)
+        numeric = (
+            pd.api.types.is_numeric_dtype(column)
+            and not pd.api.types.is_bool_dtype(column)
+            and not pd.api.types.is_complex_dtype(column)
+        )
+        if not numeric and column.isna().all() and column.dtype == object:
+            column = column.astype("float64")  # all null: named as such below
+        elif not numeric:
+            _refuse_column(name, column, label)
         values[name] = column.to_numpy(dtype="float64", na_value=np.nan).copy()
     for name, v in values.items():
         _refuse_where("null price", np.isnan(v), label, lambda i: f"{name} is missing")
         _refuse_where("infinite value", np.isinf(v), label, lambda i: f"{name} is {v[i]}")
-        if name == "volume": continue
+        if name == "volume":
+            continue
         _refuse_where("price not above zero", v <= 0, label, lambda i: f"{name} is {v[i]:g}")
-        _refuse_where("impossible value", (v < _CHEAPEST) | (v > _DEAREST), label, lambda i: f"{name} is {v[i]:g}")
+        _refuse_where(
+            "impossible value", (v < _CHEAPEST) | (v > _DEAREST), label, lambda i: f"{name} is {v[i]:g}"
+        )
     volume, close = values["volume"], values["close"]
     _refuse_where("negative volume", volume < 0, label, lambda i: f"volume is {volume[i]:g}")
-    _refuse_where("impossible value", volume > _TURNOVER / close, label,
-                  lambda i: f"volume is {volume[i]:g} at a close of {close[i]:g}, worth more than {_TURNOVER:g} in one bar")
+    _refuse_where(
+        "impossible value",
+        volume > _TURNOVER / close,
+        label,
+        lambda i: (
+            f"volume is {volume[i]:g} at a close of {close[i]:g}, worth more than {_TURNOVER:g} in one bar"
+        ),
+    )
     return values
 
 
 def _versions_of(bars: pd.DataFrame) -> np.ndarray:
     "Which of several bars at the same time is the later one, by the column `updated`; 0 where there is none."
-    if "updated" not in bars.columns: return np.zeros(len(bars))
-    try: return bars["updated"].rank(method="dense", na_option="top").to_numpy("float64")
-    except (TypeError, ValueError): _refuse("bad dtype", f"updated holds {bars['updated'].dtype}, such as {shown(bars['updated'].iloc[0])!r}")
+    if "updated" not in bars.columns:
+        return np.zeros(len(bars))
+    try:
+        return bars["updated"].rank(method="dense", na_option="top").to_numpy("float64")
+    except (TypeError, ValueError):
+        _refuse(
+            "bad dtype", f"updated holds {bars['updated'].dtype}, such as {shown(bars['updated'].iloc[0])!r}"
+        )
 
 
 def _check_order(values: dict, label: np.ndarray) -> int:
@@ -403,7 +533,12 @@ def _check_order(values: dict, label: np.ndarray) -> int:
     high, low = np.maximum.reduce([o, h, l, c]), np.minimum.reduce([o, h, l, c])
     for name in ("open", "close"):
         v = values[name]
-        _refuse_where("OHLC order", (v > h * (1 + 1e-8)) | (v < l * (1 - 1e-8)), label, lambda i: f"{name} {v[i]:g} is outside {l[i]:g} to {h[i]:g}")
+        _refuse_where(
+            "OHLC order",
+            (v > h * (1 + 1e-8)) | (v < l * (1 - 1e-8)),
+            label,
+            lambda i: f"{name} {v[i]:g} is outside {l[i]:g} to {h[i]:g}",
+        )
     mended = (high != h) | (low != l)
     values["high"], values["low"] = high, low
     return int(mended.sum())
@@ -412,8 +547,11 @@ def _check_order(values: dict, label: np.ndarray) -> int:
 def _normalise_daily(label: np.ndarray) -> tuple[np.ndarray, int]:
     "Daily equity labels at New York midnight become dates at 00:00 UTC."
     off = np.flatnonzero(label % _DAY)
-    if not len(off): return label, 0
-    local = _nanoseconds(pd.DatetimeIndex(label[off], tz="UTC").tz_convert("America/New_York").tz_localize(None))
+    if not len(off):
+        return label, 0
+    local = _nanoseconds(
+        pd.DatetimeIndex(label[off], tz="UTC").tz_convert("America/New_York").tz_localize(None)
+    )
     midnight = local % _DAY == 0
     label = label.copy()
     label[off[midnight]] = local[midnight]
@@ -427,11 +565,16 @@ def _check_grid(label: np.ndarray, seconds: int, asset_class: str):
         sizes, counts = np.unique(steps, return_counts=True)
         usual = int(sizes[counts.argmax()])
         if usual != length and counts.max() * 2 > len(steps):
-            _refuse("wrong timeframe", f"bars are {usual / 60 / _SECOND:g} minutes apart{f', as {has} bars are' if (has := _BY_SECONDS.get(usual / _SECOND)) else ''}, expected {seconds / 60:g}")
+            _refuse(
+                "wrong timeframe",
+                f"bars are {usual / 60 / _SECOND:g} minutes apart{f', as {has} bars are' if (has := _BY_SECONDS.get(usual / _SECOND)) else ''}, expected {seconds / 60:g}",
+            )
     off = label % length != 0
     if asset_class == "equity" and off.any() and length > _HOUR and length < _DAY:
         # four-hour bars may follow the exchange's clock, which is not a multiple of four hours from UTC in winter
-        local = _nanoseconds(pd.DatetimeIndex(label, tz="UTC").tz_convert("America/New_York").tz_localize(None))
+        local = _nanoseconds(
+            pd.DatetimeIndex(label, tz="UTC").tz_convert("America/New_York").tz_localize(None)
+        )
         off = off & (local % length != 0)
         off[1:] |= steps < length
     _refuse_where("off grid", off, label, lambda i: f"is not the start of a bar of {seconds / 60:g} minutes")
@@ -439,37 +582,80 @@ def _check_grid(label: np.ndarray, seconds: int, asset_class: str):
 
 def _find_out_of_session(label: np.ndarray, seconds: int, asset: AssetClass) -> dict[str, np.ndarray]:
     "Which bars lie outside the sessions, by kind; refused where that shows wrong times."
-    if asset.calendar is None: return {}
+    if asset.calendar is None:
+        return {}
     sessions, daily = _sessions(asset.calendar), seconds == TIMEFRAMES["1Day"]
     number, inside = _session_numbers(label, seconds, sessions)
     found = {kind: np.zeros(len(label), bool) for kind in OUT_OF_SESSION}
-    if inside.all(): return found
+    if inside.all():
+        return found
     out = label[~inside]
-    local = out if daily else _nanoseconds(pd.DatetimeIndex(out, tz="UTC").tz_convert(asset.timezone).tz_localize(None))
+    local = (
+        out
+        if daily
+        else _nanoseconds(pd.DatetimeIndex(out, tz="UTC").tz_convert(asset.timezone).tz_localize(None))
+    )
     day = np.minimum(np.searchsorted(sessions.date, local // _DAY * _DAY), len(sessions.date) - 1)
     trading = sessions.date[day] == local // _DAY * _DAY
-    early, at_close, late = trading & (out < sessions.open[day]), trading & (out == sessions.close[day]), trading & (out > sessions.close[day])
-    for kind, bad in zip(OUT_OF_SESSION, (early, at_close, late, ~trading)): found[kind][~inside] = bad
-    if not inside.any(): _refuse("outside session", f"not one of {len(label)} bars lies in a session, the first is {_when(label[0])}")
+    early, at_close, late = (
+        trading & (out < sessions.open[day]),
+        trading & (out == sessions.close[day]),
+        trading & (out > sessions.close[day]),
+    )
+    for kind, bad in zip(OUT_OF_SESSION, (early, at_close, late, ~trading)):
+        found[kind][~inside] = bad
+    if not inside.any():
+        _refuse(
+            "outside session",
+            f"not one of {len(label)} bars lies in a session, the first is {_when(label[0])}",
+        )
     if (~trading).sum() > 0.2 * len(label):
-        _refuse("outside session", f"{(~trading).sum()} of {len(label)} bars lie on days without a session, the first is {_when(out[~trading][0])}")
+        _refuse(
+            "outside session",
+            f"{(~trading).sum()} of {len(label)} bars lie on days without a session, the first is {_when(out[~trading][0])}",
+        )
     if not daily:
         # bars labelled by their end, or taken for such: one bar beyond one end of the session, one missing at the other
         present = np.unique(number[inside])
         first_label, count = (a[present] for a in _bars_of_sessions(sessions, seconds))
+
         def labelled(k):  # whether the sessions have their k-th bar
             wanted = first_label + k * seconds * _SECOND
             return label[np.minimum(np.searchsorted(label, wanted), len(label) - 1)] == wanted
+
         for beyond, further, edge, gone, text in (
-                (labelled(count), labelled(count + 1), labelled(1), labelled(0), "the first bar is missing and there is one at the close, as if labels were the ends of bars"),
-                (labelled(-1), labelled(-2), labelled(0), labelled(count - 1), "the last bar is missing and there is one just before the open, as if starts had been taken for ends")):
-            if len(present) >= 3 and min(beyond.mean(), edge.mean()) > 0.8 and max(further.mean(), gone.mean()) < 0.05:
+            (
+                labelled(count),
+                labelled(count + 1),
+                labelled(1),
+                labelled(0),
+                "the first bar is missing and there is one at the close, as if labels were the ends of bars",
+            ),
+            (
+                labelled(-1),
+                labelled(-2),
+                labelled(0),
+                labelled(count - 1),
+                "the last bar is missing and there is one just before the open, as if starts had been taken for ends",
+            ),
+        ):
+            if (
+                len(present) >= 3
+                and min(beyond.mean(), edge.mean()) > 0.8
+                and max(further.mean(), gone.mean()) < 0.05
+            ):
                 i = np.flatnonzero(beyond & ~gone)[0]
-                _refuse("shifted labels", f"in {(beyond & ~gone).sum()} of {len(present)} sessions, such as {_when(sessions.date[present[i]])[:10]}, {text}")
+                _refuse(
+                    "shifted labels",
+                    f"in {(beyond & ~gone).sum()} of {len(present)} sessions, such as {_when(sessions.date[present[i]])[:10]}, {text}",
+                )
         # shifted times: bars beyond one end of the session, none in the hour at the other end
         first = min(number[inside].min(), day[trading].min() if trading.any() else number[inside].min())
         count = max(number[inside].max(), day[trading].max() if trading.any() else 0) - first + 1
-        def seen(days, mask=slice(None)): return np.bincount(days[mask] - first, minlength=count) > 0
+
+        def seen(days, mask=slice(None)):
+            return np.bincount(days[mask] - first, minlength=count) > 0
+
         kept, n = label[inside], number[inside]
         head = seen(n, kept < sessions.open[n] + _HOUR)
         tail = seen(n, kept + seconds * _SECOND > sessions.close[n] - _HOUR)
@@ -477,66 +663,99 @@ def _find_out_of_session(label: np.ndarray, seconds: int, asset: AssetClass) -> 
         any_bar = seen(n) | before | after
         shifted = ((before & ~tail) | (after & ~head))[1:-1]  # the first and the last day may be cut off
         if shifted.sum() > 0.2 * any_bar[1:-1].sum():
-            _refuse("wrong zone", f"in {shifted.sum()} of {any_bar[1:-1].sum()} sessions bars lie beyond one end while the hour at the other end is empty, as if the times were shifted")
+            _refuse(
+                "wrong zone",
+                f"in {shifted.sum()} of {any_bar[1:-1].sum()} sessions bars lie beyond one end while the hour at the other end is empty, as if the times were shifted",
+            )
     return found
 
 # %% ../nbs/01_data/01_bars.ipynb #f2053e14
-def _outside_volumes(label: np.ndarray, volume: np.ndarray, kinds: dict, seconds: int, asset: AssetClass) -> dict[str, dict]:
+def _outside_volumes(
+    label: np.ndarray, volume: np.ndarray, kinds: dict, seconds: int, asset: AssetClass
+) -> dict[str, dict]:
     "What the bars outside the sessions are like, by kind: when, and how much smaller their volume is than the session's."
     outside = np.logical_or.reduce([np.zeros(len(label), bool), *kinds.values()])
-    if not outside.any(): return {}
+    if not outside.any():
+        return {}
     sessions, inner, day = _sessions(asset.calendar), pd.Series(volume[~outside]), label // _DAY
     if seconds < TIMEFRAMES["1Day"]:  # evenings of New York are UTC's next day
-        day[outside] = _nanoseconds(pd.DatetimeIndex(label[outside], tz="UTC").tz_convert(asset.timezone).tz_localize(None)) // _DAY
+        day[outside] = (
+            _nanoseconds(
+                pd.DatetimeIndex(label[outside], tz="UTC").tz_convert(asset.timezone).tz_localize(None)
+            )
+            // _DAY
+        )
     usual = inner.groupby(day[~outside]).median().reindex(day[outside]).fillna(inner.median()).to_numpy()
     smaller = np.zeros(len(label))
     smaller[outside] = usual / np.maximum(volume[outside], 1)
     a, b = np.searchsorted(sessions.date, [label[outside].min() - _DAY, label[outside].max()])
-    room = max(b - a, 1) * (16 * _HOUR - 6.5 * _HOUR) / (seconds * _SECOND)  # bars of extended hours, 4:00 to 20:00
+    room = (
+        max(b - a, 1) * (16 * _HOUR - 6.5 * _HOUR) / (seconds * _SECOND)
+    )  # bars of extended hours, 4:00 to 20:00
     sparse = outside.sum() < 0.5 * room and seconds < TIMEFRAMES["1Day"]
     described = {}
     for kind, mask in kinds.items():
-        if not mask.any(): continue
+        if not mask.any():
+            continue
         times = float(np.median(smaller[mask]))
-        described[kind] = {"bars": int(mask.sum()), "days": len(np.unique(day[mask])), "first": _when(label[mask][0]), "last": _when(label[mask][-1]),
-                           "times_smaller": float(f"{times:.3g}"), "foreign": bool(sparse and times > _FOREIGN)}
+        described[kind] = {
+            "bars": int(mask.sum()),
+            "days": len(np.unique(day[mask])),
+            "first": _when(label[mask][0]),
+            "last": _when(label[mask][-1]),
+            "times_smaller": float(f"{times:.3g}"),
+            "foreign": bool(sparse and times > _FOREIGN),
+        }
     return described
 
 
 def _volume_breaks(volume: np.ndarray, width: np.ndarray) -> list[tuple[int, float, float]]:
     "Sessions from which on volume is another, by more than the width of ranges explains; the medians before and after."
-    if len(volume) < 2 * min(_BREAKS) or not (volume > 0).any(): return []
+    if len(volume) < 2 * min(_BREAKS) or not (volume > 0).any():
+        return []
     v, w = (np.log(np.maximum(x, x[x > 0].min(initial=1.0))) for x in (volume, width))
     direction = np.zeros(len(v))  # of a change at the start of each session
     for sessions, times in _BREAKS.items():
-        if len(v) < 2 * sessions: continue
-        dv, dw = (m[sessions:] - m[:-sessions] for m in (np.median(np.lib.stride_tricks.sliding_window_view(x, sessions), axis=1) for x in (v, w)))
+        if len(v) < 2 * sessions:
+            continue
+        dv, dw = (
+            m[sessions:] - m[:-sessions]
+            for m in (
+                np.median(np.lib.stride_tricks.sliding_window_view(x, sessions), axis=1) for x in (v, w)
+            )
+        )
         sign = np.sign(dv)
         changed = np.flatnonzero(np.abs(dv) - np.maximum(dw * sign, 0) > np.log(times))
         direction[changed + sessions] = sign[changed]
     # medians change over a run of sessions around the true one; it is where each session before lies nearer the old level, each after nearer the new
     starts, found = np.flatnonzero(np.diff(direction, prepend=0) != 0), []
     for a, b in zip(starts, [*starts[1:], len(v)]):
-        if not direction[a]: continue
-        nearer = np.abs(v[a:b] - np.median(v[a - 5:a])) - np.abs(v[a:b] - np.median(v[b - 1:b + 4]))
+        if not direction[a]:
+            continue
+        nearer = np.abs(v[a:b] - np.median(v[a - 5 : a])) - np.abs(v[a:b] - np.median(v[b - 1 : b + 4]))
         found.append(a + int(np.cumsum(nearer[::-1])[::-1].argmax()))
     while found:  # the change itself, between its neighbours; the weakest goes first
         edges = [0, *found, len(v)]
-        level = [(np.median(v[max(a, i - 20):i]), np.median(v[i:min(b, i + 20)])) for a, i, b in zip(edges, found, edges[2:])]
+        level = [
+            (np.median(v[max(a, i - 20) : i]), np.median(v[i : min(b, i + 20)]))
+            for a, i, b in zip(edges, found, edges[2:])
+        ]
         size = [abs(after - before) for before, after in level]
-        if min(size) > np.log(min(_BREAKS.values())): return [(i, *np.exp(pair)) for i, pair in zip(found, level)]
+        if min(size) > np.log(min(_BREAKS.values())):
+            return [(i, *np.exp(pair)) for i, pair in zip(found, level)]
         found.pop(int(np.argmin(size)))
     return []
 
 
 def _spikes(high: np.ndarray, low: np.ndarray, segment: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Bars that stick out of both neighbours, and by how many times the usual range of the 51 bars around."
-    if len(high) < 20: return np.zeros(0, int), np.zeros(0)
+    if len(high) < 20:
+        return np.zeros(0, int), np.zeros(0)
     h, l = np.log(high), np.log(low)
     floor = max(0.25 * np.median(h - l), 2e-4)  # where nothing trades the range is a tick
     out = np.maximum(h[1:-1] - np.maximum(h[:-2], h[2:]), np.minimum(l[:-2], l[2:]) - l[1:-1])
     rows = np.flatnonzero((out > _SPIKE * floor) & (segment[:-2] == segment[2:])) + 1
-    usual = np.array([max(np.median((h - l)[max(i - 25, 0):i + 26]), floor) for i in rows])
+    usual = np.array([max(np.median((h - l)[max(i - 25, 0) : i + 26]), floor) for i in rows])
     times = out[rows - 1] / usual
     return rows[times > _SPIKE], times[times > _SPIKE]
 
@@ -549,13 +768,19 @@ def _split_like(ratio: float, known: dict, tolerance: float) -> str | None:
 
 def _let_pass(allow_steps, day: np.ndarray) -> np.ndarray:
     "Which days' steps are let pass: all, none, or those of the dates given."
-    if isinstance(allow_steps, (bool, np.bool_)): return np.full(len(day), bool(allow_steps))
+    if isinstance(allow_steps, (bool, np.bool_)):
+        return np.full(len(day), bool(allow_steps))
     dates = [allow_steps] if isinstance(allow_steps, str) else allow_steps
-    require(isinstance(dates, (list, tuple, set)), f"allow_steps: expected true, false or dates such as [2002-10-16], was {shown(allow_steps)!r}")
+    require(
+        isinstance(dates, (list, tuple, set)),
+        f"allow_steps: expected true, false or dates such as [2002-10-16], was {shown(allow_steps)!r}",
+    )
     return np.isin(day, [moment(date, "allow_steps").value // _DAY for date in dates])
 
 
-def _findings(values: dict, clock: BarClock, seconds: int, asset: AssetClass, allow_steps) -> tuple[dict, dict]:
+def _findings(
+    values: dict, clock: BarClock, seconds: int, asset: AssetClass, allow_steps
+) -> tuple[dict, dict]:
     "What is left as it is: counts, and lists with dates; steps that cannot be are refused."
     found, length = dict.fromkeys(REPORTED, 0), seconds * _SECOND
     o, h, l, c, volume = (values[k] for k in COLUMNS)
@@ -568,13 +793,30 @@ def _findings(values: dict, clock: BarClock, seconds: int, asset: AssetClass, al
     else:
         lacking = _bars_of_sessions(_sessions(asset.calendar), seconds)[1][number] - count
         missing = np.maximum(np.diff(clock.session) - 1, 0)
-        found["thin_sessions"], found["missing_bars"], found["missing_sessions"] = int((lacking > 0).sum()), int(np.maximum(lacking, 0).sum()), int(missing.sum())
-    breaks = [{"last_bar": _when(clock.start[i]), "next_bar": _when(clock.start[i + 1]), "missing": int(missing[i])} for i in np.flatnonzero(np.diff(clock.segment))[:20]]
+        found["thin_sessions"], found["missing_bars"], found["missing_sessions"] = (
+            int((lacking > 0).sum()),
+            int(np.maximum(lacking, 0).sum()),
+            int(missing.sum()),
+        )
+    breaks = [
+        {"last_bar": _when(clock.start[i]), "next_bar": _when(clock.start[i + 1]), "missing": int(missing[i])}
+        for i in np.flatnonzero(np.diff(clock.segment))[:20]
+    ]
 
     daily_volume, width = np.add.reduceat(volume, first) / count, np.add.reduceat((h - l) / c, first) / count
-    def date(row): return pd.Timestamp(clock.session_open[row]).strftime("%Y-%m-%d")
-    volume_breaks = [{"date": date(first[i]), "volume_before": float(f"{before:.4g}"), "volume_after": float(f"{after:.4g}"), "times": float(f"{after / before:.3g}")}
-                     for i, before, after in _volume_breaks(daily_volume, width)]
+
+    def date(row):
+        return pd.Timestamp(clock.session_open[row]).strftime("%Y-%m-%d")
+
+    volume_breaks = [
+        {
+            "date": date(first[i]),
+            "volume_before": float(f"{before:.4g}"),
+            "volume_after": float(f"{after:.4g}"),
+            "times": float(f"{after / before:.3g}"),
+        }
+        for i, before, after in _volume_breaks(daily_volume, width)
+    ]
     spikes, sizes = _spikes(h, l, clock.segment)
     found["volume_breaks"], found["spikes"] = len(volume_breaks), len(spikes)
 
@@ -583,20 +825,48 @@ def _findings(values: dict, clock: BarClock, seconds: int, asset: AssetClass, al
     jump[1:], step[1:] = o[1:] / c[:-1], np.where(same, c[1:] / c[:-1], 1.0)
     judged, splits = np.concatenate([[False], same]), {}
     for i, row in enumerate(first):
-        if i == 0 or asset.calendar is None or not (ratio := jump[row]) < 0.85 and not ratio > _RISE: continue
+        if i == 0 or asset.calendar is None or not (ratio := jump[row]) < 0.85 and not ratio > _RISE:
+            continue
         past = slice(max(i - 20, 0), i)
-        ordinary = i >= 5 and daily_volume[i] < 3 * np.median(daily_volume[past]) and width[i] < 3 * np.median(width[past])
-        name = _split_like(ratio, _SPLITS, 0.05) or (_split_like(ratio, _SMALL_SPLITS, 0.025) if ordinary else None)
-        if name and number[i] - number[i - 1] <= 6: splits[int(row)] = name  # beyond a week of missing sessions any ratio may be true
-    def looks(row): return f", which looks like a {splits[row]} split on {date(row)}" if row in splits else ""
+        ordinary = (
+            i >= 5
+            and daily_volume[i] < 3 * np.median(daily_volume[past])
+            and width[i] < 3 * np.median(width[past])
+        )
+        name = _split_like(ratio, _SPLITS, 0.05) or (
+            _split_like(ratio, _SMALL_SPLITS, 0.025) if ordinary else None
+        )
+        if name and number[i] - number[i - 1] <= 6:
+            splits[int(row)] = name  # beyond a week of missing sessions any ratio may be true
+
+    def looks(row):
+        return f", which looks like a {splits[row]} split on {date(row)}" if row in splits else ""
+
     split, doubted = np.zeros(len(c), bool), ~_let_pass(allow_steps, clock.session_open // _DAY)
     split[list(splits)] = True
-    _refuse_where("unexplained step", doubted & judged & ((jump > _RISE) | (jump < _FALL) | split), clock.start, lambda i: f"open against the previous close is {jump[i] - 1:+.0%}{looks(i)}")
-    _refuse_where("unexplained step", doubted & ((body > _RISE) | (body < _FALL)), clock.start, lambda i: f"close against open is {body[i] - 1:+.0%}")
+    _refuse_where(
+        "unexplained step",
+        doubted & judged & ((jump > _RISE) | (jump < _FALL) | split),
+        clock.start,
+        lambda i: f"open against the previous close is {jump[i] - 1:+.0%}{looks(i)}",
+    )
+    _refuse_where(
+        "unexplained step",
+        doubted & ((body > _RISE) | (body < _FALL)),
+        clock.start,
+        lambda i: f"close against open is {body[i] - 1:+.0%}",
+    )
     found["large_steps"], found["split_steps"] = int(((step > _RISE) | (step < _FALL)).sum()), len(splits)
     spiked = [{"bar": _when(clock.start[i]), "times": float(f"{t:.3g}")} for i, t in zip(spikes[:20], sizes)]
-    return found, {"breaks": breaks, "volume_breaks": volume_breaks, "spikes": spiked,
-                   "splits": [{"date": date(row), "step": float(f"{jump[row]:.4g}"), "like": name} for row, name in splits.items()]}
+    return found, {
+        "breaks": breaks,
+        "volume_breaks": volume_breaks,
+        "spikes": spiked,
+        "splits": [
+            {"date": date(row), "step": float(f"{jump[row]:.4g}"), "like": name}
+            for row, name in splits.items()
+        ],
+    }
 
 
 def validate_bars(
@@ -604,34 +874,51 @@ def validate_bars(
     timeframe: str,  # such as "15Min"
     asset_class: str,  # "crypto" or "equity"
     now=None,  # when the bars were fetched: a last bar that had not closed then is dropped; None: the computer's clock, which only refuses bars of the future
-    allow_steps: bool | list = False,  # let jumps of more than 50 % and those like splits pass: all, or those of the dates that you have looked into
+    allow_steps: bool
+    | list = False,  # let jumps of more than 50 % and those like splits pass: all, or those of the dates that you have looked into
 ) -> tuple[pd.DataFrame, dict]:  # clean bars, and a report that can be written as JSON
     "Refuse bad bars by name; repair and count what has one right answer; drop and count out-of-session bars."
     timeframe = timeframe_name(timeframe)
     seconds, asset = TIMEFRAMES[timeframe], _asset(asset_class)
     daily = timeframe == "1Day"
-    if not isinstance(bars, pd.DataFrame): _refuse("not a table", f"bars is {type(bars).__name__}")
-    if not len(bars): _refuse("empty", "the table has no rows")
+    if not isinstance(bars, pd.DataFrame):
+        _refuse("not a table", f"bars is {type(bars).__name__}")
+    if not len(bars):
+        _refuse("empty", "the table has no rows")
     label = _nanoseconds(_labels_of(bars))
     values = _values_of(bars, label)
     for name in _SAME_THROUGHOUT:
-        if name not in bars.columns: continue
+        if name not in bars.columns:
+            continue
         said = bars[name].astype(str).str.strip().mask(bars[name].isna(), "").to_numpy(object)
-        if name == "symbol" and (nameless := said == "").any(): _refuse("empty symbol", f"{_when(label[nameless].min())}, column symbol is empty")
-        if len(different := list(dict.fromkeys(said))) > 1: _refuse("mixed content", f"column {name} holds {listed(different, 3)}")
+        if name == "symbol" and (nameless := said == "").any():
+            _refuse("empty symbol", f"{_when(label[nameless].min())}, column symbol is empty")
+        if len(different := list(dict.fromkeys(said))) > 1:
+            _refuse("mixed content", f"column {name} holds {listed(different, 3)}")
     repaired = dict.fromkeys(REPAIRED, 0)
     repaired["rounding"] = _check_order(values, label)
-    if daily and asset.calendar: label, repaired["daily_labels"] = _normalise_daily(label)
+    if daily and asset.calendar:
+        label, repaired["daily_labels"] = _normalise_daily(label)
 
     repaired["disorder"] = int((np.diff(label) < 0).sum())
     version = _versions_of(bars)
     order = np.lexsort((-version, label))  # of each time, the latest version first; otherwise as they came
     label, values, version = label[order], {k: v[order] for k, v in values.items()}, version[order]
     again = np.concatenate([[False], np.diff(label) == 0])
-    kept = np.maximum.accumulate(np.where(again, 0, np.arange(len(label))))  # the row that stays, of each time
+    kept = np.maximum.accumulate(
+        np.where(again, 0, np.arange(len(label)))
+    )  # the row that stays, of each time
     same = np.logical_and.reduce([again, *(v == v[kept] for v in values.values())])
-    _refuse_where("conflicting duplicate", again & ~same & (version == version[kept]), label, lambda i: "two bars at the same time have different values")
-    repaired["updated_bars"], repaired["exact_duplicates"] = int((again & ~same).sum()), int((again & same).sum())
+    _refuse_where(
+        "conflicting duplicate",
+        again & ~same & (version == version[kept]),
+        label,
+        lambda i: "two bars at the same time have different values",
+    )
+    repaired["updated_bars"], repaired["exact_duplicates"] = (
+        int((again & ~same).sum()),
+        int((again & same).sum()),
+    )
     label, values = label[~again], {k: v[~again] for k, v in values.items()}
 
     _check_grid(label, seconds, asset_class)
@@ -645,16 +932,30 @@ def validate_bars(
         finished = bar_clock(pd.DatetimeIndex(label, tz="UTC"), timeframe, asset_class).close <= present
         repaired["unfinished_last_bar"] = int((~finished).sum())
         label, values = label[finished], {k: v[finished] for k, v in values.items()}
-        if not len(label): _refuse("empty", f"no bar had closed by {_when(present)}")
+        if not len(label):
+            _refuse("empty", f"no bar had closed by {_when(present)}")
 
     index = pd.DatetimeIndex(label, tz="UTC", name="timestamp")
     clock = bar_clock(index, timeframe, asset_class)
     findings, lists = _findings(values, clock, seconds, asset, allow_steps)
     findings["foreign_bars"] = sum(kind["bars"] for kind in outside.values() if kind["foreign"])
-    report = {"timeframe": timeframe, "asset_class": asset_class, "bars_in": len(bars), "bars": len(label), "first": _when(label[0]), "last": _when(label[-1]),
-              "segments": int(clock.segment[-1]) + 1, **lists, "repaired": repaired, "findings": findings,
-              "dropped_out_of_session": {kind: int(bad.sum()) for kind, bad in kinds.items()}, "out_of_session": outside,
-              "ignored_columns": sorted(str(c) for c in bars.columns if c not in (*COLUMNS, "timestamp", "updated"))}
+    report = {
+        "timeframe": timeframe,
+        "asset_class": asset_class,
+        "bars_in": len(bars),
+        "bars": len(label),
+        "first": _when(label[0]),
+        "last": _when(label[-1]),
+        "segments": int(clock.segment[-1]) + 1,
+        **lists,
+        "repaired": repaired,
+        "findings": findings,
+        "dropped_out_of_session": {kind: int(bad.sum()) for kind, bad in kinds.items()},
+        "out_of_session": outside,
+        "ignored_columns": sorted(
+            str(c) for c in bars.columns if c not in (*COLUMNS, "timestamp", "updated")
+        ),
+    }
     return pd.DataFrame(values, index=index, columns=list(COLUMNS)), report
 
 # %% ../nbs/01_data/01_bars.ipynb #ce93f670
@@ -665,14 +966,24 @@ def resample_bars(
     asset_class: str,  # "crypto" or "equity"
 ) -> pd.DataFrame:  # bars of the longer timeframe
     "Longer bars from shorter ones: start-labelled, within sessions, without an unfinished last bin."
-    seconds, target, calendar = timeframe_seconds(timeframe), timeframe_seconds(to), _asset(asset_class).calendar
-    require(target >= seconds and target % seconds == 0, f"resample_bars: cannot make {to} bars from {timeframe} bars; choose a multiple")
+    seconds, target, calendar = (
+        timeframe_seconds(timeframe),
+        timeframe_seconds(to),
+        _asset(asset_class).calendar,
+    )
+    require(
+        target >= seconds and target % seconds == 0,
+        f"resample_bars: cannot make {to} bars from {timeframe} bars; choose a multiple",
+    )
     clock, length = bar_clock(bars.index, timeframe, asset_class), target * _SECOND
-    if target == seconds: return bars.copy()
-    if calendar is None: label, end = clock.start // length * length, clock.start // length * length + length
+    if target == seconds:
+        return bars.copy()
+    if calendar is None:
+        label, end = clock.start // length * length, clock.start // length * length + length
     else:
         sessions = _sessions(calendar)
-        if to_daily := target == TIMEFRAMES["1Day"]: label = sessions.date[clock.session]
+        if to_daily := target == TIMEFRAMES["1Day"]:
+            label = sessions.date[clock.session]
         else:
             offset = sessions.offset[clock.session]
             label = (clock.start + offset) // length * length - offset
@@ -680,10 +991,22 @@ def resample_bars(
     edges = np.flatnonzero(np.concatenate([[True], np.diff(label) != 0]))
     last = np.concatenate([edges[1:], [len(label)]]) - 1
     v = {k: bars[k].to_numpy("float64") for k in COLUMNS}
-    out = pd.DataFrame({"open": v["open"][edges], "high": np.maximum.reduceat(v["high"], edges), "low": np.minimum.reduceat(v["low"], edges),
-                        "close": v["close"][last], "volume": np.add.reduceat(v["volume"], edges)}, index=pd.DatetimeIndex(label[edges], tz="UTC", name="timestamp"))
-    if clock.close[-1] < end[-1]: out = out.iloc[:-1]
-    require(len(out) > 0, f"resample_bars: {len(bars)} bars of {timeframe} do not fill one bar of {to}; load a longer history")
+    out = pd.DataFrame(
+        {
+            "open": v["open"][edges],
+            "high": np.maximum.reduceat(v["high"], edges),
+            "low": np.minimum.reduceat(v["low"], edges),
+            "close": v["close"][last],
+            "volume": np.add.reduceat(v["volume"], edges),
+        },
+        index=pd.DatetimeIndex(label[edges], tz="UTC", name="timestamp"),
+    )
+    if clock.close[-1] < end[-1]:
+        out = out.iloc[:-1]
+    require(
+        len(out) > 0,
+        f"resample_bars: {len(bars)} bars of {timeframe} do not fill one bar of {to}; load a longer history",
+    )
     return out
 
 # %% ../nbs/01_data/01_bars.ipynb #b3f801f1
@@ -692,8 +1015,14 @@ def fingerprint(
 ) -> dict:  # sha256, start, end (labels of the first and the last bar), bars
     "Identity of a history: a hash of its times and values, its span and its length."
     digest = hashlib.sha256(_nanoseconds(bars.index).astype("<i8").tobytes())
-    for name in COLUMNS: digest.update((bars[name].to_numpy("float64") + 0.0).astype("<f8").tobytes())  # + 0.0: -0 is 0
-    return {"sha256": digest.hexdigest(), "start": _when(bars.index[0].value), "end": _when(bars.index[-1].value), "bars": len(bars)}
+    for name in COLUMNS:
+        digest.update((bars[name].to_numpy("float64") + 0.0).astype("<f8").tobytes())  # + 0.0: -0 is 0
+    return {
+        "sha256": digest.hexdigest(),
+        "start": _when(bars.index[0].value),
+        "end": _when(bars.index[-1].value),
+        "bars": len(bars),
+    }
 
 
 def write_bars(
@@ -702,9 +1031,13 @@ def write_bars(
 ) -> Path:  # the file
     "Write bars as parquet, or as CSV where the name asks for it, all or nothing."
     table, ending, content = bars[list(COLUMNS)].reset_index(), Path(path).suffix.lower(), io.BytesIO()
-    require(ending in (".parquet", ".csv"), f"{path}: expected the name of a file that ends with .parquet or .csv")
-    if ending == ".csv": table.to_csv(content, index=False, date_format="%Y-%m-%dT%H:%M:%SZ", lineterminator="\n")
-    else: table.to_parquet(content, index=False, compression="zstd")
+    require(
+        ending in (".parquet", ".csv"), f"{path}: expected the name of a file that ends with .parquet or .csv"
+    )
+    if ending == ".csv":
+        table.to_csv(content, index=False, date_format="%Y-%m-%dT%H:%M:%SZ", lineterminator="\n")
+    else:
+        table.to_parquet(content, index=False, compression="zstd")
     return atomic_write(path, content.getvalue())
 
 
@@ -713,6 +1046,7 @@ def parquet_table(
 ) -> pd.DataFrame:  # all of its columns
     "The table of a parquet file, read by the calling thread alone."
     import pyarrow.parquet
+
     # a thread of a pool may still hold this Python object when the interpreter ends, and that aborts the process
     file = pyarrow.parquet.ParquetFile(io.BytesIO(content), pre_buffer=False)
     return file.read(use_threads=False).to_pandas(use_threads=False)
@@ -724,10 +1058,20 @@ def read_bars(
     "Read bars that `write_bars` has written."
     path = Path(path)
     require(path.is_file(), f"{path}: no such file; run the prepare stage, or check the path")
-    try: table = parquet_table(path.read_bytes())
-    except (OSError, ValueError) as e: raise InputError(f"{path}: is no readable parquet file ({' '.join(str(e).split())[:100]}); write it again") from None
+    try:
+        table = parquet_table(path.read_bytes())
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"{path}: is no readable parquet file ({' '.join(str(e).split())[:100]}); write it again"
+        ) from None
     missing = [c for c in ("timestamp", *COLUMNS) if c not in table.columns]
-    require(not missing, f"{path}: expected the columns timestamp, open, high, low, close, volume, {', '.join(missing)} missing; was it written by write_bars?")
-    require(isinstance(table["timestamp"].dtype, pd.DatetimeTZDtype), f"{path}: expected times with a zone, timestamp holds {table['timestamp'].dtype}; load it with load_bars")
+    require(
+        not missing,
+        f"{path}: expected the columns timestamp, open, high, low, close, volume, {', '.join(missing)} missing; was it written by write_bars?",
+    )
+    require(
+        isinstance(table["timestamp"].dtype, pd.DatetimeTZDtype),
+        f"{path}: expected times with a zone, timestamp holds {table['timestamp'].dtype}; load it with load_bars",
+    )
     index = pd.DatetimeIndex(table["timestamp"], name="timestamp").tz_convert("UTC").as_unit("ns")
     return table[list(COLUMNS)].set_axis(index)

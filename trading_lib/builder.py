@@ -19,14 +19,25 @@ from .features import FeatureFit, feature_table
 # %% ../nbs/03_env/05_builder.ipynb #da51636f
 def _as_fit(fit) -> FeatureFit:
     "A fit, or its state as a checkpoint holds it."
-    require(fit is not None, "fit: is missing; features fitted on the training span travel in the checkpoint as `fit`, or come from fit_features(training bars, …)")
+    require(
+        fit is not None,
+        "fit: is missing; features fitted on the training span travel in the checkpoint as `fit`, or come from fit_features(training bars, …)",
+    )
     return FeatureFit.from_state(fit) if isinstance(fit, dict) else fit
 
 
 class _Builder:
     "What both builders share: the table, the account's columns, the window."
 
-    def __init__(self, version: str, fit, timeframe: str, asset_class: str, window: int = 100, account_config: AccountConfig | None = None):
+    def __init__(
+        self,
+        version: str,
+        fit,
+        timeframe: str,
+        asset_class: str,
+        window: int = 100,
+        account_config: AccountConfig | None = None,
+    ):
         self.layout, self.version, self.fit = layout_of(version), version, _as_fit(fit)
         self.timeframe, self.asset_class, self.window = timeframe, asset_class, window
         self.account_config = account_config or AccountConfig()
@@ -34,24 +45,36 @@ class _Builder:
 
     def _table(self, bars) -> ObservationTable:
         table = feature_table(bars, self.version, self.fit, self.timeframe, self.asset_class)
-        return ObservationTable(table[list(self.layout.market_columns)].to_numpy(np.float32), self.version, self.window)
+        return ObservationTable(
+            table[list(self.layout.market_columns)].to_numpy(np.float32), self.version, self.window
+        )
 
     def _dense(self, account: AccountState | None, n: int) -> Tensor:
         "The account's own columns; nothing is assumed about an account that was not given."
-        if not self.layout.account_columns: return torch.empty(n, 0)
-        require(account is not None, f"account: layout {self.version} shows the account; pass its AccountState, or AccountState.initial(config) for a fresh one")
-        require(len(account.cash) == n, f"account: expected the state of {n} accounts, one for each bar, was {len(account.cash)}")
+        if not self.layout.account_columns:
+            return torch.empty(n, 0)
+        require(
+            account is not None,
+            f"account: layout {self.version} shows the account; pass its AccountState, or AccountState.initial(config) for a fresh one",
+        )
+        require(
+            len(account.cash) == n,
+            f"account: expected the state of {n} accounts, one for each bar, was {len(account.cash)}",
+        )
         own = account_columns(account, self.account_config)
         return torch.stack([own[c] for c in self.layout.account_columns], 1).float()
 
     def _windows(self, table: ObservationTable, index: Tensor, account: AccountState | None) -> Tensor:
-        return table.materialise(Obs(index, self._dense(account, len(index)))).view(-1, self.window, self.layout.n_features)
+        return table.materialise(Obs(index, self._dense(account, len(index)))).view(
+            -1, self.window, self.layout.n_features
+        )
 
 
 class BacktestObservationBuilder(_Builder):
     "Observations at any bar of a history."
 
-    def __init__(self,
+    def __init__(
+        self,
         bars,  # validated bars
         version: str,  # layout
         fit,  # FeatureFit of the training span, or its state
@@ -70,20 +93,29 @@ class BacktestObservationBuilder(_Builder):
         self.table = self._table(self.bars)
         return self
 
-    def observations(self,
+    def observations(
+        self,
         index: Tensor | np.ndarray | list,  # (n,) bar numbers
         account: AccountState | None = None,  # of n accounts, for layouts that show it
     ) -> Tensor:  # (n, window, n_features) float32
         "Windows that end at these bars."
-        if self.table is None: self.precompute()
+        if self.table is None:
+            self.precompute()
         index = np.asarray(index, dtype=np.int64)
         outside = index[(index < 0) | (index >= len(self.bars))]
-        require(not len(outside), f"bar: expected numbers from 0 to {len(self.bars) - 1}, was {outside[0] if len(outside) else None}")
+        require(
+            not len(outside),
+            f"bar: expected numbers from 0 to {len(self.bars) - 1}, was {outside[0] if len(outside) else None}",
+        )
         early = index[index < self.first_in_segment[index] + self.window - 1]
-        require(not len(early), f"bar {early[0] if len(early) else None}: fewer than {self.window} bars since the history began or broke off; a window never crosses a gap")
+        require(
+            not len(early),
+            f"bar {early[0] if len(early) else None}: fewer than {self.window} bars since the history began or broke off; a window never crosses a gap",
+        )
         return self._windows(self.table, torch.as_tensor(index), account)
 
-    def get_obs_at_bar(self,
+    def get_obs_at_bar(
+        self,
         i: int,  # number of the bar; its close is known
         account: AccountState | None = None,  # of one account, for layouts that show it
     ) -> np.ndarray:  # (window, n_features) float32, oldest bar first
@@ -94,7 +126,8 @@ class BacktestObservationBuilder(_Builder):
 class InferenceObservationBuilder(_Builder):
     "The observation at the close of the latest bar."
 
-    def __init__(self,
+    def __init__(
+        self,
         version: str,  # layout
         fit,  # FeatureFit of the training span, or its state
         timeframe: str,
@@ -104,13 +137,19 @@ class InferenceObservationBuilder(_Builder):
     ):
         super().__init__(version, fit, timeframe, asset_class, window, account_config)
 
-    def build(self,
+    def build(
+        self,
         bars,  # validated bars up to the latest complete one; `min_history` or more without a gap
         account: AccountState | None = None,  # of one account, for layouts that show it
     ) -> np.ndarray:  # (window, n_features) float32, oldest bar first
         "The observation a live decision is made on."
         needed = max(self.layout.min_history, self.window)
-        segment = bar_clock(bars.index, self.timeframe, self.asset_class).segment if len(bars) else np.array([0])
+        segment = (
+            bar_clock(bars.index, self.timeframe, self.asset_class).segment if len(bars) else np.array([0])
+        )
         recent = int((segment == segment[-1]).sum()) if len(bars) else 0
-        require(recent >= needed, f"bars: layout {self.version} needs {needed} bars without a gap before a decision, was {recent}; fetch a longer history")
+        require(
+            recent >= needed,
+            f"bars: layout {self.version} needs {needed} bars without a gap before a decision, was {recent}; fetch a longer history",
+        )
         return self._windows(self._table(bars), torch.tensor([len(bars) - 1]), account)[0].numpy()

@@ -8,9 +8,9 @@ __all__ = ['save_checkpoint', 'load_checkpoint', 'library_versions', 'git_state'
 
 # %% ../nbs/05_policy/07_checkpoint.ipynb #dadd9102
 import hashlib
-import json
 import importlib.metadata
 import io
+import json
 import math
 import os
 import platform
@@ -27,14 +27,28 @@ import torch
 
 from .config import InputError, project_root, require
 from .files import atomic_write, printable
-from .version import CURRENT_MODEL_VERSION, compare_versions, declared_version, policy_matrices, policy_widths
+from trading_lib.version import (
+    CURRENT_MODEL_VERSION,
+    compare_versions,
+    declared_version,
+    policy_matrices,
+    policy_widths,
+)
 
 # %% ../nbs/05_policy/07_checkpoint.ipynb #62781e08
-_HINTS = {"numpy.ndarray": "use torch.from_numpy(x)", "builtins.set": "use sorted(x)", "pathlib.PosixPath": "use str(x)", "torch.device": "use str(x)", "torch.dtype": "use str(x)"}
+_HINTS = {
+    "numpy.ndarray": "use torch.from_numpy(x)",
+    "builtins.set": "use sorted(x)",
+    "pathlib.PosixPath": "use str(x)",
+    "torch.device": "use str(x)",
+    "torch.dtype": "use str(x)",
+}
 
 
 _DEEPEST = 100  # containers within containers
-_OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")  # characters that do something to a terminal instead of being shown there
+_OBEYED = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
+)  # characters that do something to a terminal instead of being shown there
 
 
 def _where(path: tuple) -> str:
@@ -44,41 +58,72 @@ def _where(path: tuple) -> str:
 def _refused(value, path: tuple) -> InputError:
     "Names the entry that a checkpoint cannot hold."
     name = f"{type(value).__module__}.{type(value).__qualname__}"
-    hint = _HINTS.get(name) or ("use x.item()" if hasattr(value, "item") else "use dataclasses.asdict(x)" if hasattr(value, "__dataclass_fields__") else "use plain containers")
-    return InputError(f"checkpoint: {_where(path)} is a {name}; expected None, a number, text, a tensor, or dicts and lists of them: {hint}")
+    hint = _HINTS.get(name) or (
+        "use x.item()"
+        if hasattr(value, "item")
+        else "use dataclasses.asdict(x)"
+        if hasattr(value, "__dataclass_fields__")
+        else "use plain containers"
+    )
+    return InputError(
+        f"checkpoint: {_where(path)} is a {name}; expected None, a number, text, a tensor, or dicts and lists of them: {hint}"
+    )
 
 
 def _check_text(text: str, of, path: tuple):
     "Names and values are shown to people."
-    require(not _OBEYED.search(text), f"{of}: {_where(path)}: holds characters that a terminal would obey, in {text[:40]!r}; refused")
+    require(
+        not _OBEYED.search(text),
+        f"{of}: {_where(path)}: holds characters that a terminal would obey, in {text[:40]!r}; refused",
+    )
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
     "Real numbers, all of them there, in an order that strides can say: not sparse, quantised, complex, or without numbers."
-    strange = tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_nested or tensor.device.type == "meta"
+    strange = (
+        tensor.layout is not torch.strided
+        or tensor.is_quantized
+        or tensor.is_complex()
+        or tensor.is_nested
+        or tensor.device.type == "meta"
+    )
     return not strange and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _canonical(value, path: tuple = (), texts: dict | None = None):
     "A copy in plain types whose pickle depends on the values alone, not on which objects happen to be shared or where tensors live."
     texts, kind = {} if texts is None else texts, type(value)
-    require(len(path) < _DEEPEST, f"checkpoint: {_where(path[:3])}… is nested more than {_DEEPEST} deep; does it contain itself?")
-    if value is None or kind in (bool, int, float): return value
+    require(
+        len(path) < _DEEPEST,
+        f"checkpoint: {_where(path[:3])}… is nested more than {_DEEPEST} deep; does it contain itself?",
+    )
+    if value is None or kind in (bool, int, float):
+        return value
     if kind is str:
         _check_text(value, "checkpoint", path)
         return sys.intern(value)
-    if kind is bytes: return texts.setdefault(value, value)
+    if kind is bytes:
+        return texts.setdefault(value, value)
     if kind in (dict, OrderedDict):
         for key in value:
-            if type(key) not in (str, int, bool, float, type(None)): raise _refused(key, (*path, "the key", key))
-            if type(key) is str: _check_text(key, "checkpoint", (*path, key))
-        return {sys.intern(k) if type(k) is str else k: _canonical(v, (*path, k), texts) for k, v in value.items()}
-    if kind is list: return [_canonical(v, (*path, i), texts) for i, v in enumerate(value)]
-    if kind in (tuple, torch.Size): return tuple(_canonical(v, (*path, i), texts) for i, v in enumerate(value))
+            if type(key) not in (str, int, bool, float, type(None)):
+                raise _refused(key, (*path, "the key", key))
+            if type(key) is str:
+                _check_text(key, "checkpoint", (*path, key))
+        return {
+            sys.intern(k) if type(k) is str else k: _canonical(v, (*path, k), texts) for k, v in value.items()
+        }
+    if kind is list:
+        return [_canonical(v, (*path, i), texts) for i, v in enumerate(value)]
+    if kind in (tuple, torch.Size):
+        return tuple(_canonical(v, (*path, i), texts) for i, v in enumerate(value))
     if kind in (torch.Tensor, torch.nn.Parameter) and _is_plain(value):
         tensor = value.detach().cpu()
         # a view would drag its whole storage into the file
-        whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        whole = (
+            tensor.is_contiguous()
+            and tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        )
         return tensor if whole else tensor.contiguous().clone()
     raise _refused(value, path)
 
@@ -89,44 +134,82 @@ _FITTED = {
     "shift": (lambda x: np.abs(x) <= _LARGEST, f"at most {_LARGEST:g} either way"),
     "scale": (lambda x: (x >= 1 / _LARGEST) & (x <= _LARGEST), f"from {1 / _LARGEST:g} to {_LARGEST:g}"),
     "means": (lambda x: np.abs(x) <= _LARGEST, f"at most {_LARGEST:g} either way"),
-    "variances": (lambda x: (x >= 1 / _LARGEST) & (x <= _LARGEST), f"above 0, from {1 / _LARGEST:g} to {_LARGEST:g}"),
-    "transitions": (lambda x: (x >= 0) & (np.abs(x.sum(-1, keepdims=True) - 1) < 1e-6), "probabilities of which each row adds up to 1"),
+    "variances": (
+        lambda x: (x >= 1 / _LARGEST) & (x <= _LARGEST),
+        f"above 0, from {1 / _LARGEST:g} to {_LARGEST:g}",
+    ),
+    "transitions": (
+        lambda x: (x >= 0) & (np.abs(x.sum(-1, keepdims=True) - 1) < 1e-6),
+        "probabilities of which each row adds up to 1",
+    ),
 }
-_WEIGHTS = ("policy_state_dict", "folded_sums", "optimizer_state_dict", "scaler_state_dict", "config", "fit")  # of which every number is finite
+_WEIGHTS = (
+    "policy_state_dict",
+    "folded_sums",
+    "optimizer_state_dict",
+    "scaler_state_dict",
+    "config",
+    "fit",
+)  # of which every number is finite
 
 
 def _figures(value, at: tuple):
     "Each number and tensor with its place."
-    if isinstance(value, dict): yield from (found for name, v in value.items() for found in _figures(v, (*at, name)))
-    elif isinstance(value, (list, tuple)): yield from (found for i, v in enumerate(value) for found in _figures(v, (*at, i)))
-    elif isinstance(value, (float, torch.Tensor)): yield at, value
+    if isinstance(value, dict):
+        yield from (found for name, v in value.items() for found in _figures(v, (*at, name)))
+    elif isinstance(value, (list, tuple)):
+        yield from (found for i, v in enumerate(value) for found in _figures(v, (*at, i)))
+    elif isinstance(value, (float, torch.Tensor)):
+        yield at, value
 
 
 def _check_fit(fit: dict, path: Path):
     "What the features were fitted to could have come from bars."
     chains = fit.get("chains")
     names = set(_FITTED) - {"shift", "scale"}
-    require(chains is None or isinstance(chains, dict) and set(chains) == names, f"{path}: {_where(('fit', 'chains'))}: expected a table of {', '.join(sorted(names))}; refused")
+    require(
+        chains is None or isinstance(chains, dict) and set(chains) == names,
+        f"{path}: {_where(('fit', 'chains'))}: expected a table of {', '.join(sorted(names))}; refused",
+    )
     for name, values in {**fit, **(chains if isinstance(chains, dict) else {})}.items():
-        if name not in _FITTED: continue
+        if name not in _FITTED:
+            continue
         fits, expected = _FITTED[name]
         where = f"{path}: {_where(('fit', *(['chains'] if name not in ('shift', 'scale') else []), name))}"
-        try: numbers = np.array(values, dtype=float)
-        except (TypeError, ValueError, OverflowError): raise InputError(f"{where}: expected numbers, {expected}, was {str(values)[:40]!r}; refused") from None
+        try:
+            numbers = np.array(values, dtype=float)
+        except (TypeError, ValueError, OverflowError):
+            raise InputError(
+                f"{where}: expected numbers, {expected}, was {str(values)[:40]!r}; refused"
+            ) from None
         require(numbers.ndim > 0, f"{where}: expected a list of numbers, was {values!r}; refused")
         wrong = numbers[~fits(numbers)].tolist()
-        require(not wrong, f"{where}: expected numbers {expected}; {len(wrong)} of {numbers.size} are not, such as {wrong[:1]}; the fitted features are damaged: prepare and train anew")
+        require(
+            not wrong,
+            f"{where}: expected numbers {expected}; {len(wrong)} of {numbers.size} are not, such as {wrong[:1]}; the fitted features are damaged: prepare and train anew",
+        )
 
 
-_TABLES = (("config",), ("config", "env"), ("config", "train"), ("data",), ("data", "spans"), ("metrics",))  # where there are any
+_TABLES = (
+    ("config",),
+    ("config", "env"),
+    ("config", "train"),
+    ("data",),
+    ("data", "spans"),
+    ("metrics",),
+)  # where there are any
 
 
 def _check_tables(content: dict, path: Path):
     "What is looked into by name is a table of names."
     for at in _TABLES:
         value = content
-        for name in at: value = (value or {}).get(name)
-        require(value is None or isinstance(value, dict), f"{path}: {_where(at)}: expected a table of names and values, was {type(value).__name__}; the file is damaged or made by hand: train anew")
+        for name in at:
+            value = (value or {}).get(name)
+        require(
+            value is None or isinstance(value, dict),
+            f"{path}: {_where(at)}: expected a table of names and values, was {type(value).__name__}; the file is damaged or made by hand: train anew",
+        )
 
 
 def _check_numbers(content: dict, path: Path):
@@ -134,16 +217,27 @@ def _check_numbers(content: dict, path: Path):
     for part in _WEIGHTS:
         for at, value in _figures(content.get(part), (part,)):
             whole = math.isfinite(value) if isinstance(value, float) else bool(torch.isfinite(value).all())
-            require(whole, f"{path}: {_where(at)} holds NaN or infinity; the model is damaged: use an older checkpoint or train anew")
+            require(
+                whole,
+                f"{path}: {_where(at)} holds NaN or infinity; the model is damaged: use an older checkpoint or train anew",
+            )
     fit, state = content.get("fit"), content.get("policy_state_dict")
-    require(fit is None or isinstance(fit, dict), f"{path}: {_where(('fit',))}: expected a table of fitted features, was {type(fit).__name__}; refused")
-    if fit is None: return
+    require(
+        fit is None or isinstance(fit, dict),
+        f"{path}: {_where(('fit',))}: expected a table of fitted features, was {type(fit).__name__}; refused",
+    )
+    if fit is None:
+        return
     _check_fit(fit, path)
     for name, buffer in (("shift", "input_shift"), ("scale", "input_scale")):
         own = state.get(buffer) if isinstance(state, dict) else None
-        if own is None or name not in fit: continue
+        if own is None or name not in fit:
+            continue
         fitted = torch.from_numpy(np.array(fit[name], dtype=float)).float()
-        require(torch.equal(own.float().cpu(), fitted), f"{path}: the network's {buffer} is not the {name} of the fitted features; the file contradicts itself: use an older checkpoint or train anew")
+        require(
+            torch.equal(own.float().cpu(), fitted),
+            f"{path}: the network's {buffer} is not the {name} of the fitted features; the file contradicts itself: use an older checkpoint or train anew",
+        )
 
 # %% ../nbs/05_policy/07_checkpoint.ipynb #1c76e018
 _ZIP_START, _ZIP_END = b"PK\x03\x04", b"PK\x05\x06"
@@ -157,7 +251,10 @@ def _signed(content: dict) -> io.BytesIO:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     end = bytes(buffer.getbuffer()[-_END_SIZE:])
-    if end[:4] != _ZIP_END or end[-2:] != b"\0\0": raise RuntimeError(f"torch {torch.__version__} writes another file format than expected; the digest cannot be added")
+    if end[:4] != _ZIP_END or end[-2:] != b"\0\0":
+        raise RuntimeError(
+            f"torch {torch.__version__} writes another file format than expected; the digest cannot be added"
+        )
     buffer.seek(-2, os.SEEK_END)
     buffer.write(_COMMENT_SIZE.to_bytes(2, "little"))
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
@@ -171,7 +268,10 @@ def save_checkpoint(
 ) -> Path:  # the file
     "Write a checkpoint: a kill at any moment leaves the old file or the new one."
     path = Path(path)
-    require(type(content) in (dict, OrderedDict), f"checkpoint: expected a dictionary, was {type(content).__name__}")
+    require(
+        type(content) in (dict, OrderedDict),
+        f"checkpoint: expected a dictionary, was {type(content).__name__}",
+    )
     require(not path.is_dir(), f"{path}: is a folder; give the name of a file such as {path / 'model.pt'}")
     content = _canonical(content)
     _check_tables(content, path)
@@ -186,8 +286,10 @@ def _read(path: Path) -> bytes:
     "The file's bytes, or a clear error."
     require(not path.is_dir(), f"{path}: is a folder; give the name of a checkpoint file in it")
     require(path.exists(), f"{path}: no such file; train a model first or give the path of a checkpoint")
-    try: data = path.read_bytes()
-    except OSError as e: raise InputError(f"{path}: cannot be read ({e.strerror}); check its permissions") from None
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror}); check its permissions") from None
     require(len(data) > 0, f"{path}: is empty; restore it from a copy or train again")
     return data
 
@@ -196,25 +298,49 @@ def _digest(data: bytes, path: Path) -> str | None:
     "The verified SHA-256, None for a torch archive that carries none; raises where the bytes are not those that were written."
     restore = "restore it from a copy or use an older checkpoint"
     if data[:4] != _ZIP_START:
-        kind = "a bare pickle, which could run code" if data[:1] == b"\x80" else "a safetensors file" if data[8:10] == b'{"' else f"something that starts with {data[:8]!r}"
-        raise InputError(f"{path}: is not a checkpoint but {kind}, or is damaged at its start; expected a file made by save_checkpoint")
-    signed = data[-_COMMENT_SIZE - _END_SIZE:-_COMMENT_SIZE]
+        kind = (
+            "a bare pickle, which could run code"
+            if data[:1] == b"\x80"
+            else "a safetensors file"
+            if data[8:10] == b'{"'
+            else f"something that starts with {data[:8]!r}"
+        )
+        raise InputError(
+            f"{path}: is not a checkpoint but {kind}, or is damaged at its start; expected a file made by save_checkpoint"
+        )
+    signed = data[-_COMMENT_SIZE - _END_SIZE : -_COMMENT_SIZE]
     if signed[:4] == _ZIP_END and signed[-2:] == _COMMENT_SIZE.to_bytes(2, "little"):
         found, digest = data[-_COMMENT_SIZE:], hashlib.sha256(memoryview(data)[:-_COMMENT_SIZE]).hexdigest()
-        require(found == _MARK + digest.encode(), f"{path}: is corrupted: its SHA-256 is not the one it was written with; {restore}")
+        require(
+            found == _MARK + digest.encode(),
+            f"{path}: is corrupted: its SHA-256 is not the one it was written with; {restore}",
+        )
         return digest
-    require(data[-_END_SIZE:][:4] == _ZIP_END and data[-2:] == b"\0\0", f"{path}: is truncated or corrupted: its end is missing after {len(data):,} bytes; {restore}")
+    require(
+        data[-_END_SIZE:][:4] == _ZIP_END and data[-2:] == b"\0\0",
+        f"{path}: is truncated or corrupted: its end is missing after {len(data):,} bytes; {restore}",
+    )
     return None
 
 
 def _check_archive(data: bytes, path: Path):
     "A torch archive holds uncompressed records, no more of them than the file has bytes."
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive: records = archive.infolist()
-    except Exception as e: raise InputError(f"{path}: is a damaged zip archive ({e}); expected a file made by save_checkpoint") from None
-    require(any(r.filename.endswith("/data.pkl") for r in records), f"{path}: is a zip archive but not a torch file; expected a file made by save_checkpoint")
-    require(all(r.compress_type == zipfile.ZIP_STORED for r in records) and sum(r.file_size for r in records) <= len(data),
-            f"{path}: holds compressed or overlapping records, which no torch file does; refused")
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            records = archive.infolist()
+    except Exception as e:
+        raise InputError(
+            f"{path}: is a damaged zip archive ({e}); expected a file made by save_checkpoint"
+        ) from None
+    require(
+        any(r.filename.endswith("/data.pkl") for r in records),
+        f"{path}: is a zip archive but not a torch file; expected a file made by save_checkpoint",
+    )
+    require(
+        all(r.compress_type == zipfile.ZIP_STORED for r in records)
+        and sum(r.file_size for r in records) <= len(data),
+        f"{path}: holds compressed or overlapping records, which no torch file does; refused",
+    )
 
 
 def _check_values(content: dict, limit: int, path: Path):
@@ -223,30 +349,56 @@ def _check_values(content: dict, limit: int, path: Path):
     while left:
         at, value = left.pop()
         if isinstance(value, torch.Tensor):
-            require(_is_plain(value), f"{path}: {_where(at)} is sparse, quantised, complex or without numbers; expected a plain tensor; refused")
+            require(
+                _is_plain(value),
+                f"{path}: {_where(at)} is sparse, quantised, complex or without numbers; expected a plain tensor; refused",
+            )
             claimed = value.numel() * value.element_size()
-            require(claimed <= limit and claimed <= value.untyped_storage().nbytes() <= limit, f"{path}: {_where(at)}: a tensor claims {claimed:,} bytes, the file has {limit:,}; refused")
-        elif isinstance(value, str): _check_text(value, path, at)
+            require(
+                claimed <= limit and claimed <= value.untyped_storage().nbytes() <= limit,
+                f"{path}: {_where(at)}: a tensor claims {claimed:,} bytes, the file has {limit:,}; refused",
+            )
+        elif isinstance(value, str):
+            _check_text(value, path, at)
         elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:
-            require(len(at) < _DEEPEST, f"{path}: {_where(at[:3])}… is nested more than {_DEEPEST} deep; refused")
+            require(
+                len(at) < _DEEPEST, f"{path}: {_where(at[:3])}… is nested more than {_DEEPEST} deep; refused"
+            )
             seen.add(id(value))
             if isinstance(value, dict):
                 for name in value:
-                    require(isinstance(name, (str, int, float, bool, type(None))), f"{path}: {_where(at)}: holds a name that is a {type(name).__name__}; refused")
-                    if isinstance(name, str): _check_text(name, path, (*at, name))
-            left += [((*at, name), v) for name, v in (value.items() if isinstance(value, dict) else enumerate(value))]
+                    require(
+                        isinstance(name, (str, int, float, bool, type(None))),
+                        f"{path}: {_where(at)}: holds a name that is a {type(name).__name__}; refused",
+                    )
+                    if isinstance(name, str):
+                        _check_text(name, path, (*at, name))
+            left += [
+                ((*at, name), v)
+                for name, v in (value.items() if isinstance(value, dict) else enumerate(value))
+            ]
 
 
 def _unpickle(data: bytes, path: Path, map_location):
     "The content, without running anything from the file."
     have = re.match(r"\d+\.\d+(\.\d+)?", torch.__version__)[0]
-    require(compare_versions(have, _MINIMUM_TORCH) >= 0, f"{path}: torch {have} can be made to run code from a checkpoint; install torch {_MINIMUM_TORCH} or newer")
-    try: return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
+    require(
+        compare_versions(have, _MINIMUM_TORCH) >= 0,
+        f"{path}: torch {have} can be made to run code from a checkpoint; install torch {_MINIMUM_TORCH} or newer",
+    )
+    try:
+        return torch.load(io.BytesIO(data), map_location=map_location, weights_only=True)
     except Exception as e:
         culprit = re.search(r"GLOBAL ([\w.]+)", str(e))
         # torch's own words would advise to load it all the same
-        cause = f"it holds '{culprit[1]}', which is not plain data" if culprit else f"it has pickle instructions that plain data does not need ({type(e).__name__})"
-        raise InputError(f"{path}: refused without running anything from it: {cause}; export its weights as plain tensors where it was made") from None
+        cause = (
+            f"it holds '{culprit[1]}', which is not plain data"
+            if culprit
+            else f"it has pickle instructions that plain data does not need ({type(e).__name__})"
+        )
+        raise InputError(
+            f"{path}: refused without running anything from it: {cause}; export its weights as plain tensors where it was made"
+        ) from None
 
 
 def load_checkpoint(
@@ -263,16 +415,27 @@ def _load(path: Path, map_location="cpu") -> tuple[dict, str | None, int]:
     digest = _digest(data, path)
     _check_archive(data, path)
     content = _unpickle(data, path, map_location)
-    require(isinstance(content, dict), f"{path}: holds a {type(content).__name__}; expected the dictionary of a checkpoint")
+    require(
+        isinstance(content, dict),
+        f"{path}: holds a {type(content).__name__}; expected the dictionary of a checkpoint",
+    )
     _check_values(content, len(data), path)
     _check_tables(content, path)
     _check_numbers(content, path)
     if digest is None:
-        require(isinstance(content.get("policy_state_dict"), dict), f"{path}: is a torch file without policy_state_dict; expected a checkpoint")
-        warnings.warn(f"{path}: carries no SHA-256, so damage would go unnoticed; save it again with save_checkpoint", stacklevel=3)
+        require(
+            isinstance(content.get("policy_state_dict"), dict),
+            f"{path}: is a torch file without policy_state_dict; expected a checkpoint",
+        )
+        warnings.warn(
+            f"{path}: carries no SHA-256, so damage would go unnoticed; save it again with save_checkpoint",
+            stacklevel=3,
+        )
     version = declared_version(content)
     if version is not None and compare_versions(version, CURRENT_MODEL_VERSION) > 0:
-        raise InputError(f"{path}: model version {version} is newer than this library's {CURRENT_MODEL_VERSION}; update trading_lib")
+        raise InputError(
+            f"{path}: model version {version} is newer than this library's {CURRENT_MODEL_VERSION}; update trading_lib"
+        )
     return content, digest, len(data)
 
 # %% ../nbs/05_policy/07_checkpoint.ipynb #c4c2c361
@@ -280,8 +443,10 @@ def library_versions() -> dict[str, str | None]:  # name -> version; None: not i
     "Versions of what the result depends on."
     versions = {"python": platform.python_version()}
     for name in ("trading_lib", "torch", "numpy", "pandas", "pyarrow", "TA-Lib", "exchange_calendars"):
-        try: versions[name] = str(importlib.metadata.version(name))
-        except importlib.metadata.PackageNotFoundError: versions[name] = None
+        try:
+            versions[name] = str(importlib.metadata.version(name))
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
     return versions
 
 
@@ -290,24 +455,39 @@ def git_state(
 ) -> dict:  # commit: hash or None; dirty: bool or None where there is no commit
     "The commit, and whether code, notebooks or parameters differ from it."
     if root is None:
-        try: root = project_root()  # a notebook runs in nbs/
-        except InputError: root = "."
+        try:
+            root = project_root()  # a notebook runs in nbs/
+        except InputError:
+            root = "."
+
     def git(*arguments):
         # no optional locks: a look must not disturb a commit in progress
-        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+        result = subprocess.run(
+            ["git", "-C", str(root), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
         return result.stdout.strip() if result.returncode == 0 else None
+
     try:
         commit = git("rev-parse", "--verify", "--quiet", "HEAD")
         changes = git("status", "--porcelain", "--", "trading_lib", "nbs", "params.yaml") if commit else None
-    except (OSError, subprocess.TimeoutExpired): commit = changes = None  # no git here
-    return {"commit": commit if changes is not None else None, "dirty": None if changes is None else bool(changes)}
+    except (OSError, subprocess.TimeoutExpired):
+        commit = changes = None  # no git here
+    return {
+        "commit": commit if changes is not None else None,
+        "dirty": None if changes is None else bool(changes),
+    }
 
 # %% ../nbs/05_policy/07_checkpoint.ipynb #827dfc4a
 def _hidden_dims(content: dict) -> list[int] | None:
     "Widths of the hidden layers: from the weights of the first trunk, else from the configuration."
     matrices = policy_matrices(content)
     trunk = [name for name in matrices if re.match(r"(actor_)?trunk\.", name)]
-    if trunk: return [matrices[name][0] for name in trunk]
+    if trunk:
+        return [matrices[name][0] for name in trunk]
     config = content.get("config")
     return list(config["hidden_dims"]) if isinstance(config, dict) and config.get("hidden_dims") else None
 
@@ -320,12 +500,34 @@ def _count_parameters(state: dict) -> int:
 
 
 def _describe(path: Path, content: dict, digest: str | None, size: int) -> dict:
-    facts = {name: content.get(name) for name in ("global_step", "config", "metrics", "data", "git", "libraries", "min_trader_version", "layout_hash")}
+    facts = {
+        name: content.get(name)
+        for name in (
+            "global_step",
+            "config",
+            "metrics",
+            "data",
+            "git",
+            "libraries",
+            "min_trader_version",
+            "layout_hash",
+        )
+    }
     data = facts["data"] if isinstance(facts["data"], dict) else {}
     state, widths = content.get("policy_state_dict"), policy_widths(content)
-    return {"file": str(path), "bytes": size, "sha256": digest, "model_version": declared_version(content), "symbol": content.get("symbol", data.get("symbol")),
-            "timeframe": content.get("timeframe", data.get("timeframe")), "obs_dim": widths and widths[0], "hidden_dims": _hidden_dims(content), "n_actions": widths and widths[1],
-            "parameters": _count_parameters(state) if isinstance(state, dict) else None, **facts}
+    return {
+        "file": str(path),
+        "bytes": size,
+        "sha256": digest,
+        "model_version": declared_version(content),
+        "symbol": content.get("symbol", data.get("symbol")),
+        "timeframe": content.get("timeframe", data.get("timeframe")),
+        "obs_dim": widths and widths[0],
+        "hidden_dims": _hidden_dims(content),
+        "n_actions": widths and widths[1],
+        "parameters": _count_parameters(state) if isinstance(state, dict) else None,
+        **facts,
+    }
 
 
 def inspect_checkpoint(
@@ -344,8 +546,19 @@ class Comparison(dict):
         return {name: (a, b) for name, (a, b) in self.items() if a != b and name not in ("file", "sha256")}
 
     def __str__(self) -> str:
-        text = lambda value: "-" if value is None else f"{value:,}" if type(value) is int else f"{value:.6g}" if type(value) is float else printable(value)
-        rows = [(" *"[name in self.differences], printable(name), text(a), text(b)) for name, (a, b) in self.items()]
+        text = lambda value: (
+            "-"
+            if value is None
+            else f"{value:,}"
+            if type(value) is int
+            else f"{value:.6g}"
+            if type(value) is float
+            else printable(value)
+        )
+        rows = [
+            (" *"[name in self.differences], printable(name), text(a), text(b))
+            for name, (a, b) in self.items()
+        ]
         widths = [min(max(len(row[i]) for row in rows), 44) for i in (1, 2)]
         return "\n".join(f"{mark} {name:{widths[0]}}  {a:{widths[1]}}  {b}" for mark, name, a, b in rows)
 
@@ -359,7 +572,11 @@ def flat_facts(
     "Nested tables as dotted names."
     flat = {}
     for name, value in facts.items():
-        flat.update(flat_facts(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value})
+        flat.update(
+            flat_facts(value, f"{prefix}{name}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{name}": value}
+        )
     return flat
 
 
@@ -370,11 +587,19 @@ def compare_checkpoints(
     "Two checkpoints side by side."
     loaded = [(Path(p), *_load(Path(p))) for p in (a, b)]
     flats = [flat_facts(_describe(*one)) for one in loaded]
-    comparison = Comparison({name: (flats[0].get(name), flats[1].get(name)) for name in {**flats[0], **flats[1]}})
+    comparison = Comparison(
+        {name: (flats[0].get(name), flats[1].get(name)) for name in {**flats[0], **flats[1]}}
+    )
     states = [one[1].get("policy_state_dict") or {} for one in loaded]
-    shapes = [{name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)} for state in states]
+    shapes = [
+        {name: tuple(t.shape) for name, t in state.items() if isinstance(t, torch.Tensor)} for state in states
+    ]
     if shapes[0] == shapes[1] and shapes[0]:
-        change = max(float((states[0][name].double() - states[1][name].double()).abs().max()) for name in shapes[0] if states[0][name].numel())
+        change = max(
+            float((states[0][name].double() - states[1][name].double()).abs().max())
+            for name in shapes[0]
+            if states[0][name].numel()
+        )
         comparison["largest change of a weight"] = (0.0, change)
     return comparison
 
@@ -385,7 +610,29 @@ def export_policy(
 ) -> Path:  # the file written
     "Write a checkpoint's policy as safetensors; version, configuration, fitted features and provenance go into the header."
     from safetensors.torch import save
+
     content = load_checkpoint(path)
-    facts = {name: content[name] for name in ("model_version", "n_features", "n_actions", "obs_dim", "action_meanings", "feature_columns", "layout_hash", "min_trader_version", "config", "fit", "data", "metrics", "git", "global_step") if name in content}
+    facts = {
+        name: content[name]
+        for name in (
+            "model_version",
+            "n_features",
+            "n_actions",
+            "obs_dim",
+            "action_meanings",
+            "feature_columns",
+            "layout_hash",
+            "min_trader_version",
+            "config",
+            "fit",
+            "data",
+            "metrics",
+            "git",
+            "global_step",
+        )
+        if name in content
+    }
     tensors = {name: v.contiguous() for name, v in content["policy_state_dict"].items()}
-    return atomic_write(out, save(tensors, {name: json.dumps(v, sort_keys=True) for name, v in facts.items()}))
+    return atomic_write(
+        out, save(tensors, {name: json.dumps(v, sort_keys=True) for name, v in facts.items()})
+    )

@@ -18,26 +18,38 @@ from .files import printable
 # %% ../nbs/11_use/00_cli.ipynb #52033eb9
 def _dvc_symbol(stage: str) -> str:
     "The symbol that DVC runs a stage for: it says so in the environment, so that no text of params.yaml is ever part of a shell's command."
-    name = os.environ.get("DVC_STAGE", "").rpartition("dvc.yaml:")[2]  # with the file's path where DVC was called in another folder
+    name = os.environ.get("DVC_STAGE", "").rpartition("dvc.yaml:")[
+        2
+    ]  # with the file's path where DVC was called in another folder
     require(name.startswith(f"{stage}@"), f"{stage}: which symbol? Add one, such as --symbol SIM-USD")
     return name.removeprefix(f"{stage}@")
 
 
 def _stage(arguments):
     from trading_lib.pipeline.project import run_stage
-    run_stage(arguments.name, load_parameters().listed(arguments.symbol or _dvc_symbol(arguments.name), "--symbol"))
+
+    run_stage(
+        arguments.name, load_parameters().listed(arguments.symbol or _dvc_symbol(arguments.name), "--symbol")
+    )
 
 
 def _symbols(arguments, parameters) -> list[str]:
     "Those that were named, if params.yaml lists them, each once; else all of params.yaml."
-    return list(dict.fromkeys(parameters.listed(symbol) for symbol in arguments.symbols)) or parameters.symbols
+    return (
+        list(dict.fromkeys(parameters.listed(symbol) for symbol in arguments.symbols)) or parameters.symbols
+    )
 
 
 def _verdict(arguments):
     from trading_lib.pipeline.project import artefacts, hold, summary
-    parameters, by_dvc = load_parameters(), "verdict@" in os.environ.get("DVC_STAGE", "")  # the last stage of a symbol's chain
+
+    parameters, by_dvc = (
+        load_parameters(),
+        "verdict@" in os.environ.get("DVC_STAGE", ""),
+    )  # the last stage of a symbol's chain
     symbols = [parameters.listed(_dvc_symbol("verdict"))] if by_dvc else _symbols(arguments, parameters)
-    if by_dvc: hold(artefacts(parameters, symbols[0]))
+    if by_dvc:
+        hold(artefacts(parameters, symbols[0]))
     print("\n".join(summary(parameters, symbols=symbols)))
 
 
@@ -62,9 +74,17 @@ _TRAINING = {
     "--critic-epochs": ("critic_epochs", False, "further passes that train the value alone"),
     "--learning-rate": ("learning_rate", False, "peak of the schedule"),
     "--warmup-fraction": ("warmup_fraction", False, "of the updates, in which the learning rate rises"),
-    "--min-lr-fraction": ("min_lr_fraction", False, "of the peak, to which the learning rate falls in the end"),
+    "--min-lr-fraction": (
+        "min_lr_fraction",
+        False,
+        "of the peak, to which the learning rate falls in the end",
+    ),
     "--separate-optimizers": ("separate_optimizers", True, "one for the value head, one for everything else"),
-    "--critic-learning-rate": ("critic_learning_rate", False, "of the value head, where optimizers are separate"),
+    "--critic-learning-rate": (
+        "critic_learning_rate",
+        False,
+        "of the value head, where optimizers are separate",
+    ),
     "--gamma": ("gamma", False, "discount per bar"),
     "--gae-lambda": ("gae_lambda", False, "1: Monte Carlo, 0: TD(0)"),
     "--clip-range": ("clip_range", False, "of the probability ratio"),
@@ -73,7 +93,11 @@ _TRAINING = {
     "--value-coefficient": ("value_coefficient", False, "weight of the value's loss"),
     "--max-grad-norm": ("max_grad_norm", False, "of all gradients together"),
     "--target-kl": ("target_kl", False, "stop a rollout's epochs beyond it"),
-    "--cost-warm-up": ("cost_warm_up", False, "share of the updates over which costs rise to their full size"),
+    "--cost-warm-up": (
+        "cost_warm_up",
+        False,
+        "share of the updates over which costs rise to their full size",
+    ),
     "--amp": ("amp", True, "matrix products in half precision"),
     "--amp-dtype": ("amp_dtype", False, "bf16 or fp16"),
     "--compile": ("compile", True, "torch.compile, where it works"),
@@ -84,84 +108,151 @@ _TRAINING = {
     "--validation-interval": ("validation_interval", False, "updates between validations"),
     "--checkpoint-interval": ("checkpoint_interval", False, "updates between numbered checkpoints; 0: none"),
     "--keep-checkpoints": ("keep_checkpoints", False, "the newest so many"),
-    "--max-drawdown-threshold": ("max_drawdown_threshold", False, "drawdown of a validation beyond which its score is cut"),
+    "--max-drawdown-threshold": (
+        "max_drawdown_threshold",
+        False,
+        "drawdown of a validation beyond which its score is cut",
+    ),
     "--drawdown-penalty-weight": ("drawdown_penalty_weight", False, "by how much for each threshold"),
     "--recovery": ("recovery", True, "halve the learning rate when a validation's drawdown is too deep"),
     "--early-stop": ("early_stop", True, "end when a validation's drawdown is too deep"),
     "--patience": ("patience", False, "end after so many validations without a better score"),
 }
 # the same option by another name
-_ALIASES = {"--timesteps": ["--total-timesteps"], "--minibatch-size": ["--batch-size"], "--hidden-dim": ["--gru-hidden-dim"], "--entropy": ["--entropy-coefficient"]}
+_ALIASES = {
+    "--timesteps": ["--total-timesteps"],
+    "--minibatch-size": ["--batch-size"],
+    "--hidden-dim": ["--gru-hidden-dim"],
+    "--entropy": ["--entropy-coefficient"],
+}
 _OF_GRU = ("gru_hidden_dim", "n_gru_layers", "dropout")
 
 
 def _train_parameters(arguments):
     from dataclasses import replace
+
     from trading_lib.config import parse_hidden_dims
+
     given = {f"train.{field}": getattr(arguments, field) for field, *_ in _TRAINING.values()}
-    if given["train.hidden_dims"] is not None: given["train.hidden_dims"] = parse_hidden_dims(given["train.hidden_dims"])
+    if given["train.hidden_dims"] is not None:
+        given["train.hidden_dims"] = parse_hidden_dims(given["train.hidden_dims"])
     parameters, durations = load_parameters(**given), ("total_timesteps", "episodes", "iterations")
     for flag, (field, *_) in _TRAINING.items():  # --hidden-dim is easily taken for --hidden-dims
-        require(field not in _OF_GRU or given[f"train.{field}"] is None or parameters.train.network == "gru", f"{flag}: is of a recurrent policy; add --network gru, or name the layers of an mlp by --hidden-dims")
+        require(
+            field not in _OF_GRU or given[f"train.{field}"] is None or parameters.train.network == "gru",
+            f"{flag}: is of a recurrent policy; add --network gru, or name the layers of an mlp by --hidden-dims",
+        )
     asked = [name for name in durations if given[f"train.{name}"] is not None]
     # a duration that is asked for here comes before any that is written there
-    return replace(parameters, train=replace(parameters.train, **{name: None for name in durations if asked and name not in asked}))
+    return replace(
+        parameters,
+        train=replace(parameters.train, **{name: None for name in durations if asked and name not in asked}),
+    )
 
 
 def _torchrun(line: list[str]):
     "Become torchrun, which runs the same command once for each GPU; what each process is, it finds in its environment."
     import torch
+
     count = torch.cuda.device_count()
-    require(count >= 2, f"--multi-gpu: torch sees {count} GPU{'' if count == 1 else 's'} here, and it takes two; train without it")
+    require(
+        count >= 2,
+        f"--multi-gpu: torch sees {count} GPU{'' if count == 1 else 's'} here, and it takes two; train without it",
+    )
     command = _torchrun_command(count, line)
     os.execv(command[0], command)
 
 
 def _torchrun_command(count: int, line: list[str]) -> list[str]:
     import shlex
+
     own = [word for word in line if word != "--multi-gpu"]
-    print(f"running: torchrun --standalone --nproc-per-node {count} .venv/bin/trading-lib {shlex.join(own)}", flush=True)
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--no-python", sys.executable, "-c", "import sys; from trading_lib.cli import main; sys.exit(main())", *own]
+    print(
+        f"running: torchrun --standalone --nproc-per-node {count} .venv/bin/trading-lib {shlex.join(own)}",
+        flush=True,
+    )
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "--no-python",
+        sys.executable,
+        "-c",
+        "import sys; from trading_lib.cli import main; sys.exit(main())",
+        *own,
+    ]
 
 
 def _train(arguments):
     import shlex
+
     from trading_lib.config import require
     from trading_lib.pipeline.project import artefacts
     from trading_lib.pipeline.train import train_symbol
+
     parameters = _train_parameters(arguments)
     symbols = _symbols(arguments, parameters)
-    if arguments.multi_gpu: return _torchrun(arguments.line)
-    require(arguments.checkpoint is None or len(symbols) == 1, f"--checkpoint: is of one symbol, asked to train {', '.join(symbols)}; name the one")
+    if arguments.multi_gpu:
+        return _torchrun(arguments.line)
+    require(
+        arguments.checkpoint is None or len(symbols) == 1,
+        f"--checkpoint: is of one symbol, asked to train {', '.join(symbols)}; name the one",
+    )
     require(not (arguments.verbose and arguments.quiet), "--verbose and --quiet were both given; choose one")
     for symbol in symbols:
-        trainer, _ = train_symbol(parameters, symbol, artefacts(parameters, symbol), f"trading-lib {shlex.join(arguments.line)}", arguments.resume, arguments.checkpoint,
-                                  "verbose" if arguments.verbose else "quiet" if arguments.quiet else None, own=True)
-        if trainer.exit_status: return trainer.exit_status
+        trainer, _ = train_symbol(
+            parameters,
+            symbol,
+            artefacts(parameters, symbol),
+            f"trading-lib {shlex.join(arguments.line)}",
+            arguments.resume,
+            arguments.checkpoint,
+            "verbose" if arguments.verbose else "quiet" if arguments.quiet else None,
+            own=True,
+        )
+        if trainer.exit_status:
+            return trainer.exit_status
 
 
 def _seeds(arguments):
     from trading_lib.config import require
     from trading_lib.pipeline.project import artefacts
     from trading_lib.pipeline.seed_study import train_seeds
+
     parameters = _train_parameters(arguments)
-    require(arguments.seeds is None or arguments.seeds >= 2, f"--seeds: expected 2 or more, was {arguments.seeds}; one seed is what `trading-lib train` trains")
+    require(
+        arguments.seeds is None or arguments.seeds >= 2,
+        f"--seeds: expected 2 or more, was {arguments.seeds}; one seed is what `trading-lib train` trains",
+    )
     for symbol in _symbols(arguments, parameters):
-        trainer = train_seeds(parameters, symbol, artefacts(parameters, symbol), arguments.seeds or parameters.seeds.count, own=True)
-        if trainer.exit_status: return trainer.exit_status
+        trainer = train_seeds(
+            parameters,
+            symbol,
+            artefacts(parameters, symbol),
+            arguments.seeds or parameters.seeds.count,
+            own=True,
+        )
+        if trainer.exit_status:
+            return trainer.exit_status
 
 
 def _preflight(arguments):
     from trading_lib.bars import read_bars
     from trading_lib.env import split_bounds
-    from trading_lib.pipeline.project import artefacts, prepared_market
     from trading_lib.pipeline.preflight import preflight
+    from trading_lib.pipeline.project import artefacts, prepared_market
     from trading_lib.pipeline.train import make_trainer
+
     parameters = _train_parameters(arguments)
     for symbol in _symbols(arguments, parameters):
         paths = artefacts(parameters, symbol)
         market = prepared_market(parameters, symbol, paths)
-        spans = split_bounds(len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction)
+        spans = split_bounds(
+            len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction
+        )
         fresh = lambda: make_trainer(parameters, market, spans["train"], spans["validation"], None)
         print(f"{symbol}\n{fresh().description}")
         preflight(fresh, read_bars(paths.bars) if paths.bars.exists() else None)
@@ -170,60 +261,119 @@ def _preflight(arguments):
 def _edge(bars, text, name: str, default: int) -> int:
     "Number of the first bar at or after a day that was given."
     import numpy as np
+
     from trading_lib.bars import moment
+
     return default if text is None else int(np.searchsorted(bars.index, moment(text, name)))
 
 
-def _with_probes(job: dict, seed: int) -> dict:  # of the kinds of probe, their figures; the job gets their actions
+def _with_probes(
+    job: dict, seed: int
+) -> dict:  # of the kinds of probe, their figures; the job gets their actions
     "Ridge regression and gradient boosting on the model's own spans, where they are among the bars."
     from trading_lib.backtest import probe_baselines, training_spans
     from trading_lib.env import market_data
     from trading_lib.features import FeatureFit
+
     content, left_out = job["model"], f"{job['symbol']}: ridge regression and gradient boosting are left out:"
     spans = training_spans(content, job["bars"].index, job["start"])
     if spans is None:
-        print(left_out, "the spans that the model was trained and chosen on are not recorded, or not among these bars")
+        print(
+            left_out,
+            "the spans that the model was trained and chosen on are not recorded, or not among these bars",
+        )
         return {}
     env = content["config"]["env"]
-    market = market_data(job["bars"], content["model_version"], FeatureFit.from_state(content["fit"]), env["timeframe"], env["asset_class"], env["window"], job["symbol"])
-    try: job["others"], figures = probe_baselines(market, *spans, (job["start"], job["stop"]), job["account"], seed=seed)
+    market = market_data(
+        job["bars"],
+        content["model_version"],
+        FeatureFit.from_state(content["fit"]),
+        env["timeframe"],
+        env["asset_class"],
+        env["window"],
+        job["symbol"],
+    )
+    try:
+        job["others"], figures = probe_baselines(
+            market, *spans, (job["start"], job["stop"]), job["account"], seed=seed
+        )
     except InputError as e:
         print(left_out, e)
         return {}
     return figures
 
 
-def _prepared_backtests(arguments, parameters) -> list[dict]:  # arguments of `run_backtest`, of the project's own symbols
+def _prepared_backtests(
+    arguments, parameters
+) -> list[dict]:  # arguments of `run_backtest`, of the project's own symbols
     from trading_lib.bars import read_bars
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import require
     from trading_lib.env import split_bounds
-    from trading_lib.pipeline.project import artefacts, asset_class_for, market_truth, newest_model, prepared_market, source_facts
+    from trading_lib.pipeline.project import (
+        artefacts,
+        asset_class_for,
+        market_truth,
+        newest_model,
+        prepared_market,
+        source_facts,
+    )
+
     jobs = []
     for symbol in _symbols(arguments, parameters):
         paths = artefacts(parameters, symbol)
         model = arguments.model or newest_model(paths)
-        if not arguments.model and model != paths.model and paths.model.exists(): print(f"{symbol}: {model}, the newest; the pipeline's is {paths.model} (--model takes any)")
+        if not arguments.model and model != paths.model and paths.model.exists():
+            print(f"{symbol}: {model}, the newest; the pipeline's is {paths.model} (--model takes any)")
         for path, stage in ((paths.bars, "prepare"), *([] if arguments.model else [(model, "train")])):
-            require(path.exists(), f"{symbol}: no {path.name}; run `trading-lib stage {stage} --symbol {symbol}` (symbols of params.yaml: {', '.join(parameters.symbols)})")
-        if paths.market.exists(): prepared_market(parameters, symbol, paths)  # refuses what was prepared with other settings
+            require(
+                path.exists(),
+                f"{symbol}: no {path.name}; run `trading-lib stage {stage} --symbol {symbol}` (symbols of params.yaml: {', '.join(parameters.symbols)})",
+            )
+        if paths.market.exists():
+            prepared_market(parameters, symbol, paths)  # refuses what was prepared with other settings
         bars = read_bars(paths.bars)
         content, own = load_checkpoint(model), asset_class_for(parameters, symbol)
-        trained = ((content.get("config") or {}).get("env") or {}).get("asset_class", own)  # older files say nothing of it
-        require(trained == own, f"{symbol}: is {own}, and {model} was trained on {trained}, whose hours and costs are others; choose a model of its kind, or another symbol")
-        start, stop = split_bounds(len(bars), parameters.data.train_fraction, parameters.data.validation_fraction)["test"]
+        trained = ((content.get("config") or {}).get("env") or {}).get(
+            "asset_class", own
+        )  # older files say nothing of it
+        require(
+            trained == own,
+            f"{symbol}: is {own}, and {model} was trained on {trained}, whose hours and costs are others; choose a model of its kind, or another symbol",
+        )
+        start, stop = split_bounds(
+            len(bars), parameters.data.train_fraction, parameters.data.validation_fraction
+        )["test"]
         truth = market_truth(parameters, symbol)
-        start, stop = max(start, _edge(bars, arguments.start, "--start", start)), min(stop, _edge(bars, arguments.end, "--end", stop))
-        jobs.append((dict(model=content, bars=bars, start=start, stop=stop, symbol=symbol, account=parameters.account, truth=truth if truth is not None and truth.index.equals(bars.index) else None), source_facts(parameters, symbol)))
+        start, stop = (
+            max(start, _edge(bars, arguments.start, "--start", start)),
+            min(stop, _edge(bars, arguments.end, "--end", stop)),
+        )
+        jobs.append(
+            (
+                dict(
+                    model=content,
+                    bars=bars,
+                    start=start,
+                    stop=stop,
+                    symbol=symbol,
+                    account=parameters.account,
+                    truth=truth if truth is not None and truth.index.equals(bars.index) else None,
+                ),
+                source_facts(parameters, symbol),
+            )
+        )
     return jobs
 
 
 def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files of bars
     from pathlib import Path
+
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import AccountConfig, path_symbol, require, typed
     from trading_lib.pipeline.project import asset_class_for
     from trading_lib.sources import load_with_report
+
     require(arguments.model is not None, "backtest: --bars needs --model, the checkpoint that trades them")
     require(not arguments.symbols, "backtest: give symbols of the project or --bars, not both")
     content, jobs = load_checkpoint(arguments.model), []
@@ -232,159 +382,310 @@ def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files 
     how = {name: getattr(parameters.data, name) for name in ("timezone", "labels", "price_scale", "columns")}
     for file in arguments.bars:
         symbol = path_symbol(Path(file).stem.split("_")[0], str(file))
-        bars, _ = load_with_report(symbol, (trained or {}).get("timeframe", parameters.data.timeframe), "files", path=file, asset_class=trained["asset_class"] if trained else asset_class_for(parameters, symbol), allow_steps=parameters.data.steps(symbol), **how)
-        jobs.append((dict(model=content, bars=bars, start=_edge(bars, arguments.start, "--start", 0), stop=_edge(bars, arguments.end, "--end", len(bars)), symbol=symbol, account=account), {"source": f"the file {Path(file).name}"}))
+        bars, _ = load_with_report(
+            symbol,
+            (trained or {}).get("timeframe", parameters.data.timeframe),
+            "files",
+            path=file,
+            asset_class=trained["asset_class"] if trained else asset_class_for(parameters, symbol),
+            allow_steps=parameters.data.steps(symbol),
+            **how,
+        )
+        jobs.append(
+            (
+                dict(
+                    model=content,
+                    bars=bars,
+                    start=_edge(bars, arguments.start, "--start", 0),
+                    stop=_edge(bars, arguments.end, "--end", len(bars)),
+                    symbol=symbol,
+                    account=account,
+                ),
+                {"source": f"the file {Path(file).name}"},
+            )
+        )
     names = [job["symbol"] for job, _ in jobs]
-    require(len(set(names)) == len(names), f"backtest: the files hold {', '.join(names)}, by their names; expected each symbol once (a file's symbol is what stands before the first '_')")
+    require(
+        len(set(names)) == len(names),
+        f"backtest: the files hold {', '.join(names)}, by their names; expected each symbol once (a file's symbol is what stands before the first '_')",
+    )
     return jobs
 
 
 def _backtest(arguments):
     from dataclasses import replace
     from pathlib import Path
-    from trading_lib.ledger import comparable_trials
+
     from trading_lib.backtest import run_backtests, write_backtest
     from trading_lib.config import project_root
-    from trading_lib.reporting.verdict import assess
+    from trading_lib.data.simulation import simulated_bars
+    from trading_lib.ledger import comparable_trials
     from trading_lib.pipeline.project import asset_class_for
     from trading_lib.reporting.pages import comparison_table, write_report
-    from trading_lib.data.simulation import simulated_bars
+    from trading_lib.reporting.verdict import assess
     from trading_lib.version import assert_compatibility
+
     parameters = load_parameters()
-    jobs = _file_backtests(arguments, parameters) if arguments.bars else _prepared_backtests(arguments, parameters)
+    jobs = (
+        _file_backtests(arguments, parameters)
+        if arguments.bars
+        else _prepared_backtests(arguments, parameters)
+    )
     if arguments.strict_version:
-        for job, _ in jobs: assert_compatibility(job["model"], strict=True)
+        for job, _ in jobs:
+            assert_compatibility(job["model"], strict=True)
     other = {} if arguments.costs is None else {"costs": arguments.costs}
     for job, _ in jobs:
         job |= dict(account=replace(job["account"], **other), random_policies=arguments.random_policies)
-        if not (job["model"].get("config") or {}).get("env"): job |= dict(timeframe=parameters.data.timeframe, asset_class=asset_class_for(parameters, job["symbol"]))  # an older file does not say
-    probes = [_with_probes(job, parameters.backtest.seed) if parameters.backtest.probes and not arguments.no_probes else {} for job, _ in jobs]
+        if not (job["model"].get("config") or {}).get("env"):
+            job |= dict(
+                timeframe=parameters.data.timeframe, asset_class=asset_class_for(parameters, job["symbol"])
+            )  # an older file does not say
+    probes = [
+        _with_probes(job, parameters.backtest.seed)
+        if parameters.backtest.probes and not arguments.no_probes
+        else {}
+        for job, _ in jobs
+    ]
     results = run_backtests([job for job, _ in jobs])
     said = []
     for result, (job, data), found in zip(results, jobs, probes):
         result.provenance |= {"data": data, "probes": found}
         content = job["model"]
-        on = content.get("data") or {}  # the model was chosen among trials on such bars, whatever it is tested on
-        said.append(assess(result, comparable_trials(project_root(), simulated_bars(on.get("symbol") or result.symbol, on))))
+        on = (
+            content.get("data") or {}
+        )  # the model was chosen among trials on such bars, whatever it is tested on
+        said.append(
+            assess(
+                result,
+                comparable_trials(project_root(), simulated_bars(on.get("symbol") or result.symbol, on)),
+            )
+        )
         if arguments.out:
             write_backtest(result, folder := Path(arguments.out) / result.symbol)
             write_report(result, folder, said[-1])
     print(comparison_table(results, said))
-    for s in said: print(f"{s['verdict']:14}  {s['headline']}", *s["reasons"], sep="\n                ")
-    if arguments.out: print(f"written: {arguments.out}/SYMBOL/report.html")
+    for s in said:
+        print(f"{s['verdict']:14}  {s['headline']}", *s["reasons"], sep="\n                ")
+    if arguments.out:
+        print(f"written: {arguments.out}/SYMBOL/report.html")
 
 
 def _models(arguments):
     import time
+
     from trading_lib.checkpoint import load_checkpoint
+    from trading_lib.data.simulation import simulated_bars
     from trading_lib.pipeline.project import artefacts, kept_models
     from trading_lib.training.memory import memory_text
-    from trading_lib.data.simulation import simulated_bars
+
     parameters = load_parameters()
     for symbol in _symbols(arguments, parameters):
         paths = artefacts(parameters, symbol)
         models = kept_models(paths) + [path for path in (paths.model,) if path.exists()]
-        if not models: print(f"{symbol}: no model yet; `trading-lib train {symbol}` trains one")
+        if not models:
+            print(f"{symbol}: no model yet; `trading-lib train {symbol}` trains one")
         for path in models:
             content = load_checkpoint(path)
             train, judged = content["config"]["train"], (content.get("metrics") or {}).get("validation") or {}
-            print(f"{path}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(path.stat().st_mtime))}  seed {train['seed']}, update {content['update']}, {content['global_step']:,} steps, "
-                  f"{'simulated ' * simulated_bars(symbol, content.get('data'))}validation Sharpe {judged.get('sharpe', float('nan')):+.2f}, {memory_text(path.stat().st_size)}{', the pipeline’s' if path == paths.model else ''}")
+            print(
+                f"{path}  {time.strftime('%Y-%m-%d %H:%M', time.localtime(path.stat().st_mtime))}  seed {train['seed']}, update {content['update']}, {content['global_step']:,} steps, "
+                f"{'simulated ' * simulated_bars(symbol, content.get('data'))}validation Sharpe {judged.get('sharpe', float('nan')):+.2f}, {memory_text(path.stat().st_size)}{', the pipeline’s' if path == paths.model else ''}"
+            )
 
 
 def _trials(arguments):
-    from trading_lib.ledger import comparable_trials, gather_ledgers, ledger_summary, overfitting_probability, project_trials, simulated_trial
     from trading_lib.config import path_symbol, project_root
+    from trading_lib.ledger import (
+        comparable_trials,
+        gather_ledgers,
+        ledger_summary,
+        overfitting_probability,
+        project_trials,
+        simulated_trial,
+    )
+
     gather_ledgers(root := project_root())
     tried = project_trials(root)
     for symbol in map(path_symbol, arguments.symbols or dict.fromkeys([*load_parameters().symbols, *tried])):
         trials = tried.get(symbol, [])
         pbo = overfitting_probability(trials)
-        counts = ", ".join(f"{name.removeprefix('n_').replace('_', ' ')} {n}" for name, n in ledger_summary(trials).items())
+        counts = ", ".join(
+            f"{name.removeprefix('n_').replace('_', ' ')} {n}" for name, n in ledger_summary(trials).items()
+        )
         luck = pbo.reason if pbo.probability is None else f"{pbo.probability:.2f}"
         kind = "simulated, " * any(map(simulated_trial, trials))
-        print(f"{symbol}: {kind}{counts}; probability of backtest overfitting {luck}" if trials else f"{symbol}: no ledger yet, nothing was tried")
+        print(
+            f"{symbol}: {kind}{counts}; probability of backtest overfitting {luck}"
+            if trials
+            else f"{symbol}: no ledger yet, nothing was tried"
+        )
     real, simulated = (len(comparable_trials(root, kind)) for kind in (False, True))
-    print(f"a verdict discounts all symbols of its kind: {real} trials on real markets, {simulated} on simulated ones")
+    print(
+        f"a verdict discounts all symbols of its kind: {real} trials on real markets, {simulated} on simulated ones"
+    )
 
 
 def _history(arguments):
-    from trading_lib.ledger import format_history, index_path, index_runs, symbol_history
     from trading_lib.config import path_symbol, project_root
+    from trading_lib.ledger import format_history, index_path, index_runs, symbol_history
+
     path = index_path(project_root())
-    symbols = [path_symbol(s) for s in arguments.symbols] or sorted({run["symbol"] for run in index_runs(path)})
-    if not symbols: print("no run is listed yet; `dvc repro` makes one")
-    for symbol in symbols: print(f"{symbol}\n{format_history(symbol_history(path, symbol))}")
+    symbols = [path_symbol(s) for s in arguments.symbols] or sorted(
+        {run["symbol"] for run in index_runs(path)}
+    )
+    if not symbols:
+        print("no run is listed yet; `dvc repro` makes one")
+    for symbol in symbols:
+        print(f"{symbol}\n{format_history(symbol_history(path, symbol))}")
 
 
 def _deploy(arguments):
-    from trading_lib.ledger import _parsed, comparable_trials, gather_ledgers, load_deploy_zip, write_deploy_zip
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import parameters_path, project_root, require
-    from trading_lib.pipeline.project import artefacts
     from trading_lib.data.simulation import simulated_bars
+    from trading_lib.ledger import (
+        _parsed,
+        comparable_trials,
+        gather_ledgers,
+        load_deploy_zip,
+        write_deploy_zip,
+    )
+    from trading_lib.pipeline.project import artefacts
     from trading_lib.training.config import training_budget
+
     parameters = load_parameters()
     symbol = parameters.listed(arguments.symbol)
     paths = artefacts(parameters, symbol)
-    files = {name: paths.report / name for name in ("report.html", "metrics.json", "verdict.json")} | {"params.yaml": parameters_path()}
-    for path in (paths.model, *files.values()): require(path.exists(), f"{symbol}: {path} is missing; run `dvc repro` first")
-    files = {name: path.read_bytes() for name, path in files.items()}  # read once: what is checked is what is packed
-    said, judged = (_parsed(files[name], str(paths.report / name)) for name in ("verdict.json", "metrics.json"))
+    files = {name: paths.report / name for name in ("report.html", "metrics.json", "verdict.json")} | {
+        "params.yaml": parameters_path()
+    }
+    for path in (paths.model, *files.values()):
+        require(path.exists(), f"{symbol}: {path} is missing; run `dvc repro` first")
+    files = {
+        name: path.read_bytes() for name, path in files.items()
+    }  # read once: what is checked is what is packed
+    said, judged = (
+        _parsed(files[name], str(paths.report / name)) for name in ("verdict.json", "metrics.json")
+    )
     gather_ledgers(project_root())
-    require({"verdict", "failed", "headline"} <= set(said), f"{paths.report / 'verdict.json'}: has no verdict; run `dvc repro` first")
-    simulated, training = simulated_bars(symbol, judged.get("provenance", {}).get("data")), training_budget(load_checkpoint(paths.model))
-    against = [why for why, holds in (("its bars are simulated", simulated), (training["said"], training["smoke"]), ("it lists gates that failed", said["failed"])) if holds]
-    require(said["verdict"] != "APPROVED" or not against, f"{symbol}: {paths.report / 'verdict.json'} says APPROVED, but {'; '.join(against)}; it was changed since it was written: run `trading-lib stage report --symbol {symbol}`")
+    require(
+        {"verdict", "failed", "headline"} <= set(said),
+        f"{paths.report / 'verdict.json'}: has no verdict; run `dvc repro` first",
+    )
+    simulated, training = (
+        simulated_bars(symbol, judged.get("provenance", {}).get("data")),
+        training_budget(load_checkpoint(paths.model)),
+    )
+    against = [
+        why
+        for why, holds in (
+            ("its bars are simulated", simulated),
+            (training["said"], training["smoke"]),
+            ("it lists gates that failed", said["failed"]),
+        )
+        if holds
+    ]
+    require(
+        said["verdict"] != "APPROVED" or not against,
+        f"{symbol}: {paths.report / 'verdict.json'} says APPROVED, but {'; '.join(against)}; it was changed since it was written: run `trading-lib stage report --symbol {symbol}`",
+    )
     known, now = said.get("trials", {}).get("n_trials", 0), len(comparable_trials(project_root(), simulated))
-    require(now <= known or arguments.anyway, f"{symbol}: the verdict is about {known} trials, and by now there are {now}; run `dvc repro`, or `trading-lib stage report --symbol {symbol}`, and see what it says then")
-    require(said["verdict"] == "APPROVED" or arguments.anyway, f"{symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate on real bars (--anyway makes one all the same, and says so inside)")
-    written = write_deploy_zip(paths.model, arguments.out or paths.deploy, files, {"verdict": {"verdict": said["verdict"], "failed": said["failed"]}, "headline": said["headline"], "simulated": said.get("simulated")})
+    require(
+        now <= known or arguments.anyway,
+        f"{symbol}: the verdict is about {known} trials, and by now there are {now}; run `dvc repro`, or `trading-lib stage report --symbol {symbol}`, and see what it says then",
+    )
+    require(
+        said["verdict"] == "APPROVED" or arguments.anyway,
+        f"{symbol}: the verdict is {said['verdict']}; a deploy zip is for what passed every gate on real bars (--anyway makes one all the same, and says so inside)",
+    )
+    written = write_deploy_zip(
+        paths.model,
+        arguments.out or paths.deploy,
+        files,
+        {
+            "verdict": {"verdict": said["verdict"], "failed": said["failed"]},
+            "headline": said["headline"],
+            "simulated": said.get("simulated"),
+        },
+    )
     print(f"{written}: {len(load_deploy_zip(written)['files'])} files, verified")
 
 
 def _prove(arguments):
     from trading_lib.pipeline.known_truth import prove
-    return 0 if prove(arguments.out, arguments.seeds, arguments.paths, workers=arguments.workers)["passed"] else 1
+
+    return (
+        0
+        if prove(arguments.out, arguments.seeds, arguments.paths, workers=arguments.workers)["passed"]
+        else 1
+    )
 
 
 def _inspect(arguments):
     from trading_lib.checkpoint import flat_facts, inspect_checkpoint, load_checkpoint
     from trading_lib.version import assert_compatibility
-    if arguments.strict_version: assert_compatibility(load_checkpoint(arguments.file), strict=True)
+
+    if arguments.strict_version:
+        assert_compatibility(load_checkpoint(arguments.file), strict=True)
     facts = {printable(name): value for name, value in flat_facts(inspect_checkpoint(arguments.file)).items()}
     width = max(map(len, facts))
-    for name, value in facts.items(): print(f"{name:{width}}  {printable(value)}")
+    for name, value in facts.items():
+        print(f"{name:{width}}  {printable(value)}")
 
 
 def _compare(arguments):
     from trading_lib.checkpoint import compare_checkpoints
+
     print(compare_checkpoints(arguments.a, arguments.b))
 
 
 def _export(arguments):
     from trading_lib.checkpoint import export_policy
+
     print(export_policy(arguments.file, arguments.out))
 
 
 def _size(arguments):
     from trading_lib.config import parse_hidden_dims
     from trading_lib.env import layout_of
-    from trading_lib.networks import HIDDEN_DIMS, RECOMMENDED_FOR, NativeActorCritic, decision_latency, estimate_model, input_layout
+    from trading_lib.networks import (
+        HIDDEN_DIMS,
+        RECOMMENDED_FOR,
+        NativeActorCritic,
+        decision_latency,
+        estimate_model,
+        input_layout,
+    )
     from trading_lib.version import MODEL_SPECS
+
     layout, spec = layout_of(arguments.layout), MODEL_SPECS[arguments.layout]
     shapes = {"as asked": parse_hidden_dims(arguments.hidden_dims)} if arguments.hidden_dims else HIDDEN_DIMS
-    print(f"layout {arguments.layout}, window {arguments.window}: {layout.obs_dim(arguments.window):,} inputs, {spec.n_actions} actions")
+    print(
+        f"layout {arguments.layout}, window {arguments.window}: {layout.obs_dim(arguments.window):,} inputs, {spec.n_actions} actions"
+    )
     for name, widths in shapes.items():
-        size = estimate_model(layout.obs_dim(arguments.window), widths, spec.n_actions, not arguments.separate_trunks)
-        network = NativeActorCritic(layout.obs_dim(arguments.window), spec.n_actions, widths, not arguments.separate_trunks, input_layout(arguments.layout, arguments.window))
-        print(f"{name:9} {str(list(widths)):24} {size['parameters']:>12,} parameters, {size['first_layer_share']:.0%} in the first layer, checkpoint {size['checkpoint_bytes'] / 1e6:,.0f} MB, "
-              f"a decision takes {1000 * decision_latency(network):.1f} ms{'; for ' + RECOMMENDED_FOR[name] if name in RECOMMENDED_FOR else ''}")
-        for layer, n in size["layers"].items(): print(f"{'':9}   {layer:22} {n:>12,}")
+        size = estimate_model(
+            layout.obs_dim(arguments.window), widths, spec.n_actions, not arguments.separate_trunks
+        )
+        network = NativeActorCritic(
+            layout.obs_dim(arguments.window),
+            spec.n_actions,
+            widths,
+            not arguments.separate_trunks,
+            input_layout(arguments.layout, arguments.window),
+        )
+        print(
+            f"{name:9} {str(list(widths)):24} {size['parameters']:>12,} parameters, {size['first_layer_share']:.0%} in the first layer, checkpoint {size['checkpoint_bytes'] / 1e6:,.0f} MB, "
+            f"a decision takes {1000 * decision_latency(network):.1f} ms{'; for ' + RECOMMENDED_FOR[name] if name in RECOMMENDED_FOR else ''}"
+        )
+        for layer, n in size["layers"].items():
+            print(f"{'':9}   {layer:22} {n:>12,}")
 
 
 def _check_lookahead(arguments):
     from trading_lib.evaluation.lookahead import check_lookahead
+
     _, bars, read = _own_bars(arguments)
     report = check_lookahead(bars, arguments.layout, read["timeframe"], read["asset_class"], arguments.cuts)
     print(report)
@@ -395,34 +696,55 @@ def _data_download(arguments):
     from trading_lib.bars import path_symbol
     from trading_lib.pipeline.project import source_options
     from trading_lib.sources import load_with_report
-    given = {f"data.{name}": getattr(arguments, name) for name in ("timeframe", "start", "end", "feed", "adjustment")}
+
+    given = {
+        f"data.{name}": getattr(arguments, name)
+        for name in ("timeframe", "start", "end", "feed", "adjustment")
+    }
     parameters = load_parameters(**given, **{"data.source": "alpaca"})
     for symbol in map(path_symbol, arguments.symbols or parameters.symbols):
         options = source_options(parameters, symbol)
-        bars, report = load_with_report(symbol, parameters.data.timeframe, "alpaca", progress=print, **options)
-        print(f"{symbol}: {len(bars):,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s); kept in {options['cache']}")
+        bars, report = load_with_report(
+            symbol, parameters.data.timeframe, "alpaca", progress=print, **options
+        )
+        print(
+            f"{symbol}: {len(bars):,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s); kept in {options['cache']}"
+        )
 
 
 def _said_of(symbol: str) -> dict:  # options of `load_bars`
     "What the project's parameters say of a symbol; a file can be looked at without a project."
     from trading_lib.config import project_root
-    try: project_root()
-    except InputError: return {}
+
+    try:
+        project_root()
+    except InputError:
+        return {}
     data = load_parameters().data
     return {"asset_class": data.asset_class(symbol), "allow_steps": data.steps(symbol)}
 
 
 def _own_bars(arguments):  # symbol, and bars with their report
     from pathlib import Path
+
     from trading_lib.bars import path_symbol
     from trading_lib.config import require
     from trading_lib.data.user_files import file_timeframe
     from trading_lib.sources import load_with_report
+
     symbol = path_symbol(arguments.symbol or Path(arguments.file).stem.split("_")[0])
     timeframe = arguments.timeframe or file_timeframe(arguments.file, symbol, arguments.columns)
-    require(timeframe is not None, f"{arguments.file}: its times do not tell the length of a bar; say it with --timeframe, such as 15Min")
-    given = {name: getattr(arguments, name) for name in ("asset_class", "timezone", "labels", "price_scale", "columns")}
-    given["allow_steps"] = arguments.allow_steps or (arguments.allow_steps_on.split(",") if arguments.allow_steps_on else None)
+    require(
+        timeframe is not None,
+        f"{arguments.file}: its times do not tell the length of a bar; say it with --timeframe, such as 15Min",
+    )
+    given = {
+        name: getattr(arguments, name)
+        for name in ("asset_class", "timezone", "labels", "price_scale", "columns")
+    }
+    given["allow_steps"] = arguments.allow_steps or (
+        arguments.allow_steps_on.split(",") if arguments.allow_steps_on else None
+    )
     options = _said_of(symbol) | {name: value for name, value in given.items() if value is not None}
     return symbol, *load_with_report(symbol, timeframe, "files", path=arguments.file, **options)
 
@@ -431,14 +753,23 @@ def _data_check(arguments):
     import io
     import json
     from pathlib import Path
+
     from trading_lib.data.quality import data_report, plot_data_report
     from trading_lib.files import atomic_write
+
     symbol, bars, report = _own_bars(arguments)
     facts = data_report(bars, report)
-    print(f"{symbol} {report['timeframe']}: {report['bars']:,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s)")
-    for name in ("repaired", "findings", "dropped_out_of_session"): print(f"{name}: {', '.join(f'{kind} {count}' for kind, count in report[name].items() if count) or 'none'}")
-    for note in facts["notes"]: print(f"- {note}")
-    if arguments.out is None: return
+    print(
+        f"{symbol} {report['timeframe']}: {report['bars']:,} bars, {report['first']} to {report['last']}, {report['segments']} segment(s)"
+    )
+    for name in ("repaired", "findings", "dropped_out_of_session"):
+        print(
+            f"{name}: {', '.join(f'{kind} {count}' for kind, count in report[name].items() if count) or 'none'}"
+        )
+    for note in facts["notes"]:
+        print(f"- {note}")
+    if arguments.out is None:
+        return
     page, picture = Path(arguments.out) / f"{symbol}_{report['timeframe']}.json", io.BytesIO()
     plot_data_report(bars, report).savefig(picture, dpi=100)
     atomic_write(page, json.dumps(report | facts, indent=1, default=str) + "\n")
@@ -447,99 +778,359 @@ def _data_check(arguments):
 
 def _data_info(arguments):
     import pandas as pd
-    from trading_lib.data.cache import cache_info
+
     from trading_lib.config import project_path
+    from trading_lib.data.cache import cache_info
+
     rows = cache_info(project_path(load_parameters().data.cache))
-    print(pd.DataFrame(rows).to_string(index=False) if rows else "nothing has been downloaded yet; `trading-lib data download` does that")
+    print(
+        pd.DataFrame(rows).to_string(index=False)
+        if rows
+        else "nothing has been downloaded yet; `trading-lib data download` does that"
+    )
 
 
 def _data_find(arguments):
     from trading_lib.pipeline.project import artefacts, find_symbol
+
     parameters = load_parameters()
-    symbols = [parameters.listed(_dvc_symbol("find"))] if "find@" in os.environ.get("DVC_STAGE", "") else _symbols(arguments, parameters)
-    for symbol in symbols: print(f"{symbol}: {find_symbol(parameters, symbol, artefacts(parameters, symbol)) or f'from the source {parameters.data.source}'}")
+    symbols = (
+        [parameters.listed(_dvc_symbol("find"))]
+        if "find@" in os.environ.get("DVC_STAGE", "")
+        else _symbols(arguments, parameters)
+    )
+    for symbol in symbols:
+        print(
+            f"{symbol}: {find_symbol(parameters, symbol, artefacts(parameters, symbol)) or f'from the source {parameters.data.source}'}"
+        )
 
 
 def _data_simulate(arguments):
     from trading_lib.bars import path_symbol, write_bars
-    from trading_lib.data.simulation import SIMULATED_END, SIMULATED_START, check_simulated_name, simulate_bars
+    from trading_lib.data.simulation import (
+        SIMULATED_END,
+        SIMULATED_START,
+        check_simulated_name,
+        simulate_bars,
+    )
+
     check_simulated_name(path_symbol(arguments.symbol), "data simulate makes simulated bars")
-    bars = simulate_bars(arguments.symbol, arguments.timeframe, arguments.start or SIMULATED_START, arguments.end or SIMULATED_END, arguments.seed, arguments.edge, recipe=arguments.recipe)
+    bars = simulate_bars(
+        arguments.symbol,
+        arguments.timeframe,
+        arguments.start or SIMULATED_START,
+        arguments.end or SIMULATED_END,
+        arguments.seed,
+        arguments.edge,
+        recipe=arguments.recipe,
+    )
     print(f"{write_bars(bars, arguments.out)}: {len(bars):,} simulated bars")
 
 
-_BAR_FILE = [(("file",), dict(help="CSV or parquet file of bars")), (("--timeframe",), dict(help="length of a bar, such as 15Min (default: the file's own)")), (("--symbol",), dict(help="whose bars they are (default: by the file's name)")),
-             (("--asset-class",), dict(choices=("crypto", "equity"), help="what is traded (default: by the symbol)")), (("--timezone",), dict(help="zone of time stamps that carry none")),
-             (("--labels",), dict(choices=("start", "end"), default="start", help="the moment of a bar that its time names")),
-             (("--price-scale",), dict(type=float, help="prices are divided by it, such as 100 where they are cents")), (("--columns",), dict(help="names of the columns of a CSV file without a header")),
-             (("--allow-steps",), dict(action="store_true", default=None, help="let true moves pass that are beyond 50 %% or look like splits")),
-             (("--allow-steps-on",), dict(metavar="DATES", help="the same on these dates, such as 2002-10-16,2008-09-15"))]
-_SPAN = [(("--start",), dict(help="first day, such as 2022-01-01")), (("--end",), dict(help="first day that is left out"))]
+_BAR_FILE = [
+    (("file",), dict(help="CSV or parquet file of bars")),
+    (("--timeframe",), dict(help="length of a bar, such as 15Min (default: the file's own)")),
+    (("--symbol",), dict(help="whose bars they are (default: by the file's name)")),
+    (("--asset-class",), dict(choices=("crypto", "equity"), help="what is traded (default: by the symbol)")),
+    (("--timezone",), dict(help="zone of time stamps that carry none")),
+    (
+        ("--labels",),
+        dict(choices=("start", "end"), default="start", help="the moment of a bar that its time names"),
+    ),
+    (("--price-scale",), dict(type=float, help="prices are divided by it, such as 100 where they are cents")),
+    (("--columns",), dict(help="names of the columns of a CSV file without a header")),
+    (
+        ("--allow-steps",),
+        dict(
+            action="store_true",
+            default=None,
+            help="let true moves pass that are beyond 50 %% or look like splits",
+        ),
+    ),
+    (
+        ("--allow-steps-on",),
+        dict(metavar="DATES", help="the same on these dates, such as 2002-10-16,2008-09-15"),
+    ),
+]
+_SPAN = [
+    (("--start",), dict(help="first day, such as 2022-01-01")),
+    (("--end",), dict(help="first day that is left out")),
+]
 
 # command -> (help, arguments, function); two words are a command of a group
-_TRAINING_OPTIONS = [((flag, *_ALIASES.get(flag, ())), dict(dest=field, help=f"{text} (default: train.{field} of params.yaml)") | (dict(action=argparse.BooleanOptionalAction) if switch else {}))
-                     for flag, (field, switch, text) in _TRAINING.items()]
-_SYMBOLS = (("symbols",), dict(nargs="*", metavar="SYMBOL", help="such as SIM-USD (default: those of params.yaml)"))
-_STRICT = (("--strict-version",), dict(action="store_true", help="refuse a checkpoint of another version than the current one, where otherwise a warning is given"))
+_TRAINING_OPTIONS = [
+    (
+        (flag, *_ALIASES.get(flag, ())),
+        dict(dest=field, help=f"{text} (default: train.{field} of params.yaml)")
+        | (dict(action=argparse.BooleanOptionalAction) if switch else {}),
+    )
+    for flag, (field, switch, text) in _TRAINING.items()
+]
+_SYMBOLS = (
+    ("symbols",),
+    dict(nargs="*", metavar="SYMBOL", help="such as SIM-USD (default: those of params.yaml)"),
+)
+_STRICT = (
+    ("--strict-version",),
+    dict(
+        action="store_true",
+        help="refuse a checkpoint of another version than the current one, where otherwise a warning is given",
+    ),
+)
 
 
 COMMANDS = {
-    "data download": ("fetch bars from Alpaca into the cache; what is there is not fetched again", [
-        (("symbols",), dict(nargs="*", help="such as SPY BTC/USD (default: those of params.yaml, as all that follows)")), (("--timeframe",), dict(help="length of a bar, such as 15Min (default: data.timeframe of params.yaml)")), *_SPAN,
-        (("--feed",), dict(help="iex or sip")), (("--adjustment",), dict(help="raw, split, dividend or all"))], _data_download),
-    "data check": ("check a file of bars, and say what is in it", [*_BAR_FILE, (("--out",), dict(help="folder for the report as JSON and picture"))], _data_check),
+    "data download": (
+        "fetch bars from Alpaca into the cache; what is there is not fetched again",
+        [
+            (
+                ("symbols",),
+                dict(
+                    nargs="*", help="such as SPY BTC/USD (default: those of params.yaml, as all that follows)"
+                ),
+            ),
+            (
+                ("--timeframe",),
+                dict(help="length of a bar, such as 15Min (default: data.timeframe of params.yaml)"),
+            ),
+            *_SPAN,
+            (("--feed",), dict(help="iex or sip")),
+            (("--adjustment",), dict(help="raw, split, dividend or all")),
+        ],
+        _data_download,
+    ),
+    "data check": (
+        "check a file of bars, and say what is in it",
+        [*_BAR_FILE, (("--out",), dict(help="folder for the report as JSON and picture"))],
+        _data_check,
+    ),
     "data info": ("what has been downloaded", [], _data_info),
     "data find": ("which file of your own holds a symbol's bars; DVC watches it", [_SYMBOLS], _data_find),
-    "data simulate": ("write simulated bars as parquet or CSV", [
-        (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")), (("out",), dict(help="a .parquet or .csv file")), (("--timeframe",), dict(default="15Min", help="length of a bar, such as 15Min")), *_SPAN,
-        (("--seed",), dict(type=int, default=0, help="which history")), (("--edge",), dict(type=float, default=0.0, help="planted drift in units of volatility per bar; 0 is a martingale")),
-        (("--recipe",), dict(default="lifelike", help="plain, bridged or lifelike, by what it has of real markets"))], _data_simulate),
-    "stage": ("run one stage of the pipeline for one symbol, as dvc.yaml does", [(("name",), dict(choices=("prepare", "train", "backtest", "report", "walk_forward", "seeds"), help="which")), (("--symbol",), dict(help="as in params.yaml, such as SIM-USD; under DVC the one that the stage is for"))], _stage),
-    "train": ("train the symbols of params.yaml, or those named; Ctrl+C saves, --resume goes on", [
-        _SYMBOLS, (("--resume",), dict(action="store_true", help="go on from the newest good checkpoint of an unfinished run")),
-        (("--checkpoint",), dict(metavar="FILE", help="go on from this one")), (("--multi-gpu",), dict(action="store_true", help="one process on each GPU, by torchrun")), *_TRAINING_OPTIONS,
-        (("-v", "--verbose"), dict(action="store_true", help="what each rollout and its advantages looked like")), (("-q", "--quiet"), dict(action="store_true", help="a line for each validation"))], _train),
-    "seeds": ("train several seeds at once, to see what is the idea and what is the seed; models stay as they are, and the ledger counts what was looked at", [
-        _SYMBOLS, (("--seeds",), dict(type=int, help="how many, from the configured one on (default: seeds.count of params.yaml)")), *_TRAINING_OPTIONS], _seeds),
-    "preflight": ("try everything that a long run will do, in seconds", [_SYMBOLS, *_TRAINING_OPTIONS], _preflight),
-    "backtest": ("backtest the trained symbols, or a model on files of bars, into one table", [
-        _SYMBOLS, (("--model",), dict(help="a checkpoint (default: the symbol's own)")), (("--bars",), dict(nargs="+", help="CSV or parquet files instead of prepared symbols")),
-        *_SPAN, (("--costs",), dict(help="broker, conservative or zero (default: as params.yaml has it, or the model of --bars)")), (("--no-probes",), dict(action="store_true", help="leave out ridge regression and gradient boosting, which take some seconds")), (("--random-policies",), dict(type=int, default=0, help="shifted copies to rank the agent among")), (("--out",), dict(help="folder for reports (default: none is written)")), _STRICT], _backtest),
-    "models": ("the models of complete trainings, which nothing overwrites, and the pipeline's", [_SYMBOLS], _models),
+    "data simulate": (
+        "write simulated bars as parquet or CSV",
+        [
+            (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")),
+            (("out",), dict(help="a .parquet or .csv file")),
+            (("--timeframe",), dict(default="15Min", help="length of a bar, such as 15Min")),
+            *_SPAN,
+            (("--seed",), dict(type=int, default=0, help="which history")),
+            (
+                ("--edge",),
+                dict(
+                    type=float,
+                    default=0.0,
+                    help="planted drift in units of volatility per bar; 0 is a martingale",
+                ),
+            ),
+            (
+                ("--recipe",),
+                dict(default="lifelike", help="plain, bridged or lifelike, by what it has of real markets"),
+            ),
+        ],
+        _data_simulate,
+    ),
+    "stage": (
+        "run one stage of the pipeline for one symbol, as dvc.yaml does",
+        [
+            (
+                ("name",),
+                dict(
+                    choices=("prepare", "train", "backtest", "report", "walk_forward", "seeds"), help="which"
+                ),
+            ),
+            (
+                ("--symbol",),
+                dict(help="as in params.yaml, such as SIM-USD; under DVC the one that the stage is for"),
+            ),
+        ],
+        _stage,
+    ),
+    "train": (
+        "train the symbols of params.yaml, or those named; Ctrl+C saves, --resume goes on",
+        [
+            _SYMBOLS,
+            (
+                ("--resume",),
+                dict(action="store_true", help="go on from the newest good checkpoint of an unfinished run"),
+            ),
+            (("--checkpoint",), dict(metavar="FILE", help="go on from this one")),
+            (("--multi-gpu",), dict(action="store_true", help="one process on each GPU, by torchrun")),
+            *_TRAINING_OPTIONS,
+            (
+                ("-v", "--verbose"),
+                dict(action="store_true", help="what each rollout and its advantages looked like"),
+            ),
+            (("-q", "--quiet"), dict(action="store_true", help="a line for each validation")),
+        ],
+        _train,
+    ),
+    "seeds": (
+        "train several seeds at once, to see what is the idea and what is the seed; models stay as they are, and the ledger counts what was looked at",
+        [
+            _SYMBOLS,
+            (
+                ("--seeds",),
+                dict(
+                    type=int,
+                    help="how many, from the configured one on (default: seeds.count of params.yaml)",
+                ),
+            ),
+            *_TRAINING_OPTIONS,
+        ],
+        _seeds,
+    ),
+    "preflight": (
+        "try everything that a long run will do, in seconds",
+        [_SYMBOLS, *_TRAINING_OPTIONS],
+        _preflight,
+    ),
+    "backtest": (
+        "backtest the trained symbols, or a model on files of bars, into one table",
+        [
+            _SYMBOLS,
+            (("--model",), dict(help="a checkpoint (default: the symbol's own)")),
+            (("--bars",), dict(nargs="+", help="CSV or parquet files instead of prepared symbols")),
+            *_SPAN,
+            (
+                ("--costs",),
+                dict(
+                    help="broker, conservative or zero (default: as params.yaml has it, or the model of --bars)"
+                ),
+            ),
+            (
+                ("--no-probes",),
+                dict(
+                    action="store_true",
+                    help="leave out ridge regression and gradient boosting, which take some seconds",
+                ),
+            ),
+            (
+                ("--random-policies",),
+                dict(type=int, default=0, help="shifted copies to rank the agent among"),
+            ),
+            (("--out",), dict(help="folder for reports (default: none is written)")),
+            _STRICT,
+        ],
+        _backtest,
+    ),
+    "models": (
+        "the models of complete trainings, which nothing overwrites, and the pipeline's",
+        [_SYMBOLS],
+        _models,
+    ),
     "trials": ("how much was tried on a symbol", [_SYMBOLS], _trials),
-    "history": ("the runs of a symbol, in order", [(("symbols",), dict(nargs="*", metavar="SYMBOL", help="such as SIM-USD (default: all that have one)"))], _history),
-    "deploy": ("pack a model with its report and a manifest of hashes", [(("symbol",), dict(help="as in params.yaml, such as SIM-USD")), (("--out",), dict(help="a .zip file (default: beside the model)")), (("--anyway",), dict(action="store_true", help="whatever the verdict"))], _deploy),
-    "prove": ("train and judge small agents on markets whose truth is known; a run that was interrupted goes on", [
-        (("--out",), dict(default="reports/proofs", help="folder of one JSON for each seed, a summary and a picture")), (("--seeds",), dict(type=int, default=20, help="how many agents on each market")),
-        (("--paths",), dict(type=int, default=50, help="fresh histories for each model of the martingale")), (("--workers",), dict(type=int, help="processes (default: one for each core)"))], _prove),
-    "verdict": ("print the verdict of the last backtests", [(("symbols",), dict(nargs="*", help="default: those of params.yaml"))], _verdict),
+    "history": (
+        "the runs of a symbol, in order",
+        [
+            (
+                ("symbols",),
+                dict(nargs="*", metavar="SYMBOL", help="such as SIM-USD (default: all that have one)"),
+            )
+        ],
+        _history,
+    ),
+    "deploy": (
+        "pack a model with its report and a manifest of hashes",
+        [
+            (("symbol",), dict(help="as in params.yaml, such as SIM-USD")),
+            (("--out",), dict(help="a .zip file (default: beside the model)")),
+            (("--anyway",), dict(action="store_true", help="whatever the verdict")),
+        ],
+        _deploy,
+    ),
+    "prove": (
+        "train and judge small agents on markets whose truth is known; a run that was interrupted goes on",
+        [
+            (
+                ("--out",),
+                dict(
+                    default="reports/proofs", help="folder of one JSON for each seed, a summary and a picture"
+                ),
+            ),
+            (("--seeds",), dict(type=int, default=20, help="how many agents on each market")),
+            (
+                ("--paths",),
+                dict(type=int, default=50, help="fresh histories for each model of the martingale"),
+            ),
+            (("--workers",), dict(type=int, help="processes (default: one for each core)")),
+        ],
+        _prove,
+    ),
+    "verdict": (
+        "print the verdict of the last backtests",
+        [(("symbols",), dict(nargs="*", help="default: those of params.yaml"))],
+        _verdict,
+    ),
     "inspect": ("show what a checkpoint holds", [(("file",), dict(help="a .pt file")), _STRICT], _inspect),
-    "export": ("write a checkpoint's policy alone, as safetensors", [(("file",), dict(help="a .pt file")), (("out",), dict(help="a .safetensors file"))], _export),
-    "size": ("parameters and checkpoint size of a network, before any training", [
-        (("--hidden-dims",), dict(help="such as 512,256,128 (default: each preset)")), (("--layout",), dict(default="5.6.0", help="of the observation")),
-        (("--window",), dict(type=int, default=100, help="bars in one observation")), (("--separate-trunks",), dict(action="store_true", help="actor and critic with a trunk each"))], _size),
-    "check-lookahead": ("change the future of your own bars and see whether any column moves", [
-        *_BAR_FILE, (("--layout",), dict(default="5.6.0", help="of the observation")),
-        (("--cuts",), dict(type=int, default=50, help="places at which the future is changed"))], _check_lookahead),
-    "compare": ("show two checkpoints side by side", [(("a",), dict(help="a .pt file")), (("b",), dict(help="another"))], _compare),
+    "export": (
+        "write a checkpoint's policy alone, as safetensors",
+        [(("file",), dict(help="a .pt file")), (("out",), dict(help="a .safetensors file"))],
+        _export,
+    ),
+    "size": (
+        "parameters and checkpoint size of a network, before any training",
+        [
+            (("--hidden-dims",), dict(help="such as 512,256,128 (default: each preset)")),
+            (("--layout",), dict(default="5.6.0", help="of the observation")),
+            (("--window",), dict(type=int, default=100, help="bars in one observation")),
+            (("--separate-trunks",), dict(action="store_true", help="actor and critic with a trunk each")),
+        ],
+        _size,
+    ),
+    "check-lookahead": (
+        "change the future of your own bars and see whether any column moves",
+        [
+            *_BAR_FILE,
+            (("--layout",), dict(default="5.6.0", help="of the observation")),
+            (("--cuts",), dict(type=int, default=50, help="places at which the future is changed")),
+        ],
+        _check_lookahead,
+    ),
+    "compare": (
+        "show two checkpoints side by side",
+        [(("a",), dict(help="a .pt file")), (("b",), dict(help="another"))],
+        _compare,
+    ),
 }
 
 
 class _Parser(argparse.ArgumentParser):
     "Options are written in full, and a mistake is one line."
 
-    def __init__(self, **settings): super().__init__(**settings, allow_abbrev=False)
+    def __init__(self, **settings):
+        super().__init__(**settings, allow_abbrev=False)
 
-    def error(self, message): raise InputError(f"{self.prog}: {message}; `{self.prog} --help` lists what there is")
+    def error(self, message):
+        raise InputError(f"{self.prog}: {message}; `{self.prog} --help` lists what there is")
 
 
 # command -> how it is used
 EXAMPLES = {
-    "data download": "SPY BTC/USD --timeframe 1Hour --start 2022-01-01", "data check": "SPY.csv --timezone America/New_York", "data info": "", "data simulate": "SIM-USD data/raw/SIM-USD.parquet --edge 0.2",
-    "stage": "prepare --symbol SIM-USD", "train": "SIM-USD --mode standard --hidden-dims 512,256,128", "seeds": "SIM-USD --seeds 8", "preflight": "SIM-USD --mode production",
-    "backtest": "SIM-USD --costs conservative --out reports/conservative", "models": "SIM-USD", "trials": "SIM-USD", "history": "SIM-USD", "deploy": "SIM-USD", "prove": "--seeds 3", "verdict": "",
-    "inspect": "models/SIM-USD_15Min.pt", "export": "models/SIM-USD_15Min.pt policy.safetensors", "size": "--hidden-dims 512,256,128", "check-lookahead": "SPY.csv", "compare": "one.pt another.pt"}
-_CONFIG = (("--config",), dict(metavar="FILE", default=argparse.SUPPRESS, help="another file in place of params.yaml"))
+    "data download": "SPY BTC/USD --timeframe 1Hour --start 2022-01-01",
+    "data check": "SPY.csv --timezone America/New_York",
+    "data info": "",
+    "data simulate": "SIM-USD data/raw/SIM-USD.parquet --edge 0.2",
+    "stage": "prepare --symbol SIM-USD",
+    "train": "SIM-USD --mode standard --hidden-dims 512,256,128",
+    "seeds": "SIM-USD --seeds 8",
+    "preflight": "SIM-USD --mode production",
+    "backtest": "SIM-USD --costs conservative --out reports/conservative",
+    "models": "SIM-USD",
+    "trials": "SIM-USD",
+    "history": "SIM-USD",
+    "deploy": "SIM-USD",
+    "prove": "--seeds 3",
+    "verdict": "",
+    "inspect": "models/SIM-USD_15Min.pt",
+    "export": "models/SIM-USD_15Min.pt policy.safetensors",
+    "size": "--hidden-dims 512,256,128",
+    "check-lookahead": "SPY.csv",
+    "compare": "one.pt another.pt",
+}
+_CONFIG = (
+    ("--config",),
+    dict(metavar="FILE", default=argparse.SUPPRESS, help="another file in place of params.yaml"),
+)
 _PATHS = ("config", "file", "out", "model", "bars", "checkpoint", "a", "b")  # options that name files
 
 
@@ -552,12 +1143,19 @@ def _command_line() -> argparse.ArgumentParser:
         group, _, own = name.rpartition(" ")
         if group and group not in groups:
             about = f"{group}: {', '.join(n.split()[1] for n in COMMANDS if n.startswith(group + ' '))}"
-            groups[group] = commands.add_parser(group, help=about, description=about).add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
+            groups[group] = commands.add_parser(group, help=about, description=about).add_subparsers(
+                dest="subcommand", required=True, metavar="COMMAND"
+            )
         example = f"trading-lib {name} {EXAMPLES.get(name, '')}".rstrip()
-        command = groups.get(group, commands).add_parser(own, help=text, description=text, epilog=f"Example: {example}")
+        command = groups.get(group, commands).add_parser(
+            own, help=text, description=text, epilog=f"Example: {example}"
+        )
         for flags, settings in (*options, _CONFIG):
             stated = settings.get("default") not in (None, argparse.SUPPRESS)
-            command.add_argument(*flags, **settings | ({"help": f"{settings['help']} (default: %(default)s)"} if stated else {}))
+            command.add_argument(
+                *flags,
+                **settings | ({"help": f"{settings['help']} (default: %(default)s)"} if stated else {}),
+            )
         command.set_defaults(run=run, parser=command)
     return parser
 
@@ -566,12 +1164,22 @@ def _chosen(arguments: list[str]) -> argparse.Namespace:
     "The command and its options; an unknown option gets the nearest of that command."
     chosen, unknown = _command_line().parse_known_args(arguments)
     if unknown:
-        known, prog = [flag for action in chosen.parser._actions for flag in action.option_strings], chosen.parser.prog
+        known, prog = (
+            [flag for action in chosen.parser._actions for flag in action.option_strings],
+            chosen.parser.prog,
+        )
         near = difflib.get_close_matches(unknown[0].partition("=")[0], known, n=1, cutoff=0.7)
-        raise InputError(f"{prog}: unknown {'option' if unknown[0].startswith('-') else 'argument'} {unknown[0]!r}; {f'did you mean {near[0]}?' if near else f'`{prog} --help` lists what there is'}")
+        raise InputError(
+            f"{prog}: unknown {'option' if unknown[0].startswith('-') else 'argument'} {unknown[0]!r}; {f'did you mean {near[0]}?' if near else f'`{prog} --help` lists what there is'}"
+        )
     for name in _PATHS:
         value = getattr(chosen, name, None)
-        if value is not None: setattr(chosen, name, [str(home_path(v)) for v in value] if isinstance(value, list) else str(home_path(value)))
+        if value is not None:
+            setattr(
+                chosen,
+                name,
+                [str(home_path(v)) for v in value] if isinstance(value, list) else str(home_path(value)),
+            )
     return chosen
 
 
@@ -584,10 +1192,13 @@ def _parameters_of(file: str | None):
     before = os.environ.get(PARAMETERS_VARIABLE)
     require(os.path.exists(file), f"--config: {file}: no such file; give the path of a params.yaml")
     os.environ[PARAMETERS_VARIABLE] = os.path.abspath(file)
-    try: yield
+    try:
+        yield
     finally:
-        if before is None: del os.environ[PARAMETERS_VARIABLE]
-        else: os.environ[PARAMETERS_VARIABLE] = before
+        if before is None:
+            del os.environ[PARAMETERS_VARIABLE]
+        else:
+            os.environ[PARAMETERS_VARIABLE] = before
 
 
 _READER_GONE = 141  # 128 + SIGPIPE, as of other tools whose output `head` has read
@@ -597,7 +1208,8 @@ def _run(arguments: list[str]) -> int:
     try:
         chosen = _chosen(arguments)
         chosen.line = arguments
-        with _parameters_of(getattr(chosen, "config", None)): return chosen.run(chosen) or 0
+        with _parameters_of(getattr(chosen, "config", None)):
+            return chosen.run(chosen) or 0
     except InputError as e:
         print("error:", "\n".join(map(printable, str(e).split("\n"))), file=sys.stderr)
         return 2
@@ -611,12 +1223,16 @@ def main(
 ) -> int:  # exit status
     "Run a command; bad input is one line on standard error and exit status 2."
     for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 gets '?' for what it cannot show
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
-        try: return _run(sys.argv[1:] if arguments is None else list(arguments))
+        try:
+            return _run(sys.argv[1:] if arguments is None else list(arguments))
         finally:
-            if sys.stdout is not None: sys.stdout.flush()  # None: closed before this process began
+            if sys.stdout is not None:
+                sys.stdout.flush()  # None: closed before this process began
     except BrokenPipeError:  # what is still to be written has no reader
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in filter(None, (sys.stdout, sys.stderr)): os.dup2(nowhere, stream.fileno())
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            os.dup2(nowhere, stream.fileno())
         return _READER_GONE

@@ -27,7 +27,8 @@ from pathlib import Path
 class InputError(ValueError):
     "Bad input: one line that names the thing, what was expected and what to do."
 
-    def _render_traceback_(self): return [f"InputError: {self}"]
+    def _render_traceback_(self):
+        return [f"InputError: {self}"]
 
 
 def unknown_name(
@@ -42,7 +43,8 @@ def unknown_name(
     return InputError(f"{where}: unknown name '{_cut(str(name))}'; {hint}")
 
 
-def _cut(text: str) -> str: return text if len(text) <= 200 else f"{text[:200]} …"
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def require(
@@ -50,14 +52,17 @@ def require(
     message: str,  # what was given, what was expected, what to do
 ):
     "Raise `InputError(message)` unless `condition` holds."
-    if not condition: raise InputError(message)
+    if not condition:
+        raise InputError(message)
 
 # %% ../nbs/00_base/00_config.ipynb #d90dc0e3
 _YAML = {  # kind -> pattern of a plain scalar; everything else is text
-    "null": r"~|null|Null|NULL|", "bool": r"true|True|TRUE|false|False|FALSE",
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
     "int": r"[-+]?[0-9][0-9_]*|[-+]?0o[0-7_]+|[-+]?0x[0-9a-fA-F_]+",
     "float": r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-    "merge": "<<"}
+    "merge": "<<",
+}
 _LARGEST_FILE, _MOST_VALUES, _DEEPEST = 256 * 1024, 20_000, 30
 
 
@@ -66,14 +71,18 @@ def _yaml_loader():
     "PyYAML's loader of plain data, with the scalars of YAML 1.2."
     import yaml
 
-    class Loader(yaml.SafeLoader): yaml_implicit_resolvers = {}
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers = {}
 
     def whole_number(loader, node):
         text = node.value.replace("_", "")
-        try: return int(text, 16 if "x" in text else 8 if "o" in text else 10)
-        except ValueError as e: raise yaml.constructor.ConstructorError(problem=str(e), problem_mark=node.start_mark) from None
+        try:
+            return int(text, 16 if "x" in text else 8 if "o" in text else 10)
+        except ValueError as e:
+            raise yaml.constructor.ConstructorError(problem=str(e), problem_mark=node.start_mark) from None
 
-    for kind, pattern in _YAML.items(): Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"(?:{pattern})$"), None)
+    for kind, pattern in _YAML.items():
+        Loader.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"(?:{pattern})$"), None)
     Loader.add_constructor("tag:yaml.org,2002:int", whole_number)
     return Loader
 
@@ -81,35 +90,64 @@ def _yaml_loader():
 def _check_nodes(root, name: str):
     "No key twice, no anchor that holds itself or expands to a flood, no depth without end."
     import yaml
+
     sizes, above = {}, set()
 
     def size(node, depth) -> int:
-        require(depth <= _DEEPEST and id(node) not in above, f"{name}: is nested more than {_DEEPEST} levels deep; expected sections of names and values")
-        if id(node) in sizes: return sizes[id(node)]
+        require(
+            depth <= _DEEPEST and id(node) not in above,
+            f"{name}: is nested more than {_DEEPEST} levels deep; expected sections of names and values",
+        )
+        if id(node) in sizes:
+            return sizes[id(node)]
         above.add(id(node))
         mapping, lines = isinstance(node, yaml.MappingNode), {}
         for key, _ in node.value if mapping else ():
             line, where = key.start_mark.line + 1, lines.get(str(key.value))
-            require(where is None or str(key.value) == "<<", f"{name}: '{key.value}' is there twice, in line {where} and in line {line}; keep one")
+            require(
+                where is None or str(key.value) == "<<",
+                f"{name}: '{key.value}' is there twice, in line {where} and in line {line}; keep one",
+            )
             lines[str(key.value)] = line
-        inside = [n for pair in node.value for n in pair] if mapping else node.value if isinstance(node, yaml.SequenceNode) else ()
+        inside = (
+            [n for pair in node.value for n in pair]
+            if mapping
+            else node.value
+            if isinstance(node, yaml.SequenceNode)
+            else ()
+        )
         sizes[id(node)] = 1 + sum(size(n, depth + 1) for n in inside)
         above.remove(id(node))
         return sizes[id(node)]
 
-    require(size(root, 0) <= _MOST_VALUES, f"{name}: holds more than {_MOST_VALUES:,} values when its anchors are expanded; write out what is meant")
+    require(
+        size(root, 0) <= _MOST_VALUES,
+        f"{name}: holds more than {_MOST_VALUES:,} values when its anchors are expanded; write out what is meant",
+    )
 
 
 def _symbols_as_text(loader, root, name: str):
     "A symbol such as 1810 is text; one that YAML, and so DVC, would make something else of must be quoted."
     import yaml
-    inside = lambda node, key: next((v for k, v in node.value if k.value == key), None) if isinstance(node, yaml.MappingNode) else None
-    for where, node in {"symbols": inside(root, "symbols"), **{f"{s}.symbols": inside(inside(root, s), "symbols") for s in ("walk_forward", "seeds")}}.items():
+
+    inside = lambda node, key: (
+        next((v for k, v in node.value if k.value == key), None)
+        if isinstance(node, yaml.MappingNode)
+        else None
+    )
+    for where, node in {
+        "symbols": inside(root, "symbols"),
+        **{f"{s}.symbols": inside(inside(root, s), "symbols") for s in ("walk_forward", "seeds")},
+    }.items():
         for entry in node.value if isinstance(node, yaml.SequenceNode) else ():
-            if not isinstance(entry, yaml.ScalarNode) or entry.tag == "tag:yaml.org,2002:str": continue
+            if not isinstance(entry, yaml.ScalarNode) or entry.tag == "tag:yaml.org,2002:str":
+                continue
             value = loader.construct_object(entry)
             loader.constructed_objects.clear()
-            require(str(value) == entry.value, f"{where}: YAML reads {entry.value or 'an empty entry'} as {value!r}; write '{entry.value or 'SPY'}', in quotes (line {entry.start_mark.line + 1})")
+            require(
+                str(value) == entry.value,
+                f"{where}: YAML reads {entry.value or 'an empty entry'} as {value!r}; write '{entry.value or 'SPY'}', in quotes (line {entry.start_mark.line + 1})",
+            )
             entry.tag = "tag:yaml.org,2002:str"
 
 
@@ -119,18 +157,29 @@ def parse_yaml(
 ):  # plain data
     "Read YAML 1.2; what is wrong is an `InputError` that names the line."
     import yaml
+
     try:
         loader = _yaml_loader()(text)
         root = loader.get_single_node()
-        if root is None: return None
+        if root is None:
+            return None
         _check_nodes(root, name)
         _symbols_as_text(loader, root, name)
         return loader.construct_document(root)
-    except RecursionError: raise InputError(f"{name}: is nested more than {_DEEPEST} levels deep; expected sections of names and values") from None
+    except RecursionError:
+        raise InputError(
+            f"{name}: is nested more than {_DEEPEST} levels deep; expected sections of names and values"
+        ) from None
     except yaml.MarkedYAMLError as e:
-        mark, advice = e.problem_mark or e.context_mark, "; indent with blanks, not with tabs" if "'\\t'" in str(e.problem) else ""
-        raise InputError(f"{name}: is not valid YAML: {f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''}{' '.join(f'{e.context or str()} {e.problem}'.split())}{advice}") from None
-    except yaml.YAMLError as e: raise InputError(f"{name}: is not valid YAML: {' '.join(str(e).split())}") from None
+        mark, advice = (
+            e.problem_mark or e.context_mark,
+            "; indent with blanks, not with tabs" if "'\\t'" in str(e.problem) else "",
+        )
+        raise InputError(
+            f"{name}: is not valid YAML: {f'line {mark.line + 1}, column {mark.column + 1}: ' if mark else ''}{' '.join(f'{e.context or str()} {e.problem}'.split())}{advice}"
+        ) from None
+    except yaml.YAMLError as e:
+        raise InputError(f"{name}: is not valid YAML: {' '.join(str(e).split())}") from None
 
 
 def read_text(
@@ -139,35 +188,55 @@ def read_text(
     "A small text file in UTF-8, with or without a byte order mark."
     path = Path(path)
     require(not path.is_dir(), f"{path}: is a folder; expected a file")
-    try: data = path.read_bytes()
-    except FileNotFoundError: raise InputError(f"{path}: no such file") from None
-    except OSError as e: raise InputError(f"{path}: cannot be read ({e.strerror or e}); check its permissions") from None
-    require(len(data) <= _LARGEST_FILE, f"{path}: {len(data):,} bytes; expected at most {_LARGEST_FILE:,} of parameters")
-    try: return data.decode("utf-8-sig")
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e}); check its permissions") from None
+    require(
+        len(data) <= _LARGEST_FILE,
+        f"{path}: {len(data):,} bytes; expected at most {_LARGEST_FILE:,} of parameters",
+    )
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         wide = data[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in data[:100]
-        line = "" if wide else f" (line {data[:e.start].count(10) + 1})"
-        raise InputError(f"{path}: is {'UTF-16' if wide else 'not UTF-8'}{line}; save it as UTF-8, which DVC reads too") from None
-
+        line = "" if wide else f" (line {data[: e.start].count(10) + 1})"
+        raise InputError(
+            f"{path}: is {'UTF-16' if wide else 'not UTF-8'}{line}; save it as UTF-8, which DVC reads too"
+        ) from None
 
 # %% ../nbs/00_base/00_config.ipynb #d351d996
 def _expected(annotation) -> str:
     "The annotation in words."
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", dict: "a table"}
-    if origin is typing.Literal: return "one of " + ", ".join(map(str, args))
-    if origin in (typing.Union, types.UnionType): return " or ".join("null" if a is type(None) else _expected(a) for a in args)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _expected(a) for a in args)
     if origin in (list, tuple):
-        if not args: return "an empty list"
+        if not args:
+            return "an empty list"
         return "a list such as [256, 128]" if args[0] is int else f"a list, each {_expected(args[0])}"
-    if origin is dict: return f"a table, each {_expected(args[1])}"
+    if origin is dict:
+        return f"a table, each {_expected(args[1])}"
     return words.get(annotation, str(annotation))
 
 
-def _shown(value) -> str: return _cut(repr(value))
+def _shown(value) -> str:
+    return _cut(repr(value))
 
 
-_FLAGS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}  # YAML 1.1 and 1.2
+_FLAGS = {
+    "true": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "no": False,
+    "off": False,
+}  # YAML 1.1 and 1.2
 
 
 _MISFITS = (TypeError, ValueError, OverflowError, KeyError)  # what `_convert` raises
@@ -177,34 +246,53 @@ def _convert(annotation, value):
     "`value` as `annotation`; raises one of _MISFITS where it does not fit."
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (typing.Union, types.UnionType):
-        if type(None) in args and (value is None or (value == "null" and str not in args)): return None
+        if type(None) in args and (value is None or (value == "null" and str not in args)):
+            return None
         for a in args:
-            try: return _convert(a, value)
-            except _MISFITS: pass
+            try:
+                return _convert(a, value)
+            except _MISFITS:
+                pass
         raise TypeError
     if isinstance(value, str) and annotation is not str and origin is not typing.Literal:
-        if annotation is bool: return _FLAGS[value.strip().lower()]
+        if annotation is bool:
+            return _FLAGS[value.strip().lower()]
         parsed = parse_yaml(value)
-        if isinstance(parsed, str): raise TypeError
+        if isinstance(parsed, str):
+            raise TypeError
         return _convert(annotation, parsed)
     if origin is typing.Literal:
-        if value in args: return value
+        if value in args:
+            return value
         raise ValueError
     if origin in (list, tuple):
-        if not isinstance(value, (list, tuple)) or bool(value) != bool(args): raise TypeError  # tuple[()] is an empty list, and no other may be empty
+        if not isinstance(value, (list, tuple)) or bool(value) != bool(args):
+            raise TypeError  # tuple[()] is an empty list, and no other may be empty
         return origin(_convert(args[0], v) for v in value)
     if origin is dict:
-        if not isinstance(value, dict) or not value: raise TypeError
+        if not isinstance(value, dict) or not value:
+            raise TypeError
         return {_convert(args[0], k): _convert(args[1], v) for k, v in value.items()}
-    if annotation is bool and isinstance(value, bool): return value
-    if annotation is int and isinstance(value, (int, float)) and not isinstance(value, bool) and value == int(value) and abs(value) < 2**63: return int(value)
+    if annotation is bool and isinstance(value, bool):
+        return value
+    if (
+        annotation is int
+        and isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value == int(value)
+        and abs(value) < 2**63
+    ):
+        return int(value)
     if annotation is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value != value or value in (float("inf"), float("-inf")): raise ValueError
+        if value != value or value in (float("inf"), float("-inf")):
+            raise ValueError
         return float(value)
     if annotation is str:
         # YAML reads 2024-01-01 as a date; people mean the text
-        if isinstance(value, str) or hasattr(value, "isoformat"): return str(value)
-    if annotation is dict and isinstance(value, dict): return value
+        if isinstance(value, str) or hasattr(value, "isoformat"):
+            return str(value)
+    if annotation is dict and isinstance(value, dict):
+        return value
     raise TypeError
 
 
@@ -215,14 +303,21 @@ def typed(
 ):  # an instance of `cls`
     "Build a dataclass from a mapping, or raise an `InputError` that names the field, what was expected and what was found."
     where = where or cls.__name__
-    if mapping is None: mapping = {}
-    if not isinstance(mapping, dict): raise InputError(f"{where}: expected a table of names and values, was {_shown(mapping)}")
+    if mapping is None:
+        mapping = {}
+    if not isinstance(mapping, dict):
+        raise InputError(f"{where}: expected a table of names and values, was {_shown(mapping)}")
     hints, known = typing.get_type_hints(cls), {f.name: f for f in fields(cls)}
     values = {}
     for name, value in mapping.items():
-        if name not in known: raise unknown_name(where, name, known)
-        try: values[name] = _convert(hints[name], value)
-        except _MISFITS: raise InputError(f"{where}.{name}: expected {_expected(hints[name])}, was {_shown(value)}") from None
+        if name not in known:
+            raise unknown_name(where, name, known)
+        try:
+            values[name] = _convert(hints[name], value)
+        except _MISFITS:
+            raise InputError(
+                f"{where}.{name}: expected {_expected(hints[name])}, was {_shown(value)}"
+            ) from None
     for name, f in known.items():
         if name not in values and f.default is MISSING and f.default_factory is MISSING:
             raise InputError(f"{where}.{name}: is missing; expected {_expected(hints[name])}")
@@ -235,8 +330,10 @@ def convert(
     where: str,  # for messages
 ):  # the value as that type
     "One value as `typed` would convert it, or an `InputError`."
-    try: return _convert(annotation, value)
-    except _MISFITS: raise InputError(f"{where}: expected {_expected(annotation)}, was {_shown(value)}") from None
+    try:
+        return _convert(annotation, value)
+    except _MISFITS:
+        raise InputError(f"{where}: expected {_expected(annotation)}, was {_shown(value)}") from None
 
 
 def checked(
@@ -248,10 +345,16 @@ def checked(
     def __init__(self, **values):
         known, hints = [f.name for f in fields(cls)], typing.get_type_hints(cls)
         for name, value in values.items():
-            if name not in known: raise unknown_name(cls.__name__, name, known)
-            if is_dataclass(hints[name]) and isinstance(value, hints[name]): continue
-            try: values[name] = _convert(hints[name], value)
-            except _MISFITS: raise InputError(f"{cls.__name__}.{name}: expected {_expected(hints[name])}, was {_shown(value)}") from None
+            if name not in known:
+                raise unknown_name(cls.__name__, name, known)
+            if is_dataclass(hints[name]) and isinstance(value, hints[name]):
+                continue
+            try:
+                values[name] = _convert(hints[name], value)
+            except _MISFITS:
+                raise InputError(
+                    f"{cls.__name__}.{name}: expected {_expected(hints[name])}, was {_shown(value)}"
+                ) from None
         construct(self, **values)
 
     cls.__init__ = __init__
@@ -263,19 +366,24 @@ def parse_hidden_dims(
 ) -> list[int]:
     "Widths of hidden layers from a command line."
     text = text.strip()
-    try: return _convert(list[int], text if text.startswith("[") else f"[{text}]")
-    except _MISFITS: raise InputError(f"hidden_dims: expected widths such as 512,256,128, was {_shown(text)}") from None
+    try:
+        return _convert(list[int], text if text.startswith("[") else f"[{text}]")
+    except _MISFITS:
+        raise InputError(f"hidden_dims: expected widths such as 512,256,128, was {_shown(text)}") from None
 
 # %% ../nbs/00_base/00_config.ipynb #b765c51f
 _SYMBOL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}")
-_SYMBOL_RULE = ("a symbol names files and commands: ASCII letters, digits, '.', '-' and '_', "
-                "a letter or digit first, no '..', at most 40 characters")
+_SYMBOL_RULE = (
+    "a symbol names files and commands: ASCII letters, digits, '.', '-' and '_', "
+    "a letter or digit first, no '..', at most 40 characters"
+)
 
 
 _PAIR = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]*/[A-Za-z0-9.]+")  # as exchanges write it
 
 
-def _is_symbol(text: str) -> bool: return _SYMBOL.fullmatch(text) is not None and ".." not in text and text.lower() != "index"
+def _is_symbol(text: str) -> bool:
+    return _SYMBOL.fullmatch(text) is not None and ".." not in text and text.lower() != "index"
 
 
 def check_symbol(
@@ -284,14 +392,26 @@ def check_symbol(
 ) -> str:  # the same
     "The symbol, if it can stand in paths and commands; else an `InputError` that says how to write it."
     require(isinstance(symbol, str), f"{where}: expected text such as BTC-USD or SPY, was {symbol!r}")
-    if _is_symbol(symbol): return symbol
-    require(symbol.lower() != "index", f"{where}: '{symbol}' is the name of the list of all runs; name the symbol and its file otherwise, such as {symbol}-1")
-    plain = unicodedata.normalize("NFKC", symbol).strip()  # full-width letters become ASCII, letters of other scripts stay
-    near, changed = re.subn(r"^[._-]+|[/\\^$&=+:#@*!]|\s+", lambda m: "-" if m[0] == "/" else "." if m[0].isspace() else "", plain)
+    if _is_symbol(symbol):
+        return symbol
+    require(
+        symbol.lower() != "index",
+        f"{where}: '{symbol}' is the name of the list of all runs; name the symbol and its file otherwise, such as {symbol}-1",
+    )
+    plain = unicodedata.normalize(
+        "NFKC", symbol
+    ).strip()  # full-width letters become ASCII, letters of other scripts stay
+    near, changed = re.subn(
+        r"^[._-]+|[/\\^$&=+:#@*!]|\s+", lambda m: "-" if m[0] == "/" else "." if m[0].isspace() else "", plain
+    )
     if plain.isascii() and plain.isprintable() and changed <= 1 and _is_symbol(near):
         raise InputError(f"{where}: write '{near}' for {symbol!r}, also in the file's name; {_SYMBOL_RULE}")
-    odd = next((f"; {ch!r} is {unicodedata.name(ch, 'not printable')}" for ch in symbol if not ch.isascii()), "")
-    raise InputError(f"{where}: expected a name such as BTC-USD or SPY, was {symbol[:60]!r}{odd}; {_SYMBOL_RULE}")
+    odd = next(
+        (f"; {ch!r} is {unicodedata.name(ch, 'not printable')}" for ch in symbol if not ch.isascii()), ""
+    )
+    raise InputError(
+        f"{where}: expected a name such as BTC-USD or SPY, was {symbol[:60]!r}{odd}; {_SYMBOL_RULE}"
+    )
 
 
 def path_symbol(
@@ -299,7 +419,9 @@ def path_symbol(
     where: str = "symbol",  # for messages
 ) -> str:  # such as BTC-USD
     "The symbol as it is written in file names; a pair may be written with '/'."
-    return check_symbol(symbol.replace("/", "-") if isinstance(symbol, str) and _PAIR.fullmatch(symbol) else symbol, where)
+    return check_symbol(
+        symbol.replace("/", "-") if isinstance(symbol, str) and _PAIR.fullmatch(symbol) else symbol, where
+    )
 
 
 def check_symbols(
@@ -310,39 +432,67 @@ def check_symbols(
     spelt = {}
     for symbol in symbols:
         other = spelt.setdefault(check_symbol(symbol, where).lower(), symbol)
-        require(other == symbol, f"{where}: '{other}' and '{symbol}' differ in case only and would share their files on some systems; keep one")
-    for symbol, times in Counter(symbols).items(): require(times == 1, f"{where}: '{symbol}' is listed {times} times; list each symbol once")
+        require(
+            other == symbol,
+            f"{where}: '{other}' and '{symbol}' differ in case only and would share their files on some systems; keep one",
+        )
+    for symbol, times in Counter(symbols).items():
+        require(times == 1, f"{where}: '{symbol}' is listed {times} times; list each symbol once")
     return symbols
-
 
 # %% ../nbs/00_base/00_config.ipynb #e6f77c2c
 def _dates(value) -> bool | list[str]:
     "The steps that are let pass: all, none, or those of dates as text."
-    if isinstance(value, bool): return value
+    if isinstance(value, bool):
+        return value
     dates = [str(date) for date in (value if isinstance(value, (list, tuple)) else [value])]
-    require(all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates), f"data.allow_steps: expected true, false or dates such as [2002-10-16], was {value!r}")
+    require(
+        all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates),
+        f"data.allow_steps: expected true, false or dates such as [2002-10-16], was {value!r}",
+    )
     return dates
 
 
 @dataclass(frozen=True)
 class DataParameters:
     "Where the bars come from, and how the history is split."
-    source: typing.Literal["simulated", "files", "alpaca"] = "simulated"  # simulated needs no network, no keys and no files
+
+    source: typing.Literal["simulated", "files", "alpaca"] = (
+        "simulated"  # simulated needs no network, no keys and no files
+    )
     timeframe: str = "15Min"  # length of a bar: 1Min, 5Min, 15Min, 1Hour, 1Day
-    start: str | None = None  # first day; null: everything the source has (simulated: 2022-01-01; alpaca needs one)
-    end: str | None = None  # first day that is left out; null: everything (simulated: 2024-01-01; alpaca: up to now)
+    start: str | None = (
+        None  # first day; null: everything the source has (simulated: 2022-01-01; alpaca needs one)
+    )
+    end: str | None = (
+        None  # first day that is left out; null: everything (simulated: 2024-01-01; alpaca: up to now)
+    )
     seed: int = 0  # simulated: which history
     edge: float = 0.2  # simulated: planted drift in units of volatility per bar; 0 is a martingale
-    recipe: typing.Literal["plain", "bridged", "lifelike"] = "lifelike"  # simulated: which ingredients; see the simulation module
+    recipe: typing.Literal["plain", "bridged", "lifelike"] = (
+        "lifelike"  # simulated: which ingredients; see the simulation module
+    )
     path: str = "data/raw"  # files: the folder of your own CSV or parquet files
     timezone: str | None = None  # files: zone of time stamps that carry none, such as America/New_York
-    labels: typing.Literal["start", "end"] = "start"  # files: whether times are those at which bars begin or end
-    price_scale: float | None = None  # files: prices are divided by it, such as 100 where they are cents; null: they are as they should be
+    labels: typing.Literal["start", "end"] = (
+        "start"  # files: whether times are those at which bars begin or end
+    )
+    price_scale: float | None = (
+        None  # files: prices are divided by it, such as 100 where they are cents; null: they are as they should be
+    )
     columns: list[str] | None = None  # files: names of the columns of a CSV file without a header, in order
-    feed: typing.Literal["iex", "sip"] = "sip"  # alpaca, stocks: sip is all exchanges, its last 15 minutes need a paid plan; iex is one
-    adjustment: typing.Literal["raw", "split", "dividend", "all"] = "split"  # alpaca, stocks: what past prices are adjusted for
-    asset_classes: dict | None = None  # symbol -> crypto or equity, where its name misleads, such as {BRK-B: equity}
-    allow_steps: bool | list[str] | dict = False  # true moves that look like splits, or beyond 50 %: true, dates, or symbol -> dates
+    feed: typing.Literal["iex", "sip"] = (
+        "sip"  # alpaca, stocks: sip is all exchanges, its last 15 minutes need a paid plan; iex is one
+    )
+    adjustment: typing.Literal["raw", "split", "dividend", "all"] = (
+        "split"  # alpaca, stocks: what past prices are adjusted for
+    )
+    asset_classes: dict | None = (
+        None  # symbol -> crypto or equity, where its name misleads, such as {BRK-B: equity}
+    )
+    allow_steps: bool | list[str] | dict = (
+        False  # true moves that look like splits, or beyond 50 %: true, dates, or symbol -> dates
+    )
     cache: str = "data/cache"  # alpaca: where downloaded bars are kept
     train_fraction: float = 0.70  # first part of the history
     validation_fraction: float = 0.15  # next part; the rest is the test span
@@ -358,30 +508,48 @@ class DataParameters:
     def __post_init__(self):
         for name in ("asset_classes", "allow_steps"):  # '/' is written '-' in names of symbols
             table = getattr(self, name)
-            if isinstance(table, dict): object.__setattr__(self, name, {str(s).replace("/", "-"): v for s, v in table.items()})
+            if isinstance(table, dict):
+                object.__setattr__(self, name, {str(s).replace("/", "-"): v for s, v in table.items()})
         for symbol, value in (self.asset_classes or {}).items():
-            require(value in ("crypto", "equity"), f"data.asset_classes: expected crypto or equity for {symbol}, was {value!r}")
+            require(
+                value in ("crypto", "equity"),
+                f"data.asset_classes: expected crypto or equity for {symbol}, was {value!r}",
+            )
         steps = self.allow_steps
-        object.__setattr__(self, "allow_steps", {s: _dates(v) for s, v in steps.items()} if isinstance(steps, dict) else _dates(steps))
+        object.__setattr__(
+            self,
+            "allow_steps",
+            {s: _dates(v) for s, v in steps.items()} if isinstance(steps, dict) else _dates(steps),
+        )
         require(self.edge >= 0, f"data.edge: expected 0 or more, was {self.edge}")
-        require(self.price_scale is None or self.price_scale > 0, f"data.price_scale: expected more than 0 or null, was {self.price_scale}")
-        require(0 < self.train_fraction < 1 and 0 < self.validation_fraction < 1 and self.train_fraction + self.validation_fraction < 1,
-                f"data: train_fraction and validation_fraction must be above 0 and leave a share for the test span, were {self.train_fraction} and {self.validation_fraction}")
+        require(
+            self.price_scale is None or self.price_scale > 0,
+            f"data.price_scale: expected more than 0 or null, was {self.price_scale}",
+        )
+        require(
+            0 < self.train_fraction < 1
+            and 0 < self.validation_fraction < 1
+            and self.train_fraction + self.validation_fraction < 1,
+            f"data: train_fraction and validation_fraction must be above 0 and leave a share for the test span, were {self.train_fraction} and {self.validation_fraction}",
+        )
 
 
 @dataclass(frozen=True)
 class FeatureParameters:
     "What the model sees."
+
     version: str = "5.6.0"  # layout of the observation
     window: int = 100  # bars in one observation
 
-    def __post_init__(self): require(self.window >= 1, f"features.window: expected 1 or more bars, was {self.window}")
+    def __post_init__(self):
+        require(self.window >= 1, f"features.window: expected 1 or more bars, was {self.window}")
 
 
 @checked
 @dataclass(frozen=True)
 class AccountConfig:
     "Sizing, protective orders and costs of one account. Prices and costs are in the account's currency."
+
     initial_account_value: float = 1000.0  # cash at the start
     safety_buffer_pct: float = 0.30  # share of the account that is never risked
     base_alloc: float = 0.15  # share of the rest that a full-size order would take
@@ -389,16 +557,23 @@ class AccountConfig:
     stop_pct: float = 0.02  # protective stop, distance from the average entry
     target_pct: float = 0.04  # profit target, distance from the average entry
     allow_short: bool | None = None  # null: equities yes, crypto never
-    minimum_order: float | None = None  # value of the smallest order; null: the broker's, 1 for equities, 10 for crypto
+    minimum_order: float | None = (
+        None  # value of the smallest order; null: the broker's, 1 for equities, 10 for crypto
+    )
     size_decimals: int | None = None  # of a quantity bought; null: the broker's, 9
     costs: typing.Literal["broker", "conservative", "zero"] = "broker"  # preset of the four numbers below
     commission_bps: float | None = None  # of traded value; null: from the preset
     half_spread_bps: float | None = None  # of traded value; null: from the preset
     slippage_bps: float | None = None  # of traded value; null: from the preset
-    impact_coefficient: float | None = None  # of daily volatility × sqrt(share of daily volume); null: from the preset
+    impact_coefficient: float | None = (
+        None  # of daily volatility × sqrt(share of daily volume); null: from the preset
+    )
 
     def __post_init__(self):
-        require(self.initial_account_value > 0, f"account.initial_account_value: expected more than 0, was {self.initial_account_value}")
+        require(
+            self.initial_account_value > 0,
+            f"account.initial_account_value: expected more than 0, was {self.initial_account_value}",
+        )
         for name in ("stop_pct", "target_pct"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"account.{name}: expected a share from 0 to 1, was {value}")
@@ -406,28 +581,51 @@ class AccountConfig:
         for name in ("base_alloc", "max_position_pct"):
             value = getattr(self, name)
             require(0 < value <= 1, f"account.{name}: expected a share above 0, at most 1, was {value}")
-        require(0 <= self.safety_buffer_pct < 1, f"account.safety_buffer_pct: expected a share from 0, below 1, was {self.safety_buffer_pct}")
+        require(
+            0 <= self.safety_buffer_pct < 1,
+            f"account.safety_buffer_pct: expected a share from 0, below 1, was {self.safety_buffer_pct}",
+        )
         for name in ("commission_bps", "half_spread_bps", "slippage_bps"):
             value = getattr(self, name)
-            require(value is None or 0 <= value < 10_000, f"account.{name}: expected 0 or more, below 10000 (all that is traded), was {value}")
-        require(self.impact_coefficient is None or self.impact_coefficient >= 0, f"account.impact_coefficient: expected 0 or more, was {self.impact_coefficient}")
-        require(self.minimum_order is None or self.minimum_order > 0, f"account.minimum_order: expected more than 0, was {self.minimum_order}")
-        require(self.size_decimals is None or 0 <= self.size_decimals <= 12, f"account.size_decimals: expected 0 to 12, was {self.size_decimals}")
+            require(
+                value is None or 0 <= value < 10_000,
+                f"account.{name}: expected 0 or more, below 10000 (all that is traded), was {value}",
+            )
+        require(
+            self.impact_coefficient is None or self.impact_coefficient >= 0,
+            f"account.impact_coefficient: expected 0 or more, was {self.impact_coefficient}",
+        )
+        require(
+            self.minimum_order is None or self.minimum_order > 0,
+            f"account.minimum_order: expected more than 0, was {self.minimum_order}",
+        )
+        require(
+            self.size_decimals is None or 0 <= self.size_decimals <= 12,
+            f"account.size_decimals: expected 0 to 12, was {self.size_decimals}",
+        )
 
 
 @dataclass(frozen=True)
 class EnvParameters:
     "The training environment."
+
     episode_length: int = 256  # bars of one episode
     reward_preset: str = "equity"  # see the env module
-    reward_weights: dict[str, float] | None = None  # component -> weight, in place of the preset's; 0 leaves it out; null: the preset's
+    reward_weights: dict[str, float] | None = (
+        None  # component -> weight, in place of the preset's; 0 leaves it out; null: the preset's
+    )
 
-    def __post_init__(self): require(self.episode_length >= 2, f"env.episode_length: expected 2 or more bars, was {self.episode_length}")
+    def __post_init__(self):
+        require(
+            self.episode_length >= 2,
+            f"env.episode_length: expected 2 or more bars, was {self.episode_length}",
+        )
 
 
 @dataclass(frozen=True)
 class TrainParameters:
     "What to train, for how long. Null: decided by the hardware tier and the mode."
+
     mode: str = "quick_test"  # a key of `modes`
     seed: int = 0  # of weights, episodes and actions
     device: str = "auto"  # auto, cpu, cuda, cuda:1 …
@@ -446,7 +644,9 @@ class TrainParameters:
     critic_epochs: int | None = None  # further passes that train the value alone
     dropout: float | None = None  # gru: in supervised training; PPO never uses it
     learning_rate: float | None = None  # peak of the schedule
-    warmup_fraction: float | None = None  # of the updates, in which it rises from a tenth of its peak; at least one update; 0: none
+    warmup_fraction: float | None = (
+        None  # of the updates, in which it rises from a tenth of its peak; at least one update; 0: none
+    )
     min_lr_fraction: float | None = None  # of its peak, to which it falls in the end
     separate_optimizers: bool | None = None  # one for the value head, one for everything else
     critic_learning_rate: float | None = None  # of the value head, where optimizers are separate
@@ -458,7 +658,9 @@ class TrainParameters:
     value_coefficient: float | None = None  # weight of the value's loss
     max_grad_norm: float | None = None  # of all gradients together
     target_kl: float | None = None  # stop a rollout's epochs beyond it
-    cost_warm_up: float | None = None  # share of the updates over which costs rise from 0 to their full size; 0: full at once
+    cost_warm_up: float | None = (
+        None  # share of the updates over which costs rise from 0 to their full size; 0: full at once
+    )
     amp: bool | None = None  # matrix products in half precision, weights in float32
     amp_dtype: typing.Literal["bf16", "fp16"] | None = None  # which
     compile: bool | None = None  # torch.compile, where it works
@@ -476,40 +678,97 @@ class TrainParameters:
     max_vram_gpu1: float = 20.0  # GB that may be used of each other one
 
     def __post_init__(self):
-        require(self.hidden_dims is None or all(h > 0 for h in self.hidden_dims), f"train.hidden_dims: expected widths above 0 such as [256, 128], was {self.hidden_dims}")
-        above_0 = ("gru_hidden_dim", "n_gru_layers", "total_timesteps", "episodes", "iterations", "n_envs", "n_steps", "minibatch_size", "n_epochs", "learning_rate", "critic_learning_rate", "clip_range", "value_clip_range",
-                   "max_grad_norm", "target_kl", "validation_interval", "keep_checkpoints", "max_drawdown_threshold", "patience", "max_vram_gpu0", "max_vram_gpu1")
-        for names, fits, words in ((above_0, lambda v: v > 0, "more than 0"), (("gamma", "gae_lambda", "cost_warm_up", "warmup_fraction", "min_lr_fraction"), lambda v: 0 <= v <= 1, "0 to 1"),
-                                   (("dropout",), lambda v: 0 <= v < 1, "0 or more and less than 1"),
-                                   (("seed", "critic_epochs", "entropy_coefficient", "value_coefficient", "checkpoint_interval", "drawdown_penalty_weight"), lambda v: v >= 0, "0 or more")):
+        require(
+            self.hidden_dims is None or all(h > 0 for h in self.hidden_dims),
+            f"train.hidden_dims: expected widths above 0 such as [256, 128], was {self.hidden_dims}",
+        )
+        above_0 = (
+            "gru_hidden_dim",
+            "n_gru_layers",
+            "total_timesteps",
+            "episodes",
+            "iterations",
+            "n_envs",
+            "n_steps",
+            "minibatch_size",
+            "n_epochs",
+            "learning_rate",
+            "critic_learning_rate",
+            "clip_range",
+            "value_clip_range",
+            "max_grad_norm",
+            "target_kl",
+            "validation_interval",
+            "keep_checkpoints",
+            "max_drawdown_threshold",
+            "patience",
+            "max_vram_gpu0",
+            "max_vram_gpu1",
+        )
+        for names, fits, words in (
+            (above_0, lambda v: v > 0, "more than 0"),
+            (
+                ("gamma", "gae_lambda", "cost_warm_up", "warmup_fraction", "min_lr_fraction"),
+                lambda v: 0 <= v <= 1,
+                "0 to 1",
+            ),
+            (("dropout",), lambda v: 0 <= v < 1, "0 or more and less than 1"),
+            (
+                (
+                    "seed",
+                    "critic_epochs",
+                    "entropy_coefficient",
+                    "value_coefficient",
+                    "checkpoint_interval",
+                    "drawdown_penalty_weight",
+                ),
+                lambda v: v >= 0,
+                "0 or more",
+            ),
+        ):
             for name in names:
                 value = getattr(self, name)
                 require(value is None or fits(value), f"train.{name}: expected {words}, was {value}")
 
     def overrides(self) -> dict:  # the fields a person has set, by name
         "What overrides the tier and the mode."
-        return {k: v for k, v in asdict(self).items() if v is not None and k not in ("mode", "device", "max_vram_gpu0", "max_vram_gpu1")}
+        return {
+            k: v
+            for k, v in asdict(self).items()
+            if v is not None and k not in ("mode", "device", "max_vram_gpu0", "max_vram_gpu1")
+        }
 
 
 @dataclass(frozen=True)
 class ModeParameters:
     "A mode is only a budget: how long, how often to validate, how often to save."
-    total_timesteps: int | dict[str, int]  # on a GPU, or such a number for each asset class; the cpu tier scales it down and says so
+
+    total_timesteps: (
+        int | dict[str, int]
+    )  # on a GPU, or such a number for each asset class; the cpu tier scales it down and says so
     validation_interval: int  # updates between validations
     checkpoint_interval: int  # updates between numbered checkpoints; 0: none
 
     def __post_init__(self):
-        steps = self.total_timesteps.values() if isinstance(self.total_timesteps, dict) else [self.total_timesteps]
-        require(all(n > 0 for n in steps) and self.validation_interval > 0 and self.checkpoint_interval >= 0,
-                f"modes: expected total_timesteps and validation_interval above 0 and checkpoint_interval 0 or more, was {self}")
+        steps = (
+            self.total_timesteps.values()
+            if isinstance(self.total_timesteps, dict)
+            else [self.total_timesteps]
+        )
+        require(
+            all(n > 0 for n in steps) and self.validation_interval > 0 and self.checkpoint_interval >= 0,
+            f"modes: expected total_timesteps and validation_interval above 0 and checkpoint_interval 0 or more, was {self}",
+        )
 
     def steps(
         self,
         asset_class: str,  # crypto or equity
     ) -> int:
         "The budget for an asset class."
-        if not isinstance(self.total_timesteps, dict): return self.total_timesteps
-        if asset_class not in self.total_timesteps: raise unknown_name("asset class of the mode's total_timesteps", asset_class, self.total_timesteps)
+        if not isinstance(self.total_timesteps, dict):
+            return self.total_timesteps
+        if asset_class not in self.total_timesteps:
+            raise unknown_name("asset class of the mode's total_timesteps", asset_class, self.total_timesteps)
         return self.total_timesteps[asset_class]
 
 
@@ -528,21 +787,31 @@ MODES = {
 @dataclass(frozen=True)
 class BacktestParameters:
     "What the report adds to the agent's own run."
+
     random_policies: int = 1000  # copies of the agent's own actions, shifted in time, that it is ranked among
     probes: bool = True  # ridge regression and gradient boosting on the same features and spans
     seed: int = 0  # of the shifted copies, the probes and the bootstrap
 
-    def __post_init__(self): require(self.random_policies >= 0, f"backtest.random_policies: expected 0 or more, was {self.random_policies}")
+    def __post_init__(self):
+        require(
+            self.random_policies >= 0,
+            f"backtest.random_policies: expected 0 or more, was {self.random_policies}",
+        )
 
 
 @dataclass(frozen=True)
 class WalkForwardParameters:
     "How a history is cut into folds, each with a model of its own."
-    symbols: list[str] | tuple[()] = ()  # those that get a walk-forward; it takes as long as `folds` trainings
+
+    symbols: (
+        list[str] | tuple[()]
+    ) = ()  # those that get a walk-forward; it takes as long as `folds` trainings
     folds: int = 5  # test spans that follow each other
     scheme: typing.Literal["expanding", "rolling"] = "expanding"  # the training span grows, or moves along
     first_train_fraction: float = 0.5  # share of the history before the first test span
-    validation_fraction: float = 0.15  # share of what lies before each test span that chooses the checkpoint, its purge included
+    validation_fraction: float = (
+        0.15  # share of what lies before each test span that chooses the checkpoint, its purge included
+    )
     embargo: int = 0  # bars between spans, beside the window and the reward's horizon
     model: str | None = None  # path of a fixed checkpoint; null: each fold trains its own
 
@@ -550,21 +819,30 @@ class WalkForwardParameters:
         require(self.folds >= 1, f"walk_forward.folds: expected 1 or more, was {self.folds}")
         require(self.embargo >= 0, f"walk_forward.embargo: expected 0 or more bars, was {self.embargo}")
         for name in ("first_train_fraction", "validation_fraction"):
-            require(0 < getattr(self, name) < 1, f"walk_forward.{name}: expected a share between 0 and 1, was {getattr(self, name)}")
+            require(
+                0 < getattr(self, name) < 1,
+                f"walk_forward.{name}: expected a share between 0 and 1, was {getattr(self, name)}",
+            )
 
 
 @dataclass(frozen=True)
 class SeedsParameters:
     "A study of several seeds: what is the idea, and what is the seed."
+
     symbols: list[str] | tuple[()] = ()  # those that get one
     count: int = 8  # trained at once, from `train.seed` on
 
-    def __post_init__(self): require(self.count >= 2, f"seeds.count: expected 2 or more, was {self.count}; one seed is what the train stage trains")
+    def __post_init__(self):
+        require(
+            self.count >= 2,
+            f"seeds.count: expected 2 or more, was {self.count}; one seed is what the train stage trains",
+        )
 
 # %% ../nbs/00_base/00_config.ipynb #b6d4e1a5
 @dataclass(frozen=True)
 class Parameters:
     "The whole of params.yaml."
+
     symbols: list[str] = field(default_factory=lambda: ["SIM-USD"])  # '-' for '/': names are used in paths
     data: DataParameters = DataParameters()
     features: FeatureParameters = FeatureParameters()
@@ -589,8 +867,15 @@ class Parameters:
         "The symbol, if params.yaml lists it."
         symbol = path_symbol(symbol, where)
         near = [s for s in self.symbols if s.lower() == symbol.lower()]
-        require(symbol in self.symbols, f"{where}: '{symbol}' is not among the symbols of params.yaml ({', '.join(self.symbols)}); "
-                + (f"write {near[0]}" if near else f"add it there: symbols: [{', '.join([*self.symbols[:3], symbol])}]"))
+        require(
+            symbol in self.symbols,
+            f"{where}: '{symbol}' is not among the symbols of params.yaml ({', '.join(self.symbols)}); "
+            + (
+                f"write {near[0]}"
+                if near
+                else f"add it there: symbols: [{', '.join([*self.symbols[:3], symbol])}]"
+            ),
+        )
         return symbol
 
 
@@ -602,20 +887,40 @@ def parse_parameters(
     where: str = "params.yaml",  # for messages
 ) -> Parameters:
     "Check a whole parameter document; the first mistake is raised as an `InputError`."
-    require(isinstance(document, dict), f"{where}: expected sections such as data, train and modes, was {type(document).__name__}")
+    require(
+        isinstance(document, dict),
+        f"{where}: expected sections such as data, train and modes, was {type(document).__name__}",
+    )
     known = [f.name for f in fields(Parameters)]
     for name in document:
-        if name not in known: raise unknown_name(where, name, known)
+        if name not in known:
+            raise unknown_name(where, name, known)
     sections = {name: typed(cls, document.get(name), name) for name, cls in _SECTIONS.items()}
-    require(isinstance(document.get("modes") or {}, dict), f"modes: expected a table of names and budgets, was {_shown(document.get('modes'))}")
-    modes = MODES | {str(name): typed(ModeParameters, m, f"modes.{name}") for name, m in (document.get("modes") or {}).items()}
+    require(
+        isinstance(document.get("modes") or {}, dict),
+        f"modes: expected a table of names and budgets, was {_shown(document.get('modes'))}",
+    )
+    modes = MODES | {
+        str(name): typed(ModeParameters, m, f"modes.{name}")
+        for name, m in (document.get("modes") or {}).items()
+    }
     symbols = document.get("symbols", ["SIM-USD"])
-    try: symbols = _convert(list[str], symbols)
-    except _MISFITS: raise InputError(f"symbols: expected a list such as [BTC-USD, SPY], was {_shown(symbols)}") from None
-    require(_is_symbol(sections["data"].timeframe), f"data.timeframe: expected a length such as 15Min, was {_shown(sections['data'].timeframe)}")
-    for where, names in (("symbols", symbols), *((f"{s}.symbols", sections[s].symbols) for s in ("walk_forward", "seeds"))): check_symbols(names, where)
+    try:
+        symbols = _convert(list[str], symbols)
+    except _MISFITS:
+        raise InputError(f"symbols: expected a list such as [BTC-USD, SPY], was {_shown(symbols)}") from None
+    require(
+        _is_symbol(sections["data"].timeframe),
+        f"data.timeframe: expected a length such as 15Min, was {_shown(sections['data'].timeframe)}",
+    )
+    for where, names in (
+        ("symbols", symbols),
+        *((f"{s}.symbols", sections[s].symbols) for s in ("walk_forward", "seeds")),
+    ):
+        check_symbols(names, where)
     p = Parameters(symbols=symbols, modes=modes, **sections)
-    if p.train.mode not in modes: raise unknown_name("train.mode", p.train.mode, modes)
+    if p.train.mode not in modes:
+        raise unknown_name("train.mode", p.train.mode, modes)
     return p
 
 # %% ../nbs/00_base/00_config.ipynb #cd7dc8ab
@@ -623,10 +928,13 @@ def project_root(
     start: str | Path = ".",  # where to look from
 ) -> Path:  # the folder that holds params.yaml and settings.ini
     "The nearest folder upwards that is a trading_lib project."
-    try: start = Path(start).resolve()
-    except FileNotFoundError: raise InputError("the folder that this runs in has been removed; change into the project") from None
+    try:
+        start = Path(start).resolve()
+    except FileNotFoundError:
+        raise InputError("the folder that this runs in has been removed; change into the project") from None
     for folder in [start, *start.parents]:
-        if (folder / "params.yaml").exists() and (folder / "settings.ini").exists(): return folder
+        if (folder / "params.yaml").exists() and (folder / "settings.ini").exists():
+            return folder
     raise InputError(f"no params.yaml beside a settings.ini in {start} or above; run this inside the project")
 
 
@@ -634,8 +942,10 @@ def home_path(
     text: str | Path,  # as a person wrote it
 ) -> Path:
     "The path with the home folder for ~, which a shell leaves in `--out=~/x` and in files."
-    try: return Path(text).expanduser()
-    except RuntimeError: raise InputError(f"{text}: there is no such home folder; write the whole path") from None
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise InputError(f"{text}: there is no such home folder; write the whole path") from None
 
 
 def project_path(
@@ -661,16 +971,26 @@ def load_parameters(
     path = parameters_path() if path is None else Path(path)
     require(path.exists(), f"{path}: no such file; give the path of a params.yaml")
     document = parse_yaml(read_text(path), path.name)
-    if document is None: document = {}
-    require(isinstance(document, dict), f"{path.name}: expected sections such as data, train and modes, was {type(document).__name__}")
+    if document is None:
+        document = {}
+    require(
+        isinstance(document, dict),
+        f"{path.name}: expected sections such as data, train and modes, was {type(document).__name__}",
+    )
     for name, value in overrides.items():
-        if value is None: continue
+        if value is None:
+            continue
         section, _, key = name.partition(".")
         if key:
-            if document.get(section) is None: document[section] = {}
-            require(isinstance(document[section], dict), f"{section}: expected a table, was {_shown(document[section])}")
+            if document.get(section) is None:
+                document[section] = {}
+            require(
+                isinstance(document[section], dict),
+                f"{section}: expected a table, was {_shown(document[section])}",
+            )
             document[section][key] = value
-        else: document[section] = value
+        else:
+            document[section] = value
     return parse_parameters(document, path.name)
 
 # %% ../nbs/00_base/00_config.ipynb #72ba142f
@@ -689,7 +1009,10 @@ def check_notebook_parameters(
     shell = ("In", "Out")  # the notebook's own history
     before, nothing = _before_the_notebook(), object()
     for name, value in namespace.items():
-        if name.startswith("_") or name in shell or name in known or before.get(name, nothing) is value: continue
-        if isinstance(value, plain): raise unknown_name("notebook parameters", name, known)
-    for name in known: require(name in namespace, f"notebook parameters: '{name}' is missing from the parameters cell")
+        if name.startswith("_") or name in shell or name in known or before.get(name, nothing) is value:
+            continue
+        if isinstance(value, plain):
+            raise unknown_name("notebook parameters", name, known)
+    for name in known:
+        require(name in namespace, f"notebook parameters: '{name}' is missing from the parameters cell")
     return {name: namespace[name] for name in known}

@@ -21,7 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .account import AccountConfig, AccountRules, AccountState, Fills, NextBar, account_columns, account_rules, account_step
+from trading_lib.account import (
+    AccountConfig,
+    AccountRules,
+    AccountState,
+    Fills,
+    NextBar,
+    account_columns,
+    account_rules,
+    account_step,
+)
 from .config import InputError, checked, require, unknown_name
 from .files import atomic_write
 from .market.layouts import LAYOUTS
@@ -29,12 +38,19 @@ from .version import MODEL_SPECS, action_table
 
 # %% ../nbs/03_env/04_env.ipynb #dd75237f
 _MOST_TIMES = 480_000_000  # bytes of times, eight for each bar: more than a hundred years of minutes
-_KINDS = {"timestamp": np.int64, "segment": np.int64, "features": np.float32, "can_decide": np.bool_, "can_fill": np.bool_}  # of the stored arrays; the others are float64
+_KINDS = {
+    "timestamp": np.int64,
+    "segment": np.int64,
+    "features": np.float32,
+    "can_decide": np.bool_,
+    "can_fill": np.bool_,
+}  # of the stored arrays; the others are float64
 
 
 @dataclass(frozen=True)
 class MarketData:
     "One symbol's history and feature table; T bars, M market columns."
+
     symbol: str
     timeframe: str
     asset_class: str
@@ -55,11 +71,17 @@ class MarketData:
     stop: int = -1  # no fill, mark or reward reaches this bar; -1: the end
 
     def __post_init__(self):
-        if self.stop == -1: object.__setattr__(self, "stop", len(self.timestamp))
+        if self.stop == -1:
+            object.__setattr__(self, "stop", len(self.timestamp))
         layout = layout_of(self.version)
-        require(self.features.shape == (len(self.timestamp), len(layout.market_columns)),
-                f"market data: expected features of shape {(len(self.timestamp), len(layout.market_columns))} for layout {self.version}, was {self.features.shape}")
-        require(0 <= self.start < self.stop <= len(self.timestamp), f"market data: expected a span inside 0..{len(self.timestamp)}, was {self.start}..{self.stop}")
+        require(
+            self.features.shape == (len(self.timestamp), len(layout.market_columns)),
+            f"market data: expected features of shape {(len(self.timestamp), len(layout.market_columns))} for layout {self.version}, was {self.features.shape}",
+        )
+        require(
+            0 <= self.start < self.stop <= len(self.timestamp),
+            f"market data: expected a span inside 0..{len(self.timestamp)}, was {self.start}..{self.stop}",
+        )
 
     @property
     def has_volume(self) -> bool:
@@ -75,7 +97,9 @@ class MarketData:
         arrays = {f.name: getattr(self, f.name) for f in fields(self) if f.type == np.ndarray}
         rest = {f.name: getattr(self, f.name) for f in fields(self) if f.type != np.ndarray}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, meta=np.frombuffer(json.dumps(rest, sort_keys=True).encode(), dtype=np.uint8), **arrays)
+        np.savez_compressed(
+            buffer, meta=np.frombuffer(json.dumps(rest, sort_keys=True).encode(), dtype=np.uint8), **arrays
+        )
         return atomic_write(path, buffer.getvalue())
 
     @classmethod
@@ -83,14 +107,25 @@ class MarketData:
         "Read what `save` wrote; nothing in the file is executed."
         require(Path(path).is_file(), f"{path}: no such file; run the prepare stage, or `MarketData.save`")
         try:
-            with zipfile.ZipFile(path) as archive: sizes = {i.filename: i.file_size for i in archive.infolist()}
+            with zipfile.ZipFile(path) as archive:
+                sizes = {i.filename: i.file_size for i in archive.infolist()}
             bars = sizes["timestamp.npy"]  # eight bytes each
-            require(bars <= _MOST_TIMES and sum(sizes.values()) <= 64 * bars + sizes["meta.npy"] and sizes["meta.npy"] <= _MOST_TIMES, "unpacks to more than its bars need")
-            with np.load(path, allow_pickle=False) as file: arrays = {name: file[name] for name in file.files}
+            require(
+                bars <= _MOST_TIMES
+                and sum(sizes.values()) <= 64 * bars + sizes["meta.npy"]
+                and sizes["meta.npy"] <= _MOST_TIMES,
+                "unpacks to more than its bars need",
+            )
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
             market = cls(**json.loads(arrays.pop("meta").tobytes()), **arrays)
             market._check()
-        except InputError as e: raise InputError(f"{path}: {e}; run the prepare stage again") from None
-        except Exception as e: raise InputError(f"{path}: is not a market data file ({type(e).__name__}); run the prepare stage again") from None
+        except InputError as e:
+            raise InputError(f"{path}: {e}; run the prepare stage again") from None
+        except Exception as e:
+            raise InputError(
+                f"{path}: is not a market data file ({type(e).__name__}); run the prepare stage again"
+            ) from None
         return market
 
     def _check(self):
@@ -100,18 +135,32 @@ class MarketData:
         for f in fields(self):
             value = getattr(self, f.name)
             if f.type != np.ndarray:
-                require(type(value) is f.type, f"{f.name} is {type(value).__name__}, expected {f.type.__name__}")
+                require(
+                    type(value) is f.type, f"{f.name} is {type(value).__name__}, expected {f.type.__name__}"
+                )
                 continue
             kind = _KINDS.get(f.name, np.float64)
-            require(value.dtype == kind and value.shape == shapes.get(f.name, (n,)), f"{f.name} holds {value.dtype} of shape {value.shape}, expected {np.dtype(kind)} of {shapes.get(f.name, (n,))}")
-        require(self.asset_class in ("crypto", "equity") and self.window >= 1, f"is of {self.asset_class!r} with a window of {self.window}")
+            require(
+                value.dtype == kind and value.shape == shapes.get(f.name, (n,)),
+                f"{f.name} holds {value.dtype} of shape {value.shape}, expected {np.dtype(kind)} of {shapes.get(f.name, (n,))}",
+            )
+        require(
+            self.asset_class in ("crypto", "equity") and self.window >= 1,
+            f"is of {self.asset_class!r} with a window of {self.window}",
+        )
         require(bool((np.diff(self.timestamp) > 0).all()), "its times are not in order")
-        require(bool(np.isfinite(self.prices).all() and (self.prices[:4] > 0).all() and (self.prices[4] >= 0).all()), "a price or a volume is no number above zero")
+        require(
+            bool(
+                np.isfinite(self.prices).all() and (self.prices[:4] > 0).all() and (self.prices[4] >= 0).all()
+            ),
+            "a price or a volume is no number above zero",
+        )
 
 
 def layout_of(version: str):  # the Layout
     "The layout of a version, or an error that names the nearest."
-    if version not in LAYOUTS: raise unknown_name("features.version", version, LAYOUTS)
+    if version not in LAYOUTS:
+        raise unknown_name("features.version", version, LAYOUTS)
     return LAYOUTS[version]
 
 
@@ -128,19 +177,23 @@ def split_bounds(
 _LIQUIDITY_DAYS = 5  # days over which daily volatility and volume are averaged for the impact of an order
 
 
-_LARGEST_TURNOVER = 1e100  # of a bar: more than any market trades; a product of numbers without sense stays a number
+_LARGEST_TURNOVER = (
+    1e100  # of a bar: more than any market trades; a product of numbers without sense stays a number
+)
 
 
 def _trailing_mean(values: np.ndarray, segment_start: np.ndarray, length: int) -> np.ndarray:
     "Mean over the last `length` bars of the same segment, of as many as there are. Sums are added up block by block and never subtracted: one huge value would leave nothing of the others."
     out = np.empty(len(values))
     for start in np.unique(segment_start):
-        own = values[start:np.searchsorted(segment_start, start, side="right")]
+        own = values[start : np.searchsorted(segment_start, start, side="right")]
         n, blocks = len(own), -(-len(own) // length)
         table = np.pad(own, (0, blocks * length - n)).reshape(blocks, length)
         here, behind = np.cumsum(table, 1), np.zeros_like(table)
-        behind[1:, :-1] = np.cumsum(table[:-1, ::-1], 1)[:, -2::-1]  # what the window still holds of the block before
-        out[start:start + n] = (here + behind).ravel()[:n] / np.minimum(np.arange(n) + 1, length)
+        behind[1:, :-1] = np.cumsum(table[:-1, ::-1], 1)[
+            :, -2::-1
+        ]  # what the window still holds of the block before
+        out[start : start + n] = (here + behind).ravel()[:n] / np.minimum(np.arange(n) + 1, length)
     return out
 
 
@@ -164,26 +217,50 @@ def market_data(
     warm_up = max(layout.min_history, window)
     can_decide = rows - segment_start >= warm_up
     longest = int((rows - segment_start).max()) + 1
-    smaller = f", or a features.window of at most {longest - 1}" if longest > layout.min_history else ""  # below the warm-up a smaller one does not help
-    require(can_decide.any(), f"{symbol or 'bars'}: {n} bars, the longest stretch without a gap has {longest}; a window of {window} and the warm-up of "
-                              f"layout {version} need more than {warm_up}; use more history or a shorter bar{smaller}")
-    follows = np.append(clock.segment[1:] == clock.segment[:-1], False)  # the next bar belongs to the same stretch
+    smaller = (
+        f", or a features.window of at most {longest - 1}" if longest > layout.min_history else ""
+    )  # below the warm-up a smaller one does not help
+    require(
+        can_decide.any(),
+        f"{symbol or 'bars'}: {n} bars, the longest stretch without a gap has {longest}; a window of {window} and the warm-up of "
+        f"layout {version} need more than {warm_up}; use more history or a shorter bar{smaller}",
+    )
+    follows = np.append(
+        clock.segment[1:] == clock.segment[:-1], False
+    )  # the next bar belongs to the same stretch
     daily = timeframe_seconds(timeframe) >= 86_400
-    same_session = np.ones(n, bool) if asset_class == "crypto" or daily else np.append(clock.session[1:] == clock.session[:-1], False)
+    same_session = (
+        np.ones(n, bool)
+        if asset_class == "crypto" or daily
+        else np.append(clock.session[1:] == clock.session[:-1], False)
+    )
     close, volume = bars["close"].to_numpy(), bars["volume"].to_numpy()
     returns = np.where(rows > segment_start, close / np.concatenate([close[:1], close[:-1]]) - 1, 0.0)
     session_seconds = 86_400 if asset_class == "crypto" else 23_400  # 09:30 to 16:00
     per_day = max(1, round(session_seconds / timeframe_seconds(timeframe)))
     lookback = max(20, _LIQUIDITY_DAYS * per_day)
-    with np.errstate(over="ignore"): turnover = np.minimum(close * volume, _LARGEST_TURNOVER)
+    with np.errstate(over="ignore"):
+        turnover = np.minimum(close * volume, _LARGEST_TURNOVER)
     return MarketData(
-        symbol=symbol, timeframe=timeframe, asset_class=asset_class, version=version, window=window,
-        timestamp=clock.start.astype(np.int64), features=table[list(layout.market_columns)].to_numpy(np.float32),
+        symbol=symbol,
+        timeframe=timeframe,
+        asset_class=asset_class,
+        version=version,
+        window=window,
+        timestamp=clock.start.astype(np.int64),
+        features=table[list(layout.market_columns)].to_numpy(np.float32),
         prices=np.ascontiguousarray(bars[["open", "high", "low", "close", "volume"]].to_numpy(np.float64).T),
         volatility=table["volatility"].to_numpy(np.float64),
-        daily_volatility=np.sqrt(np.maximum(_trailing_mean(returns**2, segment_start, lookback), 0) * per_day),
+        daily_volatility=np.sqrt(
+            np.maximum(_trailing_mean(returns**2, segment_start, lookback), 0) * per_day
+        ),
         daily_dollar_volume=_trailing_mean(turnover, segment_start, lookback) * per_day,
-        segment=clock.segment, can_decide=can_decide, can_fill=follows & same_session, fit=fit.to_state(), fingerprint=fingerprint(bars))
+        segment=clock.segment,
+        can_decide=can_decide,
+        can_fill=follows & same_session,
+        fit=fit.to_state(),
+        fingerprint=fingerprint(bars),
+    )
 
 # %% ../nbs/03_env/04_env.ipynb #2da12284
 def bar_table(
@@ -208,25 +285,32 @@ def next_bar(
 def decision_span(
     market: MarketData,  # bounded to a span
     horizon: int = 1,  # bars after a decision that must lie inside
-) -> tuple[np.ndarray, np.ndarray]:  # (T,) bool: a decision may be made here; (T,) int: the last bar at which one may be, before the next gap or the end
+) -> tuple[
+    np.ndarray, np.ndarray
+]:  # (T,) bool: a decision may be made here; (T,) int: the last bar at which one may be, before the next gap or the end
     "Where decisions may be made."
     rows = np.arange(len(market.timestamp))
     # last bar of each bar's stretch inside the span, from the right
     border = np.append(market.segment[1:] != market.segment[:-1], True) | (rows == market.stop - 1)
     last_decision = np.minimum.accumulate(np.where(border, rows, len(rows))[::-1])[::-1] - horizon
     usable = market.can_decide & (rows >= market.start) & (rows < market.stop) & (rows <= last_decision)
-    require(usable.any(), f"{market.symbol or 'bars'}: no decision can be made in bars {market.start}..{market.stop - 1}: they are warm-up, or the span is shorter than the reward horizon of {horizon}; use more history")
+    require(
+        usable.any(),
+        f"{market.symbol or 'bars'}: no decision can be made in bars {market.start}..{market.stop - 1}: they are warm-up, or the span is shorter than the reward horizon of {horizon}; use more history",
+    )
     return usable, last_decision
 
 # %% ../nbs/03_env/04_env.ipynb #8194d131
 class Obs(NamedTuple):
     "An observation of n accounts."
+
     index: Tensor | None  # (n,) int64 rows of the observation table; None where there is no table
     dense: Tensor  # (n, D) float32 columns of each account's own
 
 
 class ColumnOrder(NamedTuple):
     "The order in which an observation's columns are read: windowed ones, then broadcast ones of the market, then the account's."
+
     windowed: tuple[str, ...]
     broadcast: tuple[str, ...]
     windowed_places: tuple[int, ...]  # in the layout
@@ -239,16 +323,26 @@ def column_order(
 ) -> ColumnOrder:
     "How windows are taken apart and put together."
     layout = layout_of(version)
-    place, is_windowed = {name: i for i, name in enumerate(layout.columns)}, dict(zip(layout.columns, layout.windowed))
+    place, is_windowed = (
+        {name: i for i, name in enumerate(layout.columns)},
+        dict(zip(layout.columns, layout.windowed)),
+    )
     windowed = tuple(c for c in layout.market_columns if is_windowed[c])
     broadcast = tuple(c for c in layout.market_columns if not is_windowed[c]) + tuple(layout.account_columns)
-    return ColumnOrder(windowed, broadcast, tuple(place[c] for c in windowed), tuple(place[c] for c in broadcast), len(layout.account_columns))
+    return ColumnOrder(
+        windowed,
+        broadcast,
+        tuple(place[c] for c in windowed),
+        tuple(place[c] for c in broadcast),
+        len(layout.account_columns),
+    )
 
 
 class ObservationTable:
     "The feature table on a device, and the ways to read it."
 
-    def __init__(self,
+    def __init__(
+        self,
         features: np.ndarray | Tensor,  # (T, M) float32, the layout's market columns
         version: str,  # layout
         window: int,  # bars in one observation
@@ -257,25 +351,36 @@ class ObservationTable:
         layout, order = layout_of(version), column_order(version)
         self.window, self.n_features, self.n_account = window, layout.n_features, order.n_account
         # a copy: numpy's array may be read-only
-        self.features = (features if torch.is_tensor(features) else torch.tensor(np.asarray(features))).to(device=device, dtype=torch.float32)
+        self.features = (features if torch.is_tensor(features) else torch.tensor(np.asarray(features))).to(
+            device=device, dtype=torch.float32
+        )
         self._places = order.windowed_places
-        self.windowed, self.broadcast = (torch.tensor(places, device=device) for places in (order.windowed_places, order.broadcast_places))
+        self.windowed, self.broadcast = (
+            torch.tensor(places, device=device) for places in (order.windowed_places, order.broadcast_places)
+        )
         at = {name: i for i, name in enumerate(layout.market_columns)}
         self._windowed_rows = self.features[:, [at[c] for c in order.windowed]].contiguous()
         self._broadcast_rows = self.features[:, [at[c] for c in order.broadcast if c in at]].contiguous()
 
-    def parts(self, obs: Obs) -> tuple[Tensor, Tensor]:  # (n, window, windowed columns), (n, broadcast columns)
+    def parts(
+        self, obs: Obs
+    ) -> tuple[Tensor, Tensor]:  # (n, window, windowed columns), (n, broadcast columns)
         "Windows of the windowed columns, oldest bar first, and the broadcast columns once."
         k, w, rows = self._windowed_rows.shape[1], self.window, self.folded(obs)
-        return rows[:, :w * k].view(-1, w, k), rows[:, w * k:]
+        return rows[:, : w * k].view(-1, w, k), rows[:, w * k :]
 
     def folded(self, obs: Obs) -> Tensor:  # (n, window × windowed columns + broadcast columns)
         "The parts side by side."
         k, w = self._windowed_rows.shape[1], self.window
-        windows = self._windowed_rows.as_strided((max(len(self._windowed_rows) - w + 1, 0), w * k), (k, 1))  # a window is a run of numbers in the table
-        out, market = windows.new_empty(len(obs.index), w * k + self._broadcast_rows.shape[1] + self.n_account), w * k + self._broadcast_rows.shape[1]
-        torch.index_select(windows, 0, obs.index - (w - 1), out=out[:, :w * k])
-        torch.index_select(self._broadcast_rows, 0, obs.index, out=out[:, w * k:market])
+        windows = self._windowed_rows.as_strided(
+            (max(len(self._windowed_rows) - w + 1, 0), w * k), (k, 1)
+        )  # a window is a run of numbers in the table
+        out, market = (
+            windows.new_empty(len(obs.index), w * k + self._broadcast_rows.shape[1] + self.n_account),
+            w * k + self._broadcast_rows.shape[1],
+        )
+        torch.index_select(windows, 0, obs.index - (w - 1), out=out[:, : w * k])
+        torch.index_select(self._broadcast_rows, 0, obs.index, out=out[:, w * k : market])
         out[:, market:] = obs.dense
         return out
 
@@ -285,13 +390,31 @@ class ObservationTable:
         row = broadcast.new_empty(len(broadcast), self.n_features)
         row[:, self.broadcast] = broadcast
         out = row[:, None, :].repeat(1, self.window, 1)  # whole rows are copied much faster than columns
-        for place, column in zip(self._places, windowed.unbind(2)): out[:, :, place] = column
+        for place, column in zip(self._places, windowed.unbind(2)):
+            out[:, :, place] = column
         return out.flatten(1)
 
 # %% ../nbs/03_env/04_env.ipynb #4f66ed4f
 _REWARD_PRESETS = {
-    "v2.4.5": dict(horizon=4, threshold=0.0, weights=dict(direction=0.35, magnitude=0.10, pnl=0.25, stop_tp=0.15, exploration=0.10, drawdown=0.05)),
-    "v2.5.0": dict(horizon=4, threshold=0.003, weights=dict(direction=0.40, magnitude=0.05, pnl=0.25, stop_tp=0.10, exploration=0.15, drawdown=0.03, costs=0.02, incentive=0.02)),
+    "v2.4.5": dict(
+        horizon=4,
+        threshold=0.0,
+        weights=dict(direction=0.35, magnitude=0.10, pnl=0.25, stop_tp=0.15, exploration=0.10, drawdown=0.05),
+    ),
+    "v2.5.0": dict(
+        horizon=4,
+        threshold=0.003,
+        weights=dict(
+            direction=0.40,
+            magnitude=0.05,
+            pnl=0.25,
+            stop_tp=0.10,
+            exploration=0.15,
+            drawdown=0.03,
+            costs=0.02,
+            incentive=0.02,
+        ),
+    ),
     "equity": dict(horizon=1, threshold=0.0, weights=dict(equity=1.0)),
     "differential_sharpe": dict(horizon=1, threshold=0.0, weights=dict(differential_sharpe=1.0)),
 }
@@ -307,6 +430,7 @@ _MINIMUM_VOLATILITY = 1e-5  # of one bar; a market that stands still must not di
 @dataclass(frozen=True)
 class RewardPreset:
     "One row of the table, for one layout and one cost schedule."
+
     horizon: int  # bars of forward return
     threshold: float  # forward moves below it have no direction
     weights: dict  # component -> weight, none of them 0
@@ -316,22 +440,31 @@ def reward_preset(
     name: str,  # v2.4.5, v2.5.0, equity or differential_sharpe
     version: str,  # layout
     rules: AccountRules,
-    own_weights: dict[str, float] | None = None,  # component -> weight, in place of the preset's; 0 leaves it out
+    own_weights: dict[str, float]
+    | None = None,  # component -> weight, in place of the preset's; 0 leaves it out
 ) -> RewardPreset:
     "The preset; a direction must pay at least the round trip, and a policy that does not see its drawdown gets a clearer penalty."
-    if name not in _REWARD_PRESETS: raise unknown_name("env.reward_preset", name, _REWARD_PRESETS)
+    if name not in _REWARD_PRESETS:
+        raise unknown_name("env.reward_preset", name, _REWARD_PRESETS)
     row = _REWARD_PRESETS[name]
     weights = dict(row["weights"])
-    if "drawdown" in weights and not layout_of(version).account_columns: weights["drawdown"] = _BLIND_DRAWDOWN_WEIGHT
+    if "drawdown" in weights and not layout_of(version).account_columns:
+        weights["drawdown"] = _BLIND_DRAWDOWN_WEIGHT
     for component in own_weights or {}:
-        if component not in REWARD_COMPONENTS: raise unknown_name("env.reward_weights", component, REWARD_COMPONENTS)
-    weights = {component: weight for component, weight in (weights | (own_weights or {})).items() if weight != 0}
-    require(bool(weights), f"env.reward_weights: every component of {name} is left out; give one of them a weight")
+        if component not in REWARD_COMPONENTS:
+            raise unknown_name("env.reward_weights", component, REWARD_COMPONENTS)
+    weights = {
+        component: weight for component, weight in (weights | (own_weights or {})).items() if weight != 0
+    }
+    require(
+        bool(weights), f"env.reward_weights: every component of {name} is left out; give one of them a weight"
+    )
     return RewardPreset(row["horizon"], max(row["threshold"], rules.round_trip), weights)
 
 
 class StepFacts(NamedTuple):
     "What the reward components read; tensors of shape (n,)."
+
     direction: Tensor  # of the order that was placed; 0 for none and for CLOSE
     forward_return: Tensor  # from the fill's open to the close `horizon` bars after the decision
     forward_direction: Tensor  # its sign; 0 where it does not pass the threshold
@@ -342,20 +475,28 @@ class StepFacts(NamedTuple):
     fills: NamedTuple
     asked: Tensor  # bool: the action asks for an order
     action_share: Tensor  # share of the taken action among the account's recent ones
-    full_move: float  # a typical bar's return of an account that holds all it may: the unit of the equity reward
+    full_move: (
+        float  # a typical bar's return of an account that holds all it may: the unit of the equity reward
+    )
     mean_return: Tensor  # moving average of account returns
     mean_square: Tensor  # moving average of their squares
 
 
-def _direction(s): return s.direction * s.forward_direction
-def _in_volatility(s, share): return (share / s.volatility).clamp(-1, 1)
+def _direction(s):
+    return s.direction * s.forward_direction
+
+
+def _in_volatility(s, share):
+    return (share / s.volatility).clamp(-1, 1)
 
 
 def _differential_sharpe(s):
     "Moody and Saffell 1998, 'Reinforcement learning for trading', equation 8."
     r = s.after.equity / s.before.equity - 1
     variance = s.mean_square - s.mean_return**2
-    value = (s.mean_square * (r - s.mean_return) - 0.5 * s.mean_return * (r**2 - s.mean_square)) / variance.clamp(min=1e-12) ** 1.5
+    value = (
+        s.mean_square * (r - s.mean_return) - 0.5 * s.mean_return * (r**2 - s.mean_square)
+    ) / variance.clamp(min=1e-12) ** 1.5
     return torch.where(variance > 1e-12, value, 0.0).clamp(-_LARGEST, _LARGEST)
 
 
@@ -368,7 +509,9 @@ REWARD_COMPONENTS = {
     "drawdown": lambda s: (-10 * (s.after.drawdown - _DRAWDOWN_LIMIT).clamp(min=0) ** 2).clamp(min=-1),
     "costs": lambda s: _in_volatility(s, -s.fills.costs / s.before.equity),
     "incentive": lambda s: (s.fills.quantity != 0).double(),
-    "equity": lambda s: (torch.log((s.after.equity / s.before.equity).clamp(min=1e-6)) / s.full_move).clamp(-_LARGEST, _LARGEST),
+    "equity": lambda s: (torch.log((s.after.equity / s.before.equity).clamp(min=1e-6)) / s.full_move).clamp(
+        -_LARGEST, _LARGEST
+    ),
     "differential_sharpe": _differential_sharpe,
 }
 
@@ -377,6 +520,7 @@ REWARD_COMPONENTS = {
 @dataclass(frozen=True)
 class GPUEnvConfig:
     "Settings of `GPUVectorizedTradingEnv`."
+
     n_envs: int = 64  # accounts stepped together
     version: str = "5.6.0"  # layout of the observation
     window: int = 100  # bars in one observation
@@ -384,19 +528,27 @@ class GPUEnvConfig:
     asset_class: str = "crypto"  # crypto or equity
     episode_length: int = 256  # bars of one episode
     reward_preset: str = "v2.4.5"
-    reward_weights: dict[str, float] | None = None  # component -> weight, in place of the preset's; 0 leaves it out
+    reward_weights: dict[str, float] | None = (
+        None  # component -> weight, in place of the preset's; 0 leaves it out
+    )
     account: AccountConfig = AccountConfig()
-    observations: Literal["windows", "indices"] = "windows"  # what reset and step return: (n_envs, obs_dim), or Obs
+    observations: Literal["windows", "indices"] = (
+        "windows"  # what reset and step return: (n_envs, obs_dim), or Obs
+    )
 
     def __post_init__(self):
         require(self.n_envs >= 1, f"GPUEnvConfig.n_envs: expected 1 or more, was {self.n_envs}")
         require(self.window >= 1, f"GPUEnvConfig.window: expected 1 or more bars, was {self.window}")
-        require(self.episode_length >= 1, f"GPUEnvConfig.episode_length: expected 1 or more bars, was {self.episode_length}")
+        require(
+            self.episode_length >= 1,
+            f"GPUEnvConfig.episode_length: expected 1 or more bars, was {self.episode_length}",
+        )
         layout_of(self.version)
 
 # %% ../nbs/03_env/04_env.ipynb #d65a6d21
 class Moved(NamedTuple):
     "Accounts one bar later, before any restart; tensors of shape (n,)."
+
     bar: Tensor
     account: AccountState
     fills: Fills
@@ -422,46 +574,119 @@ def begun_afresh(
     mean_square: Tensor,
 ) -> tuple[AccountState, Tensor, Tensor, Tensor]:
     "What a new episode makes of an account and its averages."
-    if renew is None: return account, tally, mean_return, mean_square
-    return account.where(renew, fresh), torch.where(renew, 0, tally), torch.where(renew, 0.0, mean_return), torch.where(renew, 0.0, mean_square)
+    if renew is None:
+        return account, tally, mean_return, mean_square
+    return (
+        account.where(renew, fresh),
+        torch.where(renew, 0, tally),
+        torch.where(renew, 0.0, mean_return),
+        torch.where(renew, 0.0, mean_square),
+    )
 
 
 def step_function(
     env,  # GPUVectorizedTradingEnv
 ):  # a pure function: one bar for every account
     "The function that moves accounts, with the environment's settings as constants."
-    components, weights = [REWARD_COMPONENTS[name] for name in env.reward_names], list(env.reward.weights.values())
-    sharpe, full_move, own_columns = "differential_sharpe" in env.reward_names, env._full_move, env._own_columns if env.layout.account_columns else None
+    components, weights = (
+        [REWARD_COMPONENTS[name] for name in env.reward_names],
+        list(env.reward.weights.values()),
+    )
+    sharpe, full_move, own_columns = (
+        "differential_sharpe" in env.reward_names,
+        env._full_move,
+        env._own_columns if env.layout.account_columns else None,
+    )
 
-    def advance(market, meanings, rules, actions, before, renew, fresh, bar, end, first, tally, oldest, mean_return, mean_square) -> Moved:
-        before, tally, mean_return, mean_square = begun_afresh(renew, fresh, before, tally, mean_return, mean_square)
-        row, (direction, size, is_close) = market.index_select(0, bar).unbind(1), (column.index_select(0, actions) for column in meanings)
+    def advance(
+        market,
+        meanings,
+        rules,
+        actions,
+        before,
+        renew,
+        fresh,
+        bar,
+        end,
+        first,
+        tally,
+        oldest,
+        mean_return,
+        mean_square,
+    ) -> Moved:
+        before, tally, mean_return, mean_square = begun_afresh(
+            renew, fresh, before, tally, mean_return, mean_square
+        )
+        row, (direction, size, is_close) = (
+            market.index_select(0, bar).unbind(1),
+            (column.index_select(0, actions) for column in meanings),
+        )
         forward, forward_direction, forward_strength, volatility = row[8:]
-        after, fills = account_step(before, direction, size, is_close, next_bar(row, (row[7], *row[1:])), rules)  # the next bar's columns lie in the same row
+        after, fills = account_step(
+            before, direction, size, is_close, next_bar(row, (row[7], *row[1:])), rules
+        )  # the next bar's columns lie in the same row
         age, place = bar - first, _BITS * actions
         tally = tally + (1 << place) - torch.where(age >= _RECENT_ACTIONS, 1 << oldest, 0)
         share = (tally >> place & 2**_BITS - 1).double() / (age + 1).clamp(max=_RECENT_ACTIONS).double()
         placed = torch.sign(fills.quantity) * ~is_close
-        facts = StepFacts(placed, forward, forward_direction, forward_strength, volatility, before, after, fills, actions > 0, share, full_move, mean_return, mean_square)
+        facts = StepFacts(
+            placed,
+            forward,
+            forward_direction,
+            forward_strength,
+            volatility,
+            before,
+            after,
+            fills,
+            actions > 0,
+            share,
+            full_move,
+            mean_return,
+            mean_square,
+        )
         rewards = [component(facts) for component in components]
         reward = rewards[0] * weights[0]
-        for value, weight in zip(rewards[1:], weights[1:]): reward = reward + value * weight
+        for value, weight in zip(rewards[1:], weights[1:]):
+            reward = reward + value * weight
         if sharpe:
             r = after.equity / before.equity - 1
-            mean_return, mean_square = mean_return + _SHARPE_RATE * (r - mean_return), mean_square + _SHARPE_RATE * (r**2 - mean_square)
+            mean_return, mean_square = (
+                mean_return + _SHARPE_RATE * (r - mean_return),
+                mean_square + _SHARPE_RATE * (r**2 - mean_square),
+            )
         bar, terminated = bar + 1, after.equity <= 0
         done = (bar >= end) | terminated
-        return Moved(bar, after, fills, reward.float(), torch.stack(rewards).T, terminated, done & ~terminated, done, tally, place, mean_return, mean_square, own_columns and own_columns(after), before.equity)
+        return Moved(
+            bar,
+            after,
+            fills,
+            reward.float(),
+            torch.stack(rewards).T,
+            terminated,
+            done & ~terminated,
+            done,
+            tally,
+            place,
+            mean_return,
+            mean_square,
+            own_columns and own_columns(after),
+            before.equity,
+        )
 
-    if not env.compiled: return advance
+    if not env.compiled:
+        return advance
     # a loop over accounts writes numbers as whole vectors, what is true or false one by one: that is left to the end
     compiled_advance = _compiled(lambda *arguments: _flags(advance(*arguments), torch.Tensor.float))
 
     def checked_advance(market, meanings, rules, actions, *rest) -> Moved:
         if actions.device.type == "cpu":
             lowest, highest = map(int, torch.aminmax(actions))
-            require(0 <= lowest and highest < env.n_actions and actions.dtype == torch.int64, f"step: actions are int64, 0 to {env.n_actions - 1}, was {actions.dtype}, {lowest} to {highest}")
+            require(
+                0 <= lowest and highest < env.n_actions and actions.dtype == torch.int64,
+                f"step: actions are int64, 0 to {env.n_actions - 1}, was {actions.dtype}, {lowest} to {highest}",
+            )
         return _flags(compiled_advance(market, meanings, rules, actions, *rest), torch.Tensor.bool)
+
     return checked_advance
 
 
@@ -469,30 +694,52 @@ def _compiled(function):
     "The function by torch.compile; where no compiler works, an `InputError` that says what to do."
     from torch._dynamo.exc import BackendCompilerFailed
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
+
     # actions are checked before, bars are ours: checking both for every gather takes as long as the rest of the loop
-    apart = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}  # torch 2.12 and later: each environment has a compiled step of its own
-    inner = torch.compile(function, fullgraph=True, dynamic=False, options={"assert_indirect_indexing": False}, **apart)
+    apart = (
+        {"isolate_recompiles": True}
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters
+        else {}
+    )  # torch 2.12 and later: each environment has a compiled step of its own
+    inner = torch.compile(
+        function, fullgraph=True, dynamic=False, options={"assert_indirect_indexing": False}, **apart
+    )
 
     def call(*arguments):
-        try: return inner(*arguments)
+        try:
+            return inner(*arguments)
         except (BackendCompilerFailed, InductorError, CppCompileError, InvalidCxxCompiler) as e:
             cause = getattr(e, "inner_exception", e)
-            if not isinstance(cause, (CppCompileError, InvalidCxxCompiler, FileNotFoundError)): raise
-            raise InputError(f"compiled: expected a working C++ compiler ({type(cause).__name__}); install g++, name another in the environment variable CXX, or use compiled=False") from None
+            if not isinstance(cause, (CppCompileError, InvalidCxxCompiler, FileNotFoundError)):
+                raise
+            raise InputError(
+                f"compiled: expected a working C++ compiler ({type(cause).__name__}); install g++, name another in the environment variable CXX, or use compiled=False"
+            ) from None
+
     return call
 
 
 def _flags(moved: Moved, convert) -> Moved:
     "All that is true or false, converted."
     fills = moved.fills
-    return moved._replace(terminated=convert(moved.terminated), truncated=convert(moved.truncated), done=convert(moved.done),
-                          fills=fills._replace(**{name: convert(getattr(fills, name)) for name in ("stopped", "targeted", "trade_closed", "gap_stopped")}))
+    return moved._replace(
+        terminated=convert(moved.terminated),
+        truncated=convert(moved.truncated),
+        done=convert(moved.done),
+        fills=fills._replace(
+            **{
+                name: convert(getattr(fills, name))
+                for name in ("stopped", "targeted", "trade_closed", "gap_stopped")
+            }
+        ),
+    )
 
 # %% ../nbs/03_env/04_env.ipynb #df2b6562
 class GPUVectorizedTradingEnv:
     "`n_envs` accounts trading one symbol, stepped together on one device."
 
-    def __init__(self,
+    def __init__(
+        self,
         bars,  # validated bars (a DataFrame), or MarketData
         config: GPUEnvConfig | None = None,  # None: the defaults, taken from the market data where it says so
         fit=None,  # FeatureFit of the training span; None: fitted on these bars, which are then the training span
@@ -501,31 +748,60 @@ class GPUVectorizedTradingEnv:
     ):
         if isinstance(bars, MarketData):
             market = bars
-            config = config or GPUEnvConfig(version=market.version, window=market.window, timeframe=market.timeframe, asset_class=market.asset_class)
+            config = config or GPUEnvConfig(
+                version=market.version,
+                window=market.window,
+                timeframe=market.timeframe,
+                asset_class=market.asset_class,
+            )
             for name in ("version", "window", "timeframe", "asset_class"):
-                require(getattr(config, name) == getattr(market, name), f"GPUEnvConfig.{name}: the market data was made for {getattr(market, name)!r}, was {getattr(config, name)!r}")
+                require(
+                    getattr(config, name) == getattr(market, name),
+                    f"GPUEnvConfig.{name}: the market data was made for {getattr(market, name)!r}, was {getattr(config, name)!r}",
+                )
         else:
-            require(hasattr(bars, "columns"), f"bars: expected a DataFrame of validated bars or MarketData (MarketData.load reads a file), was {type(bars).__name__}")
+            require(
+                hasattr(bars, "columns"),
+                f"bars: expected a DataFrame of validated bars or MarketData (MarketData.load reads a file), was {type(bars).__name__}",
+            )
             config = config or GPUEnvConfig()
             if fit is None:
                 from trading_lib.features import fit_features
+
                 fit = fit_features(bars, config.version, config.timeframe, config.asset_class)
-            market = market_data(bars, config.version, fit, config.timeframe, config.asset_class, config.window)
+            market = market_data(
+                bars, config.version, fit, config.timeframe, config.asset_class, config.window
+            )
         self.market, self.config = market, config
-        try: self.device = torch.device(device or "cpu")
-        except RuntimeError: raise InputError(f"device: expected cpu, cuda or cuda:1, was {device!r}") from None
-        require(self.device.type != "cuda" or torch.cuda.is_available(), f"device: {self.device} was asked for, but torch sees no GPU here; use cpu")
+        try:
+            self.device = torch.device(device or "cpu")
+        except RuntimeError:
+            raise InputError(f"device: expected cpu, cuda or cuda:1, was {device!r}") from None
+        require(
+            self.device.type != "cuda" or torch.cuda.is_available(),
+            f"device: {self.device} was asked for, but torch sees no GPU here; use cpu",
+        )
         self.layout, self.spec = layout_of(config.version), MODEL_SPECS[config.version]
         self._full_rules = account_rules(config.account, config.asset_class)
-        self.reward = reward_preset(config.reward_preset, config.version, self._full_rules, config.reward_weights)
+        self.reward = reward_preset(
+            config.reward_preset, config.version, self._full_rules, config.reward_weights
+        )
         self.reward_names = list(self.reward.weights)
-        self.n_envs, self.n_actions, self.obs_dim = config.n_envs, self.spec.n_actions, config.window * self.layout.n_features
+        self.n_envs, self.n_actions, self.obs_dim = (
+            config.n_envs,
+            self.spec.n_actions,
+            config.window * self.layout.n_features,
+        )
         self.table = ObservationTable(market.features, config.version, config.window, self.device)
         self._load_market(market)
         self._seed([0])
         direction, size, is_close = action_table(self.spec)
         tensor = lambda a, dtype: torch.as_tensor(np.asarray(a), device=self.device).to(dtype)
-        self._actions = tensor(direction, torch.float64), tensor(size, torch.float64), tensor(is_close, torch.bool)
+        self._actions = (
+            tensor(direction, torch.float64),
+            tensor(size, torch.float64),
+            tensor(is_close, torch.bool),
+        )
         self._no_columns = torch.empty(self.n_envs, 0, device=self.device)
         self.compiled = compiled
         self._advance = step_function(self)
@@ -546,21 +822,36 @@ class GPUVectorizedTradingEnv:
         usable, last_decision = decision_span(market, h)
         at, forward = np.flatnonzero(usable), np.zeros(len(usable))
         forward[at] = close[at + h] / opening[at + 1] - 1
-        forward, volatility = torch.as_tensor(forward), torch.as_tensor(market.volatility.clip(_MINIMUM_VOLATILITY))
+        forward, volatility = (
+            torch.as_tensor(forward),
+            torch.as_tensor(market.volatility.clip(_MINIMUM_VOLATILITY)),
+        )
         forward_direction = torch.sign(forward) * (forward.abs() > self.reward.threshold)
-        own = torch.stack([forward, forward_direction, torch.tanh(forward.abs() / (volatility * h**0.5)), volatility], 1)
+        own = torch.stack(
+            [forward, forward_direction, torch.tanh(forward.abs() / (volatility * h**0.5)), volatility], 1
+        )
         here = bar_table(market)
         there = torch.cat([here[1:], here[-1:]])
         self._market = torch.cat([here[:, :4], there[:, 4:7], there[:, :1], own], 1).to(self.device)
         # PPO's value loss has the scale of the reward: rewards of about one suit every market and bar length
-        self._full_move = float(self._full_rules.max_position * np.sqrt(np.mean(market.volatility[at].clip(_MINIMUM_VOLATILITY) ** 2)))
+        self._full_move = float(
+            self._full_rules.max_position
+            * np.sqrt(np.mean(market.volatility[at].clip(_MINIMUM_VOLATILITY) ** 2))
+        )
         # an episode may start where it can last its full length, or as long as its stretch allows
-        first = np.flatnonzero(usable & ~np.concatenate([[False], usable[:-1]]))  # each stretch's first decision
+        first = np.flatnonzero(
+            usable & ~np.concatenate([[False], usable[:-1]])
+        )  # each stretch's first decision
         stretch_first = first[np.searchsorted(first, at, side="right") - 1]
-        steps_left, steps_in_all = last_decision[at] - at + 1, last_decision[stretch_first] - stretch_first + 1
+        steps_left, steps_in_all = (
+            last_decision[at] - at + 1,
+            last_decision[stretch_first] - stretch_first + 1,
+        )
         starts = at[steps_left >= np.minimum(self.config.episode_length, steps_in_all)]
         self._starts = torch.as_tensor(starts, device=self.device)
-        self._final = torch.as_tensor(last_decision + 1, device=self.device)  # where a run through this bar must end
+        self._final = torch.as_tensor(
+            last_decision + 1, device=self.device
+        )  # where a run through this bar must end
         self.decision_bars = at  # every bar of the span at which a decision may be made
 
     # -- observing -----------------------------------------------------------------------------------------------
@@ -570,20 +861,26 @@ class GPUVectorizedTradingEnv:
 
     def _own_columns(self, account: AccountState) -> Tensor:  # (n_envs, D) float32
         columns = self.layout.account_columns
-        if not columns: return self._no_columns
+        if not columns:
+            return self._no_columns
         own = account_columns(account, self.config.account)
         return torch.stack([own[c] for c in columns], 1).float()
 
     def _present(self, obs: Obs):
         return obs if self.config.observations == "indices" else self.table.materialise(obs)
 
-    def set_cost_scale(self,
+    def set_cost_scale(
+        self,
         scale: float,  # 0: free trading, 1: the configured costs
     ):
         "Scale every cost from now on: a curriculum for training. Rewards keep their thresholds; evaluation never calls this."
         self._cost_scale, self.rules = scale, self._full_rules.with_costs(scale)
         # in compiled code numbers are constants, and tensors may change
-        self._step_rules = self.rules.with_costs(torch.ones((), dtype=torch.float64, device=self.device)) if self.compiled else self.rules
+        self._step_rules = (
+            self.rules.with_costs(torch.ones((), dtype=torch.float64, device=self.device))
+            if self.compiled
+            else self.rules
+        )
 
     # -- starting ------------------------------------------------------------------------------------------------
 
@@ -594,28 +891,55 @@ class GPUVectorizedTradingEnv:
     def _draw_starts(self, done: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Random first bars, and where those episodes end; on a CPU nothing is drawn for a group of which nobody is done, as for an environment alone."
         groups, size = len(self._random), self.n_envs // len(self._random)
-        needed = [True] * groups if groups == 1 or done is None or self.device.type != "cpu" else done.view(groups, size).any(1).tolist()
-        drawn = [torch.randint(len(self._starts), (size,), generator=random, device=self.device) if need else torch.zeros(size, dtype=torch.int64) for random, need in zip(self._random, needed)]
+        needed = (
+            [True] * groups
+            if groups == 1 or done is None or self.device.type != "cpu"
+            else done.view(groups, size).any(1).tolist()
+        )
+        drawn = [
+            torch.randint(len(self._starts), (size,), generator=random, device=self.device)
+            if need
+            else torch.zeros(size, dtype=torch.int64)
+            for random, need in zip(self._random, needed)
+        ]
         start = self._starts[torch.cat(drawn) if groups > 1 else drawn[0]]
         return start, torch.minimum(start + self.config.episode_length, self._final[start])
 
     def _begin(self, start: Tensor, end: Tensor, account: AccountState | None = None):
         zeros = lambda: torch.zeros(self.n_envs, dtype=torch.float64, device=self.device)
-        self.bar, self.end, self._first = start, end, start.clone()  # compiled code asks which of its arguments are one
-        self._take(account if account is not None else AccountState.initial(self.rules, self.n_envs, self.device))
-        self._tally, self._recent = torch.zeros_like(start), deque([torch.zeros_like(start)] * _RECENT_ACTIONS, _RECENT_ACTIONS)
+        self.bar, self.end, self._first = (
+            start,
+            end,
+            start.clone(),
+        )  # compiled code asks which of its arguments are one
+        self._take(
+            account if account is not None else AccountState.initial(self.rules, self.n_envs, self.device)
+        )
+        self._tally, self._recent = (
+            torch.zeros_like(start),
+            deque([torch.zeros_like(start)] * _RECENT_ACTIONS, _RECENT_ACTIONS),
+        )
         self._mean_return, self._mean_square = zeros(), zeros()
 
     def _take(self, account: AccountState):
         "Go on with these accounts, of which none begins afresh."
         self._fresh, self._account = AccountState.initial(self.rules, 1, self.device), account
         # compiled code wants a mask in any case
-        self._renew = self._nobody = torch.zeros(self.n_envs, dtype=torch.bool, device=self.device) if self.compiled else None
+        self._renew = self._nobody = (
+            torch.zeros(self.n_envs, dtype=torch.bool, device=self.device) if self.compiled else None
+        )
 
     @property
     def account(self) -> AccountState:
         "Each account as the next step finds it."
-        self._account, self._tally, self._mean_return, self._mean_square = begun_afresh(None if self._renew is self._nobody else self._renew, self._fresh, self._account, self._tally, self._mean_return, self._mean_square)
+        self._account, self._tally, self._mean_return, self._mean_square = begun_afresh(
+            None if self._renew is self._nobody else self._renew,
+            self._fresh,
+            self._account,
+            self._tally,
+            self._mean_return,
+            self._mean_square,
+        )
         self._renew = self._nobody
         return self._account
 
@@ -623,25 +947,44 @@ class GPUVectorizedTradingEnv:
         "Start every account at a random bar; a seed makes this and all that follows repeatable. Several seeds: as many groups of accounts, each as in an environment of its own."
         if seed is not None:
             seeds = list(seed) if isinstance(seed, (list, tuple)) else [int(seed)]
-            require(len(seeds) > 0 and self.n_envs % len(seeds) == 0, f"reset: {self.n_envs} accounts cannot be divided into {len(seeds)} equal groups, one for each seed")
+            require(
+                len(seeds) > 0 and self.n_envs % len(seeds) == 0,
+                f"reset: {self.n_envs} accounts cannot be divided into {len(seeds)} equal groups, one for each seed",
+            )
             self._seed(seeds)
         self._begin(*self._draw_starts())
         return self._observe()
 
-    def reset_at_index(self,
+    def reset_at_index(
+        self,
         start: Tensor | np.ndarray | list,  # (n_envs,) first bars
-        end: Tensor | np.ndarray | list | None = None,  # (n_envs,) bars at which the episodes end; None: as far as the stretch allows
+        end: Tensor
+        | np.ndarray
+        | list
+        | None = None,  # (n_envs,) bars at which the episodes end; None: as far as the stretch allows
         account: AccountState | None = None,  # accounts to go on with; None: fresh ones
     ) -> Obs:
         "Start every account at a stated bar: how a validation or a backtest runs through a span in order."
         start = torch.as_tensor(start, device=self.device)
-        require(start.shape == (self.n_envs,), f"reset_at: expected {self.n_envs} first bars, was {tuple(start.shape)}")
-        require(bool(np.isin(start.cpu().numpy(), self.decision_bars).all()), "reset_at: a first bar is warm-up, or outside the span")
+        require(
+            start.shape == (self.n_envs,),
+            f"reset_at: expected {self.n_envs} first bars, was {tuple(start.shape)}",
+        )
+        require(
+            bool(np.isin(start.cpu().numpy(), self.decision_bars).all()),
+            "reset_at: a first bar is warm-up, or outside the span",
+        )
         last = self._final[start]
-        self._begin(start, last if end is None else torch.minimum(torch.as_tensor(end, device=self.device), last), account)
+        self._begin(
+            start,
+            last if end is None else torch.minimum(torch.as_tensor(end, device=self.device), last),
+            account,
+        )
         return self._observe()
 
-    def reset_at(self, start, end=None, account: AccountState | None = None):  # windows (n_envs, obs_dim), or Obs
+    def reset_at(
+        self, start, end=None, account: AccountState | None = None
+    ):  # windows (n_envs, obs_dim), or Obs
         "`reset_at_index`, as windows where the configuration says so."
         return self._present(self.reset_at_index(start, end, account))
 
@@ -651,24 +994,64 @@ class GPUVectorizedTradingEnv:
 
     # -- stepping ------------------------------------------------------------------------------------------------
 
-    def step_index(self,
+    def step_index(
+        self,
         actions: Tensor,  # (n_envs,) int64, 0 .. n_actions-1
-    ) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:  # observation, reward float32, terminated, truncated, infos
+    ) -> tuple[
+        Obs, Tensor, Tensor, Tensor, dict
+    ]:  # observation, reward float32, terminated, truncated, infos
         "One bar for every account; `step` with indices instead of windows."
-        moved = self._advance(self._market, self._actions, self._step_rules, actions, self._account, self._renew, self._fresh, self.bar, self.end, self._first, self._tally, self._recent[0], self._mean_return, self._mean_square)
-        self.bar, self._account, self._tally, self._mean_return, self._mean_square, self._renew = moved.bar, moved.account, moved.tally, moved.mean_return, moved.mean_square, self._nobody
+        moved = self._advance(
+            self._market,
+            self._actions,
+            self._step_rules,
+            actions,
+            self._account,
+            self._renew,
+            self._fresh,
+            self.bar,
+            self.end,
+            self._first,
+            self._tally,
+            self._recent[0],
+            self._mean_return,
+            self._mean_square,
+        )
+        self.bar, self._account, self._tally, self._mean_return, self._mean_square, self._renew = (
+            moved.bar,
+            moved.account,
+            moved.tally,
+            moved.mean_return,
+            moved.mean_square,
+            self._nobody,
+        )
         self._recent.append(moved.place)
         obs = Obs(self.bar, self._no_columns if moved.own_columns is None else moved.own_columns)
-        infos = {"final_obs": obs, "account": moved.account, "fills": moved.fills, "reward_components": moved.components, "decision_equity": moved.decision_equity}
-        if self.device.type != "cpu" or bool(moved.done.any()): obs = self._restart(moved.done, obs)  # asking another device would make the host wait
+        infos = {
+            "final_obs": obs,
+            "account": moved.account,
+            "fills": moved.fills,
+            "reward_components": moved.components,
+            "decision_equity": moved.decision_equity,
+        }
+        if self.device.type != "cpu" or bool(moved.done.any()):
+            obs = self._restart(moved.done, obs)  # asking another device would make the host wait
         return obs, moved.reward, moved.terminated, moved.truncated, infos
 
     def _restart(self, done: Tensor, obs: Obs) -> Obs:  # where episodes that are over have begun anew
         "Send those who are done to new bars; the next step sees to their accounts, which it reads anyway."
         start, end = self._draw_starts(done)
-        self.bar, self.end, self._first = (torch.where(done, new, old) for new, old in ((start, self.bar), (end, self.end), (start, self._first)))
+        self.bar, self.end, self._first = (
+            torch.where(done, new, old)
+            for new, old in ((start, self.bar), (end, self.end), (start, self._first))
+        )
         self._renew = done
-        return Obs(self.bar, torch.where(done[:, None], self._own_columns(self._fresh), obs.dense) if self.layout.account_columns else obs.dense)
+        return Obs(
+            self.bar,
+            torch.where(done[:, None], self._own_columns(self._fresh), obs.dense)
+            if self.layout.account_columns
+            else obs.dense,
+        )
 
     # -- going on later --------------------------------------------------------------------------------------------
 
@@ -676,37 +1059,63 @@ class GPUVectorizedTradingEnv:
 
     def state_dict(self) -> dict:
         "Everything that the next step depends on, as tensors and numbers."
-        if not hasattr(self, "bar"): return {}
+        if not hasattr(self, "bar"):
+            return {}
         account = self.account
         own = {name.lstrip("_"): getattr(self, name).clone() for name in self._STATE}
-        age = torch.arange(_RECENT_ACTIONS, 0, -1, device=self.device)[:, None]  # steps since each row was written
-        recent = torch.where(age <= self.bar - self._first, torch.stack(tuple(self._recent)) // _BITS, -1)  # those of the present episode
-        return own | {"recent": recent, "cost_scale": self._cost_scale, "random": torch.stack([random.get_state() for random in self._random]), "account": {f.name: getattr(account, f.name).clone() for f in fields(AccountState)}}
+        age = torch.arange(_RECENT_ACTIONS, 0, -1, device=self.device)[
+            :, None
+        ]  # steps since each row was written
+        recent = torch.where(
+            age <= self.bar - self._first, torch.stack(tuple(self._recent)) // _BITS, -1
+        )  # those of the present episode
+        return own | {
+            "recent": recent,
+            "cost_scale": self._cost_scale,
+            "random": torch.stack([random.get_state() for random in self._random]),
+            "account": {f.name: getattr(account, f.name).clone() for f in fields(AccountState)},
+        }
 
     def load_state_dict(self, state: dict) -> Obs:
         "Go on exactly where `state_dict` was taken."
         n = len(state["bar"]) if "bar" in state else 0
-        require(n == self.n_envs, f"environment state: n_envs is {self.n_envs} here, the state is {'of ' + str(n) + ' accounts' if n else 'empty'}")
+        require(
+            n == self.n_envs,
+            f"environment state: n_envs is {self.n_envs} here, the state is {'of ' + str(n) + ' accounts' if n else 'empty'}",
+        )
         self.set_cost_scale(state["cost_scale"])
-        for name in self._STATE: setattr(self, name, state[name.lstrip("_")].clone().to(self.device))
-        recent = state["recent"].to(self.device).roll(-state.get("recent_row", 0), 0)  # the oldest first; older files say where that stands
+        for name in self._STATE:
+            setattr(self, name, state[name.lstrip("_")].clone().to(self.device))
+        recent = (
+            state["recent"].to(self.device).roll(-state.get("recent_row", 0), 0)
+        )  # the oldest first; older files say where that stands
         place = _BITS * recent.clamp(min=0)
         self._recent = deque(place.clone().unbind(0), _RECENT_ACTIONS)
         self._tally = torch.where(recent >= 0, 1 << place, 0).sum(0)
         self._first = self.bar - (recent >= 0).sum(0)
-        self._seed([0] * len(random := state["random"].cpu().view(-1, state["random"].shape[-1])))  # older files hold one row, as it is
-        for own, row in zip(self._random, random): own.set_state(row.clone())  # torch reads a view as if it began where its storage does
+        self._seed(
+            [0] * len(random := state["random"].cpu().view(-1, state["random"].shape[-1]))
+        )  # older files hold one row, as it is
+        for own, row in zip(self._random, random):
+            own.set_state(row.clone())  # torch reads a view as if it began where its storage does
         self._take(AccountState(**{name: v.clone().to(self.device) for name, v in state["account"].items()}))
         return self._observe()
 
-    def step(self,
+    def step(
+        self,
         actions: Tensor,  # (n_envs,) int64
     ):  # observations (n_envs, obs_dim) or Obs, rewards, terminated, truncated, infos
         "One bar for every account. Actions: the version's `action_meanings`."
         require(hasattr(self, "bar"), "step: no episode has begun; call reset(seed) first")
         actions = torch.as_tensor(actions, device=self.device)
-        require(actions.shape == (self.n_envs,) and not actions.is_floating_point(), f"step: expected {self.n_envs} whole-number actions, was {actions.dtype} of shape {tuple(actions.shape)}")
-        require(bool(((actions >= 0) & (actions < self.n_actions)).all()), f"step: actions are 0 to {self.n_actions - 1}, was {int(actions.min())} to {int(actions.max())}")
+        require(
+            actions.shape == (self.n_envs,) and not actions.is_floating_point(),
+            f"step: expected {self.n_envs} whole-number actions, was {actions.dtype} of shape {tuple(actions.shape)}",
+        )
+        require(
+            bool(((actions >= 0) & (actions < self.n_actions)).all()),
+            f"step: actions are 0 to {self.n_actions - 1}, was {int(actions.min())} to {int(actions.max())}",
+        )
         obs, reward, terminated, truncated, infos = self.step_index(actions.long())
         restarted, last = obs is not infos["final_obs"], self._present(infos["final_obs"])
         infos["final_obs"] = last

@@ -14,7 +14,13 @@ from functools import cached_property
 import numpy as np
 
 from .config import require
-from .market.layouts import BLOCKS, LAYOUTS, get_layout, get_target_features_from_obs_dim, layout_hash
+from trading_lib.market.layouts import (
+    BLOCKS,
+    LAYOUTS,
+    get_layout,
+    get_target_features_from_obs_dim,
+    layout_hash,
+)
 from .market.regimes import MarkovChains, filter_chains, fit_chains, state_ages
 
 _all_ = ["LAYOUTS", "get_target_features_from_obs_dim"]  # people look for them here
@@ -26,7 +32,8 @@ def window_mean(
 ) -> np.ndarray:  # (T,)
     "Mean of the last `bars` values; at the start, of those that exist."
     total = x.copy()
-    for k in range(1, min(bars, len(x))): total[k:] += x[:-k]
+    for k in range(1, min(bars, len(x))):
+        total[k:] += x[:-k]
     return total / np.minimum(np.arange(1, len(x) + 1), bars)
 
 
@@ -38,7 +45,7 @@ def window_deviation(
     "Standard deviation (ddof 0) of the last `bars` values; what is only rounding noise is exactly 0."
     total, part = np.zeros(len(x)), np.empty(len(x))
     for k in range(min(bars, len(x))):
-        d = np.subtract(x[:len(x) - k], mean[k:], out=part[k:])
+        d = np.subtract(x[: len(x) - k], mean[k:], out=part[k:])
         d *= d
         total[k:] += d
     deviation = np.sqrt(total / np.minimum(np.arange(1, len(x) + 1), bars))
@@ -48,7 +55,8 @@ def window_deviation(
 def _window_max(x, bars):
     "Largest of the last `bars` values, or of those that exist."
     top = x.copy()
-    for k in range(1, min(bars, len(x))): np.maximum(top[k:], x[:-k], out=top[k:])
+    for k in range(1, min(bars, len(x))):
+        np.maximum(top[k:], x[:-k], out=top[k:])
     return top
 
 
@@ -60,7 +68,7 @@ def _share(part, whole, neutral):
 def _warm(x, neutral):
     "The values that a recursive indicator leaves undefined at its start, set to `neutral`."
     defined = ~np.isnan(x)
-    x[:defined.argmax() if defined.any() else len(x)] = neutral
+    x[: defined.argmax() if defined.any() else len(x)] = neutral
     return x
 
 # %% ../nbs/02_features/02_features.ipynb #3988403d
@@ -72,30 +80,40 @@ class _Segment:
         self.open, self.high, self.low, self.close, self.volume = prices
         self.index, self._windows = np.arange(len(self.close)), {}
 
-    def __len__(self): return len(self.close)
+    def __len__(self):
+        return len(self.close)
 
     def tail(self, end, bars):
         "The `bars` bars before `end`, as a segment of their own: what a live builder sees."
         cut = slice(end - bars, end)
-        return _Segment([p[cut].copy() for p in self.prices], {k: v[cut] for k, v in self.clock.items()}, self.chains, self.context)
+        return _Segment(
+            [p[cut].copy() for p in self.prices],
+            {k: v[cut] for k, v in self.clock.items()},
+            self.chains,
+            self.context,
+        )
 
     def change(self, bars):
         "Return over `bars` bars; at the start, since the first close."
         return self.close / self.close[np.maximum(self.index - bars, 0)] - 1
 
     @cached_property
-    def returns(self): return self.change(1)
+    def returns(self):
+        return self.change(1)
 
     def mean(self, bars):
         "Mean close of a window."
-        if ("mean", bars) not in self._windows: self._windows["mean", bars] = window_mean(self.close, bars)
+        if ("mean", bars) not in self._windows:
+            self._windows["mean", bars] = window_mean(self.close, bars)
         return self._windows["mean", bars]
 
     def volatility(self, bars):
         "Standard deviation of the one-bar returns of a window; the first bar of a segment has no return."
         if ("volatility", bars) not in self._windows:
             known = self.returns[1:]
-            self._windows["volatility", bars] = np.concatenate([[0.0], window_deviation(known, bars, window_mean(known, bars))])
+            self._windows["volatility", bars] = np.concatenate(
+                [[0.0], window_deviation(known, bars, window_mean(known, bars))]
+            )
         return self._windows["volatility", bars]
 
     def zscore(self, bars):
@@ -110,16 +128,26 @@ class _Segment:
     def rsi(self, bars):
         "Relative strength index in [0, 1]; 0.5 at the start and while prices stand still."
         import talib
+
         still = _window_max(self.close, bars + 1) == -_window_max(-self.close, bars + 1)
         rsi = _warm(talib.RSI(self.close, bars), 50.0) / 100
         # without gains and losses TA-Lib says 0, as if prices had only fallen
         return np.where((rsi == 0) & still, 0.5, rsi)
 
     @cached_property
-    def probabilities(self): return filter_chains(self.chains, chain_observations(self))
+    def probabilities(self):
+        return filter_chains(self.chains, chain_observations(self))
 
 # %% ../nbs/02_features/02_features.ipynb #5b961b20
-CONTEXTS = {"1Min": "1Hour", "5Min": "1Hour", "15Min": "1Hour", "30Min": "1Hour", "1Hour": "1Day", "4Hour": "1Day", "1Day": "1Week"}  # step -> default context
+CONTEXTS = {
+    "1Min": "1Hour",
+    "5Min": "1Hour",
+    "15Min": "1Hour",
+    "30Min": "1Hour",
+    "1Hour": "1Day",
+    "4Hour": "1Day",
+    "1Day": "1Week",
+}  # step -> default context
 _NS, _DAY, _WEEK = 1_000_000_000, 86_400, 604_800
 _EXCHANGE_SECONDS = 23_400  # 9:30 to 16:00
 
@@ -127,6 +155,7 @@ _EXCHANGE_SECONDS = 23_400  # 9:30 to 16:00
 @dataclass(frozen=True)
 class _Context:
     "The longer timeframe around each bar: see hourly_context below."
+
     seconds: int  # its length
     steps: int  # bars in it
     elapsing: int  # seconds in which it passes; of a week, the days that trade
@@ -136,12 +165,20 @@ class _Context:
 def _context(timeframe, asset_class, name=None) -> _Context:
     "The context of a step; unknown or unfit ones are errors."
     from trading_lib.bars import timeframe_name, timeframe_seconds
+
     step = timeframe_seconds(timeframe)
     name = name or CONTEXTS[timeframe_name(timeframe)]
     seconds = _WEEK if name == "1Week" else timeframe_seconds(name)
-    require(seconds > step and seconds % step == 0, f"features: a context of {name} does not hold a whole number of {timeframe} bars; choose a longer one, such as {CONTEXTS[timeframe_name(timeframe)]}")
-    require((seconds == _WEEK) == (step == _DAY), f"features: bars of {timeframe} have a context of {'1Week' if step == _DAY else 'up to 1Day'}, was {name}")
-    if asset_class == "crypto": return _Context(seconds, seconds // step, seconds, False)
+    require(
+        seconds > step and seconds % step == 0,
+        f"features: a context of {name} does not hold a whole number of {timeframe} bars; choose a longer one, such as {CONTEXTS[timeframe_name(timeframe)]}",
+    )
+    require(
+        (seconds == _WEEK) == (step == _DAY),
+        f"features: bars of {timeframe} have a context of {'1Week' if step == _DAY else 'up to 1Day'}, was {name}",
+    )
+    if asset_class == "crypto":
+        return _Context(seconds, seconds // step, seconds, False)
     steps = 5 if seconds == _WEEK else -(-min(seconds, _EXCHANGE_SECONDS) // step)
     return _Context(seconds, steps, 5 * _DAY if seconds == _WEEK else seconds, seconds < _DAY)
 
@@ -149,17 +186,34 @@ def _context(timeframe, asset_class, name=None) -> _Context:
 def _segments(bars, timeframe, asset_class, context, chains=None) -> list[_Segment]:
     "The unbroken stretches of a bar table."
     from trading_lib.bars import bar_clock
+
     missing = [c for c in ("open", "high", "low", "close", "volume") if c not in bars.columns]
-    require(not missing, f"bars: column {', '.join(missing)} is missing; expected open, high, low, close, volume")
+    require(
+        not missing, f"bars: column {', '.join(missing)} is missing; expected open, high, low, close, volume"
+    )
     clock, context = bar_clock(bars.index, timeframe, asset_class), _context(timeframe, asset_class, context)
-    prices = [np.ascontiguousarray(bars[c].to_numpy(np.float64)) for c in ("open", "high", "low", "close", "volume")]
-    starts = np.flatnonzero(np.concatenate([[True], clock.segment[1:] != clock.segment[:-1]])) if len(bars) else []
+    prices = [
+        np.ascontiguousarray(bars[c].to_numpy(np.float64)) for c in ("open", "high", "low", "close", "volume")
+    ]
+    starts = (
+        np.flatnonzero(np.concatenate([[True], clock.segment[1:] != clock.segment[:-1]])) if len(bars) else []
+    )
     names = ("start", "close", "session", "session_close", "session_progress", "hour", "weekday", "month")
-    return [_Segment([p[a:b] for p in prices], {n: getattr(clock, n)[a:b] for n in names}, chains, context) for a, b in zip(starts, [*starts[1:], len(bars)])]
+    return [
+        _Segment([p[a:b] for p in prices], {n: getattr(clock, n)[a:b] for n in names}, chains, context)
+        for a, b in zip(starts, [*starts[1:], len(bars)])
+    ]
 
 # %% ../nbs/02_features/02_features.ipynb #4ada68b9
 def _price_6(s):
-    return [s.close / s.mean(100) - 1, s.returns, np.log1p(s.returns), s.volatility(20), s.change(10), s.rsi(14)]
+    return [
+        s.close / s.mean(100) - 1,
+        s.returns,
+        np.log1p(s.returns),
+        s.volatility(20),
+        s.change(10),
+        s.rsi(14),
+    ]
 
 
 def _price_7(s):
@@ -170,62 +224,105 @@ def _price_7(s):
 def _intraday(s):
     previous = s.close[np.maximum(s.index - 1, 0)].copy()
     previous[:1] = s.open[:1]  # no gap where there is no bar before
-    return [(s.high - s.low) / s.close, _share((s.close - s.high) + (s.close - s.low), s.high - s.low, 0.0), s.open / previous - 1, s.close / s.open - 1]
+    return [
+        (s.high - s.low) / s.close,
+        _share((s.close - s.high) + (s.close - s.low), s.high - s.low, 0.0),
+        s.open / previous - 1,
+        s.close / s.open - 1,
+    ]
 
 
 def _temporal(s):
-    turns = [2 * np.pi * s.clock["hour"] / 24, 2 * np.pi * s.clock["weekday"] / 7, 2 * np.pi * (s.clock["month"] - 1) / 12]
+    turns = [
+        2 * np.pi * s.clock["hour"] / 24,
+        2 * np.pi * s.clock["weekday"] / 7,
+        2 * np.pi * (s.clock["month"] - 1) / 12,
+    ]
     return [f(turn) for turn in turns for f in (np.sin, np.cos)] + [s.clock["session_progress"]]
 
 # %% ../nbs/02_features/02_features.ipynb #8ab0dcee
-_VOLATILITY_FLOOR = 1e-6  # a hundredth of a basis point per bar: keeps the logarithm and the ratios of a flat market finite
+_VOLATILITY_FLOOR = (
+    1e-6  # a hundredth of a basis point per bar: keeps the logarithm and the ratios of a flat market finite
+)
 
 
 def chain_observations(
     s,  # one segment
-) -> np.ndarray:  # (T, 4): log volatility; scaled return over 50, 10 and 200 bars; NaN until enough bars exist
+) -> (
+    np.ndarray
+):  # (T, 4): log volatility; scaled return over 50, 10 and 200 bars; NaN until enough bars exist
     "What the volatility, trend, momentum and macro chains observe."
     volatility = np.maximum(s.volatility(20), _VOLATILITY_FLOOR)
     columns = [np.where(s.index >= 20, np.log(volatility), np.nan)]
-    for bars in (50, 10, 200): columns.append(np.where(s.index >= max(bars, 20), s.change(bars) / (volatility * math.sqrt(bars)), np.nan))
+    for bars in (50, 10, 200):
+        columns.append(
+            np.where(s.index >= max(bars, 20), s.change(bars) / (volatility * math.sqrt(bars)), np.nan)
+        )
     return np.stack(columns, 1)
 
 
-def _markov(s): return s.probabilities.reshape(len(s), -1).T
+def _markov(s):
+    return s.probabilities.reshape(len(s), -1).T
 
 
 def _reversal(s):
     trend, transition = s.probabilities[:, 1], s.chains.transitions[1]
     low, medium, high = trend.T
-    return [low * (transition[0, 1] + transition[0, 2]) + medium * transition[1, 2],
-            medium * transition[1, 0] + high * (transition[2, 0] + transition[2, 1]),
-            low * transition[0, 0] + medium * transition[1, 1] + high * transition[2, 2]]
+    return [
+        low * (transition[0, 1] + transition[0, 2]) + medium * transition[1, 2],
+        medium * transition[1, 0] + high * (transition[2, 0] + transition[2, 1]),
+        low * transition[0, 0] + medium * transition[1, 1] + high * transition[2, 2],
+    ]
 
 
-def _regime_bars(s): return np.minimum(state_ages(s.probabilities[:, :3]) / 100, 1.0).T
+def _regime_bars(s):
+    return np.minimum(state_ages(s.probabilities[:, :3]) / 100, 1.0).T
 
 # %% ../nbs/02_features/02_features.ipynb #cc4e777a
 def _extended(s):
     import talib
+
     high, low, close = s.high, s.low, s.close
     macd, signal, histogram = (_warm(x, 0.0) / close for x in talib.MACD(close, 12, 26, 9))
-    direction = [_warm(f(high, low, close, 14), 0.0) / 100 for f in (talib.ADX, talib.PLUS_DI, talib.MINUS_DI)]
+    direction = [
+        _warm(f(high, low, close, 14), 0.0) / 100 for f in (talib.ADX, talib.PLUS_DI, talib.MINUS_DI)
+    ]
     flat = s.flat(14)
-    fast = np.where(flat, 50.0, _warm(talib.STOCHF(high, low, close, fastk_period=14, fastd_period=1)[0], 50.0)) / 100
+    fast = (
+        np.where(flat, 50.0, _warm(talib.STOCHF(high, low, close, fastk_period=14, fastd_period=1)[0], 50.0))
+        / 100
+    )
     slow = window_mean(fast, 3)
     cci = np.clip(_warm(talib.CCI(high, low, close, 14), 0.0) / 200, -1.0, 1.0)
     williams = np.where(flat, -0.5, _warm(talib.WILLR(high, low, close, 14), -50.0) / 100)
-    return [macd, signal, histogram, *direction, slow, window_mean(slow, 3), _warm(talib.ATR(high, low, close, 14), 0.0) / close, 0.5 + s.zscore(20) / 4,
-            cci, williams, _warm(talib.ROC(close, 10), 0.0) / 100, s.rsi(7)]
+    return [
+        macd,
+        signal,
+        histogram,
+        *direction,
+        slow,
+        window_mean(slow, 3),
+        _warm(talib.ATR(high, low, close, 14), 0.0) / close,
+        0.5 + s.zscore(20) / 4,
+        cci,
+        williams,
+        _warm(talib.ROC(close, 10), 0.0) / 100,
+        s.rsi(7),
+    ]
 
 
-def _multi_window(s): return [column for bars in (20, 50, 100) for column in (s.change(bars), s.volatility(bars), s.zscore(bars))]
+def _multi_window(s):
+    return [
+        column for bars in (20, 50, 100) for column in (s.change(bars), s.volatility(bars), s.zscore(bars))
+    ]
 
 # %% ../nbs/02_features/02_features.ipynb #1d7d2023
 def _groups(s):
     "Per bar: start of its context bar, when that one is over, and when the bar itself is known (ns)."
     start, seconds = s.clock["start"], s.context.seconds
-    if seconds == _WEEK:  # daily labels are dates; a week is over with Friday's bar, or Sunday's for what trades at weekends
+    if (
+        seconds == _WEEK
+    ):  # daily labels are dates; a week is over with Friday's bar, or Sunday's for what trades at weekends
         monday = start - s.clock["weekday"] * (_DAY * _NS)
         return monday, monday + s.context.elapsing * _NS, start + _DAY * _NS
     face = np.rint(s.clock["hour"] * 3600).astype(np.int64)  # seconds since midnight on the exchange's clock
@@ -238,7 +335,9 @@ def _hourly_context(s):
     begin, over, known = _groups(s)
     home = s.clock["session"] if s.context.within_session else np.zeros(len(s), np.int64)
     fresh = np.concatenate([[True], home[1:] != home[:-1]])  # first bar of a session
-    place = s.index - np.maximum.accumulate(np.where(fresh, s.index, 0))  # bars before this one in its session
+    place = s.index - np.maximum.accumulate(
+        np.where(fresh, s.index, 0)
+    )  # bars before this one in its session
     before = s.close[np.maximum(s.index - 1, 0)]
     steps = s.close / np.where(fresh, s.open, before) - 1
 
@@ -248,29 +347,57 @@ def _hourly_context(s):
     count = final - first + 1
     mean = np.add.reduceat(steps, first) / count
     deviation = np.sqrt(np.add.reduceat((steps - mean[group]) ** 2, first) / count)
-    whole = [s.close[final] / s.open[first] - 1, np.where(deviation <= 1e-12 * np.abs(mean), 0.0, deviation),
-             (np.maximum.reduceat(s.high, first) - np.minimum.reduceat(s.low, first)) / s.close[final]]
+    whole = [
+        s.close[final] / s.open[first] - 1,
+        np.where(deviation <= 1e-12 * np.abs(mean), 0.0, deviation),
+        (np.maximum.reduceat(s.high, first) - np.minimum.reduceat(s.low, first)) / s.close[final],
+    ]
     last = np.where(over <= known, group, group - 1)  # the present one only once it is over
     exists = (last >= 0) & (home[first[np.maximum(last, 0)]] == home)
     h1_return, h1_volatility, h1_range = (np.where(exists, x[np.maximum(last, 0)], 0.0) for x in whole)
 
-    def change(bars, end): return s.close[np.maximum(end, 0)] / s.close[np.maximum(end - bars, 0)] - 1
+    def change(bars, end):
+        return s.close[np.maximum(end, 0)] / s.close[np.maximum(end - bars, 0)] - 1
+
     ups = np.cumsum(np.where(fresh, 0, s.close > before))  # whole numbers: their differences are exact
     share = (ups - ups[np.maximum(s.index - 4 * r, 0)]) / (4 * r)
     trend = np.where(place >= 4 * r, change(4 * r, s.index), 0.0)
     momentum = np.where(place >= 2 * r, change(r, s.index) - change(r, s.index - r), 0.0)
-    elapsed = s.clock["session_progress"] if s.context.seconds == _DAY else (known - begin) / (s.context.elapsing * _NS)
-    return [h1_return, h1_volatility, trend, momentum, np.where(place >= 4 * r, share, 0.0), h1_range, elapsed]
+    elapsed = (
+        s.clock["session_progress"]
+        if s.context.seconds == _DAY
+        else (known - begin) / (s.context.elapsing * _NS)
+    )
+    return [
+        h1_return,
+        h1_volatility,
+        trend,
+        momentum,
+        np.where(place >= 4 * r, share, 0.0),
+        h1_range,
+        elapsed,
+    ]
 
 # %% ../nbs/02_features/02_features.ipynb #1e891b82
-BLOCK_FUNCTIONS = {"price_6": _price_6, "price_7": _price_7, "intraday": _intraday, "temporal": _temporal, "markov": _markov, "reversal": _reversal, "extended": _extended,
-                   "multi_window": _multi_window, "regime_bars": _regime_bars, "hourly_context": _hourly_context}
+BLOCK_FUNCTIONS = {
+    "price_6": _price_6,
+    "price_7": _price_7,
+    "intraday": _intraday,
+    "temporal": _temporal,
+    "markov": _markov,
+    "reversal": _reversal,
+    "extended": _extended,
+    "multi_window": _multi_window,
+    "regime_bars": _regime_bars,
+    "hourly_context": _hourly_context,
+}
 _CHAIN_BLOCKS = ("markov", "reversal", "regime_bars")  # these need fitted chains
 
 # %% ../nbs/02_features/02_features.ipynb #631e9770
 @dataclass(frozen=True, eq=False)
 class FeatureFit:
     "All that is fitted on the training span: plain values, safe to store."
+
     version: str  # layout
     timeframe: str  # of the bars, canonical name
     asset_class: str  # "crypto" or "equity"
@@ -285,29 +412,78 @@ class FeatureFit:
 
     def to_state(self) -> dict:  # lists, numbers and text
         "Plain containers, for a checkpoint or JSON."
-        chains = None if self.chains is None else {name: getattr(self.chains, name).tolist() for name in ("means", "variances", "transitions")}
-        plain = {name: getattr(self, name) for name in ("version", "timeframe", "asset_class", "context", "first", "last", "bars", "tail_error")}
-        return {**plain, "chains": chains, "shift": self.shift.tolist(), "scale": self.scale.tolist(), "columns": list(get_layout(self.version).columns), "layout_hash": layout_hash(self.version)}
+        chains = (
+            None
+            if self.chains is None
+            else {name: getattr(self.chains, name).tolist() for name in ("means", "variances", "transitions")}
+        )
+        plain = {
+            name: getattr(self, name)
+            for name in (
+                "version",
+                "timeframe",
+                "asset_class",
+                "context",
+                "first",
+                "last",
+                "bars",
+                "tail_error",
+            )
+        }
+        return {
+            **plain,
+            "chains": chains,
+            "shift": self.shift.tolist(),
+            "scale": self.scale.tolist(),
+            "columns": list(get_layout(self.version).columns),
+            "layout_hash": layout_hash(self.version),
+        }
 
     @classmethod
-    def from_state(cls,
+    def from_state(
+        cls,
         state: dict,  # what `to_state` gave
     ):  # FeatureFit
         "The fit again, bit for bit; a fit of another layout is refused."
-        require(isinstance(state, dict), f"feature fit: expected a table of names and values, was {type(state).__name__}")
+        require(
+            isinstance(state, dict),
+            f"feature fit: expected a table of names and values, was {type(state).__name__}",
+        )
         names = set(cls.__dataclass_fields__) | {"columns", "layout_hash"}
-        require(set(state) == names, f"feature fit: expected {', '.join(sorted(names))}; {', '.join(sorted(names ^ set(state)))} missing or unknown; it comes from another version of this library, fit again")
+        require(
+            set(state) == names,
+            f"feature fit: expected {', '.join(sorted(names))}; {', '.join(sorted(names ^ set(state)))} missing or unknown; it comes from another version of this library, fit again",
+        )
         layout = get_layout(state["version"])
-        require(state["layout_hash"] == layout_hash(layout.version) and list(state["columns"]) == list(layout.columns),
-                f"feature fit: its columns are not those of layout {layout.version} here; use the library version it was made with, or fit again")
+        require(
+            state["layout_hash"] == layout_hash(layout.version)
+            and list(state["columns"]) == list(layout.columns),
+            f"feature fit: its columns are not those of layout {layout.version} here; use the library version it was made with, or fit again",
+        )
         chains = state["chains"]
         if chains is not None:
-            chains = MarkovChains(*(np.array(chains[name], float) for name in ("means", "variances", "transitions")))
-            require(chains.means.shape == chains.variances.shape == (4, 3) and chains.transitions.shape == (4, 3, 3), "feature fit: expected four chains of three states; fit again")
+            chains = MarkovChains(
+                *(np.array(chains[name], float) for name in ("means", "variances", "transitions"))
+            )
+            require(
+                chains.means.shape == chains.variances.shape == (4, 3)
+                and chains.transitions.shape == (4, 3, 3),
+                "feature fit: expected four chains of three states; fit again",
+            )
         shift, scale = np.array(state["shift"], float), np.array(state["scale"], float)
-        require(shift.shape == scale.shape == (layout.n_features,) and bool(np.isfinite(shift).all() and np.isfinite(scale).all()),
-                f"feature fit: expected {layout.n_features} finite shifts and scales, were {shift.shape} and {scale.shape}; fit again")
-        return cls(**{**{k: state[k] for k in cls.__dataclass_fields__}, "chains": chains, "shift": shift, "scale": scale})
+        require(
+            shift.shape == scale.shape == (layout.n_features,)
+            and bool(np.isfinite(shift).all() and np.isfinite(scale).all()),
+            f"feature fit: expected {layout.n_features} finite shifts and scales, were {shift.shape} and {scale.shape}; fit again",
+        )
+        return cls(
+            **{
+                **{k: state[k] for k in cls.__dataclass_fields__},
+                "chains": chains,
+                "shift": shift,
+                "scale": scale,
+            }
+        )
 
 
 def _table(segments, layout) -> np.ndarray:
@@ -315,12 +491,14 @@ def _table(segments, layout) -> np.ndarray:
     blocks = [name for name in layout.blocks if BLOCKS[name].source == "market"]
     table = np.empty((sum(map(len, segments)), len(layout.market_columns)))
     begin = 0
-    with np.errstate(all="ignore"):  # broken bars give NaN in their own rows and after; that is the answer, not a surprise
+    with np.errstate(
+        all="ignore"
+    ):  # broken bars give NaN in their own rows and after; that is the answer, not a surprise
         for s in segments:
             column = 0
             for name in blocks:
                 for values in BLOCK_FUNCTIONS[name](s):
-                    table[begin:begin + len(s), column] = values
+                    table[begin : begin + len(s), column] = values
                     column += 1
             begin += len(s)
     return table
@@ -343,19 +521,30 @@ def fit_features(
 ) -> FeatureFit:
     "Fit the Markov chains and the column scales, and verify that `min_history` bars are enough."
     from trading_lib.bars import timeframe_name
+
     layout, timeframe = get_layout(version), timeframe_name(timeframe)
     context = timeframe_name(context) if context and context != "1Week" else context or CONTEXTS[timeframe]
     segments = _segments(bars, timeframe, asset_class, context)
     longest, needed = max(map(len, segments), default=0), layout.min_history + 100
-    require(longest >= needed, f"features: the longest unbroken stretch of the training span has {longest} bars, layout {version} needs {needed} to be fitted ({layout.min_history} of them to warm up); use more history or a shorter timeframe")
+    require(
+        longest >= needed,
+        f"features: the longest unbroken stretch of the training span has {longest} bars, layout {version} needs {needed} to be fitted ({layout.min_history} of them to warm up); use more history or a shorter timeframe",
+    )
     chains = None
     if any(name in _CHAIN_BLOCKS for name in layout.blocks):
-        with np.errstate(all="ignore"): observations = [chain_observations(s) for s in segments]
-        chains = fit_chains(np.concatenate(observations), np.repeat(np.arange(len(segments)), [len(s) for s in segments]))
-        for s in segments: s.chains = chains
+        with np.errstate(all="ignore"):
+            observations = [chain_observations(s) for s in segments]
+        chains = fit_chains(
+            np.concatenate(observations), np.repeat(np.arange(len(segments)), [len(s) for s in segments])
+        )
+        for s in segments:
+            s.chains = chains
     table = _table(segments, layout)
     bad = ~np.isfinite(table).all(0)
-    require(not bad.any(), f"features: {', '.join(np.array(layout.market_columns)[bad][:3])} is not finite on these bars; pass them through validate_bars first")
+    require(
+        not bad.any(),
+        f"features: {', '.join(np.array(layout.market_columns)[bad][:3])} is not finite on these bars; pass them through validate_bars first",
+    )
 
     warm = table[_warmed(segments, layout)]
     mean, deviation = warm.mean(0), warm.std(0)
@@ -371,10 +560,30 @@ def fit_features(
     i = int(np.argmax(sizes))
     begin, compared = sum(sizes[:i]), ~np.isin(layout.market_columns, BLOCKS["regime_bars"].columns)
     ends = [layout.min_history + (longest - layout.min_history) * k // 4 for k in (1, 2, 3, 4)]
-    errors = [np.abs(_table([segments[i].tail(end, layout.min_history)], layout)[-1] - table[begin + end - 1])[compared].max() for end in ends]
-    require(max(errors) <= 1e-4, f"features: {layout.min_history} bars of history are not enough on these bars: the last row differs by {max(errors):.1g} from that of the whole span; "
-                                 f"raise min_history of layout {version}")
-    return FeatureFit(version, timeframe, asset_class, context, chains, shift, scale, bars.index[0].isoformat(), bars.index[-1].isoformat(), len(bars), float(max(errors)))
+    errors = [
+        np.abs(_table([segments[i].tail(end, layout.min_history)], layout)[-1] - table[begin + end - 1])[
+            compared
+        ].max()
+        for end in ends
+    ]
+    require(
+        max(errors) <= 1e-4,
+        f"features: {layout.min_history} bars of history are not enough on these bars: the last row differs by {max(errors):.1g} from that of the whole span; "
+        f"raise min_history of layout {version}",
+    )
+    return FeatureFit(
+        version,
+        timeframe,
+        asset_class,
+        context,
+        chains,
+        shift,
+        scale,
+        bars.index[0].isoformat(),
+        bars.index[-1].isoformat(),
+        len(bars),
+        float(max(errors)),
+    )
 
 
 def feature_table(
@@ -386,10 +595,19 @@ def feature_table(
 ):  # DataFrame, float64, (T, market columns): one row per bar, unscaled
     "The market columns of every bar. Row t is a function of bars up to t; the first `min_history` rows of a segment are warm-up."
     import pandas as pd
+
     from trading_lib.bars import timeframe_name
+
     layout = get_layout(version)
-    require(isinstance(fit, FeatureFit), f"feature_table: expected a FeatureFit from fit_features (of the training span), was {type(fit).__name__}")
-    require(layout_hash(fit.version) == layout_hash(version) and fit.timeframe == timeframe_name(timeframe) and fit.asset_class == asset_class,
-            f"feature_table: the fit is of layout {fit.version}, {fit.timeframe}, {fit.asset_class}; asked for {version}, {timeframe}, {asset_class}; use the fit that belongs to the model")
+    require(
+        isinstance(fit, FeatureFit),
+        f"feature_table: expected a FeatureFit from fit_features (of the training span), was {type(fit).__name__}",
+    )
+    require(
+        layout_hash(fit.version) == layout_hash(version)
+        and fit.timeframe == timeframe_name(timeframe)
+        and fit.asset_class == asset_class,
+        f"feature_table: the fit is of layout {fit.version}, {fit.timeframe}, {fit.asset_class}; asked for {version}, {timeframe}, {asset_class}; use the fit that belongs to the model",
+    )
     segments = _segments(bars, timeframe, asset_class, fit.context, fit.chains)
     return pd.DataFrame(_table(segments, layout), index=bars.index, columns=list(layout.market_columns))

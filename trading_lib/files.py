@@ -23,10 +23,22 @@ class WriteError(InputError, OSError):
     "A file that cannot be written."
 
 
-_FULL, _CLOSED = "make room, or choose another place; what was there before is kept", "check the permissions, or choose another place"
+_FULL, _CLOSED = (
+    "make room, or choose another place; what was there before is kept",
+    "check the permissions, or choose another place",
+)
 _IN_THE_WAY = "a file stands where its folder should be; choose another place"
-_ADVICE = {errno.EISDIR: "it is a folder; name a file in it", errno.ENOTDIR: _IN_THE_WAY, errno.EEXIST: _IN_THE_WAY,
-           errno.ENOSPC: _FULL, errno.EDQUOT: _FULL, errno.EFBIG: _FULL, errno.EACCES: _CLOSED, errno.EPERM: _CLOSED, errno.EROFS: _CLOSED}
+_ADVICE = {
+    errno.EISDIR: "it is a folder; name a file in it",
+    errno.ENOTDIR: _IN_THE_WAY,
+    errno.EEXIST: _IN_THE_WAY,
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: _FULL,
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+    errno.EROFS: _CLOSED,
+}
 
 
 def unwritable(
@@ -34,7 +46,9 @@ def unwritable(
     error: OSError,  # why it was not
 ) -> WriteError:  # to be raised by the caller
     "An error that names the file, the reason and what to do."
-    return WriteError(f"{path}: cannot be written ({error.strerror or error}); {_ADVICE.get(error.errno, 'choose another place')}")
+    return WriteError(
+        f"{path}: cannot be written ({error.strerror or error}); {_ADVICE.get(error.errno, 'choose another place')}"
+    )
 
 # %% ../nbs/00_base/01_files.ipynb #94985443
 _ABANDONED = 3600  # seconds after which a temporary file is that of a writer who was killed
@@ -45,17 +59,23 @@ def atomic_write(
     data: bytes | str,  # the whole content; text is written as UTF-8
 ) -> Path:  # the file written
     "Write a file in one step: temporary file in the same folder, flush, fsync, rename, fsync of the folder. What goes wrong is a `WriteError`."
-    try: return _replace(Path(path), data)
-    except OSError as e: raise unwritable(path, e) from None
+    try:
+        return _replace(Path(path), data)
+    except OSError as e:
+        raise unwritable(path, e) from None
 
 
 def _replace(path: Path, data: bytes | str) -> Path:
-    if path.is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        try: abandoned = time.time() - left.stat().st_mtime > _ABANDONED
-        except FileNotFoundError: continue  # its writer has just finished
-        if abandoned: left.unlink(missing_ok=True)
+        try:
+            abandoned = time.time() - left.stat().st_mtime > _ABANDONED
+        except FileNotFoundError:
+            continue  # its writer has just finished
+        if abandoned:
+            left.unlink(missing_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as f:
@@ -69,8 +89,10 @@ def _replace(path: Path, data: bytes | str) -> Path:
         raise
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)  # the rename itself must survive a power cut
-        finally: os.close(folder)
+        try:
+            os.fsync(folder)  # the rename itself must survive a power cut
+        finally:
+            os.close(folder)
     return path
 
 
@@ -78,7 +100,8 @@ def sha256_of_file(
     path: str | Path,  # an existing file
 ) -> str:  # 64 hexadecimal digits
     "SHA-256 of a file's bytes."
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 # %% ../nbs/00_base/01_files.ipynb #5d1b8e2f
 def printable(

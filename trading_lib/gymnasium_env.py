@@ -23,12 +23,26 @@ from .market.layouts import Layout
 # %% ../nbs/03_env/06_gymnasium_env.ipynb #a2c579e1
 _INF = float("inf")
 _BOUNDS = {  # (low, high) -> columns whose formula guarantees it; nothing is known of the others
-    (0, 1): "rsi rsi_7 session_progress adx plus_di minus_di stoch_k stoch_d p_reversal_up p_reversal_down p_continue age_volatility age_trend age_momentum "
-            "h1_rsi position_in_hour win_rate drawdown " + " ".join(f"{state}_{chain}" for chain in ("volatility", "trend", "momentum", "macro") for state in ("low", "medium", "high")),
+    (
+        0,
+        1,
+    ): "rsi rsi_7 session_progress adx plus_di minus_di stoch_k stoch_d p_reversal_up p_reversal_down p_continue age_volatility age_trend age_momentum "
+    "h1_rsi position_in_hour win_rate drawdown "
+    + " ".join(
+        f"{state}_{chain}"
+        for chain in ("volatility", "trend", "momentum", "macro")
+        for state in ("low", "medium", "high")
+    ),
     (-1, 1): "close_location hour_sin hour_cos weekday_sin weekday_cos month_sin month_cos cci pnl",
     (-1, 0): "williams_r",
-    (-1, _INF): "norm_price returns momentum open_gap body roc return_20 return_50 return_100 h1_return h1_trend",
-    (0, _INF): "volatility bar_range atr_pct volatility_20 volatility_50 volatility_100 h1_volatility h1_range",
+    (
+        -1,
+        _INF,
+    ): "norm_price returns momentum open_gap body roc return_20 return_50 return_100 h1_return h1_trend",
+    (
+        0,
+        _INF,
+    ): "volatility bar_range atr_pct volatility_20 volatility_50 volatility_100 h1_volatility h1_range",
     (-_INF, 1): "available_pct",
     (-6, _INF): "account_change",
 }
@@ -53,31 +67,55 @@ def _simulated(version: str, window: int, timeframe: str, asset_class: str) -> M
     "A small simulated market, made once."
     from trading_lib.bars import expected_labels, timeframe_seconds
     from trading_lib.sources import simulate_bars
-    if asset_class not in _SIMULATED_SYMBOL: raise unknown_name("asset_class", asset_class, _SIMULATED_SYMBOL)
+
+    if asset_class not in _SIMULATED_SYMBOL:
+        raise unknown_name("asset_class", asset_class, _SIMULATED_SYMBOL)
     symbol, start = _SIMULATED_SYMBOL[asset_class], np.datetime64("2015-01-02", "s")
     # equities trade a fifth of the hours of a week
-    span = (_SIMULATED_BARS + 1) * timeframe_seconds(timeframe) * (1 if asset_class == "crypto" else 1.5 if timeframe_seconds(timeframe) == 86_400 else 6)
-    end = expected_labels(timeframe, asset_class, start, start + np.timedelta64(int(span), "s"))[_SIMULATED_BARS]
+    span = (
+        (_SIMULATED_BARS + 1)
+        * timeframe_seconds(timeframe)
+        * (1 if asset_class == "crypto" else 1.5 if timeframe_seconds(timeframe) == 86_400 else 6)
+    )
+    end = expected_labels(timeframe, asset_class, start, start + np.timedelta64(int(span), "s"))[
+        _SIMULATED_BARS
+    ]
     bars = simulate_bars(symbol, timeframe, start, end, asset_class=asset_class)
-    config = GPUEnvConfig(n_envs=1, version=version, window=window, timeframe=timeframe, asset_class=asset_class)
+    config = GPUEnvConfig(
+        n_envs=1, version=version, window=window, timeframe=timeframe, asset_class=asset_class
+    )
     return replace(GPUVectorizedTradingEnv(bars, config).market, symbol=symbol)
 
 
 def _tensor_env(bars, fit, span, num_envs: int, device, settings: dict) -> GPUVectorizedTradingEnv:
     "The environment that does the work, from all that people may give."
-    if isinstance(settings.get("account"), dict): settings = settings | {"account": typed(AccountConfig, settings["account"], "account")}
+    if isinstance(settings.get("account"), dict):
+        settings = settings | {"account": typed(AccountConfig, settings["account"], "account")}
     config = GPUEnvConfig(n_envs=num_envs, observations="indices", **settings)
-    if bars is None: bars = _simulated(config.version, config.window, config.timeframe, config.asset_class)
-    elif isinstance(bars, (str, Path)): bars = MarketData.load(bars)
+    if bars is None:
+        bars = _simulated(config.version, config.window, config.timeframe, config.asset_class)
+    elif isinstance(bars, (str, Path)):
+        bars = MarketData.load(bars)
     if isinstance(bars, MarketData):
-        require(fit is None, "fit: market data carries the fit that it was made with; give fit only together with a DataFrame of bars")
+        require(
+            fit is None,
+            "fit: market data carries the fit that it was made with; give fit only together with a DataFrame of bars",
+        )
         made = {name: getattr(bars, name) for name in ("version", "window", "timeframe", "asset_class")}
         config = replace(config, **{name: value for name, value in made.items() if name not in settings})
         if span is not None:
-            try: start, stop = (int(bar) for bar in span)
-            except (TypeError, ValueError): raise InputError(f"span: expected two bars, start and stop, such as split_bounds gives, was {span!r}") from None
+            try:
+                start, stop = (int(bar) for bar in span)
+            except (TypeError, ValueError):
+                raise InputError(
+                    f"span: expected two bars, start and stop, such as split_bounds gives, was {span!r}"
+                ) from None
             bars = bars.span(start, stop)
-    else: require(span is None, "span: bars are bounded by cutting the DataFrame; give span only together with market data or its file")
+    else:
+        require(
+            span is None,
+            "span: bars are bounded by cutting the DataFrame; give span only together with market data or its file",
+        )
     return GPUVectorizedTradingEnv(bars, config, fit, device)
 
 # %% ../nbs/03_env/06_gymnasium_env.ipynb #54f3f657
@@ -100,39 +138,68 @@ class _Trading:
     def _build(self, bars, fit, span, num_envs, flatten, scaled, render_mode, device, settings, *known):
         names = ["bars", "fit", "span", "flatten", "scaled", "render_mode", "device", *known, *_SETTINGS]
         for name in settings:
-            if name not in _SETTINGS: raise unknown_name(type(self).__name__, name, names)
+            if name not in _SETTINGS:
+                raise unknown_name(type(self).__name__, name, names)
         modes = self.metadata["render_modes"]
-        require(render_mode is None or render_mode in modes, f"render_mode: expected None or {' or '.join(modes)}, was {render_mode!r}")
-        require(isinstance(num_envs, (int, np.integer)) and num_envs >= 1, f"num_envs: expected a whole number from 1, was {num_envs!r}")
+        require(
+            render_mode is None or render_mode in modes,
+            f"render_mode: expected None or {' or '.join(modes)}, was {render_mode!r}",
+        )
+        require(
+            isinstance(num_envs, (int, np.integer)) and num_envs >= 1,
+            f"num_envs: expected a whole number from 1, was {num_envs!r}",
+        )
         self.render_mode = render_mode
         self.tensor_env = env = _tensor_env(bars, fit, span, int(num_envs), device, settings)
         low, high = column_bounds(env.layout)
         market = np.isin(env.layout.columns, env.layout.market_columns)
         table, name = env.market.features, np.array(env.layout.market_columns)
         bad = ~((table >= low[market]) & (table <= high[market])).all(0)
-        require(not bad.any(), f"market data: {', '.join(name[bad][:3])} is not finite or outside of what its formula allows; make it with market_data, from validated bars")
+        require(
+            not bad.any(),
+            f"market data: {', '.join(name[bad][:3])} is not finite or outside of what its formula allows; make it with market_data, from validated bars",
+        )
         shift, scale = (np.array(env.market.fit.get(key, ()), np.float32) for key in ("shift", "scale"))
-        require(not scaled or len(scale) == len(low), "scaled: this market data holds no fit with a shift and a scale for each column; make it with market_data, or leave scaled out")
+        require(
+            not scaled or len(scale) == len(low),
+            "scaled: this market data holds no fit with a shift and a scale for each column; make it with market_data, or leave scaled out",
+        )
         self._scaling = (shift, scale) if scaled else None
         rows = [np.tile(self._scale(bound), (env.config.window, 1)) for bound in (low, high)]
         low, high = (b.ravel() for b in rows) if flatten else rows
-        self.single_observation_space, self.single_action_space = gym.spaces.Box(low, high, dtype=np.float32), gym.spaces.Discrete(env.n_actions)
+        self.single_observation_space, self.single_action_space = (
+            gym.spaces.Box(low, high, dtype=np.float32),
+            gym.spaces.Discrete(env.n_actions),
+        )
 
     def _scale(self, values: np.ndarray) -> np.ndarray:
         "As the networks of this library scale their inputs."
         return values if self._scaling is None else (values - self._scaling[0]) * self._scaling[1]
 
     def _observations(self, obs: Obs) -> np.ndarray:  # (n, *shape of one) float32
-        windows = self.tensor_env.table.materialise(obs).cpu().numpy().reshape(len(obs.index), self.tensor_env.config.window, -1)
+        windows = (
+            self.tensor_env.table.materialise(obs)
+            .cpu()
+            .numpy()
+            .reshape(len(obs.index), self.tensor_env.config.window, -1)
+        )
         return self._scale(windows).reshape(-1, *self.single_observation_space.shape)
 
     def _states(self, account, bar: torch.Tensor) -> dict[str, np.ndarray]:  # name -> (n,)
         "`INFOS`."
         row, market = bar.cpu().numpy(), self.tensor_env.market
         own = lambda values: values.cpu().numpy()
-        return {"bar": row, "timestamp": market.timestamp[row].astype("datetime64[ns]"), "price": market.prices[3][row], "equity": own(account.equity),
-                "position": own(account.position_value / account.equity), "quantity": own(account.quantity), "drawdown": own(account.drawdown),
-                "trades": own(account.trades).astype(np.int64), "costs": own(account.costs)}
+        return {
+            "bar": row,
+            "timestamp": market.timestamp[row].astype("datetime64[ns]"),
+            "price": market.prices[3][row],
+            "equity": own(account.equity),
+            "position": own(account.position_value / account.equity),
+            "quantity": own(account.quantity),
+            "drawdown": own(account.drawdown),
+            "trades": own(account.trades).astype(np.int64),
+            "costs": own(account.costs),
+        }
 
     def _components(self, infos: dict) -> dict[str, np.ndarray]:  # name -> (n,)
         "Unweighted parts of the reward."
@@ -142,23 +209,40 @@ class _Trading:
         "Start all accounts, at random bars or where `options` say."
         env, options = self.tensor_env, options or {}
         for name in options:
-            if name not in ("start", "end"): raise unknown_name("reset options", name, ("start", "end"))
-        require("start" in options or "end" not in options, "reset options: end needs a start as well, such as {'start': 700, 'end': 1500}")
-        if seed is None: seed = int(self.np_random.integers(2**63))  # Gymnasium's generator: what follows a seed repeats, without any it never does
+            if name not in ("start", "end"):
+                raise unknown_name("reset options", name, ("start", "end"))
+        require(
+            "start" in options or "end" not in options,
+            "reset options: end needs a start as well, such as {'start': 700, 'end': 1500}",
+        )
+        if seed is None:
+            seed = int(
+                self.np_random.integers(2**63)
+            )  # Gymnasium's generator: what follows a seed repeats, without any it never does
         obs = env.reset(seed % 2**63)
-        if "start" not in options: return obs
+        if "start" not in options:
+            return obs
         start = self._bars(options["start"], "start")
         end = self._bars(options["end"], "end") if "end" in options else start + env.config.episode_length
         first, last = env.decision_bars[[0, -1]]
         bad = ~np.isin(start, env.decision_bars)
-        require(not bad.any(), f"reset options: no episode can start at bar {start[bad][:1].tolist()}; expected one of decision_bars, from {first} to {last}")
-        require(bool((end > start).all()), f"reset options: expected an end after the start, were {options['start']!r} and {options['end'] if 'end' in options else end!r}")
+        require(
+            not bad.any(),
+            f"reset options: no episode can start at bar {start[bad][:1].tolist()}; expected one of decision_bars, from {first} to {last}",
+        )
+        require(
+            bool((end > start).all()),
+            f"reset options: expected an end after the start, were {options['start']!r} and {options['end'] if 'end' in options else end!r}",
+        )
         return env.reset_at(start, end)
 
     def _bars(self, value, name: str) -> np.ndarray:  # (n_envs,) int64
         bars = np.asarray(value)
         n = self.tensor_env.n_envs
-        require(bars.dtype.kind in "iu" and bars.shape in ((), (n,)), f"reset options: {name}: expected a bar, the number of its row{'' if n == 1 else f', or {n} of them'}, was {value!r}")
+        require(
+            bars.dtype.kind in "iu" and bars.shape in ((), (n,)),
+            f"reset options: {name}: expected a bar, the number of its row{'' if n == 1 else f', or {n} of them'}, was {value!r}",
+        )
         return np.broadcast_to(bars.astype(np.int64), (n,)).copy()
 
     @property
@@ -187,11 +271,13 @@ class TradingEnv(_Trading, gym.Env):
 
     metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 10}
 
-    def __init__(self,
+    def __init__(
+        self,
         bars=None,  # DataFrame of validated bars, MarketData, or the path of its .npz; None: a small simulated market
         *,
         fit=None,  # FeatureFit of the training span, for a DataFrame; None: fitted on these bars, which are then the training span
-        span: tuple[int, int] | None = None,  # bars of market data to stay in, such as split_bounds gives; None: its own
+        span: tuple[int, int]
+        | None = None,  # bars of market data to stay in, such as split_bounds gives; None: its own
         flatten: bool = False,  # observations (window × n_features,) instead of (window, n_features)
         scaled: bool = False,  # columns shifted and scaled by the fit, to about mean 0 and deviation 1; False: as they are
         render_mode: str | None = None,  # ansi: a line; rgb_array: a picture of the episode
@@ -204,12 +290,16 @@ class TradingEnv(_Trading, gym.Env):
 
     def _tell(self, state: dict) -> dict:
         self._state = {name: values[0] for name, values in state.items()}
-        if self.render_mode == "rgb_array": self._episode.append(self._state)
+        if self.render_mode == "rgb_array":
+            self._episode.append(self._state)
         return dict(self._state)
 
-    def reset(self, *,
+    def reset(
+        self,
+        *,
         seed: int | None = None,  # makes this and all that follows repeatable
-        options: dict | None = None,  # {"start": bar} begins there, {"start": bar, "end": bar} also sets the last bar
+        options: dict
+        | None = None,  # {"start": bar} begins there, {"start": bar, "end": bar} also sets the last bar
     ) -> tuple[np.ndarray, dict]:  # observation, info
         "Begin an episode, at a random bar unless options say where."
         super().reset(seed=seed)
@@ -217,21 +307,30 @@ class TradingEnv(_Trading, gym.Env):
         self._running, self._episode = True, []
         return self._observations(obs)[0], self._tell(self._states(self.tensor_env.account, obs.index))
 
-    def step(self,
+    def step(
+        self,
         action: int,  # see `action_meanings`
-    ) -> tuple[np.ndarray, float, bool, bool, dict]:  # observation, reward, terminated (bankrupt), truncated (end of the episode), info
+    ) -> tuple[
+        np.ndarray, float, bool, bool, dict
+    ]:  # observation, reward, terminated (bankrupt), truncated (end of the episode), info
         "One bar."
         require(self._running, "step: no episode is running; call reset() first")
-        require(self.action_space.contains(action), f"step: expected an action from 0 to {self.action_space.n - 1} ({', '.join(self.action_meanings)}), was {action!r}")
+        require(
+            self.action_space.contains(action),
+            f"step: expected an action from 0 to {self.action_space.n - 1} ({', '.join(self.action_meanings)}), was {action!r}",
+        )
         _, reward, terminated, truncated, infos = self.tensor_env.step(torch.tensor([int(action)]))
         seen = infos["final_obs"]  # the tensors may have begun another episode already
         self._running = not (terminated.item() or truncated.item())
-        info = self._tell(self._states(infos["account"], seen.index)) | {"reward_components": {name: float(values[0]) for name, values in self._components(infos).items()}}
+        info = self._tell(self._states(infos["account"], seen.index)) | {
+            "reward_components": {name: float(values[0]) for name, values in self._components(infos).items()}
+        }
         return self._observations(seen)[0], reward.item(), terminated.item(), truncated.item(), info
 
     def render(self) -> str | np.ndarray | None:
         "The account now, as the render mode has it."
-        if self.render_mode is None: return None
+        if self.render_mode is None:
+            return None
         require(self._state is not None, "render: no episode has begun; call reset() first")
         return _line(self._state) if self.render_mode == "ansi" else self._picture()
 
@@ -239,10 +338,15 @@ class TradingEnv(_Trading, gym.Env):
         "Price, position and equity of the episode so far."
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+
         figure = Figure(figsize=(6, 4.5), dpi=80, layout="tight")
         canvas, time = FigureCanvasAgg(figure), [state["timestamp"] for state in self._episode]
         for axis, name in zip(figure.subplots(3, sharex=True), ("price", "position", "equity")):
-            axis.plot(time, [state[name] for state in self._episode], drawstyle="steps-post" if name == "position" else None)
+            axis.plot(
+                time,
+                [state[name] for state in self._episode],
+                drawstyle="steps-post" if name == "position" else None,
+            )
             axis.set_ylabel(name)
         axis.tick_params("x", rotation=20)
         figure.suptitle(_line(self._state), fontsize=9)
@@ -254,7 +358,9 @@ def _masked(values: dict, mask: np.ndarray) -> dict:
     "Infos as Gymnasium batches them, in new arrays: each with a mask of the accounts it speaks of, and nothing for the others."
     out = {}
     for name, value in values.items():
-        out[name] = _masked(value, mask) if isinstance(value, dict) else np.where(mask, value, np.zeros_like(value))
+        out[name] = (
+            _masked(value, mask) if isinstance(value, dict) else np.where(mask, value, np.zeros_like(value))
+        )
         out[f"_{name}"] = mask.copy()
     return out
 
@@ -264,12 +370,14 @@ class TradingVectorEnv(_Trading, VectorEnv):
 
     metadata = {"render_modes": ["ansi"], "autoreset_mode": AutoresetMode.SAME_STEP}
 
-    def __init__(self,
+    def __init__(
+        self,
         num_envs: int = 1,  # accounts
         bars=None,  # DataFrame of validated bars, MarketData, or the path of its .npz; None: a small simulated market
         *,
         fit=None,  # FeatureFit of the training span, for a DataFrame; None: fitted on these bars, which are then the training span
-        span: tuple[int, int] | None = None,  # bars of market data to stay in, such as split_bounds gives; None: its own
+        span: tuple[int, int]
+        | None = None,  # bars of market data to stay in, such as split_bounds gives; None: its own
         flatten: bool = False,  # observations (num_envs, window × n_features) instead of (num_envs, window, n_features)
         scaled: bool = False,  # columns shifted and scaled by the fit, to about mean 0 and deviation 1; False: as they are
         render_mode: str | None = None,  # ansi: a line for each account
@@ -278,41 +386,71 @@ class TradingVectorEnv(_Trading, VectorEnv):
     ):
         self._build(bars, fit, span, num_envs, flatten, scaled, render_mode, device, settings, "num_envs")
         self.num_envs = int(num_envs)
-        self.observation_space, self.action_space = (batch_space(space, self.num_envs) for space in (self.single_observation_space, self.single_action_space))
+        self.observation_space, self.action_space = (
+            batch_space(space, self.num_envs)
+            for space in (self.single_observation_space, self.single_action_space)
+        )
 
-    def _now(self) -> dict: return self._states(self.tensor_env.account, self.tensor_env.bar)
+    def _now(self) -> dict:
+        return self._states(self.tensor_env.account, self.tensor_env.bar)
 
-    def reset(self, *,
+    def reset(
+        self,
+        *,
         seed: int | None = None,  # makes this and all that follows repeatable
-        options: dict | None = None,  # {"start": bars} begins there, {"start": bars, "end": bars} also sets the last bars; one for all or one for each
+        options: dict
+        | None = None,  # {"start": bars} begins there, {"start": bars, "end": bars} also sets the last bars; one for all or one for each
     ) -> tuple[np.ndarray, dict]:  # observations, infos
         "Begin all episodes, at random bars unless options say where."
-        require(seed is None or isinstance(seed, (int, np.integer)), f"reset: expected one seed for all accounts, a whole number, was {seed!r}")
+        require(
+            seed is None or isinstance(seed, (int, np.integer)),
+            f"reset: expected one seed for all accounts, a whole number, was {seed!r}",
+        )
         super().reset(seed=seed)
         obs = self._begin(seed, options)
         return self._observations(obs), _masked(self._now(), np.ones(self.num_envs, bool))
 
-    def step(self,
+    def step(
+        self,
         actions,  # (num_envs,) whole numbers, see `action_meanings`
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:  # observations, rewards, terminated (bankrupt), truncated (end of the episode), infos
+    ) -> tuple[
+        np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict
+    ]:  # observations, rewards, terminated (bankrupt), truncated (end of the episode), infos
         "One bar for every account."
         actions = np.asarray(actions)
-        require(actions.dtype.kind in "iu" and actions.shape == (self.num_envs,), f"step: expected {self.num_envs} whole-number actions, was {actions.dtype} of shape {actions.shape}")
-        obs, reward, terminated, truncated, infos = self.tensor_env.step(torch.as_tensor(actions.astype(np.int64)))
+        require(
+            actions.dtype.kind in "iu" and actions.shape == (self.num_envs,),
+            f"step: expected {self.num_envs} whole-number actions, was {actions.dtype} of shape {actions.shape}",
+        )
+        obs, reward, terminated, truncated, infos = self.tensor_env.step(
+            torch.as_tensor(actions.astype(np.int64))
+        )
         done = (terminated | truncated).cpu().numpy()
         components = self._components(infos)
-        out = _masked(self._now(), np.ones(self.num_envs, bool)) | _masked({"reward_components": components}, ~done)
+        out = _masked(self._now(), np.ones(self.num_envs, bool)) | _masked(
+            {"reward_components": components}, ~done
+        )
         if done.any():
             rows, last = torch.as_tensor(np.flatnonzero(done), device=obs.index.device), infos["final_obs"]
             final = np.full(self.num_envs, None, dtype=object)
-            for i, seen in zip(np.flatnonzero(done), self._observations(Obs(last.index[rows], last.dense[rows]))): final[i] = seen
+            for i, seen in zip(
+                np.flatnonzero(done), self._observations(Obs(last.index[rows], last.dense[rows]))
+            ):
+                final[i] = seen
             had = self._states(infos["account"], last.index) | {"reward_components": components}
             out |= {"final_obs": final, "_final_obs": done.copy()} | _masked({"final_info": had}, done)
-        return self._observations(obs), reward.cpu().numpy(), terminated.cpu().numpy(), truncated.cpu().numpy(), out
+        return (
+            self._observations(obs),
+            reward.cpu().numpy(),
+            terminated.cpu().numpy(),
+            truncated.cpu().numpy(),
+            out,
+        )
 
     def render(self) -> tuple[str, ...] | None:
         "A line for each account."
-        if self.render_mode is None: return None
+        if self.render_mode is None:
+            return None
         require(hasattr(self.tensor_env, "bar"), "render: no episode has begun; call reset() first")
         state = self._now()
         return tuple(_line({name: values[i] for name, values in state.items()}) for i in range(self.num_envs))
@@ -321,4 +459,8 @@ class TradingVectorEnv(_Trading, VectorEnv):
 ENV_ID = "trading_lib/Trading-v0"
 
 if ENV_ID not in gym.registry:
-    gym.register(ENV_ID, entry_point="trading_lib.gymnasium_env:TradingEnv", vector_entry_point="trading_lib.gymnasium_env:TradingVectorEnv")
+    gym.register(
+        ENV_ID,
+        entry_point="trading_lib.gymnasium_env:TradingEnv",
+        vector_entry_point="trading_lib.gymnasium_env:TradingVectorEnv",
+    )

@@ -31,29 +31,38 @@ from typing import Iterator, NamedTuple
 import numpy as np
 
 from .checkpoint import flat_facts, library_versions, load_checkpoint
-from .evaluation.code_identity import code_identity
 from .config import InputError, check_symbol, require, unknown_name
+from .data.simulation import is_simulated_name, simulated_bars
+from .evaluation.code_identity import code_identity
 from .files import atomic_write, markdown, printable, unwritable
 from .metrics import deflated_sharpe_ratio, probability_of_backtest_overfitting
-from .data.simulation import is_simulated_name, simulated_bars
 from .version import declared_version
 
 # %% ../nbs/07_evaluation/01_ledger.ipynb #ea19932c
 def _plain(value, where: str, infinite: bool = False):
     "A copy in JSON's types; equal numbers are written alike. What is not finite becomes None where `infinite` allows it."
-    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"): value = value.item()
-    if value is None or isinstance(value, (bool, str)): return value
-    if isinstance(value, int): return int(value)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, int):
+        return int(value)
     if isinstance(value, float):
         if not math.isfinite(value):
             require(infinite, f"{where}: expected a finite number, was {value}")
             return None
-        return int(value) if value.is_integer() and abs(value) < 2**53 else float(value)  # 1.0 is 1, -0.0 is 0
+        return (
+            int(value) if value.is_integer() and abs(value) < 2**53 else float(value)
+        )  # 1.0 is 1, -0.0 is 0
     if isinstance(value, dict):
-        for name in value: require(isinstance(name, str), f"{where}: expected names that are text, was {name!r}")
+        for name in value:
+            require(isinstance(name, str), f"{where}: expected names that are text, was {name!r}")
         return {name: _plain(v, f"{where}.{name}", infinite) for name, v in value.items()}
-    if isinstance(value, (list, tuple)): return [_plain(v, f"{where}[{i}]", infinite) for i, v in enumerate(value)]
-    raise InputError(f"{where}: expected numbers, text, lists and tables, was {type(value).__name__}; give plain values")
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, f"{where}[{i}]", infinite) for i, v in enumerate(value)]
+    raise InputError(
+        f"{where}: expected numbers, text, lists and tables, was {type(value).__name__}; give plain values"
+    )
 
 
 def _json(value) -> str:
@@ -70,23 +79,33 @@ def _line(record: dict) -> bytes:
     return body + b',"line_sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
 
 
-def _seal(line: bytes) -> bytes: return line.rstrip()[-66:-2]  # of a line that `_line` wrote
+def _seal(line: bytes) -> bytes:
+    return line.rstrip()[-66:-2]  # of a line that `_line` wrote
 
 
 def _body(line: bytes) -> bytes | None:
     "What is sealed, as JSON; None: not a line that `_line` wrote."
     sealed = _SEAL.fullmatch(line.rstrip())
-    return sealed[1] + b"}" if sealed and hashlib.sha256(sealed[1]).hexdigest().encode() == sealed[2] else None
+    return (
+        sealed[1] + b"}" if sealed and hashlib.sha256(sealed[1]).hexdigest().encode() == sealed[2] else None
+    )
 
 
 def _shared(body: bytes, texts: dict[bytes, object]) -> dict:
     "The record of a body; days and parameters of many trials are the same, and are parsed and kept once."
-    cuts = [body.find(b'"days":[') + 7, body.find(b',"key":'), body.find(b',"parameters":{') + 14, body.rfind(b',"returns":[')]
-    if cuts != sorted(cuts) or cuts[0] < 7 or cuts[1] < 0: return json.loads(body)
+    cuts = [
+        body.find(b'"days":[') + 7,
+        body.find(b',"key":'),
+        body.find(b',"parameters":{') + 14,
+        body.rfind(b',"returns":['),
+    ]
+    if cuts != sorted(cuts) or cuts[0] < 7 or cuts[1] < 0:
+        return json.loads(body)
     a, b, c, d = cuts
     record = json.loads(body[:a] + b"0" + body[b:c] + b"0" + body[d:])
     for name, text in (("days", body[a:b]), ("parameters", body[c:d])):
-        if text not in texts: texts[text] = json.loads(text)
+        if text not in texts:
+            texts[text] = json.loads(text)
         record[name] = texts[text]
     return record
 
@@ -98,22 +117,30 @@ _WAIT = 60  # seconds; a lock is held for milliseconds
 def _locked(path: Path, write: bool):
     "A handle of the file that no other process writes to meanwhile."
     import fcntl  # not on every system; reading a module must not fail there
+
     give_up = time.monotonic() + _WAIT
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND if write else os.O_RDONLY, 0o644)
         try:
             fcntl.flock(handle, (fcntl.LOCK_EX if write else fcntl.LOCK_SH) | fcntl.LOCK_NB)
             # a checkout may have put another file in its place: a lock counts only on the file that others will open
-            if os.path.samestat(os.fstat(handle), os.stat(path)): break
-        except (BlockingIOError, FileNotFoundError): pass
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                break
+        except (BlockingIOError, FileNotFoundError):
+            pass
         except BaseException:
             os.close(handle)
             raise
         os.close(handle)
-        require(time.monotonic() < give_up, f"{path}: another process has held it for longer than {_WAIT} s; end that process and try again")
+        require(
+            time.monotonic() < give_up,
+            f"{path}: another process has held it for longer than {_WAIT} s; end that process and try again",
+        )
         time.sleep(0.005)
-    try: yield handle
-    finally: os.close(handle)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 def _lines(handle: int) -> Iterator[bytes]:
@@ -131,26 +158,34 @@ def _seals(handle: int) -> tuple[set[bytes], bytes]:
     while data := os.read(handle, 2**20):
         data, start = rest + data, 0
         while (end := data.find(b"\n", start)) >= 0:
-            seen.add(_seal(data[max(start, end - 100):end]))
+            seen.add(_seal(data[max(start, end - 100) : end]))
             start = end + 1
         rest = data[start:]
     return seen | ({_seal(rest)} if _body(rest) is not None else set()), rest
 
 
-def _is_torn(last: bytes) -> bool: return bool(last.strip()) and _body(last) is None
+def _is_torn(last: bytes) -> bool:
+    return bool(last.strip()) and _body(last) is None
 
 
-def _torn(path: Path, last: bytes, then: str): warnings.warn(f"{path}: its last line is torn after {len(last)} bytes: a writer was killed; {then}", stacklevel=4)
+def _torn(path: Path, last: bytes, then: str):
+    warnings.warn(
+        f"{path}: its last line is torn after {len(last)} bytes: a writer was killed; {then}", stacklevel=4
+    )
 
 
 @contextmanager
 def _problems(path: Path, reading: bool = False):
     "What the system refuses, in one line that names the file."
-    try: yield
-    except InputError: raise
+    try:
+        yield
+    except InputError:
+        raise
     except OSError as e:
-        if not reading: raise unwritable(path, e) from None
-        if isinstance(e, FileNotFoundError): raise  # no file holds no lines
+        if not reading:
+            raise unwritable(path, e) from None
+        if isinstance(e, FileNotFoundError):
+            raise  # no file holds no lines
         raise InputError(f"{path}: cannot be read ({e.strerror or e}); check its permissions") from None
 
 
@@ -166,8 +201,10 @@ def _add(path: Path, lines) -> set[bytes]:
                 end -= len(last)
             rest = memoryview(b"\n" * bool(last and not torn) + b"".join(lines(seen)))
             try:
-                if torn: os.ftruncate(handle, end)
-                while rest: rest = rest[os.write(handle, rest):]
+                if torn:
+                    os.ftruncate(handle, end)
+                while rest:
+                    rest = rest[os.write(handle, rest) :]
                 os.fsync(handle)
             except BaseException:
                 os.ftruncate(handle, end)  # a full disk must not leave half a line
@@ -184,47 +221,65 @@ def _bodies(path: Path) -> Iterator[bytes]:
                 for i, line in enumerate(_lines(handle)):
                     if before.strip():
                         body = _body(before)
-                        require(body is not None, f"{path}: line {i} is damaged or was edited by hand; restore the file from a copy, or remove that line and know that the count is too low")
+                        require(
+                            body is not None,
+                            f"{path}: line {i} is damaged or was edited by hand; restore the file from a copy, or remove that line and know that the count is too low",
+                        )
                         yield body
                     before = line
-                if _is_torn(before): _torn(path, before, "the complete ones are read")
-                elif before.strip(): yield _body(before)
-        except FileNotFoundError: return
+                if _is_torn(before):
+                    _torn(path, before, "the complete ones are read")
+                elif before.strip():
+                    yield _body(before)
+        except FileNotFoundError:
+            return
 
 
 def _complete(path: Path, wanted: set[bytes] | None = None) -> dict[bytes, bytes]:
     "Seal -> line of the lines that are as they were written; no file, no lines."
     try:
-        with _problems(path, reading=True), _locked(path, False) as handle: lines = [line.rstrip() + b"\n" for line in _lines(handle) if wanted is None or _seal(line) in wanted]
-    except FileNotFoundError: return {}
+        with _problems(path, reading=True), _locked(path, False) as handle:
+            lines = [
+                line.rstrip() + b"\n" for line in _lines(handle) if wanted is None or _seal(line) in wanted
+            ]
+    except FileNotFoundError:
+        return {}
     return {_seal(line): line for line in lines if _body(line) is not None}
 
 # %% ../nbs/07_evaluation/01_ledger.ipynb #941f5f15
 def _git_folder(root: Path) -> Path | None:
     "The folder that all work trees of a repository share; None: the project is none."
     entry = root / ".git"
-    if entry.is_dir(): return entry
-    if not entry.is_file(): return None
+    if entry.is_dir():
+        return entry
+    if not entry.is_file():
+        return None
     folder = root / entry.read_text().removeprefix("gitdir:").strip()
     common = folder / "commondir"
     return (folder / common.read_text().strip()).resolve() if common.exists() else folder
 
 
-def _kept_path(ledger: Path) -> Path: return ledger.parent.parent / "models" / f"{ledger.stem}.trials.jsonl"
+def _kept_path(ledger: Path) -> Path:
+    return ledger.parent.parent / "models" / f"{ledger.stem}.trials.jsonl"
 
 
 def _places(path: str | Path) -> tuple[list[Path], list[Path]]:
     "Where lines of a file are written, the file itself first; where others may be."
     path = Path(os.path.abspath(path))
-    if path.parent.name != "ledger": return [path], []
+    if path.parent.name != "ledger":
+        return [path], []
     root = path.parent.parent
     parts = root.resolve().parts
-    copied = next((Path(*parts[:i]) for i in range(len(parts) - 2) if parts[i:i + 3] == (".dvc", "tmp", "exps")), None)
+    copied = next(
+        (Path(*parts[:i]) for i in range(len(parts) - 2) if parts[i : i + 3] == (".dvc", "tmp", "exps")), None
+    )
     project = copied or root
     file, git = project / "ledger" / path.name, _git_folder(project)
     lasting = git / "trading_lib" / path.name if git else file
     kept = _kept_path(file)
-    return list(dict.fromkeys([path, lasting])), [p for p in dict.fromkeys([file, kept]) if p not in (path, lasting)]
+    return list(dict.fromkeys([path, lasting])), [
+        p for p in dict.fromkeys([file, kept]) if p not in (path, lasting)
+    ]
 
 
 @contextmanager
@@ -245,12 +300,21 @@ def _append_everywhere(path, records: list[dict]) -> tuple[int, int]:
     (own, *lasting), others = _places(path)
     known = set()
     with _waiting(own) as waiting:
-        for place in lasting: known |= _add(place, lambda seen: [line for seal, line in (waiting | given).items() if seal not in seen])
+        for place in lasting:
+            known |= _add(
+                place, lambda seen: [line for seal, line in (waiting | given).items() if seal not in seen]
+            )
 
         def missing(seen):
             elsewhere = known - seen
-            back = {seal: line for place in lasting if elsewhere for seal, line in _complete(place, elsewhere).items()}
+            back = {
+                seal: line
+                for place in lasting
+                if elsewhere
+                for seal, line in _complete(place, elsewhere).items()
+            }
             return [line for seal, line in (back | waiting | given).items() if seal not in seen]
+
         known |= _add(own, missing)
     known = {seal for seal in known if len(seal) == 64} | set(waiting)
     return len(set(given) - known), len(known | set(given))
@@ -272,20 +336,25 @@ _SHOWN = ("sharpe_per_bar", "bars", "days", "returns")
 
 def _rounded(value, where: str) -> float:
     "Eight significant digits: the rest differs from machine to machine."
-    try: value = float(value)
-    except (TypeError, ValueError): raise InputError(f"{where}: expected a number, was {value!r}") from None
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{where}: expected a number, was {value!r}") from None
     require(math.isfinite(value), f"{where}: expected a finite number, was {value}")
     return float(f"{value:.8g}") + 0.0  # -0.0 is 0
 
 
 def _day(value) -> str:
-    try: return date.fromisoformat(str(value)[:10]).isoformat()
-    except ValueError: raise InputError(f"trial.days: expected days such as 2024-01-31, was {value!r}") from None
+    try:
+        return date.fromisoformat(str(value)[:10]).isoformat()
+    except ValueError:
+        raise InputError(f"trial.days: expected days such as 2024-01-31, was {value!r}") from None
 
 
 @dataclass(frozen=True)
 class Trial:
     "One thing that was tried, and what it showed on the validation span."
+
     symbol: str
     timeframe: str
     kind: str  # "checkpoint" of a training run; another word for what you record yourself
@@ -306,32 +375,66 @@ class Trial:
         put = lambda name, value: object.__setattr__(self, name, value)
         for name in ("symbol", "timeframe", "kind"):
             value = getattr(self, name)
-            require(isinstance(value, str) and bool(value.strip()), f"trial.{name}: expected text, was {value!r}")
+            require(
+                isinstance(value, str) and bool(value.strip()), f"trial.{name}: expected text, was {value!r}"
+            )
         for name in ("seed", "update", "bars"):
             value = _plain(getattr(self, name), f"trial.{name}")
-            require((value is None and name != "bars") or type(value) is int, f"trial.{name}: expected a whole number, was {value!r}")
+            require(
+                (value is None and name != "bars") or type(value) is int,
+                f"trial.{name}: expected a whole number, was {value!r}",
+            )
             put(name, value)
         for name in ("parameters", "data"):
-            require(isinstance(getattr(self, name), dict), f"trial.{name}: expected a table of names and values, was {getattr(self, name)!r}")
+            require(
+                isinstance(getattr(self, name), dict),
+                f"trial.{name}: expected a table of names and values, was {getattr(self, name)!r}",
+            )
             put(name, _plain(getattr(self, name), f"trial.{name}"))
         data = self.data
-        require(isinstance(data.get("sha256"), str), f"trial.data: expected sha256, first and last of the bars, was {data}")
-        put("data", {"sha256": data["sha256"], "first": data.get("first", data.get("start")), "last": data.get("last", data.get("end"))})
-        require(isinstance(self.span, (list, tuple)) and len(self.span) == 2, f"trial.span: expected the first and the last moment of the validation, was {self.span!r}")
+        require(
+            isinstance(data.get("sha256"), str),
+            f"trial.data: expected sha256, first and last of the bars, was {data}",
+        )
+        put(
+            "data",
+            {
+                "sha256": data["sha256"],
+                "first": data.get("first", data.get("start")),
+                "last": data.get("last", data.get("end")),
+            },
+        )
+        require(
+            isinstance(self.span, (list, tuple)) and len(self.span) == 2,
+            f"trial.span: expected the first and the last moment of the validation, was {self.span!r}",
+        )
         put("span", [str(moment) for moment in self.span])
         put("sharpe_per_bar", _rounded(self.sharpe_per_bar, "trial.sharpe_per_bar"))
         put("days", [_day(d) for d in self.days])
         put("returns", [_rounded(r, "trial.returns") for r in self.returns])
         put("libraries", _plain(self.libraries, "trial.libraries"))
-        require(self.code is None or isinstance(self.code, str), f"trial.code: expected text, was {self.code!r}")
-        require(self.simulated in (None, True, False), f"trial.simulated: expected true or false, was {self.simulated!r}")
-        require(len(self.days) == len(self.returns), f"trial: expected one day for each return, was {len(self.days)} days and {len(self.returns)} returns")
-        require(all(a < b for a, b in zip(self.days, self.days[1:])), "trial.days: expected each day once and in order; add up the returns of a day before")
+        require(
+            self.code is None or isinstance(self.code, str), f"trial.code: expected text, was {self.code!r}"
+        )
+        require(
+            self.simulated in (None, True, False),
+            f"trial.simulated: expected true or false, was {self.simulated!r}",
+        )
+        require(
+            len(self.days) == len(self.returns),
+            f"trial: expected one day for each return, was {len(self.days)} days and {len(self.returns)} returns",
+        )
+        require(
+            all(a < b for a, b in zip(self.days, self.days[1:])),
+            "trial.days: expected each day once and in order; add up the returns of a day before",
+        )
 
     @property
     def key(self) -> str:  # 64 hexadecimal digits
         "Hash of what was tried and of what it showed; who sees another outcome has looked at another thing."
-        return hashlib.sha256(_json({name: getattr(self, name) for name in _TRIED + _SHOWN}).encode()).hexdigest()
+        return hashlib.sha256(
+            _json({name: getattr(self, name) for name in _TRIED + _SHOWN}).encode()
+        ).hexdigest()
 
     def record(self) -> dict:
         "Key and fields, as they are written."
@@ -340,12 +443,21 @@ class Trial:
 
 def _trial_record(trial) -> dict:
     "A Trial, a record of one, or a dict of its fields, as a record."
-    if isinstance(trial, Trial): return trial.record()
-    require(isinstance(trial, dict), f"trial: expected a Trial or a table of its fields, was {type(trial).__name__}")
-    names, later = [f.name for f in fields(Trial)], {"code", "libraries", "simulated"}  # which older ledgers lack
-    if {"key", *names} - later <= set(trial) <= {"key", *names}: return trial  # read from a ledger: its key stays
+    if isinstance(trial, Trial):
+        return trial.record()
+    require(
+        isinstance(trial, dict),
+        f"trial: expected a Trial or a table of its fields, was {type(trial).__name__}",
+    )
+    names, later = (
+        [f.name for f in fields(Trial)],
+        {"code", "libraries", "simulated"},
+    )  # which older ledgers lack
+    if {"key", *names} - later <= set(trial) <= {"key", *names}:
+        return trial  # read from a ledger: its key stays
     for name in trial:
-        if name not in names: raise unknown_name("trial", name, names)
+        if name not in names:
+            raise unknown_name("trial", name, names)
     missing = [name for name in names if name not in trial and name not in later]
     require(not missing, f"trial: {', '.join(missing)} missing")
     return Trial(**trial).record()
@@ -369,15 +481,33 @@ def run_trials(
 ) -> list[Trial]:
     "The trials of one training run: every checkpoint that was looked at."
     code = code or code_identity()
-    if simulated is None: simulated = simulated_bars(symbol, data)
+    if simulated is None:
+        simulated = simulated_bars(symbol, data)
     libraries = {name: version for name, version in library_versions().items() if name in ("numpy", "torch")}
     parameters = {name: value for name, value in parameters.items() if name != "seed"}
-    if isinstance(parameters.get("train"), dict): parameters["train"] = {name: value for name, value in parameters["train"].items() if name != "seed"}
+    if isinstance(parameters.get("train"), dict):
+        parameters["train"] = {name: value for name, value in parameters["train"].items() if name != "seed"}
     needed = ("update", "sharpe_per_bar", "bars", "days", "returns")
     for i, v in enumerate(validations):
         missing = [name for name in needed if name not in v]
         require(not missing, f"validations[{i}]: expected {', '.join(needed)}; {', '.join(missing)} missing")
-    return [Trial(symbol, timeframe, "checkpoint", seed, v["update"], parameters, data, span, *(v[name] for name in needed[1:]), code, libraries, simulated) for v in validations]
+    return [
+        Trial(
+            symbol,
+            timeframe,
+            "checkpoint",
+            seed,
+            v["update"],
+            parameters,
+            data,
+            span,
+            *(v[name] for name in needed[1:]),
+            code,
+            libraries,
+            simulated,
+        )
+        for v in validations
+    ]
 
 # %% ../nbs/07_evaluation/01_ledger.ipynb #9f3d3f55
 def ledger_path(
@@ -404,11 +534,14 @@ def add_trials(
     "Add trials to a symbol's ledger; where that cannot be written, keep them in models/ for the next writer. A finished training is not lost to its ledger."
     path, records = ledger_path(root, symbol), _unique(trials)
     kept = _kept_path(path)
-    try: new, n = _append_everywhere(path, records)
+    try:
+        new, n = _append_everywhere(path, records)
     except InputError as e:
         lines = {_seal(line): line for line in map(_line, records)}
-        try: _add(kept, lambda seen: [line for seal, line in lines.items() if seal not in seen])
-        except InputError as nor: return f"ledger of {symbol}: {e}; nor can its trials be kept: {nor}; {len(records)} trials are not counted"
+        try:
+            _add(kept, lambda seen: [line for seal, line in lines.items() if seal not in seen])
+        except InputError as nor:
+            return f"ledger of {symbol}: {e}; nor can its trials be kept: {nor}; {len(records)} trials are not counted"
         return f"ledger of {symbol}: {e}; its {len(records)} trials are kept in {kept}, count, and are added to the ledger by the next training"
     return f"ledger of {symbol}: {new} new trials, {n} in all"
 
@@ -420,11 +553,13 @@ def check_ledger(
     "Before a training: its trials will have a name, a readable ledger and a disk; else one line says why not. Also notes which code begins."
     path = ledger_path(root, symbol)
     for place in [place for places in _places(path) for place in places]:
-        for _ in _bodies(place): pass
+        for _ in _bodies(place):
+            pass
     for place in _places(path)[0]:
         folder = next(parent for parent in place.parents if parent.exists())
         with _problems(place):
-            if place.exists(): os.close(os.open(place, os.O_RDWR | os.O_APPEND))
+            if place.exists():
+                os.close(os.open(place, os.O_RDWR | os.O_APPEND))
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(bytes(2**16))  # about 16 trials
                 file.flush()
@@ -433,10 +568,15 @@ def check_ledger(
 
 def read_trials(
     path: str | Path,  # from `ledger_path`; no file: nothing was tried yet
-) -> list[dict]:  # in the order in which they were recorded; equal days and parameters are one object, so change none of them
+) -> list[
+    dict
+]:  # in the order in which they were recorded; equal days and parameters are one object, so change none of them
     "The trials of a ledger, each once."
     trials = _read_everywhere(path, lambda r: r.get("key"))
-    require(all("key" in t and "returns" in t for t in trials), f"{path}: holds lines that are not trials; expected the ledger of a symbol")
+    require(
+        all("key" in t and "returns" in t for t in trials),
+        f"{path}: holds lines that are not trials; expected the ledger of a symbol",
+    )
     return trials
 
 
@@ -448,7 +588,11 @@ def project_trials(
     folders = [place.parent for place in written + others]
     names = {p.name for folder in folders for p in folder.glob("*.jsonl") if p.name != "index.jsonl"}
     symbols = sorted({name.removesuffix(".jsonl").removesuffix(".trials") for name in names})
-    return {symbol: trials for symbol in symbols if (trials := read_trials(Path(root) / "ledger" / f"{symbol}.jsonl"))}
+    return {
+        symbol: trials
+        for symbol in symbols
+        if (trials := read_trials(Path(root) / "ledger" / f"{symbol}.jsonl"))
+    }
 
 
 def gather_ledgers(
@@ -456,8 +600,10 @@ def gather_ledgers(
 ):
     "Bring into the project's files what git's folder or models/ knows beside them, so that pipelines and other people see it."
     for symbol in project_trials(root):
-        try: _append_everywhere(Path(root) / "ledger" / f"{symbol}.jsonl", [])
-        except InputError as e: warnings.warn(str(e))  # it counts all the same
+        try:
+            _append_everywhere(Path(root) / "ledger" / f"{symbol}.jsonl", [])
+        except InputError as e:
+            warnings.warn(str(e))  # it counts all the same
 
 
 def simulated_trial(
@@ -482,18 +628,38 @@ def ledger_summary(
     trials, texts = _unique(trials), {}
 
     def text(value):
-        if id(value) not in texts: texts[id(value)] = value, _json(value)  # many trials hold the same object
+        if id(value) not in texts:
+            texts[id(value)] = value, _json(value)  # many trials hold the same object
         return texts[id(value)][1]
+
     # runs of the same settings are told apart by what they showed at the same update
-    looks = Counter((t["symbol"], t["timeframe"], t.get("code"), t["seed"], *map(text, (t["data"], t["span"], t["parameters"])), t["kind"], t["update"]) for t in trials)
+    looks = Counter(
+        (
+            t["symbol"],
+            t["timeframe"],
+            t.get("code"),
+            t["seed"],
+            *map(text, (t["data"], t["span"], t["parameters"])),
+            t["kind"],
+            t["update"],
+        )
+        for t in trials
+    )
     runs = {}
-    for (*run, _, _), times in looks.items(): runs[tuple(run)] = max(runs.get(tuple(run), 0), times)
-    return {"n_trials": len(trials), "n_runs": sum(runs.values()), "n_seeds": len({t["seed"] for t in trials}), "n_parameter_sets": len({text(t["parameters"]) for t in trials}),
-            "n_checkpoints": sum(t["kind"] == "checkpoint" for t in trials)}
+    for (*run, _, _), times in looks.items():
+        runs[tuple(run)] = max(runs.get(tuple(run), 0), times)
+    return {
+        "n_trials": len(trials),
+        "n_runs": sum(runs.values()),
+        "n_seeds": len({t["seed"] for t in trials}),
+        "n_parameter_sets": len({text(t["parameters"]) for t in trials}),
+        "n_checkpoints": sum(t["kind"] == "checkpoint" for t in trials),
+    }
 
 # %% ../nbs/07_evaluation/01_ledger.ipynb #add9a7f2
 class TrialReturns(NamedTuple):
     "Daily returns of the trials that can be compared."
+
     matrix: np.ndarray  # (days, trials)
     days: list  # such as 2024-01-31
     keys: list  # of the trials
@@ -502,6 +668,7 @@ class TrialReturns(NamedTuple):
 
 class Overfitting(NamedTuple):
     "Probability of backtest overfitting, or why there is none."
+
     probability: float | None  # about 0.5 or more: choosing among these trials is worthless
     reason: str | None  # why there is no probability
     trials: int  # distinct ones that were compared
@@ -516,13 +683,17 @@ def trial_returns(
     "Returns of the largest group of trials with the same bars and validation span, over the days they have in common."
     trials, groups = _unique(trials), {}
     for t in trials:
-        if t["returns"]: groups.setdefault(_json([t[name] for name in ("symbol", "timeframe", "data", "span")]), []).append(t)
+        if t["returns"]:
+            groups.setdefault(
+                _json([t[name] for name in ("symbol", "timeframe", "data", "span")]), []
+            ).append(t)
     group = max(reversed(list(groups.values())), key=len, default=[])  # of equally large ones the latest
     calendars = {tuple(t["days"]) for t in group}  # few: trials on one span have the same days
     days = sorted(set.intersection(*map(set, calendars))) if group else []
     places = {calendar: [calendar.index(day) for day in days] for calendar in calendars}
     matrix = np.empty((len(group), len(days)))
-    for row, t in zip(matrix, group): row[:] = np.asarray(t["returns"], dtype=np.float64)[places[tuple(t["days"])]]
+    for row, t in zip(matrix, group):
+        row[:] = np.asarray(t["returns"], dtype=np.float64)[places[tuple(t["days"])]]
     return TrialReturns(matrix.T, days, [t["key"] for t in group], len(trials) - len(group))
 
 
@@ -535,23 +706,35 @@ def overfitting_probability(
     "Probability that the choice among the trials does not hold out of sample (combinatorially symmetric cross-validation)."
     returns = trial_returns(trials)
     matrix, n_days = returns.matrix, len(returns.days)
-    first = {row.tobytes(): i for i, row in reversed(list(enumerate(matrix.T + 0.0)))} if n_days else {}  # -0.0 is 0
+    first = (
+        {row.tobytes(): i for i, row in reversed(list(enumerate(matrix.T + 0.0)))} if n_days else {}
+    )  # -0.0 is 0
     matrix = matrix[:, sorted(first.values())]
-    if matrix.shape[1] > n_days > 0: matrix = matrix[:, np.linspace(0, matrix.shape[1] - 1, n_days).round().astype(int)]  # at most as many trials as days, from all over the ledger
+    if matrix.shape[1] > n_days > 0:
+        matrix = matrix[
+            :, np.linspace(0, matrix.shape[1] - 1, n_days).round().astype(int)
+        ]  # at most as many trials as days, from all over the ledger
     n_blocks, n = min(16, n_days // 4 * 2), matrix.shape[1]
     reason = None
-    if len(returns.keys) < 2: reason = f"{len(returns.keys)} trial(s) with daily returns; at least 2 on the same bars and span are needed"
-    elif n_days < _FEWEST_DAYS: reason = f"{n_days} days in common; at least {_FEWEST_DAYS} are needed"
-    elif n < 2: reason = f"all {len(returns.keys)} trials have the same returns; there was nothing to choose from"
+    if len(returns.keys) < 2:
+        reason = f"{len(returns.keys)} trial(s) with daily returns; at least 2 on the same bars and span are needed"
+    elif n_days < _FEWEST_DAYS:
+        reason = f"{n_days} days in common; at least {_FEWEST_DAYS} are needed"
+    elif n < 2:
+        reason = f"all {len(returns.keys)} trials have the same returns; there was nothing to choose from"
     probability = None if reason else probability_of_backtest_overfitting(matrix, n_blocks)
-    return Overfitting(probability, reason, n, n_days, 0 if reason else n_blocks, returns.left_out + len(returns.keys) - n)
+    return Overfitting(
+        probability, reason, n, n_days, 0 if reason else n_blocks, returns.left_out + len(returns.keys) - n
+    )
 
 
 def luck_adjusted(
     returns_per_bar,  # simple returns per bar of the policy that was chosen
     trials: list,  # from `read_trials`
-    timeframe: str | None = None,  # of the returns: only Sharpe ratios per bar of the same length can be compared; None: of the last trial
-    data_sha256: str | None = None,  # of the bars: only trials on them tell of overfitting to them; None: the largest group of trials
+    timeframe: str
+    | None = None,  # of the returns: only Sharpe ratios per bar of the same length can be compared; None: of the last trial
+    data_sha256: str
+    | None = None,  # of the bars: only trials on them tell of overfitting to them; None: the largest group of trials
 ) -> dict:  # n_trials, deflated_sharpe, deflated_sharpe_of_spread, overfitting_probability, …
     "What is left of a policy's Sharpe ratio once everything that was tried is taken into account."
     trials = _unique(trials)
@@ -559,8 +742,18 @@ def luck_adjusted(
     timeframe = timeframe or (trials[-1]["timeframe"] if trials else None)
     sharpes = [t["sharpe_per_bar"] for t in trials if t["timeframe"] == timeframe]
     pbo = overfitting_probability([t for t in trials if data_sha256 in (None, t["data"]["sha256"])])
-    return {"n_trials": n, "deflated_sharpe": deflated_sharpe_ratio(returns_per_bar, n), "deflated_sharpe_of_spread": deflated_sharpe_ratio(returns_per_bar, n, sharpes) if len(sharpes) >= 2 else None,
-            "overfitting_probability": pbo.probability, "overfitting_reason": pbo.reason, "overfitting_trials": pbo.trials, "overfitting_days": pbo.days, "overfitting_left_out": pbo.left_out}
+    return {
+        "n_trials": n,
+        "deflated_sharpe": deflated_sharpe_ratio(returns_per_bar, n),
+        "deflated_sharpe_of_spread": deflated_sharpe_ratio(returns_per_bar, n, sharpes)
+        if len(sharpes) >= 2
+        else None,
+        "overfitting_probability": pbo.probability,
+        "overfitting_reason": pbo.reason,
+        "overfitting_trials": pbo.trials,
+        "overfitting_days": pbo.days,
+        "overfitting_left_out": pbo.left_out,
+    }
 
 # %% ../nbs/07_evaluation/01_ledger.ipynb #aa3246ad
 _RUN = ("symbol", "timeframe", "parameters", "data", "metrics", "verdict", "model_sha256", "commit")
@@ -589,7 +782,10 @@ def index_runs(
 ) -> list[dict]:  # in the order in which they were recorded
     "All finished runs."
     runs = _read_everywhere(path, _json)
-    require(all(name in r for r in runs for name in _RUN), f"{path}: holds lines that are not runs; expected the index of runs")
+    require(
+        all(name in r for r in runs for name in _RUN),
+        f"{path}: holds lines that are not runs; expected the index of runs",
+    )
     return runs
 
 
@@ -602,16 +798,19 @@ def symbol_history(
 
 
 def _verdict_word(verdict) -> str:
-    if isinstance(verdict, dict): verdict = verdict.get("verdict")
+    if isinstance(verdict, dict):
+        verdict = verdict.get("verdict")
     return "-" if verdict is None else str(verdict)
 
 
 def _changes(before: dict | None, after: dict) -> str:
     "Parameters that differ from the run before, in few words."
-    if before is None: return ""
+    if before is None:
+        return ""
     a, b = flat_facts(before["parameters"]), flat_facts(after["parameters"])
     changed = [f"{name} {a.get(name)} -> {b.get(name)}" for name in {**a, **b} if a.get(name) != b.get(name)]
-    if before["data"] != after["data"]: changed.insert(0, "other data")
+    if before["data"] != after["data"]:
+        changed.insert(0, "other data")
     return printable("; ".join(changed))
 
 
@@ -619,18 +818,53 @@ def format_history(
     rows: list[dict],  # from `symbol_history` or `index_runs`
 ) -> str:
     "A table for people: one line per run, the last column says what was changed since the run before it of the same symbol."
-    if not rows: return "no runs yet"
-    number = lambda name, form: lambda r: format(r["metrics"][name], form) if isinstance(r["metrics"].get(name), (int, float)) else "-"
-    columns = {"symbol": lambda r: r["symbol"], "bars": lambda r: r["timeframe"], "data": lambda r: f"{str(r['data'].get('first', r['data'].get('start')))[:10]} … {str(r['data'].get('last', r['data'].get('end')))[:10]}",
-               "return": number("total_return", "+.2%"), "Sharpe": number("sharpe", "+.2f"), "drawdown": number("max_drawdown", ".2%"), "deflated": number("deflated_sharpe", ".3f"), "trades": number("trades", ",d"),
-               "verdict": lambda r: _verdict_word(r["verdict"]) + (" (simulated)" if r["data"].get("source") == "simulated" else ""), "model": lambda r: str(r["model_sha256"] or "-")[:8], "commit": lambda r: str(r["commit"] or "-")[:8]}
-    right, before, table = ("return", "Sharpe", "drawdown", "deflated", "trades"), {}, [["run", *columns, "changed"]]
+    if not rows:
+        return "no runs yet"
+    number = lambda name, form: (
+        lambda r: (
+            format(r["metrics"][name], form) if isinstance(r["metrics"].get(name), (int, float)) else "-"
+        )
+    )
+    columns = {
+        "symbol": lambda r: r["symbol"],
+        "bars": lambda r: r["timeframe"],
+        "data": lambda r: (
+            f"{str(r['data'].get('first', r['data'].get('start')))[:10]} … {str(r['data'].get('last', r['data'].get('end')))[:10]}"
+        ),
+        "return": number("total_return", "+.2%"),
+        "Sharpe": number("sharpe", "+.2f"),
+        "drawdown": number("max_drawdown", ".2%"),
+        "deflated": number("deflated_sharpe", ".3f"),
+        "trades": number("trades", ",d"),
+        "verdict": lambda r: (
+            _verdict_word(r["verdict"]) + (" (simulated)" if r["data"].get("source") == "simulated" else "")
+        ),
+        "model": lambda r: str(r["model_sha256"] or "-")[:8],
+        "commit": lambda r: str(r["commit"] or "-")[:8],
+    }
+    right, before, table = (
+        ("return", "Sharpe", "drawdown", "deflated", "trades"),
+        {},
+        [["run", *columns, "changed"]],
+    )
     for i, row in enumerate(rows, 1):
         changed = _changes(before.get(row["symbol"]), row)
-        table.append([str(i), *(printable(text(row)) for text in columns.values()), changed if len(changed) <= 60 else changed[:59] + "…"])
+        table.append(
+            [
+                str(i),
+                *(printable(text(row)) for text in columns.values()),
+                changed if len(changed) <= 60 else changed[:59] + "…",
+            ]
+        )
         before[row["symbol"]] = row
     widths = [max(map(len, column)) for column in zip(*table)]
-    lines = ["  ".join(cell.rjust(w) if name in (*right, "run") else cell.ljust(w) for name, cell, w in zip(table[0], row, widths)).rstrip() for row in table]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if name in (*right, "run") else cell.ljust(w)
+            for name, cell, w in zip(table[0], row, widths)
+        ).rstrip()
+        for row in table
+    ]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 # %% ../nbs/07_evaluation/01_ledger.ipynb #dce059f3
@@ -641,14 +875,25 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MARK = b"sha256:"
 _COMMENT_SIZE = len(_MARK) + 64
 _END_SIZE = 22  # bytes of the end record before its comment; the last two are the comment's length
-_FROM_MODEL = ("model_version", "layout_hash", "symbol", "timeframe", "asset_class")  # facts that the model itself states
+_FROM_MODEL = (
+    "model_version",
+    "layout_hash",
+    "symbol",
+    "timeframe",
+    "asset_class",
+)  # facts that the model itself states
 
 
 def _model_facts(content: dict) -> dict:
     "What the checkpoint says about itself."
     data, git = (content.get(name) if isinstance(content.get(name), dict) else {} for name in ("data", "git"))
-    return {"model_version": declared_version(content), "layout_hash": content.get("layout_hash"), **{name: content.get(name, data.get(name)) for name in ("symbol", "timeframe", "asset_class")},
-            "data": {name: data[name] for name in ("sha256", "start", "end", "bars", "source") if name in data}, "commit": git.get("commit")}
+    return {
+        "model_version": declared_version(content),
+        "layout_hash": content.get("layout_hash"),
+        **{name: content.get(name, data.get(name)) for name in ("symbol", "timeframe", "asset_class")},
+        "data": {name: data[name] for name in ("sha256", "start", "end", "bars", "source") if name in data},
+        "commit": git.get("commit"),
+    }
 
 
 def _readme(manifest: dict) -> str:
@@ -656,19 +901,27 @@ def _readme(manifest: dict) -> str:
     say = lambda name: "unknown" if manifest.get(name) in (None, {}) else markdown(manifest[name])
     of_data = lambda *names: markdown(next((data[name] for name in names if name in data), "unknown"))
     data, verdict = manifest.get("data") or {}, manifest["verdict"]
-    reasons = [reason for reasons in (verdict.get("failed") or {}).values() for reason in reasons] if isinstance(verdict, dict) and isinstance(verdict.get("failed"), dict) else []
-    listed = "\n".join(f"| {markdown(name)} | {entry['bytes']:,} | {entry['sha256']} |" for name, entry in manifest["files"].items() if name != _README)
+    reasons = (
+        [reason for reasons in (verdict.get("failed") or {}).values() for reason in reasons]
+        if isinstance(verdict, dict) and isinstance(verdict.get("failed"), dict)
+        else []
+    )
+    listed = "\n".join(
+        f"| {markdown(name)} | {entry['bytes']:,} | {entry['sha256']} |"
+        for name, entry in manifest["files"].items()
+        if name != _README
+    )
     simulated = manifest.get("simulated") or simulated_bars(manifest.get("symbol"), data)
-    return f"""# {say('symbol')}, {say('timeframe')}{' simulated' * simulated} bars: {markdown(_verdict_word(verdict))}
+    return f"""# {say("symbol")}, {say("timeframe")}{" simulated" * simulated} bars: {markdown(_verdict_word(verdict))}
 
 A trading policy made with trading_lib, and what is known about it.
 
-- asset class: {say('asset_class')}
-- layout of the observation: {say('model_version')}
-- commit: {say('commit')}
-- data: {of_data('bars', 'n')} bars from {of_data('first', 'start')} to {of_data('last', 'end')}, SHA-256 {of_data('sha256')}
-- market: {'SIMULATED, which says nothing about a real one' if simulated else markdown(data['source']) if data.get('source') else 'not recorded'}
-- verdict: {markdown(_verdict_word(verdict))}{' (simulated)' * simulated}{''.join(chr(10) + '  - ' + markdown(reason) for reason in reasons)}
+- asset class: {say("asset_class")}
+- layout of the observation: {say("model_version")}
+- commit: {say("commit")}
+- data: {of_data("bars", "n")} bars from {of_data("first", "start")} to {of_data("last", "end")}, SHA-256 {of_data("sha256")}
+- market: {"SIMULATED, which says nothing about a real one" if simulated else markdown(data["source"]) if data.get("source") else "not recorded"}
+- verdict: {markdown(_verdict_word(verdict))}{" (simulated)" * simulated}{"".join(chr(10) + "  - " + markdown(reason) for reason in reasons)}
 
 The verdict is what a test on the data above showed. It is not a promise: markets change, and what was good on past bars may lose money on the next ones.
 
@@ -708,15 +961,24 @@ def _read_file(path: Path, limit: int) -> bytes:
     try:
         require(not path.is_dir(), f"{path}: is a folder; give the name of a file")
         size = path.stat().st_size
-        require(size <= limit, f"{path}: has {size:,} bytes, more than the {limit:,} that an archive may have")
+        require(
+            size <= limit, f"{path}: has {size:,} bytes, more than the {limit:,} that an archive may have"
+        )
         return path.read_bytes()
-    except OSError as e: raise InputError(f"{path}: " + ("no such file" if e.errno == errno.ENOENT else f"cannot be read ({e.strerror})") + "; check the path") from None
+    except OSError as e:
+        raise InputError(
+            f"{path}: "
+            + ("no such file" if e.errno == errno.ENOENT else f"cannot be read ({e.strerror})")
+            + "; check the path"
+        ) from None
 
 
 def _parsed(data: bytes, where: str) -> dict:
     "A table in JSON."
-    try: content = json.loads(data)
-    except (ValueError, RecursionError): content = None
+    try:
+        content = json.loads(data)
+    except (ValueError, RecursionError):
+        content = None
     require(isinstance(content, dict), f"{where}: is not a table in JSON; run the backtest again")
     return content
 
@@ -728,11 +990,22 @@ def _check_agreement(where: str, manifest: dict, files: dict[str, bytes]):
         said = _parsed(files[name], f"{where}: {name}")
         about = said if name == "verdict.json" else said.get("provenance") or {}
         of = about.get("model_sha256") if isinstance(about, dict) else None
-        require(of == model or (of is None and name == "metrics.json"), f"{where}: {name} is about another model: it says SHA-256 {printable(of)[:16]}, {_MODEL} has {model[:16]}; run `dvc repro` first")
-        if name == "metrics.json": continue
-        stated = manifest["verdict"] if isinstance(manifest["verdict"], dict) else {"verdict": manifest["verdict"]}
-        for fact, value in (stated | {n: manifest[n] for n in ("headline", "simulated") if manifest.get(n) is not None}).items():
-            require(fact in said and _plain(said[fact], fact, infinite=True) == value, f"{where}: the manifest's {printable(fact)} is {printable(value)[:80]!r}, and {name} has {printable(said.get(fact))[:80]!r}; refused")
+        require(
+            of == model or (of is None and name == "metrics.json"),
+            f"{where}: {name} is about another model: it says SHA-256 {printable(of)[:16]}, {_MODEL} has {model[:16]}; run `dvc repro` first",
+        )
+        if name == "metrics.json":
+            continue
+        stated = (
+            manifest["verdict"] if isinstance(manifest["verdict"], dict) else {"verdict": manifest["verdict"]}
+        )
+        for fact, value in (
+            stated | {n: manifest[n] for n in ("headline", "simulated") if manifest.get(n) is not None}
+        ).items():
+            require(
+                fact in said and _plain(said[fact], fact, infinite=True) == value,
+                f"{where}: the manifest's {printable(fact)} is {printable(value)[:80]!r}, and {name} has {printable(said.get(fact))[:80]!r}; refused",
+            )
 
 
 def _checkpoint(data: bytes, where: str, map_location="cpu") -> dict:
@@ -740,24 +1013,39 @@ def _checkpoint(data: bytes, where: str, map_location="cpu") -> dict:
     with tempfile.TemporaryDirectory() as private:
         copy = Path(private) / _MODEL
         copy.write_bytes(data)
-        try: return load_checkpoint(copy, map_location)
-        except InputError as e: raise InputError(str(e).replace(str(copy), where)) from None
+        try:
+            return load_checkpoint(copy, map_location)
+        except InputError as e:
+            raise InputError(str(e).replace(str(copy), where)) from None
 
 
 def write_deploy_zip(
     model_path: str | Path,  # a checkpoint; it becomes model.pt
     out_path: str | Path,  # the archive, replaced in one step
-    files: dict[str, str | Path | bytes],  # name in the archive -> file or its bytes, such as {"report.html": …, "metrics.json": …}; verdict.json must be about this model
+    files: dict[
+        str, str | Path | bytes
+    ],  # name in the archive -> file or its bytes, such as {"report.html": …, "metrics.json": …}; verdict.json must be about this model
     facts: dict,  # verdict, and what else belongs into the manifest, such as commit; what the checkpoint knows need not be repeated
 ) -> Path:  # the archive
     "Pack a model with its manifest and a README; equal inputs give equal bytes."
     model_path, out_path = Path(model_path), Path(out_path)
     for name in files:
-        require(isinstance(name, str) and bool(_NAME.fullmatch(name)), f"deploy zip: expected plain file names such as report.html, was {name!r}")
-        require(name.lower() not in (_MODEL, _MANIFEST, _README.lower()), f"deploy zip: '{name}' is written by itself; give the file another name")
+        require(
+            isinstance(name, str) and bool(_NAME.fullmatch(name)),
+            f"deploy zip: expected plain file names such as report.html, was {name!r}",
+        )
+        require(
+            name.lower() not in (_MODEL, _MANIFEST, _README.lower()),
+            f"deploy zip: '{name}' is written by itself; give the file another name",
+        )
     twice = [name for name, times in Counter(name.lower() for name in files).items() if times > 1]
-    require(not twice, f"deploy zip: {', '.join(twice)} would be one file on systems that ignore case; rename one")
-    require(isinstance(facts, dict) and facts.get("verdict") is not None, "deploy zip: facts need a verdict; run the backtest first")
+    require(
+        not twice, f"deploy zip: {', '.join(twice)} would be one file on systems that ignore case; rename one"
+    )
+    require(
+        isinstance(facts, dict) and facts.get("verdict") is not None,
+        "deploy zip: facts need a verdict; run the backtest first",
+    )
     facts = _plain(facts, "facts", infinite=True)
     reserved = [name for name in ("format_version", "files") if name in facts]
     require(not reserved, f"deploy zip: facts.{', '.join(reserved)} is written by itself; leave it out")
@@ -765,17 +1053,40 @@ def write_deploy_zip(
     content = _checkpoint(model, str(model_path))
     known = _model_facts(content)
     for name in _FROM_MODEL:
-        require(known[name] is None or facts.get(name) in (None, known[name]), f"deploy zip: facts.{name} is {facts.get(name)!r}, but {model_path} says {known[name]!r}; is it the right model?")
-    packed = {_MODEL: model, **{name: p if isinstance(p, bytes) else _read_file(Path(p), MAX_DEPLOY_BYTES) for name, p in files.items()}}
-    _check_agreement("deploy zip", facts, packed)  # of the bytes that are packed, whatever becomes of the files
-    listed = lambda: {name: {"sha256": hashlib.sha256(packed[name]).hexdigest(), "bytes": len(packed[name])} for name in sorted(packed)}
+        require(
+            known[name] is None or facts.get(name) in (None, known[name]),
+            f"deploy zip: facts.{name} is {facts.get(name)!r}, but {model_path} says {known[name]!r}; is it the right model?",
+        )
+    packed = {
+        _MODEL: model,
+        **{
+            name: p if isinstance(p, bytes) else _read_file(Path(p), MAX_DEPLOY_BYTES)
+            for name, p in files.items()
+        },
+    }
+    _check_agreement(
+        "deploy zip", facts, packed
+    )  # of the bytes that are packed, whatever becomes of the files
+    listed = lambda: {
+        name: {"sha256": hashlib.sha256(packed[name]).hexdigest(), "bytes": len(packed[name])}
+        for name in sorted(packed)
+    }
     given = {name: value for name, value in facts.items() if value is not None}
-    manifest = {"libraries": content.get("libraries") or library_versions(), **known, **given, "format_version": DEPLOY_FORMAT, "files": listed()}
+    manifest = {
+        "libraries": content.get("libraries") or library_versions(),
+        **known,
+        **given,
+        "format_version": DEPLOY_FORMAT,
+        "files": listed(),
+    }
     packed[_README] = _readme(manifest).encode()
     manifest = _plain(manifest | {"files": listed()}, "manifest")
     packed[_MANIFEST] = (json.dumps(manifest, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
     archive = _zipped(packed)
-    require(len(archive) <= MAX_DEPLOY_BYTES, f"deploy zip: would have {len(archive):,} bytes, more than the {MAX_DEPLOY_BYTES:,} that are read back; leave files out")
+    require(
+        len(archive) <= MAX_DEPLOY_BYTES,
+        f"deploy zip: would have {len(archive):,} bytes, more than the {MAX_DEPLOY_BYTES:,} that are read back; leave files out",
+    )
     return atomic_write(out_path, archive)
 
 # %% ../nbs/07_evaluation/01_ledger.ipynb #653c6a6d
@@ -785,29 +1096,63 @@ def _entries(path: Path, data: bytes, limit: int) -> dict[str, bytes]:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
             names = [e.filename for e in entries]
-            for name in names: require(bool(_NAME.fullmatch(name)), f"{path}: holds an entry named {name[:80]!r}, which is not a plain file name; refused")
+            for name in names:
+                require(
+                    bool(_NAME.fullmatch(name)),
+                    f"{path}: holds an entry named {name[:80]!r}, which is not a plain file name; refused",
+                )
             twice = [name for name, times in Counter(names).items() if times > 1]
             require(not twice, f"{path}: holds {', '.join(twice)} more than once; refused")
             declared = sum(e.file_size for e in entries)
-            require(declared <= limit, f"{path}: its entries claim {declared:,} bytes, more than the {limit:,} that are read; refused")
-            require(all(e.compress_type == zipfile.ZIP_STORED for e in entries) and declared <= len(data), f"{path}: holds compressed or overlapping entries, which write_deploy_zip does not make; refused")
+            require(
+                declared <= limit,
+                f"{path}: its entries claim {declared:,} bytes, more than the {limit:,} that are read; refused",
+            )
+            require(
+                all(e.compress_type == zipfile.ZIP_STORED for e in entries) and declared <= len(data),
+                f"{path}: holds compressed or overlapping entries, which write_deploy_zip does not make; refused",
+            )
             return {e.filename: archive.read(e) for e in entries}
-    except InputError: raise
-    except Exception as e: raise InputError(f"{path}: is a damaged zip archive ({str(e) or type(e).__name__}); fetch it again") from None
+    except InputError:
+        raise
+    except Exception as e:
+        raise InputError(
+            f"{path}: is a damaged zip archive ({str(e) or type(e).__name__}); fetch it again"
+        ) from None
 
 
 def _manifest(path: Path, data: bytes | None) -> dict:
     "The manifest, once it can be understood."
     require(data is not None, f"{path}: has no {_MANIFEST}; expected an archive made by write_deploy_zip")
-    try: manifest = json.loads(data)
-    except (ValueError, RecursionError): raise InputError(f"{path}: its {_MANIFEST} is not JSON; expected an archive made by write_deploy_zip") from None
+    try:
+        manifest = json.loads(data)
+    except (ValueError, RecursionError):
+        raise InputError(
+            f"{path}: its {_MANIFEST} is not JSON; expected an archive made by write_deploy_zip"
+        ) from None
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
-    require(type(version) is int and version >= 1, f"{path}: its {_MANIFEST} has no format_version; expected an archive made by write_deploy_zip")
-    require(version <= DEPLOY_FORMAT, f"{path}: format {version} is newer than this library's {DEPLOY_FORMAT}; update trading_lib")
+    require(
+        type(version) is int and version >= 1,
+        f"{path}: its {_MANIFEST} has no format_version; expected an archive made by write_deploy_zip",
+    )
+    require(
+        version <= DEPLOY_FORMAT,
+        f"{path}: format {version} is newer than this library's {DEPLOY_FORMAT}; update trading_lib",
+    )
     listed = manifest.get("files")
-    require(isinstance(listed, dict) and all(isinstance(e, dict) and isinstance(e.get("sha256"), str) and type(e.get("bytes")) is int for e in listed.values()) and _MODEL in listed,
-            f"{path}: its {_MANIFEST} lacks the size and SHA-256 of every file; expected an archive made by write_deploy_zip")
-    require("verdict" in manifest, f"{path}: its {_MANIFEST} states no verdict; expected an archive made by write_deploy_zip")
+    require(
+        isinstance(listed, dict)
+        and all(
+            isinstance(e, dict) and isinstance(e.get("sha256"), str) and type(e.get("bytes")) is int
+            for e in listed.values()
+        )
+        and _MODEL in listed,
+        f"{path}: its {_MANIFEST} lacks the size and SHA-256 of every file; expected an archive made by write_deploy_zip",
+    )
+    require(
+        "verdict" in manifest,
+        f"{path}: its {_MANIFEST} states no verdict; expected an archive made by write_deploy_zip",
+    )
     return manifest
 
 
@@ -819,24 +1164,46 @@ def load_deploy_zip(
     "Verify an archive to the last byte and read it; nothing is unpacked to disk by its name, no code of it runs."
     path = Path(path)
     data = _read_file(path, limit)
-    require(data[:4] == b"PK\x03\x04", f"{path}: is {'not a zip archive, or is damaged at its start' if data else 'empty'}; expected one made by write_deploy_zip")
-    end = data[-_COMMENT_SIZE - _END_SIZE:-_COMMENT_SIZE]
+    require(
+        data[:4] == b"PK\x03\x04",
+        f"{path}: is {'not a zip archive, or is damaged at its start' if data else 'empty'}; expected one made by write_deploy_zip",
+    )
+    end = data[-_COMMENT_SIZE - _END_SIZE : -_COMMENT_SIZE]
     sealed = end[:4] == b"PK\x05\x06" and end[-2:] == _COMMENT_SIZE.to_bytes(2, "little")
     # the model is an archive itself: where the end is cut off, a zip reader would take the model's end for it
-    require(sealed or data[-_END_SIZE:][:4] == b"PK\x05\x06" and data[-2:] == b"\0\0", f"{path}: is truncated or corrupted: its end is missing after {len(data):,} bytes; fetch it again")
-    if sealed: require(data[-_COMMENT_SIZE:] == _MARK + hashlib.sha256(memoryview(data)[:-_COMMENT_SIZE]).hexdigest().encode(), f"{path}: is corrupted: its SHA-256 is not the one it was written with; fetch it again")
+    require(
+        sealed or data[-_END_SIZE:][:4] == b"PK\x05\x06" and data[-2:] == b"\0\0",
+        f"{path}: is truncated or corrupted: its end is missing after {len(data):,} bytes; fetch it again",
+    )
+    if sealed:
+        require(
+            data[-_COMMENT_SIZE:]
+            == _MARK + hashlib.sha256(memoryview(data)[:-_COMMENT_SIZE]).hexdigest().encode(),
+            f"{path}: is corrupted: its SHA-256 is not the one it was written with; fetch it again",
+        )
     files = _entries(path, data, limit)
     manifest = _manifest(path, files.pop(_MANIFEST, None))
     listed = manifest["files"]
     extra, missing = sorted(set(files) - set(listed)), sorted(set(listed) - set(files))
     require(not extra, f"{path}: holds {', '.join(extra)}, which its manifest does not list; refused")
-    require(not missing, f"{path}: lacks {', '.join(missing)[:200]}, which its manifest lists; fetch it again")
+    require(
+        not missing, f"{path}: lacks {', '.join(missing)[:200]}, which its manifest lists; fetch it again"
+    )
     for name, entry in listed.items():
-        require(len(files[name]) == entry["bytes"] and hashlib.sha256(files[name]).hexdigest() == entry["sha256"], f"{path}: {name} is not what its manifest says: size or SHA-256 differ; fetch it again")
-    require(sealed, f"{path}: carries no SHA-256 of its own, so it was packed again by another program; pack it with write_deploy_zip")
+        require(
+            len(files[name]) == entry["bytes"] and hashlib.sha256(files[name]).hexdigest() == entry["sha256"],
+            f"{path}: {name} is not what its manifest says: size or SHA-256 differ; fetch it again",
+        )
+    require(
+        sealed,
+        f"{path}: carries no SHA-256 of its own, so it was packed again by another program; pack it with write_deploy_zip",
+    )
     _check_agreement(str(path), manifest, files)
     content = _checkpoint(files[_MODEL], f"{path}: {_MODEL}", map_location)
     stated = _model_facts(content)
     for name in _FROM_MODEL:
-        require(stated[name] is None or manifest.get(name) == stated[name], f"{path}: its manifest says {name} {str(manifest.get(name))[:80]!r}, its model says {stated[name]!r}; refused")
+        require(
+            stated[name] is None or manifest.get(name) == stated[name],
+            f"{path}: its manifest says {name} {str(manifest.get(name))[:80]!r}, its model says {stated[name]!r}; refused",
+        )
     return {"content": content, "manifest": manifest, "files": files}

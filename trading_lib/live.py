@@ -23,7 +23,8 @@ from .version import assert_compatibility, interpret_action
 class NativeModelWrapper:
     "A checkpoint's policy, validated when it is loaded."
 
-    def __init__(self,
+    def __init__(
+        self,
         checkpoint_path: str | Path,
         strict_version: bool = False,  # raise, instead of warning, where the version is not the current one
     ):
@@ -33,37 +34,64 @@ class NativeModelWrapper:
         self.model_version = self.model_spec.version
         self.policy = build_policy(self.content)
         self.recurrent = self.policy.initial_state(1) is not None
-        require(self.policy.n_actions == self.model_spec.n_actions, f"{self.path}: version {self.model_version} has {self.model_spec.n_actions} actions, the network {self.policy.n_actions}")
+        require(
+            self.policy.n_actions == self.model_spec.n_actions,
+            f"{self.path}: version {self.model_version} has {self.model_spec.n_actions} actions, the network {self.policy.n_actions}",
+        )
 
     def builder(self) -> InferenceObservationBuilder:
         "The live builder that this model was trained with: layout, fitted features, bar length, window."
         env, account = self.content["config"]["env"], self.content["config"]["env"]["account"]
-        return InferenceObservationBuilder(self.model_version, self.content["fit"], env["timeframe"], env["asset_class"], env["window"], typed(AccountConfig, account, "account"))
+        return InferenceObservationBuilder(
+            self.model_version,
+            self.content["fit"],
+            env["timeframe"],
+            env["asset_class"],
+            env["window"],
+            typed(AccountConfig, account, "account"),
+        )
 
     @torch.no_grad()
-    def predict(self,
+    def predict(
+        self,
         obs,  # (window, n_features), flat (obs_dim,), or a batch of either
     ) -> int | np.ndarray:  # the most probable action; one for each of a batch
         "Decide. Observations with another shape, or with NaN, are refused."
-        require(not self.recurrent, f"{self.path}: holds a recurrent policy, which remembers: call `action, state = model.step(obs, state)` at every bar, with None at the first one and after a gap")
+        require(
+            not self.recurrent,
+            f"{self.path}: holds a recurrent policy, which remembers: call `action, state = model.step(obs, state)` at every bar, with None at the first one and after a gap",
+        )
         return self.step(obs)[0]
 
     @torch.no_grad()
-    def step(self,
+    def step(
+        self,
         obs,  # as for `predict`
-        state: torch.Tensor | None = None,  # what the last call returned; None: the history begins here, or broke off before this bar
-    ) -> tuple[int | np.ndarray, torch.Tensor | None]:  # the most probable action, and what the policy remembers; None: it has no memory
+        state: torch.Tensor
+        | None = None,  # what the last call returned; None: the history begins here, or broke off before this bar
+    ) -> tuple[
+        int | np.ndarray, torch.Tensor | None
+    ]:  # the most probable action, and what the policy remembers; None: it has no memory
         "Decide, and remember. The caller keeps the state, one for each account that he trades, and gives it back at the next bar."
         obs = torch.as_tensor(np.asarray(obs, dtype=np.float32))
         n = self.policy.obs_dim
         window = self.policy.window if self.policy.folds else n // self.model_spec.n_features
         single = obs.shape in ((n,), (window, n // window))
-        require(single or obs.shape[1:] in ((n,), (window, n // window)), f"observation: model {self.model_version} expects ({window}, {n // window}) or ({n},), was {tuple(obs.shape)}")
-        require(bool(torch.isfinite(obs).all()), "observation: holds NaN or infinity; check the bars that it was built from")
+        require(
+            single or obs.shape[1:] in ((n,), (window, n // window)),
+            f"observation: model {self.model_version} expects ({window}, {n // window}) or ({n},), was {tuple(obs.shape)}",
+        )
+        require(
+            bool(torch.isfinite(obs).all()),
+            "observation: holds NaN or infinity; check the bars that it was built from",
+        )
         rows = self.policy.window_inputs(obs.reshape(-1, n))
         if self.recurrent:
             state = self.policy.initial_state(len(rows)) if state is None else state
-            require(isinstance(state, torch.Tensor) and bool(state.isfinite().all()), "state: expected what the last call of `step` returned, or None; it holds NaN or is no tensor")
+            require(
+                isinstance(state, torch.Tensor) and bool(state.isfinite().all()),
+                "state: expected what the last call of `step` returned, or None; it holds NaN or is no tensor",
+            )
         logits, _, state = self.policy.evaluate_step(rows, state if self.recurrent else None)
         actions = finite_logits(logits).argmax(1)
         return int(actions[0]) if single else actions.numpy(), state

@@ -23,11 +23,17 @@ from .config import InputError, require
 # %% ../nbs/01_data/04_metrics.ipynb #e7c46993
 def _numbers(values, name: str, minimum: int = 0) -> np.ndarray:
     "A list, array or tensor as float64 (length,)."
-    if hasattr(values, "detach"): values = values.detach().cpu()
-    try: array = np.asarray(values, dtype=np.float64)
-    except (TypeError, ValueError): raise InputError(f"{name}: expected numbers, was {type(values).__name__}") from None
+    if hasattr(values, "detach"):
+        values = values.detach().cpu()
+    try:
+        array = np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError(f"{name}: expected numbers, was {type(values).__name__}") from None
     require(array.ndim == 1, f"{name}: expected one row of numbers, was an array of shape {array.shape}")
-    require(array.size >= minimum, f"{name}: expected at least {minimum} value{'s' * (minimum > 1)}, was {array.size}")
+    require(
+        array.size >= minimum,
+        f"{name}: expected at least {minimum} value{'s' * (minimum > 1)}, was {array.size}",
+    )
     bad = int((~np.isfinite(array)).sum())
     require(bad == 0, f"{name}: {bad} of {array.size} values are NaN or infinite; drop or repair them before")
     return array
@@ -35,7 +41,8 @@ def _numbers(values, name: str, minimum: int = 0) -> np.ndarray:
 
 def _spread(values: np.ndarray) -> float:
     "Standard deviation (ddof 1); 0.0 below two values and where only rounding moves them."
-    if values.size < 2: return 0.0
+    if values.size < 2:
+        return 0.0
     spread = float(values.std(ddof=1))
     return spread if spread > 1e-15 + 1e-12 * abs(float(values.mean())) else 0.0
 
@@ -75,8 +82,11 @@ def sortino_ratio(
 ) -> float:  # inf where no period is below the target
     "Mean over downside deviation, annualised (Sortino & Price 1994)."
     excess = _numbers(returns, "returns") - target
-    if not excess.size: return 0.0
-    return _ratio(float(excess.mean()), math.sqrt(float((np.minimum(excess, 0) ** 2).mean()))) * math.sqrt(periods_per_year)
+    if not excess.size:
+        return 0.0
+    return _ratio(float(excess.mean()), math.sqrt(float((np.minimum(excess, 0) ** 2).mean()))) * math.sqrt(
+        periods_per_year
+    )
 
 
 def annual_return(
@@ -85,10 +95,13 @@ def annual_return(
 ) -> float:  # share per year; -1.0 once everything is lost
     "Compound growth per year."
     returns = _numbers(returns, "returns")
-    if not returns.size: return 0.0
+    if not returns.size:
+        return 0.0
     growth = float(np.prod(1 + returns))
-    if growth <= 0: return -1.0
-    with np.errstate(over="ignore"): return float(np.expm1(np.log(growth) * periods_per_year / returns.size))
+    if growth <= 0:
+        return -1.0
+    with np.errstate(over="ignore"):
+        return float(np.expm1(np.log(growth) * periods_per_year / returns.size))
 
 
 def _drawdowns(equity) -> np.ndarray:
@@ -149,7 +162,8 @@ def tail_ratio(
 ) -> float:  # above 1: the good tail is the longer one
     "95th percentile of returns over the size of the 5th."
     returns = _numbers(returns, "returns")
-    if not returns.size: return 1.0
+    if not returns.size:
+        return 1.0
     low, high = np.abs(np.percentile(returns, [5, 95]))
     return float(high / low) if low > 0 else math.inf if high > 0 else 1.0
 
@@ -166,7 +180,8 @@ def skewness(
     "Third standardised moment: negative where the bad tail is the longer one."
     returns = _numbers(returns, "returns")
     n = returns.size
-    if n < 3 or not _spread(returns): return 0.0
+    if n < 3 or not _spread(returns):
+        return 0.0
     return _moment(returns, 3) * (math.sqrt(n * (n - 1)) / (n - 2) if adjusted else 1.0)
 
 
@@ -186,14 +201,20 @@ def periods_per_year(
 ) -> float:  # bars
     "Average number of bars in a year of the span, from the calendar."
     from trading_lib.bars import bars_per_year  # pandas and the calendars stay outside the core
+
     return float(bars_per_year(timeframe, asset_class, start, end))
 
 
 def _nanoseconds(timestamps) -> np.ndarray:
     "Moments as int64 nanoseconds UTC."
-    if getattr(getattr(timestamps, "dtype", None), "kind", "") in "iu": return np.asarray(timestamps, dtype=np.int64)
-    try: return np.asarray(timestamps, dtype="datetime64[ns]").astype(np.int64)
-    except (TypeError, ValueError): raise InputError(f"timestamps: expected moments or int64 nanoseconds UTC, was {type(timestamps).__name__}") from None
+    if getattr(getattr(timestamps, "dtype", None), "kind", "") in "iu":
+        return np.asarray(timestamps, dtype=np.int64)
+    try:
+        return np.asarray(timestamps, dtype="datetime64[ns]").astype(np.int64)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"timestamps: expected moments or int64 nanoseconds UTC, was {type(timestamps).__name__}"
+        ) from None
 
 
 _DAY = 86_400 * 10**9
@@ -206,15 +227,23 @@ def consistency(
     "Share of profitable calendar weeks (Monday to Sunday, UTC), or of ten equal parts where fewer than eight weeks are touched."
     equity = _numbers(equity, "equity", 1)
     last = equity.size - 1
-    if last == 0: return 0.0
+    if last == 0:
+        return 0.0
     ends = np.unique(np.linspace(0, last, min(10, last) + 1).round().astype(int))[1:]
     if timestamps is not None:
         moments = _nanoseconds(timestamps)
-        require(moments.shape == equity.shape, f"timestamps: expected one for each of {equity.size} equity values, was {moments.size}")
-        require(bool((np.diff(moments) > 0).all()), "timestamps: expected to rise strictly; sort them and drop duplicates")
+        require(
+            moments.shape == equity.shape,
+            f"timestamps: expected one for each of {equity.size} equity values, was {moments.size}",
+        )
+        require(
+            bool((np.diff(moments) > 0).all()),
+            "timestamps: expected to rise strictly; sort them and drop duplicates",
+        )
         week = (moments[1:] // _DAY + 3) // 7  # 1970-01-01 was a Thursday
         week_ends = np.r_[np.flatnonzero(np.diff(week)), last - 1] + 1
-        if week_ends.size >= 8: ends = week_ends
+        if week_ends.size >= 8:
+            ends = week_ends
     return float((equity[ends] > equity[np.r_[0, ends[:-1]]]).mean())
 
 # %% ../nbs/01_data/04_metrics.ipynb #552d33ba
@@ -225,7 +254,8 @@ def optimal_block_length(
     centred = _numbers(values, "values", 8)
     centred = centred - centred.mean()
     n = centred.size
-    if not _spread(centred): return 1.0
+    if not _spread(centred):
+        return 1.0
     quiet_run = max(5, int(math.log10(n)))
     longest = min(math.ceil(math.sqrt(n)) + quiet_run, n - 2)
     covariance = np.array([centred[lag:] @ centred[: n - lag] for lag in range(longest + 1)])
@@ -236,14 +266,17 @@ def optimal_block_length(
     quiet = np.abs(covariance) < 2 * math.sqrt(math.log10(n) / n) * scale
     covariance = covariance / n
     # the first lag of a run of negligible correlations, as the R package np and arch have it (the paper: the lag before)
-    runs = [lag for lag in range(1, longest + 1 - quiet_run) if quiet[lag:lag + quiet_run].all()]
+    runs = [lag for lag in range(1, longest + 1 - quiet_run) if quiet[lag : lag + quiet_run].all()]
     used = min(2 * runs[0], longest) if runs else longest
     lag = np.arange(1, used + 1)
     window = np.where(lag / used <= 0.5, 1.0, 2 * (1 - lag / used))  # flat top
-    slope = float(2 * (window * lag * covariance[1:used + 1]).sum())
-    spectrum = float(covariance[0] + 2 * (window * covariance[1:used + 1]).sum())
-    if spectrum <= 0: return 1.0
-    return float(np.clip((slope**2 / spectrum**2 * n) ** (1 / 3), 1.0, math.ceil(min(3 * math.sqrt(n), n / 3))))
+    slope = float(2 * (window * lag * covariance[1 : used + 1]).sum())
+    spectrum = float(covariance[0] + 2 * (window * covariance[1 : used + 1]).sum())
+    if spectrum <= 0:
+        return 1.0
+    return float(
+        np.clip((slope**2 / spectrum**2 * n) ** (1 / 3), 1.0, math.ceil(min(3 * math.sqrt(n), n / 3)))
+    )
 
 
 def stationary_bootstrap_indices(
@@ -273,12 +306,15 @@ def block_bootstrap_interval(
     values = _numbers(values, "values", 2)
     require(0 < level < 1, f"level: expected a share between 0 and 1, was {level}")
     require(n >= 1, f"n: expected 1 or more resamples, was {n}")
-    if block_length is None: block_length = optimal_block_length(values) if values.size >= 8 else 1.0
+    if block_length is None:
+        block_length = optimal_block_length(values) if values.size >= 8 else 1.0
     require(block_length >= 1, f"block_length: expected 1 or more values, was {block_length}")
     generator, results = np.random.default_rng(seed), []
     batch = max(1, 2_000_000 // values.size)  # bounds memory
     for done in range(0, n, batch):
-        samples = values[stationary_bootstrap_indices(values.size, block_length, min(batch, n - done), generator)]
+        samples = values[
+            stationary_bootstrap_indices(values.size, block_length, min(batch, n - done), generator)
+        ]
         results += [float(statistic(sample)) for sample in samples]
     low, high = np.quantile(results, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
@@ -301,7 +337,12 @@ def sharpe_moments(
 ) -> dict:  # sharpe per period, n, skewness, kurtosis
     "What `sharpe_probability` needs to know of returns."
     returns = _numbers(returns, "returns")
-    return {"sharpe": sharpe_ratio(returns), "n": int(returns.size), "skewness": skewness(returns, adjusted=False), "kurtosis": kurtosis(returns)}
+    return {
+        "sharpe": sharpe_ratio(returns),
+        "n": int(returns.size),
+        "skewness": skewness(returns, adjusted=False),
+        "kurtosis": kurtosis(returns),
+    }
 
 
 def probabilistic_sharpe_ratio(
@@ -319,9 +360,12 @@ def expected_maximum_sharpe(
     "Sharpe ratio that the best of several worthless trials is expected to show."
     require(n_trials >= 1, f"n_trials: expected 1 or more, was {n_trials}")
     require(variance >= 0, f"variance: expected 0 or more, was {variance}")
-    if n_trials == 1: return 0.0
+    if n_trials == 1:
+        return 0.0
     quantile, gamma = NormalDist().inv_cdf, 0.5772156649015329
-    return math.sqrt(variance) * ((1 - gamma) * quantile(1 - 1 / n_trials) + gamma * quantile(1 - 1 / (n_trials * math.e)))
+    return math.sqrt(variance) * (
+        (1 - gamma) * quantile(1 - 1 / n_trials) + gamma * quantile(1 - 1 / (n_trials * math.e))
+    )
 
 
 def deflated_sharpe_ratio(
@@ -331,8 +375,10 @@ def deflated_sharpe_ratio(
 ) -> float:  # in [0, 1]
     "Probability that the true Sharpe ratio exceeds what the best of the trials would show by luck (Bailey & López de Prado 2014)."
     moments = returns if isinstance(returns, dict) else sharpe_moments(returns)
-    if trial_sharpes is not None: variance = _spread(_numbers(trial_sharpes, "trial_sharpes", min(int(n_trials), 2))) ** 2
-    else: variance = 1 / max(moments["n"] - 1, 1)
+    if trial_sharpes is not None:
+        variance = _spread(_numbers(trial_sharpes, "trial_sharpes", min(int(n_trials), 2))) ** 2
+    else:
+        variance = 1 / max(moments["n"] - 1, 1)
     return sharpe_probability(benchmark=expected_maximum_sharpe(n_trials, variance), **moments)
 
 # %% ../nbs/01_data/04_metrics.ipynb #45404758
@@ -341,15 +387,33 @@ def probability_of_backtest_overfitting(
     n_blocks: int = 16,  # even; 16 blocks make 12,870 choices
 ) -> float:  # in [0, 1]; about 0.5 where the choice is worthless
     "Share of in-sample choices whose winner is in the lower half out of sample (CSCV, by Sharpe ratio)."
-    if hasattr(returns, "detach"): returns = returns.detach().cpu()
+    if hasattr(returns, "detach"):
+        returns = returns.detach().cpu()
     returns = np.asarray(returns, dtype=np.float64)
-    require(returns.ndim == 2, f"returns: expected a matrix of observations × configurations, was an array of shape {returns.shape}")
+    require(
+        returns.ndim == 2,
+        f"returns: expected a matrix of observations × configurations, was an array of shape {returns.shape}",
+    )
     observations, configurations = returns.shape
-    require(n_blocks >= 2 and n_blocks % 2 == 0, f"n_blocks: expected an even number of 2 or more, was {n_blocks}")
-    require(configurations >= 2, f"returns: expected at least 2 configurations to choose from, was {configurations}")
-    require(configurations <= observations, f"returns: {observations} observations × {configurations} configurations looks transposed; rows are bars, columns are configurations")
-    require(observations >= 2 * n_blocks, f"returns: expected at least {2 * n_blocks} observations (2 in each of {n_blocks} blocks), was {observations}")
-    require(bool(np.isfinite(returns).all()), "returns: some values are NaN or infinite; drop those bars for all configurations")
+    require(
+        n_blocks >= 2 and n_blocks % 2 == 0, f"n_blocks: expected an even number of 2 or more, was {n_blocks}"
+    )
+    require(
+        configurations >= 2,
+        f"returns: expected at least 2 configurations to choose from, was {configurations}",
+    )
+    require(
+        configurations <= observations,
+        f"returns: {observations} observations × {configurations} configurations looks transposed; rows are bars, columns are configurations",
+    )
+    require(
+        observations >= 2 * n_blocks,
+        f"returns: expected at least {2 * n_blocks} observations (2 in each of {n_blocks} blocks), was {observations}",
+    )
+    require(
+        bool(np.isfinite(returns).all()),
+        "returns: some values are NaN or infinite; drop those bars for all configurations",
+    )
 
     # block sums of centred values give mean and variance of any union of blocks
     centre = returns.mean(axis=0)
@@ -364,16 +428,21 @@ def probability_of_backtest_overfitting(
         n = (chosen @ counts)[:, None]
         mean = chosen @ sums / n
         variance = np.maximum(chosen @ squares / n - mean**2, 0) * n / (n - 1)
-        return np.divide(mean + centre, np.sqrt(variance), out=np.zeros_like(mean), where=~flat & (variance > 0))
+        return np.divide(
+            mean + centre, np.sqrt(variance), out=np.zeros_like(mean), where=~flat & (variance > 0)
+        )
 
     choices = np.zeros((math.comb(n_blocks, n_blocks // 2), n_blocks))
-    for row, blocks in zip(choices, itertools.combinations(range(n_blocks), n_blocks // 2)): row[list(blocks)] = 1
+    for row, blocks in zip(choices, itertools.combinations(range(n_blocks), n_blocks // 2)):
+        row[list(blocks)] = 1
     overfitted, batch = 0, max(1, 2_000_000 // configurations)
-    for chosen in (choices[i:i + batch] for i in range(0, len(choices), batch)):
+    for chosen in (choices[i : i + batch] for i in range(0, len(choices), batch)):
         winner = sharpes(chosen).argmax(axis=1)[:, None]
         outside = sharpes(1 - chosen)
         of_winner = np.take_along_axis(outside, winner, axis=1)
-        rank = (outside < of_winner).sum(axis=1) + ((outside == of_winner).sum(axis=1) + 1) / 2  # ties share their ranks
+        rank = (outside < of_winner).sum(axis=1) + (
+            (outside == of_winner).sum(axis=1) + 1
+        ) / 2  # ties share their ranks
         overfitted += int((rank / (configurations + 1) <= 0.5).sum())
     return overfitted / len(choices)
 
@@ -392,9 +461,18 @@ def composite_score(
     "How training goes, in one number."
     clip = lambda value, low: float(np.clip(value, low, 1.0))
     instability = (clip(abs(kl) / kl_limit, 0) + clip(clip_fraction / clip_limit, 0)) / 2
-    parts = ((40, clip(average_return * win_rate, -1)), (20, clip(normalised_reward, -1)), (20, clip(explained_variance, -1)), (10, clip(entropy_ratio, 0)), (-10, instability))
+    parts = (
+        (40, clip(average_return * win_rate, -1)),
+        (20, clip(normalised_reward, -1)),
+        (20, clip(explained_variance, -1)),
+        (10, clip(entropy_ratio, 0)),
+        (-10, instability),
+    )
     total = sum(weight * value for weight, value in parts)
-    require(math.isfinite(total), f"composite_score: some input is NaN, of {[v for _, v in parts]} (profit, reward, explained variance, entropy, instability)")
+    require(
+        math.isfinite(total),
+        f"composite_score: some input is NaN, of {[v for _, v in parts]} (profit, reward, explained variance, entropy, instability)",
+    )
     return total
 
 
@@ -408,8 +486,15 @@ def score_colour(
 FEWEST_TRADES = 10  # below it the figures of trades are left out
 TRADE_FIGURES = ("profit_factor", "win_rate", "average_win", "average_loss")
 INTERVALS = {  # figure -> least and largest value there can be, widest interval that says something; None: the width of twice the figure itself
-    "return": (-1.0, math.inf, 1.0), "total_return": (-1.0, math.inf, 1.0), "annual_mean": (-math.inf, math.inf, 5.0), "sharpe": (-math.inf, math.inf, 10.0), "max_drawdown": (0.0, 1.0, 0.5),
-    "trades": (0.0, math.inf, None), "share_of_oracle": (-math.inf, math.inf, 1.0), "profit": (-math.inf, math.inf, 0.2)}
+    "return": (-1.0, math.inf, 1.0),
+    "total_return": (-1.0, math.inf, 1.0),
+    "annual_mean": (-math.inf, math.inf, 5.0),
+    "sharpe": (-math.inf, math.inf, 10.0),
+    "max_drawdown": (0.0, 1.0, 0.5),
+    "trades": (0.0, math.inf, None),
+    "share_of_oracle": (-math.inf, math.inf, 1.0),
+    "profit": (-math.inf, math.inf, 0.2),
+}
 
 
 def too_few_trades(
@@ -427,7 +512,8 @@ def interval_says(
 ) -> bool:
     "Whether an interval says anything: it holds no value that cannot be, and is not wider than is stated."
     least, most, widest = INTERVALS[figure]
-    if widest is None: widest = math.inf if value is None else 2 * abs(value)
+    if widest is None:
+        widest = math.inf if value is None else 2 * abs(value)
     return least <= low <= high <= most and high - low <= widest
 
 
@@ -439,8 +525,11 @@ def interval_text(
     value: float | None = None,  # the figure itself
 ) -> str:
     "An interval in words; that it is too wide, where it says nothing."
-    return f"{form.format(low)} to {form.format(high)}" if interval_says(figure, low, high, value) else "too wide to say anything"
-
+    return (
+        f"{form.format(low)} to {form.format(high)}"
+        if interval_says(figure, low, high, value)
+        else "too wide to say anything"
+    )
 
 # %% ../nbs/01_data/04_metrics.ipynb #584b91dc
 def fitness(
@@ -453,8 +542,19 @@ def fitness(
 
 
 GATES = {  # verdict -> figure -> (what it must be, threshold); the first verdict whose every threshold holds is given
-    "APPROVED": {"fitness": (">=", 0.70), "profit_factor": (">=", 1.8), "consistency": (">=", 0.85), "max_drawdown": ("<=", 0.08), "deflated_sharpe": (">=", 0.95)},
-    "REVIEW": {"fitness": (">=", 0.50), "profit_factor": (">=", 1.3), "consistency": (">=", 0.65), "max_drawdown": ("<=", 0.15)},
+    "APPROVED": {
+        "fitness": (">=", 0.70),
+        "profit_factor": (">=", 1.8),
+        "consistency": (">=", 0.85),
+        "max_drawdown": ("<=", 0.08),
+        "deflated_sharpe": (">=", 0.95),
+    },
+    "REVIEW": {
+        "fitness": (">=", 0.50),
+        "profit_factor": (">=", 1.3),
+        "consistency": (">=", 0.65),
+        "max_drawdown": ("<=", 0.15),
+    },
 }
 MAX_FITNESS_DECLINE = 0.05  # of its peak
 MAX_OSCILLATION = 0.10  # mean change from one checkpoint to the next beyond the net change, as a share of the mean: a steady rise does not oscillate
@@ -462,11 +562,18 @@ MAX_OSCILLATION = 0.10  # mean change from one checkpoint to the next beyond the
 
 def _figures(metrics: dict) -> dict:
     "The gate's figures, fitness derived where it is not given; None: unknown."
-    figures = {name: metrics.get(name) for name in ("fitness", "profit_factor", "consistency", "max_drawdown", "deflated_sharpe")}
-    if figures["profit_factor"] is None and metrics.get("win_rate") == 1.0: figures["profit_factor"] = math.inf  # JSON's None for no losing trade
-    figures = {name: None if value is None or math.isnan(value) else float(value) for name, value in figures.items()}
+    figures = {
+        name: metrics.get(name)
+        for name in ("fitness", "profit_factor", "consistency", "max_drawdown", "deflated_sharpe")
+    }
+    if figures["profit_factor"] is None and metrics.get("win_rate") == 1.0:
+        figures["profit_factor"] = math.inf  # JSON's None for no losing trade
+    figures = {
+        name: None if value is None or math.isnan(value) else float(value) for name, value in figures.items()
+    }
     parts = [figures[name] for name in ("profit_factor", "consistency", "max_drawdown")]
-    if figures["fitness"] is None and None not in parts: figures["fitness"] = fitness(*parts)
+    if figures["fitness"] is None and None not in parts:
+        figures["fitness"] = fitness(*parts)
     return figures
 
 
@@ -483,23 +590,41 @@ def assess_model_quality(
         for name, (relation, threshold) in gates.items():
             value = figures[name]
             slack = 1e-12  # a figure that equals its threshold on paper passes
-            good = value is not None and (value >= threshold - slack if relation == ">=" else value <= threshold + slack)
-            text = "is unknown" if value is None else f"rests on {few}" if few and name in TRADE_FIGURES else f"{value:.4g}"
-            if not good: failed[verdict].append(f"{name} {text}, {verdict} needs {relation} {threshold:g}")
+            good = value is not None and (
+                value >= threshold - slack if relation == ">=" else value <= threshold + slack
+            )
+            text = (
+                "is unknown"
+                if value is None
+                else f"rests on {few}"
+                if few and name in TRADE_FIGURES
+                else f"{value:.4g}"
+            )
+            if not good:
+                failed[verdict].append(f"{name} {text}, {verdict} needs {relation} {threshold:g}")
     verdict = next((v for v in failed if not failed[v]), "DROP")
-    return {"verdict": verdict, "fitness": figures["fitness"], "failed": {v: reasons for v, reasons in failed.items() if reasons}, "flags": _flags(list(history))}
+    return {
+        "verdict": verdict,
+        "fitness": figures["fitness"],
+        "failed": {v: reasons for v, reasons in failed.items() if reasons},
+        "flags": _flags(list(history)),
+    }
 
 
 def _flags(history: list) -> list[str]:
     "What the course of the fitness gives away."
     flags, values = [], [float(value) for _, value in history]
-    if len(values) < 2: return flags
+    if len(values) < 2:
+        return flags
     peak = int(np.argmax(values))
     if values[peak] > 0 and 1 - values[-1] / values[peak] > MAX_FITNESS_DECLINE:
-        flags.append(f"fitness declined {1 - values[-1] / values[peak]:.1%} from its peak {values[peak]:.4g}: '{history[peak][0]}' is the better checkpoint")
+        flags.append(
+            f"fitness declined {1 - values[-1] / values[peak]:.1%} from its peak {values[peak]:.4g}: '{history[peak][0]}' is the better checkpoint"
+        )
     mean, changes = float(np.mean(np.abs(values))), np.diff(values)
     oscillation = float(np.abs(changes).sum() - abs(changes.sum())) / changes.size / mean if mean > 0 else 0.0
-    if oscillation > MAX_OSCILLATION: flags.append(f"fitness oscillates: {oscillation:.1%} of its mean from one checkpoint to the next")
+    if oscillation > MAX_OSCILLATION:
+        flags.append(f"fitness oscillates: {oscillation:.1%} of its mean from one checkpoint to the next")
     return flags
 
 # %% ../nbs/01_data/04_metrics.ipynb #eaebb41a
@@ -513,24 +638,51 @@ def summarise_equity(
 ) -> dict:  # name -> number, text or None
     "The figures of an equity curve."
     equity, moments = _numbers(equity, "equity", 1), _nanoseconds(timestamps)
-    require(moments.shape == equity.shape, f"timestamps: expected one for each of {equity.size} equity values, was {moments.size}")
+    require(
+        moments.shape == equity.shape,
+        f"timestamps: expected one for each of {equity.size} equity values, was {moments.size}",
+    )
     returns = equity_returns(equity)
-    start, end = (str(np.datetime64(int(m), "ns").astype("datetime64[s]")) + "Z" for m in (moments[0], moments[-1]))
-    if periods is None: periods = periods_per_year(timeframe, asset_class, start, f"{np.datetime64(int(moments[-1]) + 1, 'ns')}Z")  # the end is left out
+    start, end = (
+        str(np.datetime64(int(m), "ns").astype("datetime64[s]")) + "Z" for m in (moments[0], moments[-1])
+    )
+    if periods is None:
+        periods = periods_per_year(
+            timeframe, asset_class, start, f"{np.datetime64(int(moments[-1]) + 1, 'ns')}Z"
+        )  # the end is left out
     pnl, moves = _numbers([] if trades is None else trades, "trades"), np.diff(equity)
     below = _drawdowns(equity) > 0
     high = np.maximum.accumulate(np.where(below, 0, np.arange(equity.size)))  # position of the latest high
     figures = {
-        "start": start, "end": end, "bars": int(returns.size), "periods_per_year": periods,
-        "initial_equity": equity[0], "final_equity": equity[-1], "total_return": equity[-1] / equity[0] - 1, "annual_return": annual_return(returns, periods),
-        "volatility": volatility(returns, periods), "sharpe": sharpe_ratio(returns, periods), "sortino": sortino_ratio(returns, periods), "calmar": calmar_ratio(returns, periods),
-        "max_drawdown": max_drawdown(equity), "drawdown_bars": drawdown_length(equity), "drawdown_days": (moments - moments[high]).max() / _DAY,
-        "consistency": consistency(equity, moments), "skewness": skewness(returns), "tail_ratio": tail_ratio(returns), "probabilistic_sharpe": probabilistic_sharpe_ratio(returns),
-        "trades": int(pnl.size), "profit_factor": profit_factor(pnl) if pnl.size else None, "win_rate": win_rate(pnl) if pnl.size else None,
-        "average_win": pnl[pnl > 0].mean() if (pnl > 0).any() else None, "average_loss": pnl[pnl < 0].mean() if (pnl < 0).any() else None,
+        "start": start,
+        "end": end,
+        "bars": int(returns.size),
+        "periods_per_year": periods,
+        "initial_equity": equity[0],
+        "final_equity": equity[-1],
+        "total_return": equity[-1] / equity[0] - 1,
+        "annual_return": annual_return(returns, periods),
+        "volatility": volatility(returns, periods),
+        "sharpe": sharpe_ratio(returns, periods),
+        "sortino": sortino_ratio(returns, periods),
+        "calmar": calmar_ratio(returns, periods),
+        "max_drawdown": max_drawdown(equity),
+        "drawdown_bars": drawdown_length(equity),
+        "drawdown_days": (moments - moments[high]).max() / _DAY,
+        "consistency": consistency(equity, moments),
+        "skewness": skewness(returns),
+        "tail_ratio": tail_ratio(returns),
+        "probabilistic_sharpe": probabilistic_sharpe_ratio(returns),
+        "trades": int(pnl.size),
+        "profit_factor": profit_factor(pnl) if pnl.size else None,
+        "win_rate": win_rate(pnl) if pnl.size else None,
+        "average_win": pnl[pnl > 0].mean() if (pnl > 0).any() else None,
+        "average_loss": pnl[pnl < 0].mean() if (pnl < 0).any() else None,
         # the same by bars; a bar in which nothing moved is neither won nor lost
-        "bar_profit_factor": profit_factor(moves), "bar_win_rate": win_rate(moves[moves != 0]),
-        "average_bar_win": moves[moves > 0].mean() if (moves > 0).any() else None, "average_bar_loss": moves[moves < 0].mean() if (moves < 0).any() else None,
+        "bar_profit_factor": profit_factor(moves),
+        "bar_win_rate": win_rate(moves[moves != 0]),
+        "average_bar_win": moves[moves > 0].mean() if (moves > 0).any() else None,
+        "average_bar_loss": moves[moves < 0].mean() if (moves < 0).any() else None,
     }
     figures["fitness"] = fitness(profit_factor(pnl), figures["consistency"], figures["max_drawdown"])
     return {name: _plain(value) for name, value in figures.items()}
@@ -538,5 +690,6 @@ def summarise_equity(
 
 def _plain(value):
     "A number or text that JSON can hold; None for what it cannot."
-    if value is None or isinstance(value, (str, int)): return value
+    if value is None or isinstance(value, (str, int)):
+        return value
     return float(value) if math.isfinite(value) else None

@@ -22,9 +22,19 @@ from .env import Obs, ObservationTable, column_order
 from .kernels.layers import hidden_layers, layers_and_heads
 
 # %% ../nbs/05_policy/02_networks.ipynb #1df1c88b
-HIDDEN_DIMS = {"large": (2048, 1024, 512, 256), "medium": (1024, 512, 256), "small": (512, 256, 128), "tiny": (256, 128, 64)}
+HIDDEN_DIMS = {
+    "large": (2048, 1024, 512, 256),
+    "medium": (1024, 512, 256),
+    "small": (512, 256, 128),
+    "tiny": (256, 128, 64),
+}
 # what each is for
-RECOMMENDED_FOR = {"large": "volatile symbols, 500 M steps and more", "medium": "standard production runs", "small": "quick tests, less than a year of data", "tiny": "runs on a CPU"}
+RECOMMENDED_FOR = {
+    "large": "volatile symbols, 500 M steps and more",
+    "medium": "standard production runs",
+    "small": "quick tests, less than a year of data",
+    "tiny": "runs on a CPU",
+}
 
 
 def _linear(inputs: int, outputs: int, gain: float) -> nn.Linear:
@@ -40,17 +50,23 @@ class _Trunk(nn.Sequential):
 
     def __init__(self, obs_dim: int, hidden_dims):
         widths = [obs_dim, *hidden_dims]
-        super().__init__(*(m for a, b in zip(widths, widths[1:]) for m in (_linear(a, b, math.sqrt(2)), nn.ReLU())))
+        super().__init__(
+            *(m for a, b in zip(widths, widths[1:]) for m in (_linear(a, b, math.sqrt(2)), nn.ReLU()))
+        )
 
     @property
-    def layers(self) -> list[tuple[Tensor, Tensor]]: "Weight and bias of each."; return [(layer.weight, layer.bias) for layer in list(self)[::2]]
+    def layers(self) -> list[tuple[Tensor, Tensor]]:
+        "Weight and bias of each."
+        return [(layer.weight, layer.bias) for layer in list(self)[::2]]
 
-    def forward(self, x: Tensor) -> Tensor: return hidden_layers(x, self.layers)
+    def forward(self, x: Tensor) -> Tensor:
+        return hidden_layers(x, self.layers)
 
 
 @dataclass(frozen=True)
 class InputLayout:
     "How the flat observation is made up, and the fixed affine map of each column, (x - shift) × scale."
+
     window: int  # bars
     windowed: tuple[int, ...]  # places of the columns that change along the window
     broadcast: tuple[int, ...]  # places of the columns that repeat the last bar's value
@@ -68,15 +84,21 @@ def input_layout(
     order = column_order(version)
     n = len(order.windowed_places) + len(order.broadcast_places)
     for name, values in (("shift", shift), ("scale", scale)):
-        require(values is None or len(values) == n, f"{name}: layout {version} has {n} columns, was given {len(values) if values is not None else 0} values")
+        require(
+            values is None or len(values) == n,
+            f"{name}: layout {version} has {n} columns, was given {len(values) if values is not None else 0} values",
+        )
     plain = lambda values, default: tuple(float(v) for v in values) if values is not None else (default,) * n
-    return InputLayout(window, order.windowed_places, order.broadcast_places, plain(shift, 0.0), plain(scale, 1.0))
+    return InputLayout(
+        window, order.windowed_places, order.broadcast_places, plain(shift, 0.0), plain(scale, 1.0)
+    )
 
 # %% ../nbs/05_policy/02_networks.ipynb #1eb2c0c1
 class FoldedLinear(nn.Module):
     "A linear layer on flat windows that multiplies each broadcast input once; its state dict is that of `nn.Linear`."
 
-    def __init__(self,
+    def __init__(
+        self,
         plain: nn.Linear,  # the layer to fold, (H, window × n_features)
         layout: InputLayout,
     ):
@@ -92,7 +114,8 @@ class FoldedLinear(nn.Module):
         by_column = weight.view(len(weight), self.window, self.n_features)
         return by_column[:, :, self.windowed].flatten(1).contiguous(), by_column[:, :, self.broadcast].sum(1)
 
-    def unfold(self,
+    def unfold(
+        self,
         windowed: Tensor,  # (H, window × windowed columns)
         broadcast: Tensor,  # (H, broadcast columns), one value for all weights of a repeated input
     ) -> Tensor:  # (H, window × n_features)
@@ -102,7 +125,8 @@ class FoldedLinear(nn.Module):
         out[:, :, self.broadcast] = broadcast[:, None]
         return out.flatten(1)
 
-    def refold(self,
+    def refold(
+        self,
         plain: Tensor,  # (H, window × n_features) with one value for all weights of a repeated input
     ) -> tuple[Tensor, Tensor]:
         "What `unfold` was given, bit for bit."
@@ -114,24 +138,41 @@ class FoldedLinear(nn.Module):
         return self.unfold(self.windowed_weight.detach(), self.broadcast_weight.detach() / self.window)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination[prefix + "weight"], destination[prefix + "bias"] = self.unfolded_weight(), self.bias if keep_vars else self.bias.detach()
+        destination[prefix + "weight"], destination[prefix + "bias"] = (
+            self.unfolded_weight(),
+            self.bias if keep_vars else self.bias.detach(),
+        )
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
         expected = {"weight": (len(self.bias), self.window * self.n_features), "bias": (len(self.bias),)}
-        given = {name[len(prefix):]: v for name, v in state_dict.items() if name.startswith(prefix)}
+        given = {name[len(prefix) :]: v for name, v in state_dict.items() if name.startswith(prefix)}
         missing_keys += [prefix + name for name in expected if name not in given]
-        if strict: unexpected_keys += [prefix + name for name in given if name not in expected]
-        wrong = [f"{prefix}{name}: expected shape {shape}, was {tuple(given[name].shape)}" for name, shape in expected.items() if name in given and tuple(given[name].shape) != shape]
+        if strict:
+            unexpected_keys += [prefix + name for name in given if name not in expected]
+        wrong = [
+            f"{prefix}{name}: expected shape {shape}, was {tuple(given[name].shape)}"
+            for name, shape in expected.items()
+            if name in given and tuple(given[name].shape) != shape
+        ]
         error_msgs += wrong
-        if wrong or any(name not in given for name in expected): return
+        if wrong or any(name not in given for name in expected):
+            return
         weight, bias = given["weight"], given["bias"]
         with torch.no_grad():
-            for parameter, value in zip((self.windowed_weight, self.broadcast_weight, self.bias), (*self._fold(weight.to(self.bias)), bias)): parameter.copy_(value)
+            for parameter, value in zip(
+                (self.windowed_weight, self.broadcast_weight, self.bias),
+                (*self._fold(weight.to(self.bias)), bias),
+            ):
+                parameter.copy_(value)
 
     @property
-    def weight(self) -> Tensor: return torch.cat([self.windowed_weight, self.broadcast_weight], 1)  # (H, folded width)
+    def weight(self) -> Tensor:
+        return torch.cat([self.windowed_weight, self.broadcast_weight], 1)  # (H, folded width)
 
-    def forward(self, x: Tensor) -> Tensor: return F.linear(x, self.weight, self.bias)  # (n, folded width) -> (n, H)
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)  # (n, folded width) -> (n, H)
 
 # %% ../nbs/05_policy/02_networks.ipynb #c99c67b1
 class FoldsInputs:
@@ -140,10 +181,15 @@ class FoldsInputs:
     def _fold(self, layout: InputLayout | None):
         "Fold the first layer of each trunk, or leave it as it is."
         self.folds = layout is not None
-        if not self.folds: return
+        if not self.folds:
+            return
         self.window, n = layout.window, len(layout.shift)
-        require(self.obs_dim == self.window * n, f"obs_dim: expected {self.window} bars × {n} columns = {self.window * n}, was {self.obs_dim}")
-        for trunk in self._trunks(): trunk[0] = FoldedLinear(trunk[0], layout)
+        require(
+            self.obs_dim == self.window * n,
+            f"obs_dim: expected {self.window} bars × {n} columns = {self.window * n}, was {self.obs_dim}",
+        )
+        for trunk in self._trunks():
+            trunk[0] = FoldedLinear(trunk[0], layout)
         self.register_buffer("input_shift", torch.tensor(layout.shift, dtype=torch.float32))
         self.register_buffer("input_scale", torch.tensor(layout.scale, dtype=torch.float32))
 
@@ -153,19 +199,23 @@ class FoldsInputs:
         windowed = (windowed - self.input_shift[w]) * self.input_scale[w]
         return torch.cat([windowed.flatten(1), (broadcast - self.input_shift[b]) * self.input_scale[b]], 1)
 
-    def inputs(self,
+    def inputs(
+        self,
         obs: Obs,
         table: ObservationTable | None,  # the environment's; None where observations are dense
     ) -> Tensor:  # (n, folded width): windows of the windowed columns, bar-major, then the broadcast columns
         "What the first layer needs, without materialising a window."
-        if table is None: return obs.dense
+        if table is None:
+            return obs.dense
         return self._folded(*table.parts(obs)) if self.folds else table.materialise(obs)
 
-    def window_inputs(self,
+    def window_inputs(
+        self,
         windows: Tensor,  # (n, obs_dim) flat observations, bar-major
     ) -> Tensor:  # (n, folded width)
         "What the first layer needs, of plain observations."
-        if not self.folds: return windows
+        if not self.folds:
+            return windows
         first = self._trunks()[0][0]
         by_column = windows.view(len(windows), self.window, -1)
         # weights spread evenly over the window see a column's mean, which is its one value where it is broadcast
@@ -175,55 +225,81 @@ class FoldsInputs:
 class NativeActorCritic(FoldsInputs, nn.Module):
     "Multilayer actor and critic: hidden layers with ReLU, an actor head of logits and a critic head of values."
 
-    def __init__(self,
+    def __init__(
+        self,
         obs_dim: int,  # width of the flat observation
         n_actions: int,
         hidden_dims=HIDDEN_DIMS["small"],  # widths of the hidden layers
         shared_trunk: bool = True,  # one trunk for actor and critic
-        layout: InputLayout | None = None,  # None: the observation is plain numbers, nothing is folded or scaled
+        layout: InputLayout
+        | None = None,  # None: the observation is plain numbers, nothing is folded or scaled
     ):
         super().__init__()
-        require(len(hidden_dims) > 0 and all(int(h) == h and h > 0 for h in hidden_dims), f"hidden_dims: expected widths such as [256, 128], was {hidden_dims!r}")
-        self.obs_dim, self.n_actions, self.hidden_dims, self.shared_trunk = obs_dim, n_actions, tuple(int(h) for h in hidden_dims), shared_trunk
-        for name in ("trunk",) if shared_trunk else ("actor_trunk", "critic_trunk"): setattr(self, name, _Trunk(obs_dim, self.hidden_dims))
+        require(
+            len(hidden_dims) > 0 and all(int(h) == h and h > 0 for h in hidden_dims),
+            f"hidden_dims: expected widths such as [256, 128], was {hidden_dims!r}",
+        )
+        self.obs_dim, self.n_actions, self.hidden_dims, self.shared_trunk = (
+            obs_dim,
+            n_actions,
+            tuple(int(h) for h in hidden_dims),
+            shared_trunk,
+        )
+        for name in ("trunk",) if shared_trunk else ("actor_trunk", "critic_trunk"):
+            setattr(self, name, _Trunk(obs_dim, self.hidden_dims))
         self.actor_head = _linear(self.hidden_dims[-1], n_actions, 0.01)
         self.critic_head = _linear(self.hidden_dims[-1], 1, 1.0)
         self._fold(layout)
 
-    def _trunks(self): return [self.trunk] if self.shared_trunk else [self.actor_trunk, self.critic_trunk]
+    def _trunks(self):
+        return [self.trunk] if self.shared_trunk else [self.actor_trunk, self.critic_trunk]
 
-    def evaluate(self,
+    def evaluate(
+        self,
         x: Tensor,  # what `inputs` returned
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "Policy and value of gathered inputs."
         return self._answers(layers_and_heads(x, trunk.layers, heads) for trunk, heads in self._parts())
 
-    def from_products(self,
+    def from_products(
+        self,
         first: Tensor,  # (n, H of all trunks) products of their first layers, biases added
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "Policy and value where the first layer's work is done."
         firsts = F.relu(first).split(self.hidden_dims[0], 1)
-        return self._answers(layers_and_heads(x, trunk.layers[1:], heads) for x, (trunk, heads) in zip(firsts, self._parts()))
+        return self._answers(
+            layers_and_heads(x, trunk.layers[1:], heads) for x, (trunk, heads) in zip(firsts, self._parts())
+        )
 
     def _parts(self) -> list[tuple[_Trunk, list[tuple[Tensor, Tensor]]]]:
         "Each trunk and the heads that read it."
         heads = [(head.weight, head.bias) for head in (self.actor_head, self.critic_head)]
-        return [(self.trunk, heads)] if self.shared_trunk else [(self.actor_trunk, heads[:1]), (self.critic_trunk, heads[1:])]
+        return (
+            [(self.trunk, heads)]
+            if self.shared_trunk
+            else [(self.actor_trunk, heads[:1]), (self.critic_trunk, heads[1:])]
+        )
 
     def _answers(self, of_trunks) -> tuple[Tensor, Tensor]:
         logits, value = (answer for answers in of_trunks for answer in answers)
         # bf16 products come back in the weights' own precision
         return logits.to(self.actor_head.weight.dtype), value.to(self.critic_head.weight.dtype).squeeze(-1)
 
-    def networks(self) -> list["NativeActorCritic"]: "Itself, where a stack of policies has several."; return [self]
+    def networks(self) -> list["NativeActorCritic"]:
+        "Itself, where a stack of policies has several."
+        return [self]
 
-    def initial_state(self, n: int, device=None) -> None: "Nothing is remembered from one step to the next."
+    def initial_state(self, n: int, device=None) -> None:
+        "Nothing is remembered from one step to the next."
 
-    def evaluate_step(self, x: Tensor, state=None) -> tuple[Tensor, Tensor, None]:  # logits (n, n_actions), values (n,), state
+    def evaluate_step(
+        self, x: Tensor, state=None
+    ) -> tuple[Tensor, Tensor, None]:  # logits (n, n_actions), values (n,), state
         "`evaluate`, as policies with a memory have it too."
         return *self.evaluate(x), None
 
-    def forward(self,
+    def forward(
+        self,
         windows: Tensor,  # (n, obs_dim) flat observations, bar-major
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "Policy and value of plain observations."
@@ -233,13 +309,16 @@ class NativeActorCritic(FoldsInputs, nn.Module):
 class FoldedInputs:
     "`policy.inputs`, with the table scaled (and rounded to the dtype of the matrix products) once instead of at every gather."
 
-    def __init__(self,
+    def __init__(
+        self,
         policy: NativeActorCritic,
         table: ObservationTable,
         dtype: torch.dtype = torch.float32,  # bfloat16 where the products are
     ):
         first = policy._trunks()[0][0]
-        scale = lambda rows, places: ((rows - policy.input_shift[places]) * policy.input_scale[places]).to(dtype)
+        scale = lambda rows, places: ((rows - policy.input_shift[places]) * policy.input_scale[places]).to(
+            dtype
+        )
         n_market = len(first.broadcast) - table.n_account
         self._account, self.dtype, self.n_account = first.broadcast[n_market:], dtype, table.n_account
         self._shift, self._scale = policy.input_shift[self._account], policy.input_scale[self._account]
@@ -256,18 +335,26 @@ class FoldedInputs:
 
     def market(self, index: Tensor) -> Tensor:  # (n, folded width without the account columns)
         "What it says of the market."
-        return self._table.folded(Obs(index, self._scale.new_zeros(len(index), self.n_account)))[:, :-self.n_account or None]
+        return self._table.folded(Obs(index, self._scale.new_zeros(len(index), self.n_account)))[
+            :, : -self.n_account or None
+        ]
 
 
 def parameter_groups(
     policy: nn.Module,
     learning_rate: float,
-) -> list[dict]:  # for a torch optimizer; `factor` multiplies every learning rate of the schedule, `repeats` says how many plain weights each stands for
+) -> list[
+    dict
+]:  # for a torch optimizer; `factor` multiplies every learning rate of the schedule, `repeats` says how many plain weights each stands for
     "Parameters by the factor of their learning rate: sums of repeated weights take `window` steps at once."
     sums = {id(m.broadcast_weight): m.window for m in policy.modules() if isinstance(m, FoldedLinear)}
     by_repeats = {}
-    for p in policy.parameters(): by_repeats.setdefault(sums.get(id(p), 1), []).append(p)
-    return [{"params": ps, "lr": learning_rate * repeats, "factor": repeats, "repeats": repeats} for repeats, ps in by_repeats.items()]
+    for p in policy.parameters():
+        by_repeats.setdefault(sums.get(id(p), 1), []).append(p)
+    return [
+        {"params": ps, "lr": learning_rate * repeats, "factor": repeats, "repeats": repeats}
+        for repeats, ps in by_repeats.items()
+    ]
 
 
 def clip_gradients(
@@ -278,24 +365,35 @@ def clip_gradients(
     grads, norms = [], []
     for group in groups:
         own = [p.grad for p in group["params"] if p.grad is not None]
-        if not own: continue
+        if not own:
+            continue
         grads += own
         norms += [n * group["repeats"] ** 0.5 for n in torch._foreach_norm(own)]
     total = torch.linalg.vector_norm(torch.stack(norms))
     torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total
 
+
 def _plain_parameters(policy: nn.Module) -> list:
     "Parameters in the plain network's order; a folded layer stands for its weight."
     out = []
     for module in policy.modules():
-        if isinstance(module, FoldedLinear): out += [module, module.bias]
-        else: out += list(module.parameters(recurse=False))
+        if isinstance(module, FoldedLinear):
+            out += [module, module.bias]
+        else:
+            out += list(module.parameters(recurse=False))
     return out
 
 
-def _owners(optimizers: list[torch.optim.Adam]) -> dict[int, torch.optim.Adam]:  # id of a parameter -> its optimizer
-    return {id(p): optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+def _owners(
+    optimizers: list[torch.optim.Adam],
+) -> dict[int, torch.optim.Adam]:  # id of a parameter -> its optimizer
+    return {
+        id(p): optimizer
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
 
 
 def plain_optimizer_state(
@@ -306,12 +404,23 @@ def plain_optimizer_state(
     state, parameters, owner = {}, _plain_parameters(policy), _owners(optimizers)
     of = lambda p: owner[id(p)].state.get(p, {})
     for i, p in enumerate(parameters):
-        if not isinstance(p, FoldedLinear): own = of(p)
-        else: own = {name: p.unfold(v, of(p.broadcast_weight)[name]) if v.ndim else v for name, v in of(p.windowed_weight).items()}
-        if own: state[i] = {name: v.clone() for name, v in own.items()}
+        if not isinstance(p, FoldedLinear):
+            own = of(p)
+        else:
+            own = {
+                name: p.unfold(v, of(p.broadcast_weight)[name]) if v.ndim else v
+                for name, v in of(p.windowed_weight).items()
+            }
+        if own:
+            state[i] = {name: v.clone() for name, v in own.items()}
     first = optimizers[0].param_groups[0]
     settings = {name: v for name, v in first.items() if name not in ("params", "factor", "repeats", "lr")}
-    return {"state": state, "param_groups": [settings | {"lr": first["lr"] / first["factor"], "params": list(range(len(parameters)))}]}
+    return {
+        "state": state,
+        "param_groups": [
+            settings | {"lr": first["lr"] / first["factor"], "params": list(range(len(parameters)))}
+        ],
+    }
 
 
 def load_plain_optimizer_state(
@@ -322,26 +431,37 @@ def load_plain_optimizer_state(
     "The inverse of `plain_optimizer_state`, for one optimizer or several."
     owner, copy = _owners(optimizers), lambda v, like: v.to(like.device).clone()
     for optimizer in optimizers:
-        for group in optimizer.param_groups: group["lr"] = state["param_groups"][0]["lr"] * group["factor"]
-    def put(p, moments): owner[id(p)].state[p] = {name: copy(v, p) for name, v in moments.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = state["param_groups"][0]["lr"] * group["factor"]
+
+    def put(p, moments):
+        owner[id(p)].state[p] = {name: copy(v, p) for name, v in moments.items()}
+
     for i, p in enumerate(_plain_parameters(policy)):
         own = state["state"].get(i, {})
-        if not isinstance(p, FoldedLinear): put(p, own)
+        if not isinstance(p, FoldedLinear):
+            put(p, own)
         else:
             halves = {name: p.refold(v) if v.ndim else (v, v) for name, v in own.items()}
-            for k, parameter in enumerate((p.windowed_weight, p.broadcast_weight)): put(parameter, {name: v[k] for name, v in halves.items()})
+            for k, parameter in enumerate((p.windowed_weight, p.broadcast_weight)):
+                put(parameter, {name: v[k] for name, v in halves.items()})
 
 
 def folded_sums(policy: nn.Module) -> dict[str, Tensor]:  # module name -> (H, broadcast columns)
     "The exact sums of folded layers: spread over the window and added up again they would differ in the last bit."
-    return {name: m.broadcast_weight.detach().clone() for name, m in policy.named_modules() if isinstance(m, FoldedLinear)}
+    return {
+        name: m.broadcast_weight.detach().clone()
+        for name, m in policy.named_modules()
+        if isinstance(m, FoldedLinear)
+    }
 
 
 def load_folded_sums(policy: nn.Module, sums: dict[str, Tensor]):
     "Put exact sums back."
     modules = dict(policy.named_modules())
     with torch.no_grad():
-        for name, value in sums.items(): modules[name].broadcast_weight.copy_(value)
+        for name, value in sums.items():
+            modules[name].broadcast_weight.copy_(value)
 
 # %% ../nbs/05_policy/02_networks.ipynb #831563ff
 def finite_logits(
@@ -349,10 +469,13 @@ def finite_logits(
     bars=None,  # (n,) at which they were asked for: numbers or time stamps; None: not said
 ) -> Tensor:  # the same
     "Logits, or an error where a policy answers NaN or infinity: the most probable of such actions would be the first one, HOLD."
-    if bool(logits.isfinite().all()): return logits
+    if bool(logits.isfinite().all()):
+        return logits
     rows = (~logits.isfinite().view(len(logits), -1).all(1)).nonzero().squeeze(1).tolist()
     where = "" if bars is None else f" at bar {bars[rows[0]]}"
-    raise InputError(f"model: logits are not finite{where}, in {len(rows):,} of {len(logits):,} answers; its weights are damaged or too large: use an older checkpoint or train anew")
+    raise InputError(
+        f"model: logits are not finite{where}, in {len(rows):,} of {len(logits):,} answers; its weights are damaged or too large: use an older checkpoint or train anew"
+    )
 
 # %% ../nbs/05_policy/02_networks.ipynb #c05bd727
 def estimate_model(
@@ -368,7 +491,12 @@ def estimate_model(
     heads = {"actor_head": widths[-1] * n_actions + n_actions, "critic_head": widths[-1] + 1}
     layers = {f"hidden_{i + 1}": n * trunks for i, n in enumerate(trunk)} | heads
     total = sum(layers.values())
-    return {"parameters": total, "layers": layers, "first_layer_share": layers["hidden_1"] / total, "checkpoint_bytes": 12 * total}
+    return {
+        "parameters": total,
+        "layers": layers,
+        "first_layer_share": layers["hidden_1"] / total,
+        "checkpoint_bytes": 12 * total,
+    }
 
 
 @torch.no_grad()

@@ -19,94 +19,188 @@ from torch import Tensor, nn
 
 from .checkpoint import save_checkpoint
 from .config import require
-from .training.distributed import processes
 from .env import Obs
-from .training.validation import Validation
 from .kernels.layers import compiles, few_sizes, layers_and_heads
 from .networks import FoldedLinear, NativeActorCritic, parameter_groups
-from .training.ppo import Minibatch, normalised, ppo_losses
-from .training.config import NativePPOConfig
 from .trainer import NativePPOTrainer
+from .training.config import NativePPOConfig
+from .training.distributed import processes
+from .training.ppo import Minibatch, normalised, ppo_losses
+from .training.validation import Validation
 
 # %% ../nbs/06_training/09_seeds.ipynb #a2d65583
 class StackedActorCritic(nn.Module):
     "Several `NativeActorCritic` of one shape as one batched network."
 
-    def __init__(self,
+    def __init__(
+        self,
         policies: list[NativeActorCritic],
     ):
         super().__init__()
-        self._one, self.n_networks = (copy.deepcopy(policies[0]),), len(policies)  # in a tuple: its weights are not ours
+        self._one, self.n_networks = (
+            (copy.deepcopy(policies[0]),),
+            len(policies),
+        )  # in a tuple: its weights are not ours
         named = [dict(policy.named_parameters()) for policy in policies]
         self._place = {name: i for i, name in enumerate(named[0])}
-        self.stacked = nn.ParameterList(nn.Parameter(torch.stack([of[name].detach() for of in named])) for name in self._place)
+        self.stacked = nn.ParameterList(
+            nn.Parameter(torch.stack([of[name].detach() for of in named])) for name in self._place
+        )
 
-    def _layer(self, module: nn.Module, prefix: str) -> tuple[Tensor, Tensor]:  # (networks, outputs, inputs), (networks, outputs)
+    def _layer(
+        self, module: nn.Module, prefix: str
+    ) -> tuple[Tensor, Tensor]:  # (networks, outputs, inputs), (networks, outputs)
         of = lambda name: self.stacked[self._place[f"{prefix}.{name}"]]
-        return torch.cat([of("windowed_weight"), of("broadcast_weight")], 2) if isinstance(module, FoldedLinear) else of("weight"), of("bias")
+        return torch.cat([of("windowed_weight"), of("broadcast_weight")], 2) if isinstance(
+            module, FoldedLinear
+        ) else of("weight"), of("bias")
 
     @staticmethod
-    def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor: return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # (networks, n, inputs) -> (networks, n, outputs)
+    def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.baddbmm(
+            bias[:, None], x, weight.transpose(1, 2)
+        )  # (networks, n, inputs) -> (networks, n, outputs)
 
-    def _answers(self, x: Tensor, layers: list[tuple[Tensor, Tensor]], heads: list[tuple[Tensor, Tensor]]) -> list[Tensor]:  # (networks, n, inputs) -> of each head (networks, n, outputs)
-        if compiles(x.device, x.dtype, x.shape[1], sum(weight[0].numel() for weight, _ in layers)):  # layers in one pass are worth more than networks in one product
+    def _answers(
+        self, x: Tensor, layers: list[tuple[Tensor, Tensor]], heads: list[tuple[Tensor, Tensor]]
+    ) -> list[Tensor]:  # (networks, n, inputs) -> of each head (networks, n, outputs)
+        if compiles(
+            x.device, x.dtype, x.shape[1], sum(weight[0].numel() for weight, _ in layers)
+        ):  # layers in one pass are worth more than networks in one product
             of_each = lambda pairs: zip(*(zip(weight, bias) for weight, bias in pairs))
-            return list(map(torch.stack, zip(*(layers_and_heads(*own) for own in zip(x, of_each(layers), of_each(heads))))))
-        for layer in layers: x = self._linear(x, *layer).relu_()
+            return list(
+                map(
+                    torch.stack,
+                    zip(*(layers_and_heads(*own) for own in zip(x, of_each(layers), of_each(heads)))),
+                )
+            )
+        for layer in layers:
+            x = self._linear(x, *layer).relu_()
         return [self._linear(x, *head) for head in heads]
 
-    def evaluate(self,
+    def evaluate(
+        self,
         x: Tensor,  # (networks × n, inputs)
     ) -> tuple[Tensor, Tensor]:  # logits (networks × n, n_actions), values (networks × n,)
         "Policy and value, each row by its own network."
         one, x, answers = self._one[0], x.view(self.n_networks, -1, x.shape[-1]), []
-        for name, heads in {"trunk": ("actor_head", "critic_head")}.items() if one.shared_trunk else {"actor_trunk": ("actor_head",), "critic_trunk": ("critic_head",)}.items():
-            layers = [self._layer(module, f"{name}.{place}") for place, module in getattr(one, name).named_children() if not isinstance(module, nn.ReLU)]
+        for name, heads in (
+            {"trunk": ("actor_head", "critic_head")}.items()
+            if one.shared_trunk
+            else {"actor_trunk": ("actor_head",), "critic_trunk": ("critic_head",)}.items()
+        ):
+            layers = [
+                self._layer(module, f"{name}.{place}")
+                for place, module in getattr(one, name).named_children()
+                if not isinstance(module, nn.ReLU)
+            ]
             answers += self._answers(x, layers, [self._layer(getattr(one, head), head) for head in heads])
-        logits, value = (answer.to(self.stacked[0].dtype).flatten(0, 1) for answer in answers)  # half-precision products come back in the weights' own precision
+        logits, value = (
+            answer.to(self.stacked[0].dtype).flatten(0, 1) for answer in answers
+        )  # half-precision products come back in the weights' own precision
         return logits, value.squeeze(-1)
 
-    def initial_state(self, n: int, device=None) -> None: "Nothing is remembered from one step to the next."
+    def initial_state(self, n: int, device=None) -> None:
+        "Nothing is remembered from one step to the next."
 
-    def inputs(self, obs: Obs, table) -> Tensor: "What the first layers read."; return self._one[0].inputs(obs, table)
+    def inputs(self, obs: Obs, table) -> Tensor:
+        "What the first layers read."
+        return self._one[0].inputs(obs, table)
 
-    def evaluate_step(self, x: Tensor, state=None) -> tuple[Tensor, Tensor, None]: "`evaluate`, as all policies have it."; return *self.evaluate(x), None
+    def evaluate_step(self, x: Tensor, state=None) -> tuple[Tensor, Tensor, None]:
+        "`evaluate`, as all policies have it."
+        return *self.evaluate(x), None
 
     @torch.no_grad()
-    def network(self,
+    def network(
+        self,
         k: int,  # from 0
     ) -> NativeActorCritic:
         "One of them, by itself."
         policy = copy.deepcopy(self._one[0])
-        for parameter, of_all in zip(policy.parameters(), self.stacked): parameter.copy_(of_all[k])
+        for parameter, of_all in zip(policy.parameters(), self.stacked):
+            parameter.copy_(of_all[k])
         return policy
 
-    def networks(self) -> list[NativeActorCritic]: "All of them."; return [self.network(k) for k in range(self.n_networks)]
+    def networks(self) -> list[NativeActorCritic]:
+        "All of them."
+        return [self.network(k) for k in range(self.n_networks)]
 
-    def groups(self,
+    def groups(
+        self,
         learning_rate: float,
     ) -> list[dict]:
         "`parameter_groups`, of all of them."
         of = {id(p): stacked for p, stacked in zip(self._one[0].parameters(), self.stacked)}
-        return [group | {"params": [of[id(p)] for p in group["params"]]} for group in parameter_groups(self._one[0], learning_rate)]
+        return [
+            group | {"params": [of[id(p)] for p in group["params"]]}
+            for group in parameter_groups(self._one[0], learning_rate)
+        ]
 
 
 def clip_each(
-    groups: list[dict],  # an optimizer's parameter groups with their `repeats`, each parameter one tensor for all networks
+    groups: list[
+        dict
+    ],  # an optimizer's parameter groups with their `repeats`, each parameter one tensor for all networks
     max_norm: float,  # of the gradients of one network
 ) -> Tensor:  # (networks,) norms before clipping
     "`clip_gradients`, each network by its own norm."
     grads = [(p.grad, group["repeats"]) for group in groups for p in group["params"]]
-    total = torch.linalg.vector_norm(torch.stack([repeats ** 0.5 * torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad, repeats in grads]), dim=0)
+    total = torch.linalg.vector_norm(
+        torch.stack(
+            [repeats**0.5 * torch.linalg.vector_norm(grad.flatten(1), dim=1) for grad, repeats in grads]
+        ),
+        dim=0,
+    )
     scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for grad, _ in grads: grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
+    for grad, _ in grads:
+        grad.mul_(scale.view(-1, *[1] * (grad.ndim - 1)))
     return total
 
 # %% ../nbs/06_training/09_seeds.ipynb #6fb5007b
 # settings of `NativePPOConfig` that would make seeds part ways, or that are not for several networks -> what they must be
-_ALIKE = {"network": "mlp", "separate_optimizers": False, "critic_epochs_in_force": 0, "target_kl": None, "recovery": False, "early_stop": False, "patience": None}
+_ALIKE = {
+    "network": "mlp",
+    "separate_optimizers": False,
+    "critic_epochs_in_force": 0,
+    "target_kl": None,
+    "recovery": False,
+    "early_stop": False,
+    "patience": None,
+}
 # two-sided 95 % points of Student's t, from 1 degree of freedom on; beyond the table it is this much more than the normal's
-_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
+_STUDENT = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+    2.086,
+    2.080,
+    2.074,
+    2.069,
+    2.064,
+    2.060,
+    2.056,
+    2.052,
+    2.048,
+    2.045,
+    2.042,
+)
 
 
 def mean_interval(
@@ -116,14 +210,19 @@ def mean_interval(
     values = np.asarray(values, dtype=np.float64)
     require(values.size > 1, "mean_interval: one value has no interval; train several seeds")
     freedom = values.size - 1
-    half = (_STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.4 / freedom) * values.std(ddof=1) / math.sqrt(values.size)
+    half = (
+        (_STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.96 + 2.4 / freedom)
+        * values.std(ddof=1)
+        / math.sqrt(values.size)
+    )
     return float(values.mean() - half), float(values.mean() + half)
 
 
 class SeedsTrainer(NativePPOTrainer):
     "PPO of several seeds at once, each as `NativePPOTrainer` trains it alone; numbered checkpoints are not written."
 
-    def __init__(self,
+    def __init__(
+        self,
         env,  # GPUVectorizedTradingEnv with equally many accounts for each seed
         config: NativePPOConfig | None = None,  # of one seed: its n_envs, its minibatches, its budget
         seeds: int | list[int] = 8,  # so many, from the configured one on; or which
@@ -131,35 +230,87 @@ class SeedsTrainer(NativePPOTrainer):
         progress=print,  # as of `NativePPOTrainer`
     ):
         c = config or NativePPOConfig()
-        self.seeds = list(range(c.seed, c.seed + int(seeds))) if isinstance(seeds, Integral) else [int(seed) for seed in seeds]
-        require(len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0, f"seeds: expected one or more different ones from 0 on, was {seeds}")
-        for name, value in _ALIKE.items(): require(getattr(c, name) == value, f"NativePPOConfig.{name}: expected {value!r} with several seeds, was {getattr(c, name)!r}; train such a seed alone")
-        require(not c.amp or c.amp_dtype == "bf16", f"NativePPOConfig.amp_dtype: expected 'bf16' with several seeds, was {c.amp_dtype!r}; an overflow of one would hold up all")
-        require(processes()[1] == 1, "seeds: several at once are trained by one process; start it without torchrun")
-        require(getattr(env, "table", None) is not None, "seeds: several at once need an environment with a table of bars (GPUVectorizedTradingEnv)")
+        self.seeds = (
+            list(range(c.seed, c.seed + int(seeds)))
+            if isinstance(seeds, Integral)
+            else [int(seed) for seed in seeds]
+        )
+        require(
+            len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds) and min(self.seeds) >= 0,
+            f"seeds: expected one or more different ones from 0 on, was {seeds}",
+        )
+        for name, value in _ALIKE.items():
+            require(
+                getattr(c, name) == value,
+                f"NativePPOConfig.{name}: expected {value!r} with several seeds, was {getattr(c, name)!r}; train such a seed alone",
+            )
+        require(
+            not c.amp or c.amp_dtype == "bf16",
+            f"NativePPOConfig.amp_dtype: expected 'bf16' with several seeds, was {c.amp_dtype!r}; an overflow of one would hold up all",
+        )
+        require(
+            processes()[1] == 1,
+            "seeds: several at once are trained by one process; start it without torchrun",
+        )
+        require(
+            getattr(env, "table", None) is not None,
+            "seeds: several at once need an environment with a table of bars (GPUVectorizedTradingEnv)",
+        )
         accounts, rest = divmod(env.n_envs, len(self.seeds))
-        require(rest == 0 and c.n_envs in (None, accounts), f"environment: expected n_envs = {len(self.seeds)} seeds × {c.n_envs or 'equally many'}, was {env.n_envs}")
-        super().__init__(env, replace(c, n_envs=None, compile=False), None, progress)  # batched products are not compiled
-        self.accounts, self.config, self._samples = accounts, replace(c, n_envs=accounts), accounts * c.n_steps
-        self._whole_bars = self.computed_share < 1  # as one seed would have it; batched products compute every sample all the same
+        require(
+            rest == 0 and c.n_envs in (None, accounts),
+            f"environment: expected n_envs = {len(self.seeds)} seeds × {c.n_envs or 'equally many'}, was {env.n_envs}",
+        )
+        super().__init__(
+            env, replace(c, n_envs=None, compile=False), None, progress
+        )  # batched products are not compiled
+        self.accounts, self.config, self._samples = (
+            accounts,
+            replace(c, n_envs=accounts),
+            accounts * c.n_steps,
+        )
+        self._whole_bars = (
+            self.computed_share < 1
+        )  # as one seed would have it; batched products compute every sample all the same
         self.updates = c.n_updates(accounts)
         self._randoms = [torch.Generator(self.device).manual_seed(seed) for seed in self.seeds]
         self.policy = StackedActorCritic([self._network(seed) for seed in self.seeds])
-        self.optimizers, self._forward = [torch.optim.Adam(self.policy.groups(c.learning_rate), eps=1e-5, fused=True)], self.policy.evaluate
-        if validation_market is not None: self.validation = Validation(validation_market, env.config, self.device, len(self.seeds))
+        self.optimizers, self._forward = (
+            [torch.optim.Adam(self.policy.groups(c.learning_rate), eps=1e-5, fused=True)],
+            self.policy.evaluate,
+        )
+        if validation_market is not None:
+            self.validation = Validation(validation_market, env.config, self.device, len(self.seeds))
         n = len(self.seeds)
-        self.histories, self.each_validations, self.bests, self.best_scores = [[] for _ in range(n)], [[] for _ in range(n)], [None] * n, [None] * n
+        self.histories, self.each_validations, self.bests, self.best_scores = (
+            [[] for _ in range(n)],
+            [[] for _ in range(n)],
+            [None] * n,
+            [None] * n,
+        )
 
-    def _each(self, x: Tensor) -> Tensor:  # (n_steps × n_envs, …) as a rollout lies -> (seeds, samples of one, …)
+    def _each(
+        self, x: Tensor
+    ) -> Tensor:  # (n_steps × n_envs, …) as a rollout lies -> (seeds, samples of one, …)
         "Samples seed by seed."
-        return x.unflatten(0, (self.config.n_steps, len(self.seeds), self.accounts)).transpose(0, 1).flatten(1, 2)
+        return (
+            x.unflatten(0, (self.config.n_steps, len(self.seeds), self.accounts))
+            .transpose(0, 1)
+            .flatten(1, 2)
+        )
 
     # -- acting ----------------------------------------------------------------------------------------------------
 
-    def _begin(self): self._obs, self._state = self.env.reset_index(self.seeds), None
+    def _begin(self):
+        self._obs, self._state = self.env.reset_index(self.seeds), None
 
     def _race(self, logits: Tensor) -> Tensor:
-        return torch.cat([torch.empty_like(own).exponential_(generator=random) for own, random in zip(logits.chunk(len(self.seeds)), self._randoms)])
+        return torch.cat(
+            [
+                torch.empty_like(own).exponential_(generator=random)
+                for own, random in zip(logits.chunk(len(self.seeds)), self._randoms)
+            ]
+        )
 
     def _values(self, act, obs: Obs, account: Tensor) -> Tensor:
         "Values of observations of some accounts: networks take equally many rows, so the shorter groups are filled up."
@@ -167,39 +318,75 @@ class SeedsTrainer(NativePPOTrainer):
         counts, order = torch.bincount(seed, minlength=n), seed.argsort(stable=True)
         rank = torch.empty_like(seed)
         rank[order] = torch.arange(len(seed), device=seed.device) - (counts.cumsum(0) - counts)[seed[order]]
-        most = few_sizes(int(counts.max())) if len(seed) else 0  # every new number of rows costs half-precision products memory
+        most = (
+            few_sizes(int(counts.max())) if len(seed) else 0
+        )  # every new number of rows costs half-precision products memory
         place, fill = seed * most + rank, torch.zeros(n * most, dtype=torch.int64, device=seed.device)
         fill[place] = torch.arange(len(seed), device=seed.device)
-        return act(Obs(obs.index[fill], obs.dense[fill]), None)[1][place] if most else obs.index.new_zeros(0, dtype=torch.float32)
+        return (
+            act(Obs(obs.index[fill], obs.dense[fill]), None)[1][place]
+            if most
+            else obs.index.new_zeros(0, dtype=torch.float32)
+        )
 
-    def _of_accounts(self, x: Tensor) -> Tensor: return x.unflatten(0, (len(self.seeds), -1)).mean(1)
+    def _of_accounts(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (len(self.seeds), -1)).mean(1)
 
-    def _account(self, i: int) -> str: return f"account {i % self.accounts} of seed {self.seeds[i // self.accounts]}"
+    def _account(self, i: int) -> str:
+        return f"account {i % self.accounts} of seed {self.seeds[i // self.accounts]}"
 
     # -- learning --------------------------------------------------------------------------------------------------
 
     def _epochs(self, data: dict[str, Tensor], n: int) -> Iterator[list[Minibatch]]:
         "Each network's own minibatches, side by side."
-        own = [self._shuffled(index, n, random) for index, random in zip(self._each(data["index"]), self._randoms)]
-        at = lambda k, sample: sample // self.accounts * self.env.n_envs + k * self.accounts + sample % self.accounts
-        for epochs in zip(*own): yield [Minibatch(torch.cat([at(k, batch.samples) for k, batch in enumerate(batches)])) for batches in zip(*epochs)]
+        own = [
+            self._shuffled(index, n, random)
+            for index, random in zip(self._each(data["index"]), self._randoms)
+        ]
+        at = lambda k, sample: (
+            sample // self.accounts * self.env.n_envs + k * self.accounts + sample % self.accounts
+        )
+        for epochs in zip(*own):
+            yield [
+                Minibatch(torch.cat([at(k, batch.samples) for k, batch in enumerate(batches)]))
+                for batches in zip(*epochs)
+            ]
 
-    def _losses(self, data: dict[str, Tensor], batch: Minibatch, entropy_coefficient: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(
+        self, data: dict[str, Tensor], batch: Minibatch, entropy_coefficient: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         n = len(self.seeds)
-        own = {name: data[name].index_select(0, batch.samples).unflatten(0, (n, -1)) for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
+        own = {
+            name: data[name].index_select(0, batch.samples).unflatten(0, (n, -1))
+            for name in ("action", "log_probability", "logits", "value", "advantage", "return")
+        }
         own["advantage"] = torch.vmap(normalised)(own["advantage"])
         answers = (x.unflatten(0, (n, -1)) for x in self._batch_forward(self._forward, data, batch))
         loss, watch = ppo_losses(*answers, own, self.config, entropy_coefficient)
         return loss.sum(), watch  # a sum: no network's gradient depends on how many there are
 
-    def _clip(self, groups: list[dict]) -> Tensor: return clip_each(groups, self.config.max_grad_norm)
+    def _clip(self, groups: list[dict]) -> Tensor:
+        return clip_each(groups, self.config.max_grad_norm)
 
-    def _row(self, watched: list[str], means: Tensor, settings: dict[str, float], data: dict[str, Tensor]) -> dict[str, float]:
+    def _row(
+        self, watched: list[str], means: Tensor, settings: dict[str, float], data: dict[str, Tensor]
+    ) -> dict[str, float]:
         "A row for each seed; their means are what is shown of an update."
-        figures = torch.vmap(self._figures)({name: self._each(data[name]) for name in ("return", "value", "reward", "advantage")})
-        columns = dict(zip(watched, means.tolist())) | {name: [v] * len(self.seeds) for name, v in settings.items()} | dict(zip(self._FIGURES, torch.stack(figures).tolist()))
-        if self._component_means is not None: columns |= dict(zip(self._component_names, self._component_means.T.tolist()))
-        for k, history in enumerate(self.histories): history.append({"update": self.update + 1, "timesteps": self.global_step + self._samples} | {name: column[k] for name, column in columns.items()})
+        figures = torch.vmap(self._figures)(
+            {name: self._each(data[name]) for name in ("return", "value", "reward", "advantage")}
+        )
+        columns = (
+            dict(zip(watched, means.tolist()))
+            | {name: [v] * len(self.seeds) for name, v in settings.items()}
+            | dict(zip(self._FIGURES, torch.stack(figures).tolist()))
+        )
+        if self._component_means is not None:
+            columns |= dict(zip(self._component_names, self._component_means.T.tolist()))
+        for k, history in enumerate(self.histories):
+            history.append(
+                {"update": self.update + 1, "timesteps": self.global_step + self._samples}
+                | {name: column[k] for name, column in columns.items()}
+            )
         return {name: float(np.mean(column)) for name, column in columns.items()}
 
     # -- judging ---------------------------------------------------------------------------------------------------
@@ -211,30 +398,54 @@ class SeedsTrainer(NativePPOTrainer):
             self.each_validations[k].append({"update": self.update, **self.validation.daily(played)})
             score, _ = self._scored(metrics, own)
             own |= {f"validation_{name}": v for name, v in metrics.items()} | {"validation_score": score}
-            if self.best_scores[k] is None or score > self.best_scores[k]: self.best_scores[k], self.bests[k] = score, copy.deepcopy(self.content(k, {"validation": metrics, "validation_score": score}))
-        row |= {name: float(np.mean([history[-1][name] for history in self.histories])) for name in self.histories[0][-1] if name.startswith("validation")}
+            if self.best_scores[k] is None or score > self.best_scores[k]:
+                self.best_scores[k], self.bests[k] = (
+                    score,
+                    copy.deepcopy(self.content(k, {"validation": metrics, "validation_score": score})),
+                )
+        row |= {
+            name: float(np.mean([history[-1][name] for history in self.histories]))
+            for name in self.histories[0][-1]
+            if name.startswith("validation")
+        }
 
-    def _bests(self) -> list[dict]: return [best for best in self.bests if best is not None]
+    def _bests(self) -> list[dict]:
+        return [best for best in self.bests if best is not None]
 
-    def validations_by_seed(self) -> list[tuple[int, list[dict]]]: return list(zip(self.seeds, self.each_validations))
+    def validations_by_seed(self) -> list[tuple[int, list[dict]]]:
+        return list(zip(self.seeds, self.each_validations))
 
-    def content(self,
+    def content(
+        self,
         k: int,  # which of the seeds, from 0
         metrics: dict | None = None,
     ) -> dict:
         "What a checkpoint of one seed's policy holds. It can be judged and traded; there is no run to go on with in it."
         config = replace(self.config, seed=self.seeds[k])
-        return self._policy_content(self.policy.network(k), config) | {"history": self.histories[k], "validations": self.each_validations[k], "metrics": metrics or {}}
+        return self._policy_content(self.policy.network(k), config) | {
+            "history": self.histories[k],
+            "validations": self.each_validations[k],
+            "metrics": metrics or {},
+        }
 
-    def save(self,
+    def save(
+        self,
         folder: str | Path,
     ) -> list[Path]:  # one file for each seed
         "Write each seed's best policy, or the present one where there was no validation."
-        return [save_checkpoint(best or self.content(k), Path(folder) / f"seed_{seed:06d}.pt") for k, (seed, best) in enumerate(zip(self.seeds, self.bests))]
+        return [
+            save_checkpoint(best or self.content(k), Path(folder) / f"seed_{seed:06d}.pt")
+            for k, (seed, best) in enumerate(zip(self.seeds, self.bests))
+        ]
 
-    def load(self, path): require(False, f"{path}: several seeds at once cannot go on from a file; train them anew, or one seed with NativePPOTrainer")
+    def load(self, path):
+        require(
+            False,
+            f"{path}: several seeds at once cannot go on from a file; train them anew, or one seed with NativePPOTrainer",
+        )
 
-    def results(self,
+    def results(
+        self,
         *names: str,  # of the validation's metrics
     ) -> dict[str, dict]:  # name -> values of the seeds, their mean, its 95 % interval, least and most
         "What the best policies of the seeds reached on the validation span, which chose them."
@@ -242,5 +453,11 @@ class SeedsTrainer(NativePPOTrainer):
         out = {}
         for name in names or ("return", "sharpe", "max_drawdown", "trades"):
             values = np.array([float(best["metrics"]["validation"][name]) for best in self.bests])
-            out[name] = {"seeds": values.tolist(), "mean": float(values.mean()), "interval_95": dict(zip(("low", "high"), mean_interval(values))), "least": float(values.min()), "most": float(values.max())}
+            out[name] = {
+                "seeds": values.tolist(),
+                "mean": float(values.mean()),
+                "interval_95": dict(zip(("low", "high"), mean_interval(values))),
+                "least": float(values.min()),
+                "most": float(values.max()),
+            }
         return out

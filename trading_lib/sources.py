@@ -11,10 +11,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from .config import InputError, project_root, require, unknown_name
 from .bars import asset_class_of, moment, path_symbol, timeframe_name, validate_bars
+from .config import InputError, project_root, require, unknown_name
+from trading_lib.data.simulation import (
+    SIMULATED_END,
+    SIMULATED_START,
+    check_simulated_name,
+    simulate_bars,
+    simulate_market,
+)
 from .data.user_files import read_own_bars
-from .data.simulation import SIMULATED_END, SIMULATED_START, check_simulated_name, simulate_bars, simulate_market
 
 _all_ = ["simulate_bars", "simulate_market"]  # people look for them here
 
@@ -22,23 +28,41 @@ _all_ = ["simulate_bars", "simulate_market"]  # people look for them here
 def _from_simulation(symbol: str, timeframe: str, asset_class: str, options: dict):
     check_simulated_name(symbol, "the source in force is simulated")
     start, end = options["start"] or SIMULATED_START, options["end"] or SIMULATED_END
-    bars = simulate_bars(symbol, timeframe, start, end, options["seed"], options["edge"], asset_class, options["recipe"])
-    facts = {"simulated": True, "seed": int(options["seed"]), "edge": float(options["edge"]), "recipe": options["recipe"]}
+    bars = simulate_bars(
+        symbol, timeframe, start, end, options["seed"], options["edge"], asset_class, options["recipe"]
+    )
+    facts = {
+        "simulated": True,
+        "seed": int(options["seed"]),
+        "edge": float(options["edge"]),
+        "recipe": options["recipe"],
+    }
     # nothing here depends on the clock, and a bar never is unfinished
     return bars, facts, {"now": bars.index[-1] + pd.Timedelta(10, "D"), "allow_steps": True}
 
 
 def _placed(path) -> Path | None:
     "A path that people give from where they are, or from their project: Jupyter's folder is the notebook's."
-    if path is None or Path(path).is_absolute() or str(path).startswith("~") or os.path.exists(path): return path
-    try: inside = project_root() / path
-    except InputError: return path
+    if path is None or Path(path).is_absolute() or str(path).startswith("~") or os.path.exists(path):
+        return path
+    try:
+        inside = project_root() / path
+    except InputError:
+        return path
     return inside if os.path.exists(inside) else path
 
 
 def _from_files(symbol: str, timeframe: str, asset_class: str, options: dict):
-    raw, facts = read_own_bars(symbol, timeframe, asset_class, _placed(options["path"]), options["timezone"], options["start"], options["end"],
-                               **{name: options[name] for name in ("labels", "price_scale", "columns")})
+    raw, facts = read_own_bars(
+        symbol,
+        timeframe,
+        asset_class,
+        _placed(options["path"]),
+        options["timezone"],
+        options["start"],
+        options["end"],
+        **{name: options[name] for name in ("labels", "price_scale", "columns")},
+    )
     return raw, facts, {"now": options["now"], "allow_steps": options["allow_steps"]}
 
 
@@ -48,25 +72,63 @@ _KEPT_BACK = pd.Timedelta(16, "min")  # of the feed sip: the last 15 minutes are
 def _from_alpaca(symbol: str, timeframe: str, asset_class: str, options: dict):
     from trading_lib.data.alpaca import fetch_with_report
     from trading_lib.data.cache import cached_bars
-    require(options["start"] is not None, "alpaca: expected a start, such as 2022-01-01, was null; set data.start, the first day to download")
-    require(options["cache"] is not None, "alpaca: set cache to the folder in which downloaded bars are kept, such as data/cache")
-    feed, adjustment = (options["feed"], options["adjustment"]) if asset_class == "equity" else (None, "raw")  # crypto has one feed, and nothing to adjust for
+
+    require(
+        options["start"] is not None,
+        "alpaca: expected a start, such as 2022-01-01, was null; set data.start, the first day to download",
+    )
+    require(
+        options["cache"] is not None,
+        "alpaca: set cache to the folder in which downloaded bars are kept, such as data/cache",
+    )
+    feed, adjustment = (
+        (options["feed"], options["adjustment"]) if asset_class == "equity" else (None, "raw")
+    )  # crypto has one feed, and nothing to adjust for
     url, progress = options["url"] or os.environ.get("APCA_API_DATA_URL"), options["progress"]
     told = None  # the server's own time
 
     def fetch(start, end):
         nonlocal told
-        bars, said = fetch_with_report(symbol, timeframe, start, end, asset_class, feed=feed, adjustment=adjustment, url=url, progress=progress)
+        bars, said = fetch_with_report(
+            symbol,
+            timeframe,
+            start,
+            end,
+            asset_class,
+            feed=feed,
+            adjustment=adjustment,
+            url=url,
+            progress=progress,
+        )
         told = said["server_time"] and moment(said["server_time"])
         return bars[symbol]
 
     kept_back = _KEPT_BACK if feed == "sip" else pd.Timedelta(0)  # asking for them would be refused
     now = moment(options["now"], "now") if options["now"] is not None else pd.Timestamp.now("UTC")
-    raw, _ = cached_bars(options["cache"], symbol, timeframe, asset_class, options["start"], options["end"], fetch, feed=feed, adjustment=adjustment, now=now - kept_back,
-                         source_time=lambda: told and told - kept_back, progress=progress)
-    require(len(raw) > 0, f"alpaca: no {timeframe} bars of {symbol} from {options['start']} to {options['end'] or 'now'}; check the spelling, or choose a span in which it was traded")
+    raw, _ = cached_bars(
+        options["cache"],
+        symbol,
+        timeframe,
+        asset_class,
+        options["start"],
+        options["end"],
+        fetch,
+        feed=feed,
+        adjustment=adjustment,
+        now=now - kept_back,
+        source_time=lambda: told and told - kept_back,
+        progress=progress,
+    )
+    require(
+        len(raw) > 0,
+        f"alpaca: no {timeframe} bars of {symbol} from {options['start']} to {options['end'] or 'now'}; check the spelling, or choose a span in which it was traded",
+    )
     # when and how often something was fetched is in the cache's manifest: a report depends on the bars alone
-    return raw, {"simulated": False, "feed": feed, "adjustment": adjustment}, {"now": options["now"], "allow_steps": options["allow_steps"]}
+    return (
+        raw,
+        {"simulated": False, "feed": feed, "adjustment": adjustment},
+        {"now": options["now"], "allow_steps": options["allow_steps"]},
+    )
 
 
 SOURCES = {"simulated": _from_simulation, "files": _from_files, "alpaca": _from_alpaca}
@@ -96,12 +158,20 @@ def _doubt(symbol: str, asset_class: str, index: pd.DatetimeIndex):
     "Refuse what a name was taken for where the days on which it trades cannot be that."
     days = pd.DatetimeIndex(index.normalize().unique())
     weekends, all_days = int((days.day_of_week >= 5).sum()), (days.max() - days.min()).days + 1
-    said = lambda other: f"say what it is: data.asset_classes: {{{symbol}: {other}}} in params.yaml, --asset-class {other}, or asset_class=\"{other}\""
+    said = lambda other: (
+        f'say what it is: data.asset_classes: {{{symbol}: {other}}} in params.yaml, --asset-class {other}, or asset_class="{other}"'
+    )
     if asset_class == "crypto":
-        require(weekends > 0 or all_days < 15, f"{symbol} is read as crypto, since its name is written as a pair, and crypto trades on all days; but none of {len(days):,} days in {all_days:,} is a Saturday or a Sunday; {said('equity')} (crypto, where it is a pair that rests on weekends)")
+        require(
+            weekends > 0 or all_days < 15,
+            f"{symbol} is read as crypto, since its name is written as a pair, and crypto trades on all days; but none of {len(days):,} days in {all_days:,} is a Saturday or a Sunday; {said('equity')} (crypto, where it is a pair that rests on weekends)",
+        )
     else:
         both = (days.day_of_week == 5).any() and (days.day_of_week == 6).any()
-        require(not both or weekends < 0.2 * len(days) or len(days) < 10, f"{symbol} is read as an equity, since its name is no pair, and exchanges rest on weekends; but {weekends:,} of {len(days):,} days are Saturdays or Sundays; {said('crypto')}")
+        require(
+            not both or weekends < 0.2 * len(days) or len(days) < 10,
+            f"{symbol} is read as an equity, since its name is no pair, and exchanges rest on weekends; but {weekends:,} of {len(days):,} days are Saturdays or Sundays; {said('crypto')}",
+        )
 
 
 def load_with_report(
@@ -109,21 +179,30 @@ def load_with_report(
     timeframe: str,  # such as "15Min"
     source: str = "simulated",  # a key of `SOURCES`
     **options,  # see `OPTIONS`; None: the default
-) -> tuple[pd.DataFrame, dict]:  # clean bars, and the report of `validate_bars` with symbol, source and whether they are simulated
+) -> tuple[
+    pd.DataFrame, dict
+]:  # clean bars, and the report of `validate_bars` with symbol, source and whether they are simulated
     "Load and validate the bars of a symbol."
-    if source not in SOURCES: raise unknown_name("source", source, SOURCES)
+    if source not in SOURCES:
+        raise unknown_name("source", source, SOURCES)
     for name in options:
-        if name not in OPTIONS: raise unknown_name("load_bars option", name, OPTIONS)
+        if name not in OPTIONS:
+            raise unknown_name("load_bars option", name, OPTIONS)
     options = OPTIONS | {k: v for k, v in options.items() if v is not None}
     symbol, timeframe = path_symbol(symbol), timeframe_name(timeframe)
     asset_class = options["asset_class"] or asset_class_of(symbol)
     if options["start"] is not None and options["end"] is not None:
-        require(moment(options["start"], "start") < moment(options["end"], "end"), f"start and end: expected start before end, were {options['start']} and {options['end']}")
+        require(
+            moment(options["start"], "start") < moment(options["end"], "end"),
+            f"start and end: expected start before end, were {options['start']} and {options['end']}",
+        )
     raw, facts, checks = SOURCES[source](symbol, timeframe, asset_class, options)
     try:
-        if options["asset_class"] is None and source != "simulated": _doubt(symbol, asset_class, raw.index)
+        if options["asset_class"] is None and source != "simulated":
+            _doubt(symbol, asset_class, raw.index)
         bars, report = validate_bars(raw, timeframe, asset_class, **checks)
-    except InputError as e: raise InputError(f"{facts.get('file', symbol)}: {e}") from None
+    except InputError as e:
+        raise InputError(f"{facts.get('file', symbol)}: {e}") from None
     return bars, {"symbol": symbol, "source": source} | report | facts
 
 

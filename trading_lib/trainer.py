@@ -18,30 +18,72 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .policy.cache import BarAnswers, BarProducts
 from .checkpoint import git_state, library_versions, load_checkpoint, save_checkpoint
 from .config import InputError, require
-from .training.distributed import gathered, mean_over_processes, of_first, processes
 from .env import MarketData, Obs
-from .training.validation import Validation
 from .kernels.layers import fast_products, keep_freed_memory, why_slower
-from .training.memory import allocate_rollout, memory_in_use, memory_text, memory_use, sample_fields
 from .metrics import composite_score
-from .networks import (FoldedInputs, InputLayout, NativeActorCritic, clip_gradients, folded_sums, input_layout, load_folded_sums, load_plain_optimizer_state,
-                                  parameter_groups, plain_optimizer_state)
-from .training.ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches, normalised, ppo_loss, value_loss, whole_groups
+from trading_lib.networks import (
+    FoldedInputs,
+    InputLayout,
+    NativeActorCritic,
+    clip_gradients,
+    folded_sums,
+    input_layout,
+    load_folded_sums,
+    load_plain_optimizer_state,
+    parameter_groups,
+    plain_optimizer_state,
+)
+from .policy.cache import BarAnswers, BarProducts
 from .policy.recurrent import RecurrentActorCritic
+from trading_lib.training.config import (
+    NativePPOConfig,
+    get_a100_config,
+    get_auto_config,
+    interval_in_force,
+    is_due,
+    layer_widths,
+)  # some for those who look for them here
+from .training.distributed import gathered, mean_over_processes, of_first, processes
+from trading_lib.training.memory import (
+    allocate_rollout,
+    memory_in_use,
+    memory_text,
+    memory_use,
+    sample_fields,
+)
+from trading_lib.training.ppo import (
+    Minibatch,
+    generalized_advantages,
+    learning_rate_at,
+    minibatches,
+    normalised,
+    ppo_loss,
+    value_loss,
+    whole_groups,
+)
 from .training.run_folder import RunFolder
-from .training.config import NativePPOConfig, get_a100_config, get_auto_config, interval_in_force, is_due, layer_widths  # some for those who look for them here
-from .version import assert_compatibility, declared_version, get_checkpoint_metadata, network_settings, plain_name, policy_widths
+from .training.validation import Validation
+from trading_lib.version import (
+    assert_compatibility,
+    declared_version,
+    get_checkpoint_metadata,
+    network_settings,
+    plain_name,
+    policy_widths,
+)
 
 # %% ../nbs/06_training/08_trainer.ipynb #a449e617
 def layout_of_env(
     env,  # an environment; one without a table gives None
 ) -> InputLayout | None:
     "How a network reads this environment's observations: the layout's columns and the fitted affine map."
-    if getattr(env, "table", None) is None: return None
-    return input_layout(env.config.version, env.config.window, env.market.fit.get("shift"), env.market.fit.get("scale"))
+    if getattr(env, "table", None) is None:
+        return None
+    return input_layout(
+        env.config.version, env.config.window, env.market.fit.get("shift"), env.market.fit.get("scale")
+    )
 
 
 def make_policy(
@@ -51,7 +93,15 @@ def make_policy(
     layout: InputLayout | None,
 ) -> nn.Module:  # NativeActorCritic or RecurrentActorCritic
     "The network that a configuration asks for."
-    if settings.get("network", "mlp") == "gru": return RecurrentActorCritic(obs_dim, n_actions, settings["gru_hidden_dim"], settings["n_gru_layers"], settings["dropout"], layout)
+    if settings.get("network", "mlp") == "gru":
+        return RecurrentActorCritic(
+            obs_dim,
+            n_actions,
+            settings["gru_hidden_dim"],
+            settings["n_gru_layers"],
+            settings["dropout"],
+            layout,
+        )
     return NativeActorCritic(obs_dim, n_actions, settings["hidden_dims"], settings["shared_trunk"], layout)
 
 
@@ -60,14 +110,21 @@ def build_policy(
 ) -> nn.Module:
     "The network of a checkpoint, with its weights. Their shapes alone say how large it is: older files say nothing else, and no file is believed to be larger."
     state, layout = content.get("policy_state_dict"), None
-    require(isinstance(state, dict) and policy_widths(content) is not None, "checkpoint: holds no weights of a policy in policy_state_dict; train anew, or use a checkpoint of a run")
+    require(
+        isinstance(state, dict) and policy_widths(content) is not None,
+        "checkpoint: holds no weights of a policy in policy_state_dict; train anew, or use a checkpoint of a run",
+    )
     state = {plain_name(name): value for name, value in state.items()}
     (inputs, n_actions), settings = policy_widths(content), network_settings(content)
     if "input_shift" in state:
         columns = len(state["input_shift"])
         layout = input_layout(assert_compatibility(content).version, inputs // max(1, columns))
-        require(columns * layout.window == inputs, f"checkpoint: its network reads {inputs} numbers, which are no whole bars of {columns} columns; the file contradicts itself")
-    elif declared_version(content) is not None: assert_compatibility(content)
+        require(
+            columns * layout.window == inputs,
+            f"checkpoint: its network reads {inputs} numbers, which are no whole bars of {columns} columns; the file contradicts itself",
+        )
+    elif declared_version(content) is not None:
+        assert_compatibility(content)
     policy = make_policy(inputs, n_actions, settings, layout)
     _load_weights(policy, state)
     return policy.eval()
@@ -75,30 +132,42 @@ def build_policy(
 
 def _load_weights(policy: nn.Module, state: dict, name: str = "checkpoint"):
     "Into a network of those very shapes."
-    try: policy.load_state_dict(state)
-    except RuntimeError as e: raise InputError(f"{name}: its weights are not those of one network: {' '.join(str(e).split())[:300]}; use another checkpoint, or train anew") from None
+    try:
+        policy.load_state_dict(state)
+    except RuntimeError as e:
+        raise InputError(
+            f"{name}: its weights are not those of one network: {' '.join(str(e).split())[:300]}; use another checkpoint, or train anew"
+        ) from None
 
 # %% ../nbs/06_training/08_trainer.ipynb #c0ae4af1
-def _print(line: str): print(line, flush=True)  # as it comes, into a pipe too
+def _print(line: str):
+    print(line, flush=True)  # as it comes, into a pipe too
 
 
 class Lines:
     "Progress as about twenty lines in a run."
 
-    def __init__(self,
+    def __init__(
+        self,
         say=_print,  # called with each line
-    ): self.say = say
+    ):
+        self.say = say
 
     def start(self, trainer):
         "A run begins or goes on."
-        self._every, self._began, self._first_step = max(1, trainer.updates // 20), time.perf_counter(), trainer.global_step
+        self._every, self._began, self._first_step = (
+            max(1, trainer.updates // 20),
+            time.perf_counter(),
+            trainer.global_step,
+        )
 
     def phase(self, name: str, done: int, total: int):
         "So much of the present rollout or of its epochs is done."
 
     def updated(self, trainer, row: dict):
         "An update is complete."
-        if trainer.update % self._every == 0 or trainer.update == trainer.updates: self.say(self.line(trainer, row))
+        if trainer.update % self._every == 0 or trainer.update == trainer.updates:
+            self.say(self.line(trainer, row))
 
     def score(self, value: float) -> str:
         "The composite score as it is shown."
@@ -110,15 +179,25 @@ class Lines:
         seen = next((r for r in reversed(trainer.history) if "validation_score" in r), None)
         table = getattr(trainer.env, "market", None)
         simulated = table is not None and table.fingerprint.get("source") == "simulated"
-        validation = f" | {'simulated ' * simulated}validation return {seen['validation_return']:+.2%}, Sharpe {seen['validation_sharpe']:+.2f}, score {self.score(seen['validation_composite'])}" if seen else ""
-        return (f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
-                f"explained variance {row['explained_variance']:+.2f}{validation}{self.costs(trainer)}")
+        validation = (
+            f" | {'simulated ' * simulated}validation return {seen['validation_return']:+.2%}, Sharpe {seen['validation_sharpe']:+.2f}, score {self.score(seen['validation_composite'])}"
+            if seen
+            else ""
+        )
+        return (
+            f"update {trainer.update}/{trainer.updates} | {trainer.global_step / 1e6:.2f} M steps, {rate:,.0f}/s | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | "
+            f"explained variance {row['explained_variance']:+.2f}{validation}{self.costs(trainer)}"
+        )
 
     @staticmethod
     def costs(trainer) -> str:
         "What the last update took: seconds of each part, and on a GPU the memory that is reserved there."
         parts = [f"{name} {seconds:.2f} s" for name, seconds in trainer.seconds.items() if seconds]
-        reserved = [f"{memory_text(memory_in_use(trainer.device))} reserved"] if trainer.device.type == "cuda" else []
+        reserved = (
+            [f"{memory_text(memory_in_use(trainer.device))} reserved"]
+            if trainer.device.type == "cuda"
+            else []
+        )
         return "".join(f" | {text}" for text in (", ".join(parts), *reserved) if text)
 
 # %% ../nbs/06_training/08_trainer.ipynb #95ffa2d9
@@ -136,7 +215,9 @@ _RECOVERIES = 3  # at most so many times the learning rate is halved
 class _Evaluate(nn.Module):
     "What `DistributedDataParallel` wraps: the policy's forward pass of a minibatch."
 
-    def __init__(self, policy): super().__init__(); self.policy = policy
+    def __init__(self, policy):
+        super().__init__()
+        self.policy = policy
 
     def forward(self, x, *sequences):
         return self.policy.evaluate_sequences(x, *sequences)[:2] if sequences else self.policy.evaluate(x)
@@ -145,77 +226,138 @@ class _Evaluate(nn.Module):
 class NativePPOTrainer:
     "PPO for any environment with the tensor interface."
 
-    def __init__(self,
+    def __init__(
+        self,
         env,  # GPUVectorizedTradingEnv, or any with n_envs, n_actions, obs_dim, device, reset(seed) and step(actions) on tensors
         config: NativePPOConfig | None = None,
-        validation_market: MarketData | None = None,  # history bounded to the validation span; None: no validation
+        validation_market: MarketData
+        | None = None,  # history bounded to the validation span; None: no validation
         progress=print,  # called with a line now and then, or an object like `Lines`; None: silent
         folder: RunFolder | None = None,  # where checkpoints of the run go; None: nowhere
     ):
         self.env, self.config, self.folder = env, config or NativePPOConfig(), folder
         self.progress = progress if hasattr(progress, "updated") else Lines(progress or (lambda line: None))
         c, (self.rank, self.world) = self.config, processes()
-        require(c.n_envs in (None, env.n_envs), f"NativePPOConfig.n_envs: the environment has {env.n_envs}, was {c.n_envs}")
-        self.device, self.table, self.recurrent = torch.device(getattr(env, "device", "cpu")), getattr(env, "table", None), c.network == "gru"
+        require(
+            c.n_envs in (None, env.n_envs),
+            f"NativePPOConfig.n_envs: the environment has {env.n_envs}, was {c.n_envs}",
+        )
+        self.device, self.table, self.recurrent = (
+            torch.device(getattr(env, "device", "cpu")),
+            getattr(env, "table", None),
+            c.network == "gru",
+        )
         self.policy = self._network(c.seed)
         self._n_inputs = self.policy._trunks()[0][0].weight.shape[1]  # of its first layer
         self._set_precision()
-        slower = None if self.recurrent else why_slower(self.device, self._dtype or torch.float32, c.minibatch_size, sum(weight.numel() for weight, _ in self.policy._trunks()[0].layers))
-        if slower: self.progress.say(slower)
+        slower = (
+            None
+            if self.recurrent
+            else why_slower(
+                self.device,
+                self._dtype or torch.float32,
+                c.minibatch_size,
+                sum(weight.numel() for weight, _ in self.policy._trunks()[0].layers),
+            )
+        )
+        if slower:
+            self.progress.say(slower)
         self._bind()
         self.optimizers, self._head = self._make_optimizers(), list(self.policy.critic_head.parameters())
         self._body = [p for p in self.policy.parameters() if not any(p is q for q in self._head)]
         self._forward = _Evaluate(self.policy)
-        if self.world > 1: self._forward = nn.parallel.DistributedDataParallel(self._forward)
-        elif c.compile: self._forward = self._compiled(self._forward)
+        if self.world > 1:
+            self._forward = nn.parallel.DistributedDataParallel(self._forward)
+        elif c.compile:
+            self._forward = self._compiled(self._forward)
         self._random = torch.Generator(self.device)
         self._random.manual_seed(c.seed + self.rank)
-        self.validation = Validation(validation_market, env.config, self.device) if validation_market is not None else None
+        self.validation = (
+            Validation(validation_market, env.config, self.device) if validation_market is not None else None
+        )
         self.accounts = env.n_envs  # of each seed that is trained
         self._samples = env.n_envs * c.n_steps
         self._whole_bars = self.computed_share < 1
         self.updates = math.ceil(c.total_timesteps / (self._samples * self.world))
         # processes share a run's updates between them: fewer of them, and still about ten validations, unless somebody has said how many
         shared = self.world > 1 and c.decided_by.get("validation_interval", "").startswith("mode ")
-        self.validation_interval = interval_in_force(c.validation_interval, self.updates) if shared else c.validation_interval
-        self.update, self.global_step, self.history, self.best, self.best_update, self.best_score = 0, 0, [], None, None, -math.inf
+        self.validation_interval = (
+            interval_in_force(c.validation_interval, self.updates) if shared else c.validation_interval
+        )
+        self.update, self.global_step, self.history, self.best, self.best_update, self.best_score = (
+            0,
+            0,
+            [],
+            None,
+            None,
+            -math.inf,
+        )
         self.validations = []  # one row for each checkpoint that was looked at: what a ledger of trials needs
-        self.recoveries, self._without_better, self.ended = 0, 0, None  # ended: why the run is over before its budget
+        self.recoveries, self._without_better, self.ended = (
+            0,
+            0,
+            None,
+        )  # ended: why the run is over before its budget
         self._obs, self._state, self._buffer, self._component_means = None, None, None, None
-        self.seconds = dict.fromkeys(("rollout", "update", "critic"), 0.0)  # of the last update; no part of a checkpoint, whose bytes depend on the run alone
+        self.seconds = dict.fromkeys(
+            ("rollout", "update", "critic"), 0.0
+        )  # of the last update; no part of a checkpoint, whose bytes depend on the run alone
         self._made_with = {"git": git_state(), "libraries": library_versions()}
 
     def _network(self, seed: int) -> nn.Module:
         "With which a run of this seed begins: weights depend on it alone, and leave the caller's randomness alone."
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return make_policy(self.env.obs_dim, self.env.n_actions, asdict(self.config), layout_of_env(self.env)).to(self.device).eval()  # dropout has no place in a probability ratio
+            return (
+                make_policy(
+                    self.env.obs_dim, self.env.n_actions, asdict(self.config), layout_of_env(self.env)
+                )
+                .to(self.device)
+                .eval()
+            )  # dropout has no place in a probability ratio
 
     def _make_optimizers(self) -> list[torch.optim.Adam]:
         "One for all, or one for the value head and one for everything else."
         c, head = self.config, {id(p) for p in self.policy.critic_head.parameters()}
         groups = parameter_groups(self.policy, c.learning_rate)
-        if not c.separate_optimizers: return [torch.optim.Adam(groups, eps=1e-5, fused=True)]
+        if not c.separate_optimizers:
+            return [torch.optim.Adam(groups, eps=1e-5, fused=True)]
         body = [group | {"params": [p for p in group["params"] if id(p) not in head]} for group in groups]
         # each group's `factor` multiplies the schedule: the critic's own rate is one more
-        own = [{"params": list(self.policy.critic_head.parameters()), "lr": c.critic_learning_rate, "factor": c.critic_learning_rate / c.learning_rate, "repeats": 1}]
+        own = [
+            {
+                "params": list(self.policy.critic_head.parameters()),
+                "lr": c.critic_learning_rate,
+                "factor": c.critic_learning_rate / c.learning_rate,
+                "repeats": 1,
+            }
+        ]
         return [torch.optim.Adam(groups, eps=1e-5, fused=True) for groups in (body, own)]
 
     @property
-    def _groups(self) -> list[dict]: return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+    def _groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     # -- precision and speed ---------------------------------------------------------------------------------------
 
     def _set_precision(self):
         "Mixed precision as asked for, where the device has it."
         self._dtype, self._scaler = None, None
-        if not self.config.amp: return
+        if not self.config.amp:
+            return
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.amp_dtype]
         try:
-            with torch.autocast(self.device.type, dtype): nn.functional.linear(torch.ones(1, 1, device=self.device), torch.ones(1, 1, device=self.device))
+            with torch.autocast(self.device.type, dtype):
+                nn.functional.linear(
+                    torch.ones(1, 1, device=self.device), torch.ones(1, 1, device=self.device)
+                )
             self._dtype = dtype
-            if dtype is torch.float16: self._scaler = torch.amp.GradScaler(self.device.type)
-        except RuntimeError as e: self.progress.say(f"{self.config.amp_dtype} does not work on {self.device} ({str(e).splitlines()[0]}); training in float32")
+            if dtype is torch.float16:
+                self._scaler = torch.amp.GradScaler(self.device.type)
+        except RuntimeError as e:
+            self.progress.say(
+                f"{self.config.amp_dtype} does not work on {self.device} ({str(e).splitlines()[0]}); training in float32"
+            )
 
     def _compiled(self, forward):
         "The forward pass by torch.compile; the plain one from the first failure on."
@@ -224,51 +366,79 @@ class NativePPOTrainer:
         def call(*arguments):
             nonlocal fast
             if fast is not None:
-                try: return fast(*arguments)
+                try:
+                    return fast(*arguments)
                 except Exception as e:  # whatever a compiler may raise: the plain pass computes the same
                     self.progress.say(f"torch.compile failed ({type(e).__name__}); training without it")
                     fast = None
             return plain(*arguments)
+
         return call
 
     def _bind(self):
         "Scale the table by the policy's affine map, which a loaded checkpoint may have changed."
-        self._inputs = FoldedInputs(self.policy, self.table, self._dtype or torch.float32) if self.table is not None else lambda obs: obs.dense
+        self._inputs = (
+            FoldedInputs(self.policy, self.table, self._dtype or torch.float32)
+            if self.table is not None
+            else lambda obs: obs.dense
+        )
 
-    def _autocast(self): return torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
+    def _autocast(self):
+        return torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None)
 
     # -- acting ----------------------------------------------------------------------------------------------------
 
     def _begin(self):
         "Start all episodes."
-        seed = self.config.seed + self.rank * self.env.n_envs  # an environment may use the seeds that follow too
+        seed = (
+            self.config.seed + self.rank * self.env.n_envs
+        )  # an environment may use the seeds that follow too
         first = self.env.reset_index(seed) if self.table is not None else self.env.reset(seed)
         if self.table is None:
-            expected, seen = (self.env.n_envs, self.env.obs_dim), f"{str(first.dtype).removeprefix('torch.')} of shape {tuple(first.shape)}" if torch.is_tensor(first) else type(first).__name__
-            require(seen == f"float32 of shape {expected}", f"environment: reset: expected float32 observations of shape {expected} as a tensor, was {seen}")
+            expected, seen = (
+                (self.env.n_envs, self.env.obs_dim),
+                f"{str(first.dtype).removeprefix('torch.')} of shape {tuple(first.shape)}"
+                if torch.is_tensor(first)
+                else type(first).__name__,
+            )
+            require(
+                seen == f"float32 of shape {expected}",
+                f"environment: reset: expected float32 observations of shape {expected} as a tensor, was {seen}",
+            )
         self._obs = self._as_obs(first)
         self._state = self.policy.initial_state(self.env.n_envs, self.device)
 
     @staticmethod
-    def _as_obs(obs) -> Obs: return obs if isinstance(obs, Obs) else Obs(None, obs)
+    def _as_obs(obs) -> Obs:
+        return obs if isinstance(obs, Obs) else Obs(None, obs)
 
     @property
     def _acting_bytes(self) -> int:
         "What is known of all bars may take what a minibatch takes, which is not there meanwhile: so the memory that was predicted is enough."
         c, widths = self.config, layer_widths(self.config, self.env.n_actions)
-        return memory_use(self.env.n_envs, c.n_steps, c.minibatch_size, {}, inputs=self._n_inputs, widths=widths).minibatch
+        return memory_use(
+            self.env.n_envs, c.n_steps, c.minibatch_size, {}, inputs=self._n_inputs, widths=widths
+        ).minibatch
 
     def _acting(self):  # called with an observation, a state and how many steps follow; logits, values, state
         "How the policy acts in one rollout."
-        with self._autocast(): known = self._known_of_bars()
+        with self._autocast():
+            known = self._known_of_bars()
 
         def act(obs: Obs, state, left: int = 0):
-            with self._autocast(): return (*known(obs, left), state) if known else self.policy.evaluate_step(self._inputs(obs), state)
+            with self._autocast():
+                return (
+                    (*known(obs, left), state)
+                    if known
+                    else self.policy.evaluate_step(self._inputs(obs), state)
+                )
+
         return act
 
     def _known_of_bars(self) -> BarAnswers | BarProducts | None:
         "What need not be computed at every step, where that is less work and there is memory for it."
-        if self.table is None or self.recurrent: return None
+        if self.table is None or self.recurrent:
+            return None
         bars, networks, chunk = self._bars(), self.policy.networks(), min(8192, self.config.minibatch_size)
         pays = len(bars) <= self._samples  # to look at all of them is no more work than acting at every step
         if self.table.n_account:
@@ -276,13 +446,19 @@ class NativePPOTrainer:
             return BarProducts(networks[0], self._inputs, bars, chunk) if fits else None
         some = self.device.type == "cpu" and -math.expm1(-self._samples / len(bars)) < _NEARLY_ALL
         fits = (pays or some) and BarAnswers.bytes(networks[0], bars, self._samples) <= self._acting_bytes
-        return BarAnswers(networks, self._inputs, bars, chunk, (lambda: self.env.end) if some else None) if fits else None
+        return (
+            BarAnswers(networks, self._inputs, bars, chunk, (lambda: self.env.end) if some else None)
+            if fits
+            else None
+        )
 
     def _race(self, logits: Tensor) -> Tensor:
         "Exponential random numbers, one for each logit."
         return torch.empty_like(logits).exponential_(generator=self._random)
 
-    def _of_accounts(self, x: Tensor) -> Tensor: "Their mean."; return x.mean(0)
+    def _of_accounts(self, x: Tensor) -> Tensor:
+        "Their mean."
+        return x.mean(0)
 
     def _values(self, act, obs: Obs, account: Tensor) -> Tensor:  # (n,)
         "Values of observations of these accounts."
@@ -292,12 +468,28 @@ class NativePPOTrainer:
     def _rollout(self) -> dict[str, Tensor]:  # (n_steps, n_envs, …)
         "Let the policy act `n_steps` times; store indices, not windows."
         c, env, step = self.config, self.env, self.env.step_index if self.table is not None else self.env.step
-        if self._buffer is None: self._buffer = allocate_rollout(env.n_envs, c.n_steps, sample_fields(self._obs.dense.shape[1], env.n_actions, indexed=self.table is not None), self.device)
-        out, bootstrap, components, obs, state = self._buffer, torch.zeros(c.n_steps, env.n_envs, device=self.device), 0, self._obs, self._state
+        if self._buffer is None:
+            self._buffer = allocate_rollout(
+                env.n_envs,
+                c.n_steps,
+                sample_fields(self._obs.dense.shape[1], env.n_actions, indexed=self.table is not None),
+                self.device,
+            )
+        out, bootstrap, components, obs, state = (
+            self._buffer,
+            torch.zeros(c.n_steps, env.n_envs, device=self.device),
+            0,
+            self._obs,
+            self._state,
+        )
         first_state, act = state, self._acting()
-        deferred = self.table is not None and not self.recurrent  # then the last observations of all episodes that were cut are looked at together
+        deferred = (
+            self.table is not None and not self.recurrent
+        )  # then the last observations of all episodes that were cut are looked at together
         finals = []
-        self._obs = self._state = None  # whoever breaks this off leaves accounts at bars that we have not seen: who goes on begins new episodes
+        self._obs = self._state = (
+            None  # whoever breaks this off leaves accounts at bars that we have not seen: who goes on begins new episodes
+        )
         for t in range(c.n_steps):
             logits, value, state = act(obs, state, c.n_steps - 1 - t)
             log_probabilities = torch.log_softmax(logits, 1)
@@ -305,53 +497,97 @@ class NativePPOTrainer:
             action = (log_probabilities.exp() / self._race(logits)).argmax(1)
             after, reward, terminated, truncated, infos = step(action)
             ended = terminated * _TERMINATED + (truncated & ~terminated) * _TRUNCATED
-            for name, x in (("index", obs.index), ("dense", obs.dense), ("action", action), ("log_probability", log_probabilities.gather(1, action[:, None]).squeeze(1)),
-                            ("value", value), ("reward", reward), ("ended", ended), ("logits", log_probabilities)):
-                if name in out: out[name][t] = x
-            if deferred: finals.append(infos["final_obs"])
+            for name, x in (
+                ("index", obs.index),
+                ("dense", obs.dense),
+                ("action", action),
+                ("log_probability", log_probabilities.gather(1, action[:, None]).squeeze(1)),
+                ("value", value),
+                ("reward", reward),
+                ("ended", ended),
+                ("logits", log_probabilities),
+            ):
+                if name in out:
+                    out[name][t] = x
+            if deferred:
+                finals.append(infos["final_obs"])
             elif bool(truncated.any()):  # the value of an episode that went on without us
                 cut, final = truncated.nonzero().squeeze(1), self._as_obs(infos["final_obs"])
                 last = Obs(final.index[cut] if final.index is not None else None, final.dense[cut])
                 bootstrap[t, cut] = act(last, state[:, cut] if self.recurrent else None)[1]
-            if self.recurrent: state = torch.where((ended > 0)[:, None], 0.0, state)
-            if "reward_components" in infos: components = components + self._of_accounts(infos["reward_components"])
+            if self.recurrent:
+                state = torch.where((ended > 0)[:, None], 0.0, state)
+            if "reward_components" in infos:
+                components = components + self._of_accounts(infos["reward_components"])
             obs = self._as_obs(after)
             self.progress.phase("rollout", t + 1, c.n_steps)
         terminated, done = out["ended"] == _TERMINATED, out["ended"] > 0
         if deferred:
-            (step, account), last = (out["ended"] == _TRUNCATED).nonzero(as_tuple=True), Obs(*map(torch.stack, zip(*finals)))
-            for t, a in zip(step.split(c.minibatch_size), account.split(c.minibatch_size)): bootstrap[t, a] = self._values(act, Obs(last.index[t, a], last.dense[t, a]), a)
+            (step, account), last = (
+                (out["ended"] == _TRUNCATED).nonzero(as_tuple=True),
+                Obs(*map(torch.stack, zip(*finals))),
+            )
+            for t, a in zip(step.split(c.minibatch_size), account.split(c.minibatch_size)):
+                bootstrap[t, a] = self._values(act, Obs(last.index[t, a], last.dense[t, a]), a)
         next_values = torch.cat([out["value"][1:], act(obs, state)[1][None]])
         next_values = torch.where(out["ended"] == _TRUNCATED, bootstrap, next_values)
-        advantage = generalized_advantages(out["reward"], out["value"], next_values, terminated, done, c.gamma, c.gae_lambda)
-        self._component_means, self._obs, self._state = components / c.n_steps if torch.is_tensor(components) else None, obs, state
-        rollout = out | {"next_value": next_values, "advantage": advantage, "return": advantage + out["value"]}
+        advantage = generalized_advantages(
+            out["reward"], out["value"], next_values, terminated, done, c.gamma, c.gae_lambda
+        )
+        self._component_means, self._obs, self._state = (
+            components / c.n_steps if torch.is_tensor(components) else None,
+            obs,
+            state,
+        )
+        rollout = out | {
+            "next_value": next_values,
+            "advantage": advantage,
+            "return": advantage + out["value"],
+        }
         return rollout | ({"first_state": first_state} if self.recurrent else {})
 
     def _check(self, rollout: dict[str, Tensor]):
         "Every number of every process's rollout is finite, or the cause is named."
         causes = [cause for cause in gathered(self._cause(rollout)) if cause]
-        if causes: raise self._diverged(causes[0])  # all end together, or one would wait for ever
+        if causes:
+            raise self._diverged(causes[0])  # all end together, or one would wait for ever
 
     def _cause(self, rollout: dict[str, Tensor]) -> str | None:
         "What of a rollout is not finite."
-        texts = {"dense": "the observations", "reward": "the rewards", "value": "the values", "logits": "the logits", "next_value": "the value of a last observation"}
+        texts = {
+            "dense": "the observations",
+            "reward": "the rewards",
+            "value": "the values",
+            "logits": "the logits",
+            "next_value": "the value of a last observation",
+        }
         finite = {name: rollout[name].isfinite() for name in texts if name in rollout}
-        if bool(torch.stack([of.all() for of in finite.values()]).all()): return  # one answer to wait for
+        if bool(torch.stack([of.all() for of in finite.values()]).all()):
+            return  # one answer to wait for
         name = next(name for name, of in finite.items() if not bool(of.all()))
         place = (~finite[name]).nonzero()[0].tolist()
         which = f"{self._account(place[1])} at step {place[0]} of the rollout"
-        own = " (their own numbers were finite: the weights are not)" if name in ("value", "logits") and not all(bool(p.isfinite().all()) for p in self.policy.parameters()) else ""
+        own = (
+            " (their own numbers were finite: the weights are not)"
+            if name in ("value", "logits")
+            and not all(bool(p.isfinite().all()) for p in self.policy.parameters())
+            else ""
+        )
         return f"{texts[name]} became {float(rollout[name][tuple(place)])}, first of {which}{own}; check the environment's data and rewards"
 
-    def _account(self, i: int) -> str: return f"account {i}"
+    def _account(self, i: int) -> str:
+        return f"account {i}"
 
     def _diverged(self, cause: str) -> Diverged:
         "Keep what is good, and say where."
-        self._obs = self._state = None  # they may hold what went wrong: who goes on from here begins new episodes
+        self._obs = self._state = (
+            None  # they may hold what went wrong: who goes on from here begins new episodes
+        )
         path = self._keep(self.folder.save) if self.folder is not None and self.update else None
         kept = f"; kept {path}" if path else ""
-        return Diverged(f"training: in update {self.update + 1} {cause}. The weights are those of update {self.update}{kept}")
+        return Diverged(
+            f"training: in update {self.update + 1} {cause}. The weights are those of update {self.update}{kept}"
+        )
 
     # -- learning --------------------------------------------------------------------------------------------------
 
@@ -362,10 +598,21 @@ class NativePPOTrainer:
     def _shuffled(self, index: Tensor | None, n: int, random: torch.Generator) -> Iterator[list[Minibatch]]:
         "By whole bars where each is computed once, else by samples; by whole sequences of some accounts where the policy is recurrent."
         c, accounts = self.config, self.env.n_envs
-        if self._whole_bars: return whole_groups(index - self._bars().start, len(self._bars()), c.minibatch_size, n, random)
-        if not self.recurrent: return ([Minibatch(samples) for samples in minibatches(self._samples, c.minibatch_size, random)] for _ in range(n))
-        step, together = torch.arange(c.n_steps, device=self.device)[:, None] * accounts, max(1, c.minibatch_size // c.n_steps)
-        return ([Minibatch((step + some).flatten()) for some in minibatches(accounts, together, random)] for _ in range(n))
+        if self._whole_bars:
+            return whole_groups(index - self._bars().start, len(self._bars()), c.minibatch_size, n, random)
+        if not self.recurrent:
+            return (
+                [Minibatch(samples) for samples in minibatches(self._samples, c.minibatch_size, random)]
+                for _ in range(n)
+            )
+        step, together = (
+            torch.arange(c.n_steps, device=self.device)[:, None] * accounts,
+            max(1, c.minibatch_size // c.n_steps),
+        )
+        return (
+            [Minibatch((step + some).flatten()) for some in minibatches(accounts, together, random)]
+            for _ in range(n)
+        )
 
     def _bars(self) -> range:
         "Rows of the table at which the policy acts."
@@ -375,7 +622,8 @@ class NativePPOTrainer:
     @property
     def computed_share(self) -> float:
         "Of a rollout's samples, those that the network computes: expected different bars, where it looks at the same ones so often, and at nothing else, that it pays to compute each of them once."
-        if self.table is None or self.table.n_account or self.recurrent: return 1.0
+        if self.table is None or self.table.n_account or self.recurrent:
+            return 1.0
         share = len(self._bars()) * -math.expm1(-self._samples / len(self._bars())) / self._samples
         return share if share < _DISTINCT else 1.0
 
@@ -386,9 +634,12 @@ class NativePPOTrainer:
 
     def _of_samples(self, answer: Tensor, place: Tensor) -> Tensor:  # (bars, …), (n,) -> (n, …)
         "What was said of each bar, for each of its samples."
-        if self.device.type == "cpu": return answer.index_select(0, place)
+        if self.device.type == "cpu":
+            return answer.index_select(0, place)
         # elsewhere the gradient of index_select adds up in any order; that of a look-up in a table keeps to one, and runs can be repeated
-        return F.embedding(place, answer.flatten(1) if answer.ndim > 1 else answer[:, None]).view(len(place), *answer.shape[1:])
+        return F.embedding(place, answer.flatten(1) if answer.ndim > 1 else answer[:, None]).view(
+            len(place), *answer.shape[1:]
+        )
 
     def _batch_forward(self, forward, data: dict[str, Tensor], batch: Minibatch) -> tuple[Tensor, Tensor]:
         "Logits and values of a minibatch."
@@ -396,52 +647,90 @@ class NativePPOTrainer:
         with self._autocast():
             if batch.groups is not None:
                 rows = self._rows_of(batch.groups, len(samples))
-                return tuple(self._of_samples(answer, batch.place) for answer in forward(self._inputs(Obs(rows, torch.empty(len(rows), 0, device=self.device)))))
-            x = self._inputs(Obs(data["index"][samples] if "index" in data else None, data["dense"][samples] if "dense" in data else torch.empty(len(samples), 0, device=self.device)))
-            if not self.recurrent: return forward(x)
+                return tuple(
+                    self._of_samples(answer, batch.place)
+                    for answer in forward(
+                        self._inputs(Obs(rows, torch.empty(len(rows), 0, device=self.device)))
+                    )
+                )
+            x = self._inputs(
+                Obs(
+                    data["index"][samples] if "index" in data else None,
+                    data["dense"][samples]
+                    if "dense" in data
+                    else torch.empty(len(samples), 0, device=self.device),
+                )
+            )
+            if not self.recurrent:
+                return forward(x)
             T = self.config.n_steps
-            accounts = samples[:samples.numel() // T]
-            logits, value = forward(x.view(T, len(accounts), -1), data["first_state"][:, accounts], data["first"][samples].view(T, -1))
+            accounts = samples[: samples.numel() // T]
+            logits, value = forward(
+                x.view(T, len(accounts), -1),
+                data["first_state"][:, accounts],
+                data["first"][samples].view(T, -1),
+            )
             return logits.flatten(0, 1), value.flatten()
 
     def _step(self, loss: Tensor, head_only: bool = False):
         "One gradient step, clipped by the norm of all gradients together."
         optimizers = self.optimizers[-1:] if head_only else self.optimizers
         for group in self._groups:
-            for p in group["params"]: p.grad = None
+            for p in group["params"]:
+                p.grad = None
         (self._scaler.scale(loss) if self._scaler else loss).backward()
         if head_only:  # a backward pass that DistributedDataParallel has not seen
-            for p in self._head: mean_over_processes(p.grad)
+            for p in self._head:
+                mean_over_processes(p.grad)
         if self._scaler:
-            for optimizer in optimizers: self._scaler.unscale_(optimizer)
+            for optimizer in optimizers:
+                self._scaler.unscale_(optimizer)
         norm = self._clip([group for optimizer in optimizers for group in optimizer.param_groups])
         # an overflow anywhere has made all clipped gradients NaN: no optimizer may take them
         if self._scaler is None or bool(norm.isfinite()):
-            for optimizer in optimizers: optimizer.step()
-        if self._scaler: self._scaler.update()
+            for optimizer in optimizers:
+                optimizer.step()
+        if self._scaler:
+            self._scaler.update()
 
-    def _clip(self, groups: list[dict]) -> Tensor: return clip_gradients(groups, self.config.max_grad_norm)
+    def _clip(self, groups: list[dict]) -> Tensor:
+        return clip_gradients(groups, self.config.max_grad_norm)
 
     def _normalised(self, advantage: Tensor) -> Tensor:
         "Over the minibatches of all processes."
-        if self.world == 1: return normalised(advantage)
+        if self.world == 1:
+            return normalised(advantage)
         mean, square = mean_over_processes(torch.stack([advantage.mean(), (advantage**2).mean()]))
         return (advantage - mean) / ((square - mean**2).clamp(min=0).sqrt() + 1e-8)
 
-    def _losses(self, data: dict[str, Tensor], batch: Minibatch, entropy_coefficient: float) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(
+        self, data: dict[str, Tensor], batch: Minibatch, entropy_coefficient: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         "The loss of one minibatch, and what to watch."
-        own = {name: data[name].index_select(0, batch.samples) for name in ("action", "log_probability", "logits", "value", "advantage", "return")}
+        own = {
+            name: data[name].index_select(0, batch.samples)
+            for name in ("action", "log_probability", "logits", "value", "advantage", "return")
+        }
         own["advantage"] = self._normalised(own["advantage"])
-        return ppo_loss(*self._batch_forward(self._forward, data, batch), own, self.config, entropy_coefficient)
+        return ppo_loss(
+            *self._batch_forward(self._forward, data, batch), own, self.config, entropy_coefficient
+        )
 
     def _learn(self, rollout: dict[str, Tensor]) -> dict[str, float]:
         "All epochs over one rollout."
         c, data = self.config, {name: v.flatten(0, 1) for name, v in rollout.items() if name != "first_state"}
         if self.recurrent:
-            first = torch.cat([torch.zeros_like(rollout["ended"][:1]), rollout["ended"][:-1]]) > 0  # the state before the first step is in `first_state`
+            first = (
+                torch.cat([torch.zeros_like(rollout["ended"][:1]), rollout["ended"][:-1]]) > 0
+            )  # the state before the first step is in `first_state`
             data |= {"first": first.flatten(), "first_state": rollout["first_state"]}
-        rate, entropy_coefficient = learning_rate_at(self.update, self.updates, c.learning_rate, c.warmup_fraction, c.min_lr_fraction) * 0.5**self.recoveries, c.entropy_coefficient * 1.5**self.recoveries
-        for group in self._groups: group["lr"] = rate * group["factor"]
+        rate, entropy_coefficient = (
+            learning_rate_at(self.update, self.updates, c.learning_rate, c.warmup_fraction, c.min_lr_fraction)
+            * 0.5**self.recoveries,
+            c.entropy_coefficient * 1.5**self.recoveries,
+        )
+        for group in self._groups:
+            group["lr"] = rate * group["factor"]
         watched, good = [], self._copied()
         for epoch, batches in enumerate(self._epochs(data, c.n_epochs)):
             for done, batch in enumerate(batches, epoch * len(batches) + 1):
@@ -449,95 +738,153 @@ class NativePPOTrainer:
                 self._step(loss)
                 watched.append(torch.stack(list(watch.values())))
                 self.progress.phase("epochs", done, c.n_epochs * len(batches))
-            if c.target_kl is not None and float(mean_over_processes(watch["kl"])) > 1.5 * c.target_kl: break
+            if c.target_kl is not None and float(mean_over_processes(watch["kl"])) > 1.5 * c.target_kl:
+                break
         began = time.perf_counter()
         self._learn_values(data)
         self.seconds["critic"] = time.perf_counter() - began
         means = mean_over_processes(torch.stack(watched).mean(0))
         finite = means.isfinite().view(len(means), -1).all(1).tolist()
-        if not all(finite) or not bool(torch.stack([p.isfinite().all() for p in self.policy.parameters()]).all()):
+        if not all(finite) or not bool(
+            torch.stack([p.isfinite().all() for p in self.policy.parameters()]).all()
+        ):
             worst = next((name for name, is_finite in zip(watch, finite) if not is_finite), "a weight")
             self._restore(good)
-            raise self._diverged(f"{worst.replace('_', ' ')} became NaN or infinite though the rollout was finite; use a smaller learning_rate (was {c.learning_rate:g}) or max_grad_norm ({c.max_grad_norm})")
-        return self._row(list(watch), means, {"learning_rate": rate, "entropy_coefficient": entropy_coefficient}, data)
+            raise self._diverged(
+                f"{worst.replace('_', ' ')} became NaN or infinite though the rollout was finite; use a smaller learning_rate (was {c.learning_rate:g}) or max_grad_norm ({c.max_grad_norm})"
+            )
+        return self._row(
+            list(watch), means, {"learning_rate": rate, "entropy_coefficient": entropy_coefficient}, data
+        )
 
-    _FIGURES = ("explained_variance", "reward", "advantage_mean", "advantage_deviation", "return_mean", "value_mean")
+    _FIGURES = (
+        "explained_variance",
+        "reward",
+        "advantage_mean",
+        "advantage_deviation",
+        "return_mean",
+        "value_mean",
+    )
 
     @staticmethod
     def _figures(data: dict[str, Tensor]) -> list[Tensor]:
         "What is told of a rollout's samples."
         spread = lambda x: x.var(correction=0)  # of one sample it is 0
         explained = 1 - spread(data["return"] - data["value"]) / spread(data["return"]).clamp(min=1e-12)
-        return [explained, data["reward"].mean(), data["advantage"].mean(), spread(data["advantage"]).sqrt(), data["return"].mean(), data["value"].mean()]
+        return [
+            explained,
+            data["reward"].mean(),
+            data["advantage"].mean(),
+            spread(data["advantage"]).sqrt(),
+            data["return"].mean(),
+            data["value"].mean(),
+        ]
 
-    def _row(self, watched: list[str], means: Tensor, settings: dict[str, float], data: dict[str, Tensor]) -> dict[str, float]:
+    def _row(
+        self, watched: list[str], means: Tensor, settings: dict[str, float], data: dict[str, Tensor]
+    ) -> dict[str, float]:
         "What is kept of an update."
         figures = dict(zip(self._FIGURES, mean_over_processes(torch.stack(self._figures(data))).tolist()))
-        components = {} if self._component_means is None else dict(zip(self._component_names, mean_over_processes(self._component_means).tolist()))
+        components = (
+            {}
+            if self._component_means is None
+            else dict(zip(self._component_names, mean_over_processes(self._component_means).tolist()))
+        )
         return dict(zip(watched, means.tolist())) | settings | figures | components
 
     @property
-    def _component_names(self) -> list[str]: return [f"reward_{name}" for name in self.env.reward_names]
+    def _component_names(self) -> list[str]:
+        return [f"reward_{name}" for name in self.env.reward_names]
 
     def _learn_values(self, data: dict[str, Tensor]):
         "Epochs of the value head alone, after the joint ones."
         c = self.config
-        if not c.critic_epochs_in_force: return
-        for p in self._body: p.requires_grad_(False)
+        if not c.critic_epochs_in_force:
+            return
+        for p in self._body:
+            p.requires_grad_(False)
         forward = _Evaluate(self.policy)  # what DistributedDataParallel expects gradients of is not all there
         try:
             for epoch, batches in enumerate(self._epochs(data, c.critic_epochs_in_force)):
                 for done, batch in enumerate(batches, epoch * len(batches) + 1):
                     _, value = self._batch_forward(forward, data, batch)
-                    loss = c.value_coefficient * value_loss(value, data["value"][batch.samples], data["return"][batch.samples], c.value_clip_range)
+                    loss = c.value_coefficient * value_loss(
+                        value, data["value"][batch.samples], data["return"][batch.samples], c.value_clip_range
+                    )
                     self._step(loss, head_only=True)
                     self.progress.phase("critic epochs", done, c.critic_epochs_in_force * len(batches))
         finally:
-            for p in self._body: p.requires_grad_(True)
+            for p in self._body:
+                p.requires_grad_(True)
 
     def _copied(self) -> list:
         "Weights and moments, to go back to."
-        return [(p, p.detach().clone(), optimizer, {name: v.clone() for name, v in optimizer.state.get(p, {}).items()}) for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        return [
+            (
+                p,
+                p.detach().clone(),
+                optimizer,
+                {name: v.clone() for name, v in optimizer.state.get(p, {}).items()},
+            )
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for p in group["params"]
+        ]
 
     @torch.no_grad()
     def _restore(self, copies: list):
         for p, weight, optimizer, moments in copies:
             p.copy_(weight)
             optimizer.state.pop(p, None)
-            if moments: optimizer.state[p] = moments
+            if moments:
+                optimizer.state[p] = moments
 
     # -- the run ---------------------------------------------------------------------------------------------------
 
-    def train(self,
+    def train(
+        self,
         max_updates: int | None = None,  # stop after so many more; None: the whole budget
         stop=lambda: False,  # asked after every update whether to end here; `StopRequest` answers for signals
     ) -> list[dict]:  # one row per update
         "Train; may be called again to go on."
-        if self.device.type == "cpu": keep_freed_memory()
-        with fast_products(self.device): return self._train(max_updates, stop)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        with fast_products(self.device):
+            return self._train(max_updates, stop)
 
     def _train(self, max_updates: int | None, stop) -> list[dict]:
         c = self.config
-        if self._obs is None: self._begin()
+        if self._obs is None:
+            self._begin()
         last = self.updates if max_updates is None else min(self.updates, self.update + max_updates)
         self.progress.start(self)
         while self.update < last and self.ended is None:
-            if c.cost_warm_up and hasattr(self.env, "set_cost_scale"): self.env.set_cost_scale(min(1.0, (self.update + 1) / (c.cost_warm_up * self.updates)))
+            if c.cost_warm_up and hasattr(self.env, "set_cost_scale"):
+                self.env.set_cost_scale(min(1.0, (self.update + 1) / (c.cost_warm_up * self.updates)))
             began = time.perf_counter()
             rollout = self._rollout()
             self._check(rollout)  # a GPU has done what it was asked by then
             acted = time.perf_counter()
             row = self._learn(rollout)
-            self.seconds |= {"rollout": acted - began, "update": time.perf_counter() - acted - self.seconds["critic"]}
+            self.seconds |= {
+                "rollout": acted - began,
+                "update": time.perf_counter() - acted - self.seconds["critic"],
+            }
             self.update += 1
             self.global_step += self._samples * self.world
             row = {"update": self.update, "timesteps": self.global_step, **row}
             self.history.append(row)
-            if self.validation and (is_due(self.update, self.validation_interval) or self.update == self.updates): self._validate(row)
-            if self.folder is not None and is_due(self.update, c.checkpoint_interval): self._keep(self.folder.save)
+            if self.validation and (
+                is_due(self.update, self.validation_interval) or self.update == self.updates
+            ):
+                self._validate(row)
+            if self.folder is not None and is_due(self.update, c.checkpoint_interval):
+                self._keep(self.folder.save)
             self.progress.updated(self, row)
-            if any(gathered(bool(stop()))): break
-        for best in self._bests(): best["run"] = self._run()  # the best policy comes of the whole run
+            if any(gathered(bool(stop()))):
+                break
+        for best in self._bests():
+            best["run"] = self._run()  # the best policy comes of the whole run
         return self.history
 
     def _keep(self, save):
@@ -545,27 +892,46 @@ class NativePPOTrainer:
         content = self.content()
         return save(content) if self.rank == 0 else None
 
-    def _scored(self, metrics: dict, row: dict) -> tuple[float, float]:  # by which checkpoints are chosen; drawdown beyond the threshold, in thresholds
+    def _scored(
+        self, metrics: dict, row: dict
+    ) -> tuple[float, float]:  # by which checkpoints are chosen; drawdown beyond the threshold, in thresholds
         "Add the composite score to a validation's metrics, and judge them."
         c, deviation = self.config, metrics["reward_deviation"]
         excess = max(0.0, metrics["max_drawdown"] - c.max_drawdown_threshold) / c.max_drawdown_threshold
-        metrics["composite"] = composite_score(100 * metrics["run_return"], metrics["win_rate"], metrics["reward"] / deviation if deviation else 0.0, row["explained_variance"],
-                                               row["entropy"] / math.log(self.env.n_actions), row["kl"], row["clip_fraction"])
+        metrics["composite"] = composite_score(
+            100 * metrics["run_return"],
+            metrics["win_rate"],
+            metrics["reward"] / deviation if deviation else 0.0,
+            row["explained_variance"],
+            row["entropy"] / math.log(self.env.n_actions),
+            row["kl"],
+            row["clip_fraction"],
+        )
         return metrics["sharpe"] - c.drawdown_penalty_weight * excess, excess
 
     def _validate(self, row: dict):
         "Add the validation's metrics to the update's row; the best policy so far is kept."
-        metrics, daily = of_first(lambda: (lambda played: (self.validation.summarise(played), self.validation.daily(played)))(self.validation.play(self.policy)))
+        metrics, daily = of_first(
+            lambda: (lambda played: (self.validation.summarise(played), self.validation.daily(played)))(
+                self.validation.play(self.policy)
+            )
+        )
         self.validations.append({"update": self.update, **daily})
         score, excess = self._scored(metrics, row)
         row |= {f"validation_{name}": v for name, v in metrics.items()} | {"validation_score": score}
         better = self.best_score == -math.inf or score > self.best_score
-        if better: self.best_score, self.best_update, self._without_better = score, self.update, 0
-        else: self._without_better += 1
+        if better:
+            self.best_score, self.best_update, self._without_better = score, self.update, 0
+        else:
+            self._without_better += 1
         self._react(excess)
-        if not better: return
-        self.best = copy.deepcopy(self.content({"validation": metrics, "validation_score": score}))  # all of the update is in it: a run can go on from it too
-        if self.folder is not None and self.rank == 0: self.folder.save_best(self.best)
+        if not better:
+            return
+        self.best = copy.deepcopy(
+            self.content({"validation": metrics, "validation_score": score})
+        )  # all of the update is in it: a run can go on from it too
+        if self.folder is not None and self.rank == 0:
+            self.folder.save_best(self.best)
 
     def validations_by_seed(self) -> list[tuple[int, list[dict]]]:
         "What was looked at, of each seed that is trained."
@@ -576,10 +942,17 @@ class NativePPOTrainer:
         c = self.config
         if excess and c.recovery and self.recoveries < _RECOVERIES:
             self.recoveries += 1
-            self.progress.say(f"update {self.update}: the validation's drawdown is beyond {c.max_drawdown_threshold:.0%}; learning rate × 0.5, entropy × 1.5 ({self.recoveries} of {_RECOVERIES})")
-        elif excess and c.early_stop: self.ended = f"the validation's drawdown is beyond {c.max_drawdown_threshold:.0%}" + (f" after {self.recoveries} recoveries" if c.recovery else "")
-        elif c.patience is not None and self._without_better >= c.patience: self.ended = f"{c.patience} validations without a better score"
-        if self.ended: self.progress.say(f"update {self.update}: ended early: {self.ended}")
+            self.progress.say(
+                f"update {self.update}: the validation's drawdown is beyond {c.max_drawdown_threshold:.0%}; learning rate × 0.5, entropy × 1.5 ({self.recoveries} of {_RECOVERIES})"
+            )
+        elif excess and c.early_stop:
+            self.ended = f"the validation's drawdown is beyond {c.max_drawdown_threshold:.0%}" + (
+                f" after {self.recoveries} recoveries" if c.recovery else ""
+            )
+        elif c.patience is not None and self._without_better >= c.patience:
+            self.ended = f"{c.patience} validations without a better score"
+        if self.ended:
+            self.progress.say(f"update {self.update}: ended early: {self.ended}")
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
@@ -587,43 +960,84 @@ class NativePPOTrainer:
         "What is this process's own: its environments, its random numbers, where it stands."
         state = self.env.state_dict() if hasattr(self.env, "state_dict") else {}
         obs = None if self._obs is None else {"index": self._obs.index, "dense": self._obs.dense}
-        return {"environment_state": state, "rng_state": self._random.get_state(), "observation": obs, "recurrent_state": self._state}
+        return {
+            "environment_state": state,
+            "rng_state": self._random.get_state(),
+            "observation": obs,
+            "recurrent_state": self._state,
+        }
 
     def _policy_content(self, policy: nn.Module, config: NativePPOConfig) -> dict:
         "What a checkpoint says of a policy: its weights, what it reads, what it was trained on and how."
         env = self.env
-        content = {"policy_state_dict": policy.state_dict(), "folded_sums": folded_sums(policy), "global_step": self.global_step, "update": self.update, "run": self._run(),
-                   "policy_obs_dim": env.obs_dim, "policy_n_actions": env.n_actions, "config": {"train": asdict(config)}, **self._made_with}
+        content = {
+            "policy_state_dict": policy.state_dict(),
+            "folded_sums": folded_sums(policy),
+            "global_step": self.global_step,
+            "update": self.update,
+            "run": self._run(),
+            "policy_obs_dim": env.obs_dim,
+            "policy_n_actions": env.n_actions,
+            "config": {"train": asdict(config)},
+            **self._made_with,
+        }
         if self.table is not None:
             content |= get_checkpoint_metadata(env.config.version, env.config.window)
             content["config"]["env"] = asdict(replace(env.config, n_envs=self.accounts))
             content |= {"fit": env.market.fit, "data": self._data()}
         return content
 
-    def _bests(self) -> list[dict]: return [] if self.best is None else [self.best]
+    def _bests(self) -> list[dict]:
+        return [] if self.best is None else [self.best]
 
     def _run(self) -> dict:
         "How far the run has come: more than the policy itself, where a validation chose an earlier one."
-        return {"steps": self.global_step, "updates": self.update, "validations": max((len(rows) for _, rows in self.validations_by_seed()), default=0), "ended": self.ended}
+        return {
+            "steps": self.global_step,
+            "updates": self.update,
+            "validations": max((len(rows) for _, rows in self.validations_by_seed()), default=0),
+            "ended": self.ended,
+        }
 
     def content(self, metrics: dict | None = None) -> dict:
         "Everything a checkpoint holds: plain containers and tensors."
         return self._policy_content(self.policy, self.config) | {
-            "optimizer_state_dict": plain_optimizer_state(self.policy, self.optimizers), "processes": gathered(self._own()),
-            "scheduler_state_dict": {"update": self.update, "updates": self.updates}, "scaler_state_dict": self._scaler.state_dict() if self._scaler else None,
-            "best_score": self.best_score if self.best_score > -math.inf else None, "best_update": self.best_update, "history": self.history, "validations": self.validations,
-            "recoveries": self.recoveries, "without_better": self._without_better, "ended": self.ended, "metrics": metrics or {}}
+            "optimizer_state_dict": plain_optimizer_state(self.policy, self.optimizers),
+            "processes": gathered(self._own()),
+            "scheduler_state_dict": {"update": self.update, "updates": self.updates},
+            "scaler_state_dict": self._scaler.state_dict() if self._scaler else None,
+            "best_score": self.best_score if self.best_score > -math.inf else None,
+            "best_update": self.best_update,
+            "history": self.history,
+            "validations": self.validations,
+            "recoveries": self.recoveries,
+            "without_better": self._without_better,
+            "ended": self.ended,
+            "metrics": metrics or {},
+        }
 
     def _data(self) -> dict:
         "Which bars these are."
         market = self.env.market
-        return {"symbol": market.symbol, "timeframe": market.timeframe, "asset_class": market.asset_class, **market.fingerprint, "spans": self._spans()}
+        return {
+            "symbol": market.symbol,
+            "timeframe": market.timeframe,
+            "asset_class": market.asset_class,
+            **market.fingerprint,
+            "spans": self._spans(),
+        }
 
     def _spans(self) -> dict:
         "First and last moment of what was trained on, and of what chose the checkpoint."
-        moment = lambda market, bar: str(np.datetime64(int(market.timestamp[bar]), "ns").astype("datetime64[s]")) + "Z"
-        markets = {"train": self.env.market} | ({"validation": self.validation.env.market} if self.validation else {})
-        return {name: {"first": moment(m, m.start), "last": moment(m, m.stop - 1)} for name, m in markets.items()}
+        moment = lambda market, bar: (
+            str(np.datetime64(int(market.timestamp[bar]), "ns").astype("datetime64[s]")) + "Z"
+        )
+        markets = {"train": self.env.market} | (
+            {"validation": self.validation.env.market} if self.validation else {}
+        )
+        return {
+            name: {"first": moment(m, m.start), "last": moment(m, m.stop - 1)} for name, m in markets.items()
+        }
 
     def save(self, path: str | Path) -> Path:
         "Write the present state as a checkpoint."
@@ -635,7 +1049,8 @@ class NativePPOTrainer:
         self.restore(content, str(path), RunFolder(Path(path).parent))
         return content
 
-    def restore(self,
+    def restore(
+        self,
         content: dict,  # of a checkpoint
         name: str = "the checkpoint",  # for messages
         beside: RunFolder | None = None,  # where the best policy lies; None: the run's own folder
@@ -643,95 +1058,217 @@ class NativePPOTrainer:
         "Take over everything that the next update depends on, or change nothing."
         self._check_same(content, name)
         before = self._everything()
-        try: self._take_over(content, name, beside)
+        try:
+            self._take_over(content, name, beside)
         except InputError as e:
             self._put_back(before)
             raise InputError(str(e) if str(e).startswith(name) else f"{name}: {e}") from None
         except Exception as e:  # whatever a damaged part makes of itself
             self._put_back(before)
-            raise InputError(f"{name}: cannot be gone on from ({type(e).__name__}: {' '.join(str(e).split())[:200]}); use an older checkpoint, or train anew") from None
+            raise InputError(
+                f"{name}: cannot be gone on from ({type(e).__name__}: {' '.join(str(e).split())[:200]}); use an older checkpoint, or train anew"
+            ) from None
 
-    _RUN = ("global_step", "update", "history", "validations", "recoveries", "_without_better", "ended", "best", "best_score", "best_update", "_obs", "_state")
+    _RUN = (
+        "global_step",
+        "update",
+        "history",
+        "validations",
+        "recoveries",
+        "_without_better",
+        "ended",
+        "best",
+        "best_score",
+        "best_update",
+        "_obs",
+        "_state",
+    )
 
     def _everything(self) -> tuple:
         "All that `restore` may change; an environment that has not begun has nothing to lose."
-        buffers, state = [b.clone() for b in self.policy.buffers()], self.env.state_dict() if hasattr(self.env, "state_dict") and self._obs is not None else {}
-        return self._copied(), buffers, self._random.get_state(), state, [(group, group["lr"]) for group in self._groups], {name: getattr(self, name) for name in self._RUN}
+        buffers, state = (
+            [b.clone() for b in self.policy.buffers()],
+            self.env.state_dict() if hasattr(self.env, "state_dict") and self._obs is not None else {},
+        )
+        return (
+            self._copied(),
+            buffers,
+            self._random.get_state(),
+            state,
+            [(group, group["lr"]) for group in self._groups],
+            {name: getattr(self, name) for name in self._RUN},
+        )
 
     def _put_back(self, before: tuple):
         "As if `restore` had not been called."
         weights, buffers, random, state, rates, run = before
         self._restore(weights)
-        for own, kept in zip(self.policy.buffers(), buffers): own.copy_(kept)
+        for own, kept in zip(self.policy.buffers(), buffers):
+            own.copy_(kept)
         self._bind()
         self._random.set_state(random)
-        if state: self.env.load_state_dict(state)
-        for group, rate in rates: group["lr"] = rate
-        for name, value in run.items(): setattr(self, name, value)
+        if state:
+            self.env.load_state_dict(state)
+        for group, rate in rates:
+            group["lr"] = rate
+        for name, value in run.items():
+            setattr(self, name, value)
 
     def _take_over(self, content: dict, name: str, beside: RunFolder | None):
         "What `restore` does, where nothing goes wrong."
         was, now = content["config"]["train"], asdict(self.config)
-        changed = [f"{setting} {was[setting]} → {now[setting]}" for setting in now if setting in was and was[setting] != now[setting] and setting not in ("tier", "mode")]
-        if changed: self.progress.say(f"{name}: goes on with other settings than before: {', '.join(changed)}")
+        changed = [
+            f"{setting} {was[setting]} → {now[setting]}"
+            for setting in now
+            if setting in was and was[setting] != now[setting] and setting not in ("tier", "mode")
+        ]
+        if changed:
+            self.progress.say(f"{name}: goes on with other settings than before: {', '.join(changed)}")
         own, to = content["processes"][self.rank], lambda x: None if x is None else x.clone().to(self.device)
-        if own["observation"] is not None and own["environment_state"]: self.env.load_state_dict(own["environment_state"])
+        if own["observation"] is not None and own["environment_state"]:
+            self.env.load_state_dict(own["environment_state"])
         _load_weights(self.policy, content["policy_state_dict"], name)
         self._bind()
         load_folded_sums(self.policy, content.get("folded_sums", {}))
         load_plain_optimizer_state(self.policy, self.optimizers, content["optimizer_state_dict"])
-        if self._scaler and content["scaler_state_dict"]: self._scaler.load_state_dict(content["scaler_state_dict"])
+        if self._scaler and content["scaler_state_dict"]:
+            self._scaler.load_state_dict(content["scaler_state_dict"])
         self._random.set_state(own["rng_state"].cpu())
         self.global_step, self.update = content["global_step"], content["update"]
-        self.history, self.validations = copy.deepcopy(content["history"]), copy.deepcopy(content["validations"])
-        self.recoveries, self._without_better, self.ended = content["recoveries"], content["without_better"], content["ended"]
-        if content["best_score"] is not None: self.best_score = content["best_score"]  # a worse policy must not take the best one's place
+        self.history, self.validations = (
+            copy.deepcopy(content["history"]),
+            copy.deepcopy(content["validations"]),
+        )
+        self.recoveries, self._without_better, self.ended = (
+            content["recoveries"],
+            content["without_better"],
+            content["ended"],
+        )
+        if content["best_score"] is not None:
+            self.best_score = content["best_score"]  # a worse policy must not take the best one's place
         self.best_update = content["best_update"]
         if self.folder is not None:
             beside = beside or self.folder
-            itself = self.best_update == self.update and content["metrics"]  # the best policy of a run, as it was written
+            itself = (
+                self.best_update == self.update and content["metrics"]
+            )  # the best policy of a run, as it was written
             self.best = copy.deepcopy(content) if itself else beside.best(self.best_update, self.progress.say)
             if self.best is None and self.best_update is not None:
-                self.progress.say(f"{name}: the best policy, of update {self.best_update}, is not in {beside.path}; the best is looked for anew")
+                self.progress.say(
+                    f"{name}: the best policy, of update {self.best_update}, is not in {beside.path}; the best is looked for anew"
+                )
                 self.best_update, self.best_score = None, -math.inf
-        if own["observation"] is None: self._obs = self._state = None  # episodes begin with the next update
-        elif own["environment_state"]: self._obs, self._state = Obs(*map(to, own["observation"].values())), to(own["recurrent_state"])
-        else: self._begin()  # an environment that cannot be saved starts afresh
+        if own["observation"] is None:
+            self._obs = self._state = None  # episodes begin with the next update
+        elif own["environment_state"]:
+            self._obs, self._state = Obs(*map(to, own["observation"].values())), to(own["recurrent_state"])
+        else:
+            self._begin()  # an environment that cannot be saved starts afresh
 
     # part of a checkpoint -> what it is
-    _PARTS = {"config": dict, "history": list, "optimizer_state_dict": dict, "policy_n_actions": int, "policy_obs_dim": int, "policy_state_dict": dict, "processes": list, "validations": list, "global_step": int, "update": int,
-              "recoveries": int, "without_better": int, "metrics": dict, "best_score": (int, float, type(None)), "best_update": (int, type(None)), "ended": (str, type(None)), "scaler_state_dict": (dict, type(None))}
-    _PROCESS = ("environment_state", "rng_state", "observation", "recurrent_state")  # parts of what is each process's own
+    _PARTS = {
+        "config": dict,
+        "history": list,
+        "optimizer_state_dict": dict,
+        "policy_n_actions": int,
+        "policy_obs_dim": int,
+        "policy_state_dict": dict,
+        "processes": list,
+        "validations": list,
+        "global_step": int,
+        "update": int,
+        "recoveries": int,
+        "without_better": int,
+        "metrics": dict,
+        "best_score": (int, float, type(None)),
+        "best_update": (int, type(None)),
+        "ended": (str, type(None)),
+        "scaler_state_dict": (dict, type(None)),
+    }
+    _PROCESS = (
+        "environment_state",
+        "rng_state",
+        "observation",
+        "recurrent_state",
+    )  # parts of what is each process's own
 
     @classmethod
     def check_parts(cls, content: dict, name: str = "the checkpoint"):
         "Everything is there that a run needs to go on, and is what it is taken for."
         missing = [part for part in cls._PARTS if part not in content]
-        missing += [f"processes[{i}].{part}" for i, own in enumerate(content["processes"]) for part in cls._PROCESS if not isinstance(own, dict) or part not in own] if isinstance(content.get("processes"), list) else []
-        if isinstance(content.get("config"), dict) and not isinstance(content["config"].get("train"), dict): missing.append("config.train")
-        require(not missing, f"{name}: holds no state to go on from ({', '.join(missing)} missing); train anew, or use a checkpoint of a run")
+        missing += (
+            [
+                f"processes[{i}].{part}"
+                for i, own in enumerate(content["processes"])
+                for part in cls._PROCESS
+                if not isinstance(own, dict) or part not in own
+            ]
+            if isinstance(content.get("processes"), list)
+            else []
+        )
+        if isinstance(content.get("config"), dict) and not isinstance(content["config"].get("train"), dict):
+            missing.append("config.train")
+        require(
+            not missing,
+            f"{name}: holds no state to go on from ({', '.join(missing)} missing); train anew, or use a checkpoint of a run",
+        )
         strange = [part for part, kind in cls._PARTS.items() if not isinstance(content[part], kind)]
-        require(not strange, f"{name}: holds no state to go on from ({', '.join(strange)} of another kind); train anew, or use a checkpoint of a run")
+        require(
+            not strange,
+            f"{name}: holds no state to go on from ({', '.join(strange)} of another kind); train anew, or use a checkpoint of a run",
+        )
 
     def _check_same(self, content: dict, name: str):
         "A checkpoint goes on as what it was."
         self.check_parts(content, name)
-        missing = [setting for setting in ("hidden_dims", "shared_trunk", "seed") if setting not in content["config"]["train"]]
-        require(not missing, f"{name}: holds no state to go on from (config.train.{', '.join(missing)} missing); train anew, or use a checkpoint of a run")
+        missing = [
+            setting
+            for setting in ("hidden_dims", "shared_trunk", "seed")
+            if setting not in content["config"]["train"]
+        ]
+        require(
+            not missing,
+            f"{name}: holds no state to go on from (config.train.{', '.join(missing)} missing); train anew, or use a checkpoint of a run",
+        )
         train, mine = content["config"]["train"], asdict(self.config)
-        inner = lambda settings: f"gru, hidden {settings['gru_hidden_dim']}, {settings['n_gru_layers']} layer{'s' * (settings['n_gru_layers'] > 1)}" if settings.get("network") == "gru" else f"mlp, hidden {list(settings['hidden_dims'])}"
+        inner = lambda settings: (
+            f"gru, hidden {settings['gru_hidden_dim']}, {settings['n_gru_layers']} layer{'s' * (settings['n_gru_layers'] > 1)}"
+            if settings.get("network") == "gru"
+            else f"mlp, hidden {list(settings['hidden_dims'])}"
+        )
         shape = lambda settings, inputs, actions: f"{inputs} inputs, {inner(settings)}, {actions} actions"
-        theirs, here = shape(train, content["policy_obs_dim"], content["policy_n_actions"]), shape(mine, self.env.obs_dim, self.env.n_actions)
+        theirs, here = (
+            shape(train, content["policy_obs_dim"], content["policy_n_actions"]),
+            shape(mine, self.env.obs_dim, self.env.n_actions),
+        )
         separate = lambda shared: f"shared_trunk {str(shared).lower()}"
-        require(mine["shared_trunk"] == train["shared_trunk"], f"{name}: holds a network with {separate(train['shared_trunk'])}, asked for {separate(mine['shared_trunk'])}")
+        require(
+            mine["shared_trunk"] == train["shared_trunk"],
+            f"{name}: holds a network with {separate(train['shared_trunk'])}, asked for {separate(mine['shared_trunk'])}",
+        )
         require(theirs == here, f"{name}: holds a network of {theirs}; asked for {here}")
-        require(train["seed"] == mine["seed"], f"{name}: is of a run with seed {train['seed']}, asked for seed {mine['seed']}; a run keeps its seed")
+        require(
+            train["seed"] == mine["seed"],
+            f"{name}: is of a run with seed {train['seed']}, asked for seed {mine['seed']}; a run keeps its seed",
+        )
         if self.table is not None and "data" in content:
-            bars = lambda data: f"{data['symbol']} {data['timeframe']}, {data['spans']['train']['first']} to {data['spans']['train']['last']}, SHA-256 {str(data.get('sha256'))[:8]}"
+            bars = lambda data: (
+                f"{data['symbol']} {data['timeframe']}, {data['spans']['train']['first']} to {data['spans']['train']['last']}, SHA-256 {str(data.get('sha256'))[:8]}"
+            )
             theirs, here = bars(content["data"]), bars(self._data())
             require(theirs == here, f"{name}: was trained on other bars: {theirs}; here are {here}")
-        require(len(content["processes"]) == self.world, f"{name}: was trained by {len(content['processes'])} processes, here are {self.world}; start as many with torchrun")
+        require(
+            len(content["processes"]) == self.world,
+            f"{name}: was trained by {len(content['processes'])} processes, here are {self.world}; start as many with torchrun",
+        )
         own = content["processes"][self.rank]
-        require(own["rng_state"].numel() == self._random.get_state().numel(), f"{name}: was trained on another kind of device than {self.device.type}, whose random numbers cannot go on here; train on that kind, or anew")
+        require(
+            own["rng_state"].numel() == self._random.get_state().numel(),
+            f"{name}: was trained on another kind of device than {self.device.type}, whose random numbers cannot go on here; train on that kind, or anew",
+        )
         saved = own["environment_state"]
-        if saved and "bar" in saved: require(len(saved["bar"]) == self.env.n_envs, f"{name}: environment state: n_envs is {self.env.n_envs} here, the state is of {len(saved['bar'])} accounts")
+        if saved and "bar" in saved:
+            require(
+                len(saved["bar"]) == self.env.n_envs,
+                f"{name}: environment state: n_envs is {self.env.n_envs} here, the state is of {len(saved['bar'])} accounts",
+            )

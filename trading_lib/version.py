@@ -26,7 +26,8 @@ def parse_version(
 ) -> tuple[int, int, int]:  # (major, minor, patch), which compares as it should
     "A version as three numbers."
     match = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", version) if isinstance(version, str) else None
-    if not match: raise InputError(f"version: expected three numbers such as '5.6.0', was {version!r}")
+    if not match:
+        raise InputError(f"version: expected three numbers such as '5.6.0', was {version!r}")
     return tuple(int(part or 0) for part in match.groups())
 
 
@@ -41,6 +42,7 @@ def compare_versions(
 @dataclass(frozen=True)
 class Action:
     "One row of an action set."
+
     name: str  # what people read
     direction: int  # +1 buys, -1 sells, 0 neither
     size_multiplier: float  # share of a full-size order; CLOSE: of the position
@@ -48,7 +50,11 @@ class Action:
 
 
 _HOLD, _CLOSE = Action("HOLD", 0, 0.0), Action("CLOSE", 0, 1.0, is_close=True)
-_SIZED = tuple(Action(f"{word}_{percent}%", direction, percent / 100) for word, direction in (("BUY", 1), ("SELL", -1)) for percent in (25, 50, 75))
+_SIZED = tuple(
+    Action(f"{word}_{percent}%", direction, percent / 100)
+    for word, direction in (("BUY", 1), ("SELL", -1))
+    for percent in (25, 50, 75)
+)
 
 ACTION_SETS = {  # number of actions -> the actions, in the order of the policy's outputs
     3: (_HOLD, Action("BUY", 1, 0.5), Action("SELL", -1, 0.5)),
@@ -73,12 +79,29 @@ class _Version:
 
 _VERSIONS = {
     "2.3.0": _Version(3, "2.3.0", "Market columns only; hold, buy or sell half a full-size order."),
-    "2.4.0": _Version(3, "2.4.0", "The policy sees its account: P&L, win rate, drawdown.", ("53 -> 56 columns",)),
+    "2.4.0": _Version(
+        3, "2.4.0", "The policy sees its account: P&L, win rate, drawdown.", ("53 -> 56 columns",)
+    ),
     "2.5.0": _Version(3, "2.4.0", "Reward v2.5.0; the observation is that of 2.4.0."),
     "2.6.0": _Version(3, "2.4.0", "Training changes only; the observation is that of 2.4.0."),
-    "2.7.0": _Version(7, "2.7.0", "Orders of three sizes; the policy sees its position.", ("56 -> 59 columns", "3 -> 7 actions: 1 and 2 are no longer BUY and SELL")),
-    "5.3.0": _Version(8, "5.3.0", "CLOSE; reversal probabilities and ages of the regimes.", ("59 -> 65 columns, in another order", "7 -> 8 actions")),
-    "5.5.0": _Version(8, "5.5.0", "Market columns only, without volume, intraday, account and position columns.", ("65 -> 51 columns",)),
+    "2.7.0": _Version(
+        7,
+        "2.7.0",
+        "Orders of three sizes; the policy sees its position.",
+        ("56 -> 59 columns", "3 -> 7 actions: 1 and 2 are no longer BUY and SELL"),
+    ),
+    "5.3.0": _Version(
+        8,
+        "5.3.0",
+        "CLOSE; reversal probabilities and ages of the regimes.",
+        ("59 -> 65 columns, in another order", "7 -> 8 actions"),
+    ),
+    "5.5.0": _Version(
+        8,
+        "5.5.0",
+        "Market columns only, without volume, intraday, account and position columns.",
+        ("65 -> 51 columns",),
+    ),
     "5.6.0": _Version(8, "5.6.0", "Hourly context, grouped by the clock.", ("51 -> 58 columns",)),
 }
 
@@ -86,6 +109,7 @@ _VERSIONS = {
 @dataclass(frozen=True)
 class ModelSpec:
     "What a model of one version expects and emits."
+
     version: str
     n_features: int  # columns of one bar
     n_actions: int  # outputs of the policy
@@ -97,12 +121,16 @@ class ModelSpec:
 def _spec(version: str) -> ModelSpec:
     n_features, n_actions = LAYOUTS[version].n_features, _VERSIONS[version].n_actions
     meanings = {i: action.name for i, action in enumerate(ACTION_SETS[n_actions])}
-    return ModelSpec(version, n_features, n_actions, WINDOW * n_features, meanings, _VERSIONS[version].breaking_changes)
+    return ModelSpec(
+        version, n_features, n_actions, WINDOW * n_features, meanings, _VERSIONS[version].breaking_changes
+    )
 
 
 # a version without a layout gets no spec, and `missing_parts` names what is missing
 MODEL_SPECS = {version: _spec(version) for version in _VERSIONS if version in LAYOUTS}
-MODEL_TRADER_COMPATIBILITY = {version: entry.min_trader_version for version, entry in _VERSIONS.items()}  # model -> lowest trader
+MODEL_TRADER_COMPATIBILITY = {
+    version: entry.min_trader_version for version, entry in _VERSIONS.items()
+}  # model -> lowest trader
 RELEASE_NOTES = {version: entry.notes for version, entry in _VERSIONS.items()}
 
 
@@ -110,21 +138,30 @@ def missing_parts(
     version: str = CURRENT_MODEL_VERSION,  # a model version
 ) -> list[str]:  # names of what is missing; empty if the version is complete
     "What a version still needs before it can be released."
-    parts = {"layout": version in LAYOUTS, "spec": version in MODEL_SPECS, "compatibility row": bool(MODEL_TRADER_COMPATIBILITY.get(version)),
-             "notes": bool(RELEASE_NOTES.get(version))}
+    parts = {
+        "layout": version in LAYOUTS,
+        "spec": version in MODEL_SPECS,
+        "compatibility row": bool(MODEL_TRADER_COMPATIBILITY.get(version)),
+        "notes": bool(RELEASE_NOTES.get(version)),
+    }
     return [name for name, there in parts.items() if not there]
 
 # %% ../nbs/02_features/03_version.ipynb #ad1caa14
 def _as_spec(spec) -> ModelSpec:
     "A spec, or the spec of a version."
-    if isinstance(spec, ModelSpec): return spec
-    if spec not in MODEL_SPECS: raise unknown_name("model version", spec, MODEL_SPECS)
+    if isinstance(spec, ModelSpec):
+        return spec
+    if spec not in MODEL_SPECS:
+        raise unknown_name("model version", spec, MODEL_SPECS)
     return MODEL_SPECS[spec]
 
 
 def _actions(spec) -> tuple[Action, ...]:
     spec = _as_spec(spec)
-    require(spec.n_actions in ACTION_SETS, f"model version {spec.version}: expected {_listed(ACTION_SETS)} actions, was {spec.n_actions}")
+    require(
+        spec.n_actions in ACTION_SETS,
+        f"model version {spec.version}: expected {_listed(ACTION_SETS)} actions, was {spec.n_actions}",
+    )
     return ACTION_SETS[spec.n_actions]
 
 
@@ -138,19 +175,31 @@ def interpret_action(
 ) -> tuple[int, float, str]:  # (direction, size multiplier, name)
     "What an action means: +1 buys, -1 sells; the size is a share of a full-size order. CLOSE is (0, 1.0, 'CLOSE')."
     actions = _actions(spec)
-    try: index = operator.index(action)
-    except (TypeError, RuntimeError): raise InputError(f"action: expected a whole number from 0 to {len(actions) - 1}, was {action!r}") from None
-    require(not isinstance(action, bool) and 0 <= index < len(actions), f"action: expected a whole number from 0 to {len(actions) - 1}, was {action!r}")
+    try:
+        index = operator.index(action)
+    except (TypeError, RuntimeError):
+        raise InputError(
+            f"action: expected a whole number from 0 to {len(actions) - 1}, was {action!r}"
+        ) from None
+    require(
+        not isinstance(action, bool) and 0 <= index < len(actions),
+        f"action: expected a whole number from 0 to {len(actions) - 1}, was {action!r}",
+    )
     return actions[index].direction, actions[index].size_multiplier, actions[index].name
 
 
 def action_table(
     spec: ModelSpec | str,  # of the model
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # direction int64, size multiplier float64, is_close bool; each (n_actions,)
+) -> tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]:  # direction int64, size multiplier float64, is_close bool; each (n_actions,)
     "The decoder as arrays, to be indexed with actions."
     actions = _actions(spec)
-    return (np.array([a.direction for a in actions], dtype=np.int64), np.array([a.size_multiplier for a in actions], dtype=np.float64),
-            np.array([a.is_close for a in actions], dtype=bool))
+    return (
+        np.array([a.direction for a in actions], dtype=np.int64),
+        np.array([a.size_multiplier for a in actions], dtype=np.float64),
+        np.array([a.is_close for a in actions], dtype=bool),
+    )
 
 # %% ../nbs/02_features/03_version.ipynb #44453bb9
 def get_checkpoint_metadata(
@@ -160,9 +209,16 @@ def get_checkpoint_metadata(
     "What a checkpoint says about its model."
     spec = _as_spec(version)
     require(window >= 1, f"window: expected 1 or more bars, was {window}")
-    return {"model_version": spec.version, "n_features": spec.n_features, "n_actions": spec.n_actions, "obs_dim": window * spec.n_features,
-            "action_meanings": dict(spec.action_meanings), "min_trader_version": MODEL_TRADER_COMPATIBILITY[spec.version],
-            "feature_columns": list(LAYOUTS[spec.version].columns), "layout_hash": layout_hash(spec.version)}
+    return {
+        "model_version": spec.version,
+        "n_features": spec.n_features,
+        "n_actions": spec.n_actions,
+        "obs_dim": window * spec.n_features,
+        "action_meanings": dict(spec.action_meanings),
+        "min_trader_version": MODEL_TRADER_COMPATIBILITY[spec.version],
+        "feature_columns": list(LAYOUTS[spec.version].columns),
+        "layout_hash": layout_hash(spec.version),
+    }
 
 # %% ../nbs/02_features/03_version.ipynb #f1dd60fe
 def declared_version(
@@ -172,14 +228,16 @@ def declared_version(
     for place in (checkpoint, checkpoint.get("version_metadata"), checkpoint.get("metadata")):
         if isinstance(place, dict):
             for name in ("model_version", "version"):
-                if place.get(name) is not None: return str(place[name])
+                if place.get(name) is not None:
+                    return str(place[name])
     return None
 
 
 def _declared(checkpoint: dict, name: str):
     "A metadata field, wherever an older writer may have put it."
     for place in (checkpoint, checkpoint.get("version_metadata"), checkpoint.get("metadata")):
-        if isinstance(place, dict) and place.get(name) is not None: return place[name]
+        if isinstance(place, dict) and place.get(name) is not None:
+            return place[name]
     return None
 
 
@@ -194,10 +252,18 @@ def policy_matrices(
     checkpoint: dict,  # content of a checkpoint
 ) -> dict[str, tuple[int, int]]:  # name -> (outputs, inputs), in the order of the network
     "Shapes of the policy's matrices; wrappers such as `module.` and `_orig_mod.` are cut from their names."
-    require(isinstance(checkpoint, dict), f"checkpoint: expected a dictionary with policy_state_dict, was {type(checkpoint).__name__}")
+    require(
+        isinstance(checkpoint, dict),
+        f"checkpoint: expected a dictionary with policy_state_dict, was {type(checkpoint).__name__}",
+    )
     state = checkpoint.get("policy_state_dict")
-    if not isinstance(state, dict): return {}
-    return {plain_name(name): tuple(value.shape) for name, value in state.items() if len(getattr(value, "shape", ())) == 2}
+    if not isinstance(state, dict):
+        return {}
+    return {
+        plain_name(name): tuple(value.shape)
+        for name, value in state.items()
+        if len(getattr(value, "shape", ())) == 2
+    }
 
 
 def policy_widths(
@@ -205,9 +271,12 @@ def policy_widths(
 ) -> tuple[int, int] | None:  # (inputs of the first layer, outputs of the actor head); None: no matrices
     "Structure of the policy, from the shapes of its weights."
     matrices = policy_matrices(checkpoint)
-    if not matrices: return None
+    if not matrices:
+        return None
     # a value head has one output, a policy never has
-    own = {n: s for n, s in matrices.items() if s[0] != 1 and not re.search(r"critic|value|vf", n)} or matrices
+    own = {
+        n: s for n, s in matrices.items() if s[0] != 1 and not re.search(r"critic|value|vf", n)
+    } or matrices
     trunk = [n for n in own if re.match(r"(actor_)?trunk\.", n)] or list(own)
     heads = [n for n in own if n.startswith("actor_head")] or list(own)
     return own[trunk[0]][1], own[heads[-1]][0]
@@ -218,11 +287,22 @@ def network_settings(
 ) -> dict:  # network, hidden_dims, shared_trunk, gru_hidden_dim, n_gru_layers, dropout
     "What the shapes of its weights say of a network, as `NativePPOConfig` names it."
     matrices = policy_matrices(checkpoint)
-    state_width = next((shape[1] for name, shape in matrices.items() if re.fullmatch(r"gru\.weight_hh_l\d+", name)), None)
+    state_width = next(
+        (shape[1] for name, shape in matrices.items() if re.fullmatch(r"gru\.weight_hh_l\d+", name)), None
+    )
     trunk = [shape[0] for name, shape in matrices.items() if re.match(r"(actor_)?trunk\.", name)]
-    require(state_width or trunk, f"checkpoint: its weights are of no network that this library makes, with trunk and heads; they are {_listed(list(matrices)[:6])} …")
-    return {"network": "gru" if state_width else "mlp", "hidden_dims": tuple(trunk) or (1,), "shared_trunk": not any(name.startswith("actor_trunk.") for name in matrices),
-            "gru_hidden_dim": state_width or 2, "n_gru_layers": sum(bool(re.fullmatch(r"gru\.weight_hh_l\d+", name)) for name in matrices) or 1, "dropout": 0.0}
+    require(
+        state_width or trunk,
+        f"checkpoint: its weights are of no network that this library makes, with trunk and heads; they are {_listed(list(matrices)[:6])} …",
+    )
+    return {
+        "network": "gru" if state_width else "mlp",
+        "hidden_dims": tuple(trunk) or (1,),
+        "shared_trunk": not any(name.startswith("actor_trunk.") for name in matrices),
+        "gru_hidden_dim": state_width or 2,
+        "n_gru_layers": sum(bool(re.fullmatch(r"gru\.weight_hh_l\d+", name)) for name in matrices) or 1,
+        "dropout": 0.0,
+    }
 
 
 def _known_structures() -> dict[tuple[int, int], list[str]]:
@@ -240,17 +320,29 @@ def detect_version_from_checkpoint(
     widths = policy_widths(checkpoint)
     version = declared_version(checkpoint)
     if version is not None:
-        if version in MODEL_SPECS: return version, MODEL_SPECS[version]
+        if version in MODEL_SPECS:
+            return version, MODEL_SPECS[version]
         if compare_versions(version, CURRENT_MODEL_VERSION) > 0:
-            raise InputError(f"checkpoint: model version {version} is newer than this library's {CURRENT_MODEL_VERSION}; update trading_lib")
+            raise InputError(
+                f"checkpoint: model version {version} is newer than this library's {CURRENT_MODEL_VERSION}; update trading_lib"
+            )
         raise InputError(f"checkpoint: unknown model version {version}; known: {_listed(MODEL_SPECS)}")
     known = _known_structures()
     words = _listed(f"{obs_dim} & {n_actions} ({'/'.join(v)})" for (obs_dim, n_actions), v in known.items())
-    require(widths is not None, f"checkpoint: has neither model_version nor matrices in policy_state_dict; expected one of inputs & actions {words}")
-    require(widths in known, f"checkpoint: has no model_version, and its {widths[0]} inputs & {widths[1]} actions fit no version; known: {words}")
+    require(
+        widths is not None,
+        f"checkpoint: has neither model_version nor matrices in policy_state_dict; expected one of inputs & actions {words}",
+    )
+    require(
+        widths in known,
+        f"checkpoint: has no model_version, and its {widths[0]} inputs & {widths[1]} actions fit no version; known: {words}",
+    )
     *older, version = known[widths]
     if older:
-        warnings.warn(f"checkpoint: has no model_version; {widths[0]} inputs & {widths[1]} actions fit {_listed([*older, version])}: taken as {version}", stacklevel=2)
+        warnings.warn(
+            f"checkpoint: has no model_version; {widths[0]} inputs & {widths[1]} actions fit {_listed([*older, version])}: taken as {version}",
+            stacklevel=2,
+        )
     return version, MODEL_SPECS[version]
 
 # %% ../nbs/02_features/03_version.ipynb #7cb56c9e
@@ -267,18 +359,29 @@ def assert_compatibility(
 
     obs_dim = int(_declared(checkpoint, "obs_dim") or spec.obs_dim)  # a window other than 100 is declared
     widths, name = policy_widths(checkpoint), f"checkpoint: model version {version}"
-    require(obs_dim % spec.n_features == 0, f"{name} has {spec.n_features} columns, so obs_dim must be a multiple of that, was {obs_dim}")
-    require(widths is None or widths == (obs_dim, spec.n_actions),
-            f"{name} expects {obs_dim} inputs & {spec.n_actions} actions, but the weights have {widths and widths[0]} & {widths and widths[1]}; the file contradicts itself")
+    require(
+        obs_dim % spec.n_features == 0,
+        f"{name} has {spec.n_features} columns, so obs_dim must be a multiple of that, was {obs_dim}",
+    )
+    require(
+        widths is None or widths == (obs_dim, spec.n_actions),
+        f"{name} expects {obs_dim} inputs & {spec.n_actions} actions, but the weights have {widths and widths[0]} & {widths and widths[1]}; the file contradicts itself",
+    )
 
     mismatches = [str(w.message) for w in caught]
-    if declared is None and not mismatches: mismatches.append(f"checkpoint: has no model_version; its shapes are those of {version}")
-    if version != CURRENT_MODEL_VERSION: mismatches.append(f"{name} differs from the current {CURRENT_MODEL_VERSION}")
+    if declared is None and not mismatches:
+        mismatches.append(f"checkpoint: has no model_version; its shapes are those of {version}")
+    if version != CURRENT_MODEL_VERSION:
+        mismatches.append(f"{name} differs from the current {CURRENT_MODEL_VERSION}")
     lowest = str(_declared(checkpoint, "min_trader_version") or MODEL_TRADER_COMPATIBILITY[version])
     if compare_versions(lowest, CURRENT_TRADER_VERSION) > 0:
-        mismatches.append(f"{name} needs trader {lowest} or newer, this is {CURRENT_TRADER_VERSION}; update trading_lib")
-    if strict and mismatches: raise InputError("; ".join(mismatches))
-    for m in mismatches: warnings.warn(m, stacklevel=2)
+        mismatches.append(
+            f"{name} needs trader {lowest} or newer, this is {CURRENT_TRADER_VERSION}; update trading_lib"
+        )
+    if strict and mismatches:
+        raise InputError("; ".join(mismatches))
+    for m in mismatches:
+        warnings.warn(m, stacklevel=2)
     return replace(spec, obs_dim=obs_dim)
 
 
@@ -287,16 +390,30 @@ def _check_declared(checkpoint: dict, version: str, spec: ModelSpec):
     where = f"checkpoint: model version {version}"
     for field in ("n_features", "n_actions"):
         value = _declared(checkpoint, field)
-        require(value is None or value == getattr(spec, field), f"{where} has {field} {getattr(spec, field)}, but the file says {value}; it cannot be served")
+        require(
+            value is None or value == getattr(spec, field),
+            f"{where} has {field} {getattr(spec, field)}, but the file says {value}; it cannot be served",
+        )
     meanings = _declared(checkpoint, "action_meanings")
     if meanings is not None:
         pairs = meanings.items() if isinstance(meanings, dict) else enumerate(meanings)
-        require({int(k): str(v) for k, v in pairs} == spec.action_meanings, f"{where} has actions {_listed(spec.action_meanings.values())}, but the file says {meanings}; it cannot be served")
+        require(
+            {int(k): str(v) for k, v in pairs} == spec.action_meanings,
+            f"{where} has actions {_listed(spec.action_meanings.values())}, but the file says {meanings}; it cannot be served",
+        )
     columns = _declared(checkpoint, "feature_columns")
     if columns is not None:
         expected = list(LAYOUTS[version].columns)
-        different = next((i for i, (a, b) in enumerate(zip(columns, expected)) if a != b), min(len(columns), len(expected)))
-        require(list(columns) == expected, f"{where}: the file's columns are not those of the layout, first at column {different}: "
-                f"{_listed(columns[different:different + 1]) or 'none'} instead of {_listed(expected[different:different + 1]) or 'none'}; it cannot be served")
+        different = next(
+            (i for i, (a, b) in enumerate(zip(columns, expected)) if a != b), min(len(columns), len(expected))
+        )
+        require(
+            list(columns) == expected,
+            f"{where}: the file's columns are not those of the layout, first at column {different}: "
+            f"{_listed(columns[different : different + 1]) or 'none'} instead of {_listed(expected[different : different + 1]) or 'none'}; it cannot be served",
+        )
     digest = _declared(checkpoint, "layout_hash")
-    require(digest is None or digest == layout_hash(version), f"{where}: the file's layout_hash {digest} is not the layout's {layout_hash(version)}; it cannot be served")
+    require(
+        digest is None or digest == layout_hash(version),
+        f"{where}: the file's layout_hash {digest} is not the layout's {layout_hash(version)}; it cannot be served",
+    )

@@ -30,9 +30,28 @@ from .config import AccountConfig, InputError, require, typed, unknown_name
 from .env import layout_of, market_data
 from .features import FeatureFit, fit_features
 from .files import atomic_write
+from trading_lib.metrics import (
+    TRADE_FIGURES,
+    block_bootstrap_interval,
+    deflated_sharpe_ratio,
+    equity_returns,
+    interval_says,
+    interval_text,
+    profit_factor,
+    sharpe_ratio,
+    summarise_equity,
+    too_few_trades,
+)
+from trading_lib.reporting.pages import (
+    _COLOURS,
+    _STYLE,
+    _rows,
+    _table,
+    describe_source,
+    figure_bytes,
+    picture_text,
+)
 from .reporting.verdict import SMOKE_TEST, baseline_name, better_baselines, is_simulated
-from .metrics import TRADE_FIGURES, block_bootstrap_interval, deflated_sharpe_ratio, equity_returns, interval_says, interval_text, profit_factor, sharpe_ratio, summarise_equity, too_few_trades
-from .reporting.pages import _COLOURS, _STYLE, _rows, _table, describe_source, figure_bytes, picture_text
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #9605a565
 SCHEMES = ("expanding", "rolling")
@@ -41,6 +60,7 @@ SCHEMES = ("expanding", "rolling")
 @dataclass(frozen=True)
 class Fold:
     "Three spans of bar numbers, half open, in order of time."
+
     number: int  # from 1
     train: tuple[int, int]
     validation: tuple[int, int]  # chooses the checkpoint
@@ -48,11 +68,17 @@ class Fold:
 
 
 def _whole(name: str, value, least: int):
-    require(isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least, f"{name}: expected a whole number of {least} or more, was {value!r}")
+    require(
+        isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least,
+        f"{name}: expected a whole number of {least} or more, was {value!r}",
+    )
 
 
 def _share(name: str, value):
-    require(isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1, f"{name}: expected a share between 0 and 1, was {value!r}")
+    require(
+        isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 1,
+        f"{name}: expected a share between 0 and 1, was {value!r}",
+    )
 
 
 def walk_forward_folds(
@@ -64,29 +90,60 @@ def walk_forward_folds(
     embargo: int = 0,  # further bars between two spans
     first_train_fraction: float = 0.5,  # share of the history before the first test span
     validation_fraction: float = 0.15,  # share of what lies before each test span that chooses the checkpoint, its purge included
-    warm_up: int | None = None,  # bars at the start of a training span that teach nothing: `min_history` of the layout; None: window
+    warm_up: int
+    | None = None,  # bars at the start of a training span that teach nothing: `min_history` of the layout; None: window
 ) -> list[Fold]:
     "Cut a history into folds: what comes before a test span trains and chooses."
-    for name, value, least in (("n_bars", n_bars, 1), ("n_folds", n_folds, 1), ("window", window, 1), ("horizon", horizon, 1), ("embargo", embargo, 0), ("warm_up", 0 if warm_up is None else warm_up, 0)):
+    for name, value, least in (
+        ("n_bars", n_bars, 1),
+        ("n_folds", n_folds, 1),
+        ("window", window, 1),
+        ("horizon", horizon, 1),
+        ("embargo", embargo, 0),
+        ("warm_up", 0 if warm_up is None else warm_up, 0),
+    ):
         _whole(name, value, least)
-    if scheme not in SCHEMES: raise unknown_name("scheme", scheme, SCHEMES)
+    if scheme not in SCHEMES:
+        raise unknown_name("scheme", scheme, SCHEMES)
     _share("first_train_fraction", first_train_fraction)
     _share("validation_fraction", validation_fraction)
     gap = window + horizon + embargo
-    least = {"training": max(window, warm_up or 0) + horizon + 1, "validation": horizon + 1, "each test span": horizon + 1}
+    least = {
+        "training": max(window, warm_up or 0) + horizon + 1,
+        "validation": horizon + 1,
+        "each test span": horizon + 1,
+    }
 
     def sizes(n: int) -> dict[str, int]:
         before = int(n * first_train_fraction)
         choose = int(before * validation_fraction)
         return dict(zip(least, (before - choose - gap, choose - gap, (n - before) // n_folds)))
+
     found = sizes(n_bars)
     short = [name for name in least if found[name] < least[name]]
     if short:
-        name, shares = short[0], (first_train_fraction * (1 - validation_fraction), first_train_fraction * validation_fraction, (1 - first_train_fraction) / n_folds)
-        enough = max(math.ceil((need + gap * (k < 2)) / share) for k, (need, share) in enumerate(zip(least.values(), shares)))
-        while any(sizes(enough)[k] < least[k] for k in least): enough += 1  # fractions are rounded down
-        purge = f" after a purge of {gap} (window {window} + horizon {horizon} + embargo {embargo})" if name in ("training", "validation") else ""
-        raise InputError(f"n_bars: {n_bars:,} bars in {n_folds} folds leave {max(found[name], 0):,} for {name}{purge}, {least[name]:,} are needed; {enough:,} bars would fit, or use another fraction, a smaller window or fewer folds")
+        name, shares = (
+            short[0],
+            (
+                first_train_fraction * (1 - validation_fraction),
+                first_train_fraction * validation_fraction,
+                (1 - first_train_fraction) / n_folds,
+            ),
+        )
+        enough = max(
+            math.ceil((need + gap * (k < 2)) / share)
+            for k, (need, share) in enumerate(zip(least.values(), shares))
+        )
+        while any(sizes(enough)[k] < least[k] for k in least):
+            enough += 1  # fractions are rounded down
+        purge = (
+            f" after a purge of {gap} (window {window} + horizon {horizon} + embargo {embargo})"
+            if name in ("training", "validation")
+            else ""
+        )
+        raise InputError(
+            f"n_bars: {n_bars:,} bars in {n_folds} folds leave {max(found[name], 0):,} for {name}{purge}, {least[name]:,} are needed; {enough:,} bars would fit, or use another fraction, a smaller window or fewer folds"
+        )
     first = int(n_bars * first_train_fraction)
     borders = [first + (n_bars - first) * k // n_folds for k in range(n_folds + 1)]
     folds = []
@@ -105,22 +162,44 @@ def check_folds(
     n_bars: int | None = None,  # of the history; None: not checked
 ) -> list[Fold]:  # the same folds
     "Raise an `InputError` if spans overlap, lie too close, or leave the history."
-    for name, value, least in (("window", window, 1), ("horizon", horizon, 1), ("embargo", embargo, 0)): _whole(name, value, least)
-    require(isinstance(folds, (list, tuple)) and len(folds) > 0 and all(isinstance(f, Fold) for f in folds), "folds: expected a list of Fold, such as walk_forward_folds gives")
+    for name, value, least in (("window", window, 1), ("horizon", horizon, 1), ("embargo", embargo, 0)):
+        _whole(name, value, least)
+    require(
+        isinstance(folds, (list, tuple)) and len(folds) > 0 and all(isinstance(f, Fold) for f in folds),
+        "folds: expected a list of Fold, such as walk_forward_folds gives",
+    )
     gap = window + horizon + embargo
     for fold in folds:
         spans = {name: getattr(fold, name) for name in ("train", "validation", "test")}
         for name, span in spans.items():
-            whole = isinstance(span, (tuple, list)) and len(span) == 2 and all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in span)
-            require(whole and 0 <= span[0] < span[1], f"fold {fold.number}: {name} is {span!r}; expected two bar numbers, the first bar and the one after the last")
+            whole = (
+                isinstance(span, (tuple, list))
+                and len(span) == 2
+                and all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in span)
+            )
+            require(
+                whole and 0 <= span[0] < span[1],
+                f"fold {fold.number}: {name} is {span!r}; expected two bar numbers, the first bar and the one after the last",
+            )
         for (before, (_, end)), (after, (begin, _)) in itertools.pairwise(spans.items()):
-            require(begin - end >= gap, f"fold {fold.number}: {before} ends at bar {end} and {after} begins at bar {begin}, which is {f'{begin - end} bars later' if begin >= end else 'an overlap'}; expected {gap} bars between them "
-                                        f"(window {window} + horizon {horizon} + embargo {embargo}): end {before} at bar {begin - gap} or begin {after} at bar {end + gap}")
-        require(n_bars is None or fold.test[1] <= n_bars, f"fold {fold.number}: test ends at bar {fold.test[1]}, the history has {n_bars}; use walk_forward_folds({n_bars}, …)")
+            require(
+                begin - end >= gap,
+                f"fold {fold.number}: {before} ends at bar {end} and {after} begins at bar {begin}, which is {f'{begin - end} bars later' if begin >= end else 'an overlap'}; expected {gap} bars between them "
+                f"(window {window} + horizon {horizon} + embargo {embargo}): end {before} at bar {begin - gap} or begin {after} at bar {end + gap}",
+            )
+        require(
+            n_bars is None or fold.test[1] <= n_bars,
+            f"fold {fold.number}: test ends at bar {fold.test[1]}, the history has {n_bars}; use walk_forward_folds({n_bars}, …)",
+        )
     numbers = [f.number for f in folds]
-    require(len(set(numbers)) == len(numbers), f"folds: expected a number of its own for each, were {numbers}")
+    require(
+        len(set(numbers)) == len(numbers), f"folds: expected a number of its own for each, were {numbers}"
+    )
     for a, b in itertools.pairwise(sorted(folds, key=lambda f: f.test)):
-        require(a.test[1] <= b.test[0], f"folds {a.number} and {b.number}: test spans {tuple(a.test)} and {tuple(b.test)} overlap; a bar may be tested once")
+        require(
+            a.test[1] <= b.test[0],
+            f"folds {a.number} and {b.number}: test spans {tuple(a.test)} and {tuple(b.test)} overlap; a bar may be tested once",
+        )
     return list(folds)
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #d452a931
@@ -130,6 +209,7 @@ _MOST_CHOICES = 100_000
 @dataclass(frozen=True)
 class CombinatorialFold:
     "Some blocks to test on, and what of the others may be trained on; spans of bar numbers, half open."
+
     number: int  # from 0: the place in `combinatorial_paths`
     train: list[tuple[int, int]]
     test: list[tuple[int, int]]  # one for each block, in order
@@ -138,9 +218,15 @@ class CombinatorialFold:
 def _check_blocks(n_blocks: int, n_test_blocks: int):
     _whole("n_blocks", n_blocks, 2)
     _whole("n_test_blocks", n_test_blocks, 1)
-    require(n_test_blocks < n_blocks, f"n_test_blocks: expected 1 to {n_blocks - 1} of {n_blocks} blocks, was {n_test_blocks}; something must be left to train on")
+    require(
+        n_test_blocks < n_blocks,
+        f"n_test_blocks: expected 1 to {n_blocks - 1} of {n_blocks} blocks, was {n_test_blocks}; something must be left to train on",
+    )
     choices = math.comb(n_blocks, n_test_blocks)
-    require(choices <= _MOST_CHOICES, f"n_blocks: {n_blocks} blocks, {n_test_blocks} of them tested, are {choices:,} choices, each of which trains a model; use fewer blocks, such as 6 and 2 ({math.comb(6, 2)} choices)")
+    require(
+        choices <= _MOST_CHOICES,
+        f"n_blocks: {n_blocks} blocks, {n_test_blocks} of them tested, are {choices:,} choices, each of which trains a model; use fewer blocks, such as 6 and 2 ({math.comb(6, 2)} choices)",
+    )
 
 
 def combinatorial_purged_folds(
@@ -152,11 +238,20 @@ def combinatorial_purged_folds(
     embargo: int = 0,  # further bars after a test block
 ) -> list[CombinatorialFold]:  # C(N, k) of them
     "Every choice of test blocks, with training samples that share no bar with them."
-    for name, value, least in (("n_bars", n_bars, 1), ("window", window, 1), ("horizon", horizon, 1), ("embargo", embargo, 0)): _whole(name, value, least)
+    for name, value, least in (
+        ("n_bars", n_bars, 1),
+        ("window", window, 1),
+        ("horizon", horizon, 1),
+        ("embargo", embargo, 0),
+    ):
+        _whole(name, value, least)
     _check_blocks(n_blocks, n_test_blocks)
     size, after = n_bars // n_blocks, window + horizon - 1 + embargo
-    require(size > horizon + after, f"n_bars: {n_bars:,} bars make blocks of {size:,}, and a block between two tests loses {horizon + after:,} to the purge (horizon {horizon} before the next test; window {window} + horizon {horizon} - 1 + embargo {embargo} "
-                                    f"after the last); {n_blocks * (horizon + after + 1):,} bars would fit, or use fewer blocks")
+    require(
+        size > horizon + after,
+        f"n_bars: {n_bars:,} bars make blocks of {size:,}, and a block between two tests loses {horizon + after:,} to the purge (horizon {horizon} before the next test; window {window} + horizon {horizon} - 1 + embargo {embargo} "
+        f"after the last); {n_blocks * (horizon + after + 1):,} bars would fit, or use fewer blocks",
+    )
     blocks = [(k * size, (k + 1) * size if k < n_blocks - 1 else n_bars) for k in range(n_blocks)]
     folds = []
     for number, chosen in enumerate(itertools.combinations(range(n_blocks), n_test_blocks)):
@@ -164,7 +259,13 @@ def combinatorial_purged_folds(
         for tested, run in itertools.groupby(range(n_blocks), lambda k: k in chosen):
             run = list(run)
             first, last = run[0], run[-1]
-            if not tested: train.append((blocks[first][0] + (after if first else 0), blocks[last][1] - (horizon if last < n_blocks - 1 else 0)))
+            if not tested:
+                train.append(
+                    (
+                        blocks[first][0] + (after if first else 0),
+                        blocks[last][1] - (horizon if last < n_blocks - 1 else 0),
+                    )
+                )
         folds.append(CombinatorialFold(number, train, [blocks[k] for k in chosen]))
     return folds
 
@@ -177,18 +278,25 @@ def combinatorial_paths(
     _check_blocks(n_blocks, n_test_blocks)
     testing = [[] for _ in range(n_blocks)]  # block -> folds that test it
     for number, chosen in enumerate(itertools.combinations(range(n_blocks), n_test_blocks)):
-        for k in chosen: testing[k].append(number)
+        for k in chosen:
+            testing[k].append(number)
     return list(zip(*testing))
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #0a38bf2a
-def _day(moment) -> str: return "an unknown time" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
+def _day(moment) -> str:
+    return "an unknown time" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
 
 
-def _refuse_seen(content: dict, name: str, fold: Fold, times: pd.DatetimeIndex) -> bool:  # whether it is certain that nothing was seen
+def _refuse_seen(
+    content: dict, name: str, fold: Fold, times: pd.DatetimeIndex
+) -> bool:  # whether it is certain that nothing was seen
     "Refuse a model that has seen a fold's test span."
     seen, begins = training_span(content), times[fold.test[0]]
-    require(seen["last"] is None or seen["last"] < begins, f"{name}: was trained or chosen on bars up to {_day(seen['last'])} UTC, and the test of fold {fold.number} begins at {_day(begins)}: it has seen what it would be tested on or "
-                                                           f"what comes after; use folds whose tests begin later, or retrain for each fold with train=")
+    require(
+        seen["last"] is None or seen["last"] < begins,
+        f"{name}: was trained or chosen on bars up to {_day(seen['last'])} UTC, and the test of fold {fold.number} begins at {_day(begins)}: it has seen what it would be tested on or "
+        f"what comes after; use folds whose tests begin later, or retrain for each fold with train=",
+    )
     return seen["last"] is not None and seen["possible"] is not None and seen["possible"] < begins
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #cd703afe
@@ -204,7 +312,11 @@ def chain_curves(
     return np.concatenate(chained)
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #fd4e55e7
-_RIVALS = ("moving_average_cross", "ridge", "boosting")  # beside buy-and-hold; none of them looks at the test before it trades it
+_RIVALS = (
+    "moving_average_cross",
+    "ridge",
+    "boosting",
+)  # beside buy-and-hold; none of them looks at the test before it trades it
 _TRAINING = {True: "smoke test", False: "as its mode says", None: "not known"}  # how much of it there was
 _CURVES = ("agent", "buy_and_hold", "buy_and_hold_at_exposure")
 _TIMES = ("train_first", "train_last", "validation_first", "validation_last", "test_first", "test_last")
@@ -213,6 +325,7 @@ _TIMES = ("train_first", "train_last", "validation_first", "validation_last", "t
 @dataclass(frozen=True, eq=False)
 class WalkForwardResult:
     "What happened in each fold, and what it is worth altogether."
+
     folds: pd.DataFrame  # one row for each model and fold
     curves: dict  # model -> chained values of agent, buy_and_hold and buy_and_hold_at_exposure, and the fold, by time
     profits: dict  # model -> profit of each closed trade, all folds
@@ -220,20 +333,34 @@ class WalkForwardResult:
     provenance: dict  # symbol, timeframe, asset_class, version, window, account, spans of the folds, bars, seed, simulated
 
     @property
-    def models(self) -> list[str]: return list(self.curves)
+    def models(self) -> list[str]:
+        return list(self.curves)
 
     def __getitem__(self, model: str) -> "WalkForwardResult":
-        if model not in self.curves: raise unknown_name("walk-forward result", model, self.models)
+        if model not in self.curves:
+            raise unknown_name("walk-forward result", model, self.models)
         return self if len(self.models) == 1 else self._parts[model]
 
     @cached_property
     def _parts(self) -> dict:
         "The result of each model alone."
         own = lambda m: self.folds[self.folds["model"] == m].reset_index(drop=True)
-        return {m: replace(self, folds=own(m), curves={m: self.curves[m]}, profits={m: self.profits[m]}, notes=[n for n in self.notes if n.startswith(f"{m}: ")]) for m in self.models}
+        return {
+            m: replace(
+                self,
+                folds=own(m),
+                curves={m: self.curves[m]},
+                profits={m: self.profits[m]},
+                notes=[n for n in self.notes if n.startswith(f"{m}: ")],
+            )
+            for m in self.models
+        }
 
     def _only(self, what: str) -> str:
-        require(len(self.models) == 1, f"{what}: this walk-forward has {len(self.models)} models ({', '.join(self.models)}); take one of them, such as result['{self.models[0]}'].{what}")
+        require(
+            len(self.models) == 1,
+            f"{what}: this walk-forward has {len(self.models)} models ({', '.join(self.models)}); take one of them, such as result['{self.models[0]}'].{what}",
+        )
         return self.models[0]
 
     @property
@@ -245,111 +372,212 @@ class WalkForwardResult:
     def metrics(self) -> dict:
         "Figures of the chained curve, as of any equity curve."
         model, p = self._only("metrics"), self.provenance
-        return summarise_equity(self.equity.to_numpy(), self.equity.index, p["timeframe"], p["asset_class"], self.profits[model])
+        return summarise_equity(
+            self.equity.to_numpy(), self.equity.index, p["timeframe"], p["asset_class"], self.profits[model]
+        )
 
     @cached_property
     def summary(self) -> dict:
         "How the folds spread, and how sure the whole is."
         model, rows = self._only("summary"), self.folds
-        returns, periods, seed = equity_returns(self.equity.to_numpy()), self.metrics["periods_per_year"], self.provenance["seed"]
+        returns, periods, seed = (
+            equity_returns(self.equity.to_numpy()),
+            self.metrics["periods_per_year"],
+            self.provenance["seed"],
+        )
         mean = block_bootstrap_interval(returns, seed=seed)
         sharpe = block_bootstrap_interval(returns, lambda r: sharpe_ratio(r, periods), seed=seed)
         chained = self.curves[model].iloc[-1] / self.curves[model].iloc[0] - 1
         pooled = profit_factor(self.profits[model]) if len(self.profits[model]) else None
-        return {"folds": len(rows), "bars": len(returns), "positive_folds": float((rows["return"] > 0).mean()),
-                "beat_buy_and_hold_at_exposure": float((rows["return"] > rows["buy_and_hold_at_exposure"]).mean()),
-                "total_return": float(chained["agent"]), "buy_and_hold": float(chained["buy_and_hold"]), "buy_and_hold_at_exposure": float(chained["buy_and_hold_at_exposure"]),
-                "sharpe_mean": float(rows["sharpe"].mean()), "sharpe_deviation": float(rows["sharpe"].std(ddof=1)) if len(rows) > 1 else None,
-                "sharpe": self.metrics["sharpe"], "sharpe_low": sharpe[0], "sharpe_high": sharpe[1],
-                "mean_return": float(returns.mean()), "mean_return_low": mean[0], "mean_return_high": mean[1],
-                "profit_factor": pooled if pooled is None or math.isfinite(pooled) else None, "trades": len(self.profits[model]), "costs": float(rows["costs"].sum()),
-                "smoke_test": self._smoke is not None, "baselines": self._rivals(rows, chained)}
+        return {
+            "folds": len(rows),
+            "bars": len(returns),
+            "positive_folds": float((rows["return"] > 0).mean()),
+            "beat_buy_and_hold_at_exposure": float(
+                (rows["return"] > rows["buy_and_hold_at_exposure"]).mean()
+            ),
+            "total_return": float(chained["agent"]),
+            "buy_and_hold": float(chained["buy_and_hold"]),
+            "buy_and_hold_at_exposure": float(chained["buy_and_hold_at_exposure"]),
+            "sharpe_mean": float(rows["sharpe"].mean()),
+            "sharpe_deviation": float(rows["sharpe"].std(ddof=1)) if len(rows) > 1 else None,
+            "sharpe": self.metrics["sharpe"],
+            "sharpe_low": sharpe[0],
+            "sharpe_high": sharpe[1],
+            "mean_return": float(returns.mean()),
+            "mean_return_low": mean[0],
+            "mean_return_high": mean[1],
+            "profit_factor": pooled if pooled is None or math.isfinite(pooled) else None,
+            "trades": len(self.profits[model]),
+            "costs": float(rows["costs"].sum()),
+            "smoke_test": self._smoke is not None,
+            "baselines": self._rivals(rows, chained),
+        }
 
-    def _rivals(self, rows: pd.DataFrame, chained: pd.Series) -> dict:  # name -> chained return, and folds in which it did better
+    def _rivals(
+        self, rows: pd.DataFrame, chained: pd.Series
+    ) -> dict:  # name -> chained return, and folds in which it did better
         "The simple things, over the same folds."
-        whole = {name: float(chained[name]) for name in ("buy_and_hold", "buy_and_hold_at_exposure")} | {name: float(np.prod(1 + rows[name]) - 1) for name in _RIVALS if name in rows and rows[name].notna().all()}
-        return {name: {"total_return": value, "better_in": int((rows[name] > rows["return"]).sum())} for name, value in whole.items() if name in rows}
+        whole = {name: float(chained[name]) for name in ("buy_and_hold", "buy_and_hold_at_exposure")} | {
+            name: float(np.prod(1 + rows[name]) - 1)
+            for name in _RIVALS
+            if name in rows and rows[name].notna().all()
+        }
+        return {
+            name: {"total_return": value, "better_in": int((rows[name] > rows["return"]).sum())}
+            for name, value in whole.items()
+            if name in rows
+        }
 
     @property
     def _smoke(self) -> str | None:
         "Why the first of the folds whose model was trained for less than its mode stands for is no evidence; None: there is none."
-        return next((row["said"] for row in self.folds.to_dict("records") if row.get("training") == _TRAINING[True]), None)
+        return next(
+            (row["said"] for row in self.folds.to_dict("records") if row.get("training") == _TRAINING[True]),
+            None,
+        )
 
     @property
-    def simulated(self) -> bool: return is_simulated(self)
+    def simulated(self) -> bool:
+        return is_simulated(self)
 
     @cached_property
     def verdict(self) -> str:
         "One line: what happened, and whether luck would do as well."
-        if len(self.models) > 1: return self._verdict_of_many()
+        if len(self.models) > 1:
+            return self._verdict_of_many()
         s, model, rows, n = self.summary, self.models[0], self.folds, len(self.folds)
         low, high = s["mean_return_low"], s["mean_return_high"]
-        said = interval_says("annual_mean", *(self.metrics["periods_per_year"] * value for value in (low, high)))
-        sure = ("it made no trade" if not s["costs"] and low == high == 0 else "too wide to say anything" if not said else "above zero: more than luck, but perhaps no more than drift" if low > 0 else "below zero: it loses" if high < 0 else "it contains zero: luck would do as well")
+        said = interval_says(
+            "annual_mean", *(self.metrics["periods_per_year"] * value for value in (low, high))
+        )
+        sure = (
+            "it made no trade"
+            if not s["costs"] and low == high == 0
+            else "too wide to say anything"
+            if not said
+            else "above zero: more than luck, but perhaps no more than drift"
+            if low > 0
+            else "below zero: it loses"
+            if high < 0
+            else "it contains zero: luck would do as well"
+        )
         unseen = " that training never saw" if (rows["unseen"] == "yes").all() else ""
         who = "retrained for each fold" if model == "retrained" else f"model {model}"
-        spread = f"{s['sharpe_mean']:+.2f}" + (f" ± {s['sharpe_deviation']:.2f}" if s["sharpe_deviation"] is not None else "")
+        spread = f"{s['sharpe_mean']:+.2f}" + (
+            f" ± {s['sharpe_deviation']:.2f}" if s["sharpe_deviation"] is not None else ""
+        )
         interval = f" {low * 1e4:+.3f} to {high * 1e4:+.3f}" if said else ""
-        better = {name: b for name, b in s["baselines"].items() if b["better_in"] or b["total_return"] > s["total_return"]}
-        rivals = ", ".join(f"{baseline_name(name)} {b['total_return']:+.2%}, in {b['better_in']} of {n}" for name, b in better.items())
+        better = {
+            name: b
+            for name, b in s["baselines"].items()
+            if b["better_in"] or b["total_return"] > s["total_return"]
+        }
+        rivals = ", ".join(
+            f"{baseline_name(name)} {b['total_return']:+.2%}, in {b['better_in']} of {n}"
+            for name, b in better.items()
+        )
         smoke = f"{SMOKE_TEST}: {self._smoke}. " if self._smoke else ""
-        return (f"{smoke}{self.provenance['symbol']}: {who}, {s['total_return']:+.2%} after costs over {n} fold{'s' * (n > 1)} and {s['bars']}{' simulated' * self.simulated} bars{unseen}; buy-and-hold {s['buy_and_hold']:+.2%}, at the agent's exposure "
-                f"{s['buy_and_hold_at_exposure']:+.2%}. Positive in {round(s['positive_folds'] * n)} of {n}, better than buy-and-hold at its exposure in {round(s['beat_buy_and_hold_at_exposure'] * n)}; "
-                f"Sharpe ratio {spread} over folds; mean return of a bar {s['mean_return'] * 1e4:+.3f} bp, 95 % interval{interval}: {sure}."
-                + (f" What did better, altogether or in folds: {rivals}." if rivals else "")
-                + (f" {len(self.notes)} thing{'s' * (len(self.notes) > 1)} not known: see the notes." if self.notes else ""))
+        return (
+            f"{smoke}{self.provenance['symbol']}: {who}, {s['total_return']:+.2%} after costs over {n} fold{'s' * (n > 1)} and {s['bars']}{' simulated' * self.simulated} bars{unseen}; buy-and-hold {s['buy_and_hold']:+.2%}, at the agent's exposure "
+            f"{s['buy_and_hold_at_exposure']:+.2%}. Positive in {round(s['positive_folds'] * n)} of {n}, better than buy-and-hold at its exposure in {round(s['beat_buy_and_hold_at_exposure'] * n)}; "
+            f"Sharpe ratio {spread} over folds; mean return of a bar {s['mean_return'] * 1e4:+.3f} bp, 95 % interval{interval}: {sure}."
+            + (f" What did better, altogether or in folds: {rivals}." if rivals else "")
+            + (
+                f" {len(self.notes)} thing{'s' * (len(self.notes) > 1)} not known: see the notes."
+                if self.notes
+                else ""
+            )
+        )
 
     def _verdict_of_many(self) -> str:
         returns = {m: equity_returns(self.curves[m]["agent"].to_numpy()) for m in self.models}
         sharpes = {m: sharpe_ratio(r) for m, r in returns.items()}
         best = max(sharpes, key=sharpes.get)
-        deflated = deflated_sharpe_ratio(returns[best], len(sharpes))  # models of one kind are alike: their own spread would understate what luck does
+        deflated = deflated_sharpe_ratio(
+            returns[best], len(sharpes)
+        )  # models of one kind are alike: their own spread would understate what luck does
         return f"The best of {len(sharpes)} models, {best}, has been chosen on the tests themselves: its Sharpe ratio is above what the best of {len(sharpes)} lucky ones shows with a probability of {deflated:.1%}. {self[best].verdict}"
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #37ab75f9
 def _digest(value) -> str:
-    try: return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-    except TypeError as e: raise InputError(f"train_settings: expected plain values (text, numbers, lists, tables), {e}") from None
+    try:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    except TypeError as e:
+        raise InputError(
+            f"train_settings: expected plain values (text, numbers, lists, tables), {e}"
+        ) from None
 
 
 def _code() -> str:
     "Digest of this package's code: a corrected formula must not meet results of the old one."
     import trading_lib
+
     digest = hashlib.sha256()
     package = Path(trading_lib.__file__).parent
-    for path in sorted(package.rglob("*.py")): digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 
 def _model_digest(content: dict) -> str:
     "Weights, configuration and fitted features; not where the file lies."
-    digest = hashlib.sha256(json.dumps({name: content.get(name) for name in ("model_version", "config", "fit", "data")}, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(
+        json.dumps(
+            {name: content.get(name) for name in ("model_version", "config", "fit", "data")},
+            sort_keys=True,
+            default=str,
+        ).encode()
+    )
     for name, tensor in sorted(content["policy_state_dict"].items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.detach().cpu().double().numpy().tobytes())
+        digest.update(
+            f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode()
+            + tensor.detach().cpu().double().numpy().tobytes()
+        )
     return digest.hexdigest()
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #d14f1bd9
 def _check_content(content, name: str, wanted: dict):
     "A checkpoint of these features and this market."
-    require(isinstance(content, dict) and all(k in content for k in ("policy_state_dict", "model_version", "config", "fit")),
-            f"{name}: expected the content of a checkpoint, such as trainer.best or trainer.content(), was {'a table without ' + ', '.join(k for k in ('policy_state_dict', 'model_version', 'config', 'fit') if k not in content) if isinstance(content, dict) else type(content).__name__}")
+    require(
+        isinstance(content, dict)
+        and all(k in content for k in ("policy_state_dict", "model_version", "config", "fit")),
+        f"{name}: expected the content of a checkpoint, such as trainer.best or trainer.content(), was {'a table without ' + ', '.join(k for k in ('policy_state_dict', 'model_version', 'config', 'fit') if k not in content) if isinstance(content, dict) else type(content).__name__}",
+    )
     trained = content["config"]["env"]
     for key, value in wanted.items():
         found = content["model_version"] if key == "version" else trained[key]
-        require((timeframe_name(found) if key == "timeframe" else found) == value, f"{name}: was trained with {key} {found}, this walk-forward has {value}; use models of one kind, or retrain with train=")
+        require(
+            (timeframe_name(found) if key == "timeframe" else found) == value,
+            f"{name}: was trained with {key} {found}, this walk-forward has {value}; use models of one kind, or retrain with train=",
+        )
 
 
 def _named(models) -> dict[str, object]:
     "Name -> model, each name once."
-    if isinstance(models, dict) and "policy_state_dict" not in models: items = [(str(k), v) for k, v in models.items()]
+    if isinstance(models, dict) and "policy_state_dict" not in models:
+        items = [(str(k), v) for k, v in models.items()]
     else:
         listed = list(models) if isinstance(models, (list, tuple)) else [models]
-        items = [(Path(m).stem if isinstance(m, (str, Path)) else f"model {i}", m) for i, m in enumerate(listed, 1)]
-    require(len(items) > 0, "models: expected one model or more, was none; give paths or contents of checkpoints, or train=")
+        items = [
+            (Path(m).stem if isinstance(m, (str, Path)) else f"model {i}", m) for i, m in enumerate(listed, 1)
+        ]
+    require(
+        len(items) > 0,
+        "models: expected one model or more, was none; give paths or contents of checkpoints, or train=",
+    )
     named = {}
     for name, model in items:
-        if name in named: name = str(model) if isinstance(model, (str, Path)) and str(model) not in named else f"{name} ({len(named) + 1})"
-        require(isinstance(model, (str, Path, dict)), f"{name}: expected the path or the content of a checkpoint, was {type(model).__name__}")
+        if name in named:
+            name = (
+                str(model)
+                if isinstance(model, (str, Path)) and str(model) not in named
+                else f"{name} ({len(named) + 1})"
+            )
+        require(
+            isinstance(model, (str, Path, dict)),
+            f"{name}: expected the path or the content of a checkpoint, was {type(model).__name__}",
+        )
         named[name] = model
     return named
 
@@ -361,66 +589,171 @@ def _check_decidable(fold: Fold, names, bars: pd.DataFrame, timeframe: str, asse
     decides = (age[:-1] >= warm_up) & (segment[1:] == segment[:-1])
     for name in names:
         a, b = getattr(fold, name)
-        require(decides[a:b - 1].any(), f"fold {fold.number}: no decision can be made in its {name} span, bars {a} to {b - 1}: the first {warm_up} bars of the history and after each gap are warm-up; use more history or fewer folds")
+        require(
+            decides[a : b - 1].any(),
+            f"fold {fold.number}: no decision can be made in its {name} span, bars {a} to {b - 1}: the first {warm_up} bars of the history and after each gap are warm-up; use more history or fewer folds",
+        )
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #641ac966
-def _probed(content: dict, bars: pd.DataFrame, fold: Fold, account, symbol: str, probes, seed: int) -> tuple[dict, str | None]:  # actions by kind; why there are none
+def _probed(
+    content: dict, bars: pd.DataFrame, fold: Fold, account, symbol: str, probes, seed: int
+) -> tuple[dict, str | None]:  # actions by kind; why there are none
     "What supervised learning on the fold's own spans does in its test."
-    if not probes: return {}, None
+    if not probes:
+        return {}, None
     env = content["config"]["env"]
-    market = market_data(bars.iloc[:fold.test[1]], content["model_version"], FeatureFit.from_state(content["fit"]), env["timeframe"], env["asset_class"], env["window"], symbol)
-    try: return probe_baselines(market, fold.train, fold.validation, fold.test, account or typed(AccountConfig, env["account"], "account"), probes, seed)[0], None
-    except InputError as e: return {}, str(e)
+    market = market_data(
+        bars.iloc[: fold.test[1]],
+        content["model_version"],
+        FeatureFit.from_state(content["fit"]),
+        env["timeframe"],
+        env["asset_class"],
+        env["window"],
+        symbol,
+    )
+    try:
+        return probe_baselines(
+            market,
+            fold.train,
+            fold.validation,
+            fold.test,
+            account or typed(AccountConfig, env["account"], "account"),
+            probes,
+            seed,
+        )[0], None
+    except InputError as e:
+        return {}, str(e)
 
 
-def _tested(content: dict, bars: pd.DataFrame, fold: Fold, name: str, first: dict, unseen: bool, account, symbol: str, truth, random_policies: int, seed: int, probes=()) -> dict:
+def _tested(
+    content: dict,
+    bars: pd.DataFrame,
+    fold: Fold,
+    name: str,
+    first: dict,
+    unseen: bool,
+    account,
+    symbol: str,
+    truth,
+    random_policies: int,
+    seed: int,
+    probes=(),
+) -> dict:
     "One fold's test, as plain values."
     start, stop = fold.test
     others, unprobed = _probed(content, bars, fold, account, symbol, probes, seed)
-    result = run_backtest(content, bars.iloc[:stop], start=start, stop=stop, account=account, symbol=symbol, truth=None if truth is None else truth.iloc[:stop], random_policies=random_policies, seed=seed, others=others)
+    result = run_backtest(
+        content,
+        bars.iloc[:stop],
+        start=start,
+        stop=stop,
+        account=account,
+        symbol=symbol,
+        truth=None if truth is None else truth.iloc[:stop],
+        random_policies=random_policies,
+        seed=seed,
+        others=others,
+    )
     m, when = result.metrics, lambda i: bars.index[i].isoformat()
-    row = {"fold": fold.number, "model": name, **first, "test_first": when(start), "test_last": when(stop - 1), "bars": len(result.equity), "return": m["total_return"],
-           "buy_and_hold": result.baselines["buy_and_hold"], "buy_and_hold_at_exposure": result.baselines["buy_and_hold_at_exposure"], "sharpe": m["sharpe"], "max_drawdown": m["max_drawdown"],
-           "trades": m["trades"], "profit_factor": m["profit_factor"], "costs": m["costs"], "exposure": m["exposure"], "hold_share": m["hold_share"],
-           "percentile_among_random": m.get("percentile_among_random"), "oracle": result.baselines.get("oracle"), "unseen": "yes" if unseen else "not known",
-           **{kind: result.baselines.get(kind) for kind in _RIVALS}, "better": ", ".join(baseline_name(b) for b in better_baselines(m["total_return"], result.baselines)),
-           "training": _TRAINING[result.provenance["training"]["smoke"]], "said": result.provenance["training"]["said"], "unprobed": unprobed}
+    row = {
+        "fold": fold.number,
+        "model": name,
+        **first,
+        "test_first": when(start),
+        "test_last": when(stop - 1),
+        "bars": len(result.equity),
+        "return": m["total_return"],
+        "buy_and_hold": result.baselines["buy_and_hold"],
+        "buy_and_hold_at_exposure": result.baselines["buy_and_hold_at_exposure"],
+        "sharpe": m["sharpe"],
+        "max_drawdown": m["max_drawdown"],
+        "trades": m["trades"],
+        "profit_factor": m["profit_factor"],
+        "costs": m["costs"],
+        "exposure": m["exposure"],
+        "hold_share": m["hold_share"],
+        "percentile_among_random": m.get("percentile_among_random"),
+        "oracle": result.baselines.get("oracle"),
+        "unseen": "yes" if unseen else "not known",
+        **{kind: result.baselines.get(kind) for kind in _RIVALS},
+        "better": ", ".join(baseline_name(b) for b in better_baselines(m["total_return"], result.baselines)),
+        "training": _TRAINING[result.provenance["training"]["smoke"]],
+        "said": result.provenance["training"]["said"],
+        "unprobed": unprobed,
+    }
     closed = result.trades.loc[result.trades["exit"] != "still open", "profit"]
-    return {"row": row, "times": result.equity.index.as_unit("ns").asi8.tolist(), "curves": {c: result.curves[c].tolist() for c in _CURVES}, "profits": closed.tolist()}
+    return {
+        "row": row,
+        "times": result.equity.index.as_unit("ns").asi8.tolist(),
+        "curves": {c: result.curves[c].tolist() for c in _CURVES},
+        "profits": closed.tolist(),
+    }
 
 
-def _trained(train, bars: pd.DataFrame, fold: Fold, fit, wanted: dict, symbol: str, spans: dict, path: Path | None) -> dict:
+def _trained(
+    train, bars: pd.DataFrame, fold: Fold, fit, wanted: dict, symbol: str, spans: dict, path: Path | None
+) -> dict:
     "The model of a fold: kept from an earlier run, or trained now on a market that ends with validation."
     saved = path.with_suffix(".pt") if path else None
-    if saved is not None and saved.exists(): return load_checkpoint(saved)
-    market = market_data(bars.iloc[:fold.validation[1]], wanted["version"], fit, wanted["timeframe"], wanted["asset_class"], wanted["window"], symbol)
+    if saved is not None and saved.exists():
+        return load_checkpoint(saved)
+    market = market_data(
+        bars.iloc[: fold.validation[1]],
+        wanted["version"],
+        fit,
+        wanted["timeframe"],
+        wanted["asset_class"],
+        wanted["window"],
+        symbol,
+    )
     content = train(market.span(*fold.train), fold)
     _check_content(content, f"train, fold {fold.number}", wanted)
     # a model that was made from this market has seen its two spans and nothing else; of a model from elsewhere nothing is claimed
     data = content.get("data") or {}
-    if data.get("sha256") == market.fingerprint["sha256"]: content = {**content, "data": {**data, "spans": {"train": spans["train"], "validation": spans["validation"], **(data.get("spans") or {})}}}
-    if saved is not None: save_checkpoint(content, saved)
+    if data.get("sha256") == market.fingerprint["sha256"]:
+        content = {
+            **content,
+            "data": {
+                **data,
+                "spans": {
+                    "train": spans["train"],
+                    "validation": spans["validation"],
+                    **(data.get("spans") or {}),
+                },
+            },
+        }
+    if saved is not None:
+        save_checkpoint(content, saved)
     return content
 
 
 def _kept(path: Path | None, key: str) -> dict | None:
     "A finished fold, if this is the one."
-    if path is None or not path.exists(): return None
-    try: found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError: return None
+    if path is None or not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
     return found if isinstance(found, dict) and found.get("key") == key else None
 
 
 def _collected(kept: list[dict], notes: list[str], provenance: dict) -> WalkForwardResult:
     "Rows and chained curves of all folds and models."
     rows = pd.DataFrame([k["row"] for k in kept])
-    for column in (c for c in _TIMES if c in rows): rows[column] = pd.to_datetime(rows[column], utc=True)
-    for column in ("profit_factor", "percentile_among_random", "oracle", *_RIVALS): rows[column] = rows[column].astype(float)
+    for column in (c for c in _TIMES if c in rows):
+        rows[column] = pd.to_datetime(rows[column], utc=True)
+    for column in ("profit_factor", "percentile_among_random", "oracle", *_RIVALS):
+        rows[column] = rows[column].astype(float)
     curves, profits = {}, {}
     for model in dict.fromkeys(rows["model"]):
         own = sorted((k for k in kept if k["row"]["model"] == model), key=lambda k: k["times"][0])
         index = pd.DatetimeIndex(np.concatenate([k["times"] for k in own]), tz="UTC", name="timestamp")
-        curves[model] = pd.DataFrame({c: chain_curves([k["curves"][c] for k in own]) for c in _CURVES} | {"fold": np.repeat([k["row"]["fold"] for k in own], [len(k["times"]) for k in own])}, index)
+        curves[model] = pd.DataFrame(
+            {c: chain_curves([k["curves"][c] for k in own]) for c in _CURVES}
+            | {"fold": np.repeat([k["row"]["fold"] for k in own], [len(k["times"]) for k in own])},
+            index,
+        )
         profits[model] = np.concatenate([np.asarray(k["profits"], dtype=np.float64) for k in own])
     return WalkForwardResult(rows, curves, profits, notes, provenance)
 
@@ -440,8 +773,11 @@ def walk_forward(
     truth: pd.DataFrame | None = None,  # of `simulate_market`: adds the oracle
     horizon: int = 1,  # bars that a reward looks ahead: how far apart the spans must lie
     embargo: int = 0,  # further bars between two spans
-    folder: str | Path | None = None,  # keeps finished folds, and the models of `train`; None: nothing is kept
-    train_settings: dict | None = None,  # what `train` depends on beside its market, as plain values; needed with `folder`
+    folder: str
+    | Path
+    | None = None,  # keeps finished folds, and the models of `train`; None: nothing is kept
+    train_settings: dict
+    | None = None,  # what `train` depends on beside its market, as plain values; needed with `folder`
     progress=print,  # called with a line for each fold; None: silent
     random_policies: int = 200,  # shifted copies of the agent that it is ranked among in each fold
     seed: int = 0,  # of those and of the bootstrap
@@ -449,23 +785,64 @@ def walk_forward(
 ) -> WalkForwardResult:
     "Test every fold with a model of its own, or every model over every fold."
     progress = progress or (lambda line: None)
-    require(isinstance(bars, pd.DataFrame) and len(bars) > 0, f"bars: expected a DataFrame of validated bars, was {type(bars).__name__}")
+    require(
+        isinstance(bars, pd.DataFrame) and len(bars) > 0,
+        f"bars: expected a DataFrame of validated bars, was {type(bars).__name__}",
+    )
     _whole("window", window, 1)
     check_folds(folds, window, horizon, embargo, len(bars))
-    require((train is None) != (models is None), "walk_forward: expected either train= (retrain for each fold) or models= (checkpoints that exist), " + ("both were given" if train is not None else "neither was given"))
-    require(train is None or callable(train), f"train: expected a function of (market, fold) that gives the content of a checkpoint, was {type(train).__name__}")
-    require(account is None or isinstance(account, AccountConfig), f"account: expected an AccountConfig, was {type(account).__name__}")
-    require(truth is None or truth.index.equals(bars.index), f"truth: expected one row for each of the {len(bars)} bars; it must come from the same simulate_market call")
-    require(train is None or folder is None or train_settings is not None, "train_settings: is missing; a kept fold can only be told from another if you say what train depends on, such as train_settings=asdict(config)")
-    layout, timeframe, folds = layout_of(version), timeframe_name(timeframe), sorted(folds, key=lambda f: f.test)
+    require(
+        (train is None) != (models is None),
+        "walk_forward: expected either train= (retrain for each fold) or models= (checkpoints that exist), "
+        + ("both were given" if train is not None else "neither was given"),
+    )
+    require(
+        train is None or callable(train),
+        f"train: expected a function of (market, fold) that gives the content of a checkpoint, was {type(train).__name__}",
+    )
+    require(
+        account is None or isinstance(account, AccountConfig),
+        f"account: expected an AccountConfig, was {type(account).__name__}",
+    )
+    require(
+        truth is None or truth.index.equals(bars.index),
+        f"truth: expected one row for each of the {len(bars)} bars; it must come from the same simulate_market call",
+    )
+    require(
+        train is None or folder is None or train_settings is not None,
+        "train_settings: is missing; a kept fold can only be told from another if you say what train depends on, such as train_settings=asdict(config)",
+    )
+    layout, timeframe, folds = (
+        layout_of(version),
+        timeframe_name(timeframe),
+        sorted(folds, key=lambda f: f.test),
+    )
     wanted = {"version": version, "timeframe": timeframe, "asset_class": asset_class, "window": window}
-    for fold in folds: _check_decidable(fold, ("train", "validation", "test") if train is not None else ("test",), bars, timeframe, asset_class, max(layout.min_history, window))
+    for fold in folds:
+        _check_decidable(
+            fold,
+            ("train", "validation", "test") if train is not None else ("test",),
+            bars,
+            timeframe,
+            asset_class,
+            max(layout.min_history, window),
+        )
     if train is not None:
         needed = layout.min_history + 100
-        for fold in folds: require(fold.train[1] - fold.train[0] >= needed, f"fold {fold.number}: {fold.train[1] - fold.train[0]} bars of training, layout {version} needs {needed} to be fitted; use more history, or a longer training span")
+        for fold in folds:
+            require(
+                fold.train[1] - fold.train[0] >= needed,
+                f"fold {fold.number}: {fold.train[1] - fold.train[0]} bars of training, layout {version} needs {needed} to be fitted; use more history, or a longer training span",
+            )
 
     when, notes = lambda i: bars.index[i].isoformat(), []
-    spans_of = {f.number: {name: {"first": when(getattr(f, name)[0]), "last": when(getattr(f, name)[1] - 1)} for name in ("train", "validation", "test")} for f in folds}
+    spans_of = {
+        f.number: {
+            name: {"first": when(getattr(f, name)[0]), "last": when(getattr(f, name)[1] - 1)}
+            for name in ("train", "validation", "test")
+        }
+        for f in folds
+    }
     contents, unseen = {}, {}
     for name, model in ({} if models is None else _named(models)).items():
         contents[name] = load_checkpoint(model) if isinstance(model, (str, Path)) else model
@@ -473,46 +850,130 @@ def walk_forward(
         unseen[name] = {f.number: _refuse_seen(contents[name], name, f, bars.index) for f in folds}
         unsure = [str(number) for number, certain in unseen[name].items() if not certain]
         seen, other = training_span(contents[name]), (contents[name].get("data") or {}).get("symbol")
-        if unsure: notes.append(f"{name}: trained on bars up to {_day(seen['last'])}, from a history up to {_day(seen['possible'])}; it is not recorded which bars chose it, so it may have seen the test of fold {', '.join(unsure)}.")
-        if other and symbol and other != symbol: notes.append(f"{name}: was trained on {other}, and is tested on {symbol}.")
+        if unsure:
+            notes.append(
+                f"{name}: trained on bars up to {_day(seen['last'])}, from a history up to {_day(seen['possible'])}; it is not recorded which bars chose it, so it may have seen the test of fold {', '.join(unsure)}."
+            )
+        if other and symbol and other != symbol:
+            notes.append(f"{name}: was trained on {other}, and is tested on {symbol}.")
 
-    common = {**wanted, "symbol": symbol, "account": None if account is None else asdict(account), "random_policies": random_policies, "seed": seed, "probes": list(probes),
-              "code": _code() if folder else None, "libraries": library_versions() if folder else None}
-    digests = {name: _model_digest(content) for name, content in contents.items()} if models is not None else {"retrained": {"train_settings": train_settings}}
+    common = {
+        **wanted,
+        "symbol": symbol,
+        "account": None if account is None else asdict(account),
+        "random_policies": random_policies,
+        "seed": seed,
+        "probes": list(probes),
+        "code": _code() if folder else None,
+        "libraries": library_versions() if folder else None,
+    }
+    digests = (
+        {name: _model_digest(content) for name, content in contents.items()}
+        if models is not None
+        else {"retrained": {"train_settings": train_settings}}
+    )
     jobs = []
     for fold in folds:
         own = {**common, "fold": asdict(fold)}
-        if folder: own |= {"bars": fingerprint(bars.iloc[:fold.test[1]])["sha256"], "truth": None if truth is None else hashlib.sha256(pd.util.hash_pandas_object(truth.iloc[:fold.test[1]]).to_numpy().tobytes()).hexdigest()}
+        if folder:
+            own |= {
+                "bars": fingerprint(bars.iloc[: fold.test[1]])["sha256"],
+                "truth": None
+                if truth is None
+                else hashlib.sha256(
+                    pd.util.hash_pandas_object(truth.iloc[: fold.test[1]]).to_numpy().tobytes()
+                ).hexdigest(),
+            }
         for name, model in digests.items():
             key = _digest({**own, "name": name, "model": model})
             path = Path(folder) / f"fold_{fold.number:02d}_{key[:16]}.json" if folder else None
             jobs.append((fold, name, key, path, _kept(path, key)))
     # every fold is fitted before the first is trained: what cannot be done is known at once
-    fits = {f.number: fit_features(bars.iloc[slice(*f.train)], version, timeframe, asset_class) for f, *_, found in jobs if train is not None and found is None}
+    fits = {
+        f.number: fit_features(bars.iloc[slice(*f.train)], version, timeframe, asset_class)
+        for f, *_, found in jobs
+        if train is not None and found is None
+    }
 
     done = []
     for place, (fold, name, key, path, found) in enumerate(jobs, 1):
         if found is None:
             content, certain, first = contents.get(name), unseen.get(name, {}).get(fold.number, True), {}
             if train is not None:
-                content = _trained(train, bars, fold, fits[fold.number], wanted, symbol, spans_of[fold.number], path)
-                certain = _refuse_seen(content, f"the model that train gave for fold {fold.number}", fold, bars.index)
-                first = {f"{span}_{end}": spans_of[fold.number][span][end] for span in ("train", "validation") for end in ("first", "last")}
+                content = _trained(
+                    train, bars, fold, fits[fold.number], wanted, symbol, spans_of[fold.number], path
+                )
+                certain = _refuse_seen(
+                    content, f"the model that train gave for fold {fold.number}", fold, bars.index
+                )
+                first = {
+                    f"{span}_{end}": spans_of[fold.number][span][end]
+                    for span in ("train", "validation")
+                    for end in ("first", "last")
+                }
             else:
                 seen = training_span(content)
-                first = {f"train_{end}": None if seen[end] is None else seen[end].isoformat() for end in ("first", "last")}
-            found = {"key": key, **_tested(content, bars, fold, name, first, certain, account, symbol, truth, random_policies, seed, probes)}
-            if path: atomic_write(path, json.dumps(found, allow_nan=False, default=lambda number: number.item()) + "\n")
+                first = {
+                    f"train_{end}": None if seen[end] is None else seen[end].isoformat()
+                    for end in ("first", "last")
+                }
+            found = {
+                "key": key,
+                **_tested(
+                    content,
+                    bars,
+                    fold,
+                    name,
+                    first,
+                    certain,
+                    account,
+                    symbol,
+                    truth,
+                    random_policies,
+                    seed,
+                    probes,
+                ),
+            }
+            if path:
+                atomic_write(
+                    path, json.dumps(found, allow_nan=False, default=lambda number: number.item()) + "\n"
+                )
             kept = ""
-        else: kept = " (kept from an earlier run)"
+        else:
+            kept = " (kept from an earlier run)"
         row = found["row"]
-        progress(f"{place}/{len(jobs)} fold {fold.number}, {name}: {row['test_first'][:10]} to {row['test_last'][:10]}, return {row['return']:+.2%}, buy-and-hold at its exposure {row['buy_and_hold_at_exposure']:+.2%}, {row['trades']} trades{kept}")
+        progress(
+            f"{place}/{len(jobs)} fold {fold.number}, {name}: {row['test_first'][:10]} to {row['test_last'][:10]}, return {row['return']:+.2%}, buy-and-hold at its exposure {row['buy_and_hold_at_exposure']:+.2%}, {row['trades']} trades{kept}"
+        )
         done.append(found)
-    for reason in dict.fromkeys(found["row"]["unprobed"] for found in done if found["row"]["unprobed"]): notes.append(f"{done[0]['row']['model']}: what ridge regression and gradient boosting would do: {reason}")
+    for reason in dict.fromkeys(found["row"]["unprobed"] for found in done if found["row"]["unprobed"]):
+        notes.append(
+            f"{done[0]['row']['model']}: what ridge regression and gradient boosting would do: {reason}"
+        )
     for found in done:
-        if train is not None and found["row"]["unseen"] != "yes": notes.append(f"retrained: the model that train gave for fold {found['row']['fold']} does not come from the market that it was given; it is not recorded whether it has seen the test.")
-    provenance = {**wanted, "symbol": symbol, "account": common["account"], "horizon": horizon, "embargo": embargo, "random_policies": random_policies, "seed": seed, "simulated": truth is not None or None,
-                  "bars": fingerprint(bars), "spans": [{"fold": f.number, **{name: list(getattr(f, name)) for name in ("train", "validation", "test")}, "times": spans_of[f.number]} for f in folds]}
+        if train is not None and found["row"]["unseen"] != "yes":
+            notes.append(
+                f"retrained: the model that train gave for fold {found['row']['fold']} does not come from the market that it was given; it is not recorded whether it has seen the test."
+            )
+    provenance = {
+        **wanted,
+        "symbol": symbol,
+        "account": common["account"],
+        "horizon": horizon,
+        "embargo": embargo,
+        "random_policies": random_policies,
+        "seed": seed,
+        "simulated": truth is not None or None,
+        "bars": fingerprint(bars),
+        "spans": [
+            {
+                "fold": f.number,
+                **{name: list(getattr(f, name)) for name in ("train", "validation", "test")},
+                "times": spans_of[f.number],
+            }
+            for f in folds
+        ],
+    }
     return _collected(done, notes, provenance)
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #b383dc5b
@@ -521,72 +982,179 @@ _SPANS = {"train": "#0b5394", "validation": "#93c47d", "test": "#e69138"}
 
 def plot_walk_forward(
     result: WalkForwardResult,
-    data: dict | None = None,  # provenance of the bars: `source` and what belongs to it; None: simulated if the truth was given, else unknown
+    data: dict
+    | None = None,  # provenance of the bars: `source` and what belongs to it; None: simulated if the truth was given, else unknown
 ) -> Figure:
     "Chained equity beside buy-and-hold, returns of the folds, and the spans in time."
-    figure, (money, market, bars, line) = plt.subplots(4, 1, figsize=(12, 12), height_ratios=[3, 1.6, 1.6, 1.4], layout="constrained")
+    figure, (money, market, bars, line) = plt.subplots(
+        4, 1, figsize=(12, 12), height_ratios=[3, 1.6, 1.6, 1.4], layout="constrained"
+    )
     p, curves, single = result.provenance, result.curves, len(result.models) == 1
-    origin = "simulated bars" if is_simulated(result, data) else "real bars" if (data or {}).get("source") else "bars of unknown origin"
-    base, at_exposure = curves[result.models[0]], ("buy and hold at the agent's exposure", _COLOURS["buy_and_hold_at_exposure"])
-    colours = dict(zip(curves, [_COLOURS["agent"]] if single else [plt.get_cmap("viridis")(k) for k in np.linspace(0, 0.85, len(curves))]))
+    origin = (
+        "simulated bars"
+        if is_simulated(result, data)
+        else "real bars"
+        if (data or {}).get("source")
+        else "bars of unknown origin"
+    )
+    base, at_exposure = (
+        curves[result.models[0]],
+        ("buy and hold at the agent's exposure", _COLOURS["buy_and_hold_at_exposure"]),
+    )
+    colours = dict(
+        zip(
+            curves,
+            [_COLOURS["agent"]]
+            if single
+            else [plt.get_cmap("viridis")(k) for k in np.linspace(0, 0.85, len(curves))],
+        )
+    )
     label = lambda model: "agent, retrained for each fold" if model == "retrained" else picture_text(model)
 
     def draw(axis, curve, name, text, colour, width=1.0):
         values = 100 * (curve[name].to_numpy() / curve[name].iloc[0] - 1)
-        axis.plot(np.searchsorted(base.index, curve.index), values, color=colour, lw=width, label=f"{text} {values[-1]:+.1f} %")
-    if single: draw(money, base, "buy_and_hold_at_exposure", *at_exposure)
-    for model, curve in curves.items(): draw(money, curve, "agent", label(model), colours[model], 1.6)
-    draw(market, base, "buy_and_hold", "buy and hold, all of the account, bought in each fold", _COLOURS["buy_and_hold"])
-    for model, curve in curves.items(): draw(market, curve, "agent", label(model), colours[model])
+        axis.plot(
+            np.searchsorted(base.index, curve.index),
+            values,
+            color=colour,
+            lw=width,
+            label=f"{text} {values[-1]:+.1f} %",
+        )
+
+    if single:
+        draw(money, base, "buy_and_hold_at_exposure", *at_exposure)
+    for model, curve in curves.items():
+        draw(money, curve, "agent", label(model), colours[model], 1.6)
+    draw(
+        market,
+        base,
+        "buy_and_hold",
+        "buy and hold, all of the account, bought in each fold",
+        _COLOURS["buy_and_hold"],
+    )
+    for model, curve in curves.items():
+        draw(market, curve, "agent", label(model), colours[model])
     borders = [0, *(np.flatnonzero(np.diff(base["fold"])) + 1), len(base)]
     ticks = np.linspace(0, len(base) - 1, min(9, len(base))).astype(int)
     for axis in (money, market):
         for k, (a, b) in enumerate(itertools.pairwise(borders)):
-            if k % 2: axis.axvspan(a, b, color="#000000", alpha=0.05, lw=0)
-            if axis is money: axis.annotate(f"fold {base['fold'].iloc[a]}", ((a + b) / 2, 1), xycoords=("data", "axes fraction"), xytext=(0, -4), textcoords="offset points", ha="center", va="top", fontsize=8, color="#666666")
-        axis.axhline(0, color="#aaaaaa", lw=0.8); axis.set_ylabel("return, %")
+            if k % 2:
+                axis.axvspan(a, b, color="#000000", alpha=0.05, lw=0)
+            if axis is money:
+                axis.annotate(
+                    f"fold {base['fold'].iloc[a]}",
+                    ((a + b) / 2, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(0, -4),
+                    textcoords="offset points",
+                    ha="center",
+                    va="top",
+                    fontsize=8,
+                    color="#666666",
+                )
+        axis.axhline(0, color="#aaaaaa", lw=0.8)
+        axis.set_ylabel("return, %")
         axis.set_xticks(ticks, [base.index[i].strftime("%Y-%m-%d") for i in ticks])
 
     numbers = [f["fold"] for f in p["spans"]]
-    series = [(label(m), result[m].folds["return"], colours[m]) for m in result.models] + ([(at_exposure[0], result.folds["buy_and_hold_at_exposure"], at_exposure[1])] if single else [])
+    series = [(label(m), result[m].folds["return"], colours[m]) for m in result.models] + (
+        [(at_exposure[0], result.folds["buy_and_hold_at_exposure"], at_exposure[1])] if single else []
+    )
     width = min(0.25, 0.8 / len(series))
-    for k, (name, values, colour) in enumerate(series): bars.bar(np.arange(len(numbers)) + (k - (len(series) - 1) / 2) * width, 100 * values.to_numpy(), width, color=colour, label=name)
-    bars.axhline(0, color="#444444", lw=0.8); bars.set_xticks(np.arange(len(numbers)), [f"fold {n}" for n in numbers]); bars.set_ylabel("return of the fold, %")
+    for k, (name, values, colour) in enumerate(series):
+        bars.bar(
+            np.arange(len(numbers)) + (k - (len(series) - 1) / 2) * width,
+            100 * values.to_numpy(),
+            width,
+            color=colour,
+            label=name,
+        )
+    bars.axhline(0, color="#444444", lw=0.8)
+    bars.set_xticks(np.arange(len(numbers)), [f"fold {n}" for n in numbers])
+    bars.set_ylabel("return of the fold, %")
     shown = list(_SPANS) if "validation_first" in result.folds else ["test"]
     for k, fold in enumerate(p["spans"]):
         for name in shown:
             first, last = (pd.Timestamp(fold["times"][name][end]) for end in ("first", "last"))
-            line.barh(k, last - first, left=first, height=0.6, color=_SPANS[name], label=name if not k else None)
-    days = pd.date_range(min(pd.Timestamp(f["times"][n]["first"]) for f in p["spans"] for n in shown), max(pd.Timestamp(f["times"]["test"]["last"]) for f in p["spans"]), periods=9)
+            line.barh(
+                k, last - first, left=first, height=0.6, color=_SPANS[name], label=name if not k else None
+            )
+    days = pd.date_range(
+        min(pd.Timestamp(f["times"][n]["first"]) for f in p["spans"] for n in shown),
+        max(pd.Timestamp(f["times"]["test"]["last"]) for f in p["spans"]),
+        periods=9,
+    )
     line.set_xticks(days, [day.strftime("%Y-%m-%d") for day in days])
-    line.set_yticks(range(len(numbers)), [f"fold {n}" for n in numbers]); line.invert_yaxis()
-    for axis in (money, market, bars): axis.legend(loc="best", fontsize=8)
+    line.set_yticks(range(len(numbers)), [f"fold {n}" for n in numbers])
+    line.invert_yaxis()
+    for axis in (money, market, bars):
+        axis.legend(loc="best", fontsize=8)
     line.legend(loc="upper right", fontsize=8)
-    for axis in (money, market, bars, line): axis.grid(alpha=0.25); axis.margins(x=0.01); axis.set_axisbelow(True)
-    money.set_title(picture_text(f"{p['symbol']} {p['timeframe']}: walk-forward, {len(numbers)} folds, {origin}"), loc="left", fontsize=10)
+    for axis in (money, market, bars, line):
+        axis.grid(alpha=0.25)
+        axis.margins(x=0.01)
+        axis.set_axisbelow(True)
+    money.set_title(
+        picture_text(f"{p['symbol']} {p['timeframe']}: walk-forward, {len(numbers)} folds, {origin}"),
+        loc="left",
+        fontsize=10,
+    )
     return figure
 
 # %% ../nbs/08_reporting/04_walk_forward.ipynb #ea0977fc
 _COLUMNS = {  # column -> (label, how it is written)
-    "fold": ("fold", "{}"), "model": ("model", "{}"), "train_last": ("trained up to", "{:%Y-%m-%d %H:%M}"), "test_first": ("test from", "{:%Y-%m-%d %H:%M}"), "test_last": ("to", "{:%Y-%m-%d %H:%M}"), "bars": ("bars", "{}"),
-    "return": ("return", "{:+.2%}"), "buy_and_hold": ("buy-and-hold", "{:+.2%}"), "buy_and_hold_at_exposure": ("at its exposure", "{:+.2%}"), "sharpe": ("Sharpe", "{:.2f}"), "max_drawdown": ("drawdown", "{:.2%}"),
-    "trades": ("trades", "{}"), "profit_factor": ("profit factor", "{:.2f}"), "costs": ("costs", "{:.2f}"), "exposure": ("exposure", "{:.1%}"), "hold_share": ("hold", "{:.1%}"),
-    "percentile_among_random": ("percentile", "{:.0f}"), "oracle": ("oracle", "{:+.2%}"),
-    "moving_average_cross": ("moving-average cross", "{:+.2%}"), "ridge": ("ridge", "{:+.2%}"), "boosting": ("boosting", "{:+.2%}"), "better": ("did better", "{}"), "unseen": ("unseen", "{}"), "training": ("training", "{}")}
+    "fold": ("fold", "{}"),
+    "model": ("model", "{}"),
+    "train_last": ("trained up to", "{:%Y-%m-%d %H:%M}"),
+    "test_first": ("test from", "{:%Y-%m-%d %H:%M}"),
+    "test_last": ("to", "{:%Y-%m-%d %H:%M}"),
+    "bars": ("bars", "{}"),
+    "return": ("return", "{:+.2%}"),
+    "buy_and_hold": ("buy-and-hold", "{:+.2%}"),
+    "buy_and_hold_at_exposure": ("at its exposure", "{:+.2%}"),
+    "sharpe": ("Sharpe", "{:.2f}"),
+    "max_drawdown": ("drawdown", "{:.2%}"),
+    "trades": ("trades", "{}"),
+    "profit_factor": ("profit factor", "{:.2f}"),
+    "costs": ("costs", "{:.2f}"),
+    "exposure": ("exposure", "{:.1%}"),
+    "hold_share": ("hold", "{:.1%}"),
+    "percentile_among_random": ("percentile", "{:.0f}"),
+    "oracle": ("oracle", "{:+.2%}"),
+    "moving_average_cross": ("moving-average cross", "{:+.2%}"),
+    "ridge": ("ridge", "{:+.2%}"),
+    "boosting": ("boosting", "{:+.2%}"),
+    "better": ("did better", "{}"),
+    "unseen": ("unseen", "{}"),
+    "training": ("training", "{}"),
+}
 _SUMMARY = {
-    "total_return": ("return, chained", "{:+.2%}"), "buy_and_hold": ("buy-and-hold, chained", "{:+.2%}"), "buy_and_hold_at_exposure": ("buy-and-hold at the agent's exposure, chained", "{:+.2%}"),
-    "positive_folds": ("share of positive folds", "{:.0%}"), "beat_buy_and_hold_at_exposure": ("share of folds better than buy-and-hold at its exposure", "{:.0%}"),
-    "sharpe_mean": ("Sharpe ratio, mean over folds", "{:.2f}"), "sharpe_deviation": ("its standard deviation over folds", "{:.2f}"), "sharpe": ("Sharpe ratio of the chained curve", "{:.2f}"),
-    "sharpe_interval": ("95 % interval", "{:.2f}"), "mean_return": ("mean return of a bar", "{:+.6%}"), "mean_return_interval": ("95 % interval", "{:+.6%}"),
-    "profit_factor": ("profit factor, all trades", "{:.2f}"), "trades": ("trades", "{}"), "costs": ("costs, all folds", "{:.2f}")}
+    "total_return": ("return, chained", "{:+.2%}"),
+    "buy_and_hold": ("buy-and-hold, chained", "{:+.2%}"),
+    "buy_and_hold_at_exposure": ("buy-and-hold at the agent's exposure, chained", "{:+.2%}"),
+    "positive_folds": ("share of positive folds", "{:.0%}"),
+    "beat_buy_and_hold_at_exposure": ("share of folds better than buy-and-hold at its exposure", "{:.0%}"),
+    "sharpe_mean": ("Sharpe ratio, mean over folds", "{:.2f}"),
+    "sharpe_deviation": ("its standard deviation over folds", "{:.2f}"),
+    "sharpe": ("Sharpe ratio of the chained curve", "{:.2f}"),
+    "sharpe_interval": ("95 % interval", "{:.2f}"),
+    "mean_return": ("mean return of a bar", "{:+.6%}"),
+    "mean_return_interval": ("95 % interval", "{:+.6%}"),
+    "profit_factor": ("profit factor, all trades", "{:.2f}"),
+    "trades": ("trades", "{}"),
+    "costs": ("costs, all folds", "{:.2f}"),
+}
 
 
-def _cell(value, form: str) -> str: return "–" if value is None or value == "" or pd.isna(value) else form.format(value)
+def _cell(value, form: str) -> str:
+    return "–" if value is None or value == "" or pd.isna(value) else form.format(value)
 
 
 def _row_cell(row: dict, column: str) -> str:
     "A fold's figure, where it says anything."
-    return column in TRADE_FIGURES and too_few_trades(row["trades"]) or _cell(row[column], _COLUMNS[column][1])
+    return (
+        column in TRADE_FIGURES and too_few_trades(row["trades"]) or _cell(row[column], _COLUMNS[column][1])
+    )
 
 
 def _summary_rows(result: WalkForwardResult) -> list[tuple[str, str]]:
@@ -594,18 +1162,33 @@ def _summary_rows(result: WalkForwardResult) -> list[tuple[str, str]]:
     s, periods = result.summary, result.metrics["periods_per_year"]
     wide = interval_text("sharpe", s["sharpe_low"], s["sharpe_high"], "{:.2f}")
     bar = [periods * s[f"mean_return_{end}"] for end in ("low", "high")]
-    own = {"sharpe_interval": wide, "mean_return_interval": interval_text("annual_mean", *bar) if not interval_says("annual_mean", *bar) else f"{s['mean_return_low']:+.6%} to {s['mean_return_high']:+.6%}",
-           "profit_factor": too_few_trades(s["trades"])}
+    own = {
+        "sharpe_interval": wide,
+        "mean_return_interval": interval_text("annual_mean", *bar)
+        if not interval_says("annual_mean", *bar)
+        else f"{s['mean_return_low']:+.6%} to {s['mean_return_high']:+.6%}",
+        "profit_factor": too_few_trades(s["trades"]),
+    }
     rows = [(label, own.get(name) or _cell(s[name], form)) for name, (label, form) in _SUMMARY.items()]
-    return rows + [(f"{baseline_name(name)}, chained; folds in which it did better", f"{b['total_return']:+.2%}; {b['better_in']} of {s['folds']}") for name, b in s["baselines"].items()]
+    return rows + [
+        (
+            f"{baseline_name(name)}, chained; folds in which it did better",
+            f"{b['total_return']:+.2%}; {b['better_in']} of {s['folds']}",
+        )
+        for name, b in s["baselines"].items()
+    ]
 
 
 def _plain_rows(table: pd.DataFrame) -> list[dict]:
     "Rows that JSON can hold."
+
     def plain(value):
-        if value is None or pd.isna(value): return None
-        if isinstance(value, pd.Timestamp): return value.isoformat()
+        if value is None or pd.isna(value):
+            return None
+        if isinstance(value, pd.Timestamp):
+            return value.isoformat()
         return value.item() if hasattr(value, "item") else value
+
     return [{name: plain(value) for name, value in row.items()} for row in table.to_dict("records")]
 
 
@@ -614,15 +1197,32 @@ def _page(result: WalkForwardResult, data: dict, picture: bytes) -> str:
     p, simulated = result.provenance, is_simulated(result, data)
     kind = "Simulated data" if simulated else "Real data" if data.get("source") else "Data of unknown origin"
     columns = [c for c in _COLUMNS if c in result.folds and result.folds[c].notna().any()]
-    rows = _rows([_COLUMNS[c][0] for c in columns], [[_row_cell(row, c) for c in columns] for row in result.folds.to_dict("records")])
-    summaries = "".join(f"<div><h2>{html.escape(name if len(result.models) > 1 else 'All folds')}</h2>{_table(_summary_rows(result[name]))}</div>" for name in result.models)
+    rows = _rows(
+        [_COLUMNS[c][0] for c in columns],
+        [[_row_cell(row, c) for c in columns] for row in result.folds.to_dict("records")],
+    )
+    summaries = "".join(
+        f"<div><h2>{html.escape(name if len(result.models) > 1 else 'All folds')}</h2>{_table(_summary_rows(result[name]))}</div>"
+        for name in result.models
+    )
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in result.notes)
-    facts = [("all bars", f"{p['bars']['bars']} from {p['bars']['start']} to {p['bars']['end']}"), ("fingerprint of the bars", p["bars"]["sha256"]), ("layout", p["version"]), ("bars in one observation", p["window"]),
-             ("bars between two spans, at least", p["window"] + p["horizon"] + p["embargo"]), ("account", ", ".join(f"{k} {v}" for k, v in p["account"].items() if v is not None) if p["account"] else "the models' own")]
+    facts = [
+        ("all bars", f"{p['bars']['bars']} from {p['bars']['start']} to {p['bars']['end']}"),
+        ("fingerprint of the bars", p["bars"]["sha256"]),
+        ("layout", p["version"]),
+        ("bars in one observation", p["window"]),
+        ("bars between two spans, at least", p["window"] + p["horizon"] + p["embargo"]),
+        (
+            "account",
+            ", ".join(f"{k} {v}" for k, v in p["account"].items() if v is not None)
+            if p["account"]
+            else "the models' own",
+        ),
+    ]
     title = f"{p['symbol']} {p['timeframe']} walk-forward{', simulated' * simulated}"
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}.wide{{overflow-x:auto}}th{{font-weight:600}}</style></head><body>
-<h1>{html.escape(title)}</h1><p class="source{'' if kind == 'Real data' else ' simulated'}"><b>{kind}.</b> {html.escape(describe_source(data, simulated))}</p>
-<p class="verdict">{html.escape(result.verdict)}</p>{f'<h2>Not known</h2><ul>{notes}</ul>' if notes else ''}<img alt="chained equity, returns of the folds, spans in time" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
+<h1>{html.escape(title)}</h1><p class="source{"" if kind == "Real data" else " simulated"}"><b>{kind}.</b> {html.escape(describe_source(data, simulated))}</p>
+<p class="verdict">{html.escape(result.verdict)}</p>{f"<h2>Not known</h2><ul>{notes}</ul>" if notes else ""}<img alt="chained equity, returns of the folds, spans in time" src="data:image/png;base64,{base64.b64encode(picture).decode()}">
 <h2>Folds, after costs</h2><div class="wide">{rows}</div><div class="columns">{summaries}</div><h2>On what</h2>{_table(facts)}
 <p>Every fold starts with a fresh account; the curves are chained by their returns. Intervals are block bootstraps of the bars' returns. They say how much of this is luck on bars like these, and nothing about markets that are unlike them.</p></body></html>
 """
@@ -634,9 +1234,26 @@ def write_walk_forward(
     data: dict,  # provenance of the bars: `source` and what belongs to it
 ) -> dict[str, Path]:  # name -> file
     "walk_forward.json, walk_forward.csv, walk_forward.png and walk_forward.html."
-    require(isinstance(data, dict), f"data: expected a table that says where the bars come from, such as {{'source': 'simulated', 'edge': 0.1, 'seed': 0}}, was {data!r}")
+    require(
+        isinstance(data, dict),
+        f"data: expected a table that says where the bars come from, such as {{'source': 'simulated', 'edge': 0.1, 'seed': 0}}, was {data!r}",
+    )
     result = replace(result, provenance=result.provenance | {"data": data})
     picture = figure_bytes(plot_walk_forward(result, data))
-    whole = {"verdict": result.verdict, "notes": result.notes, "data": data, "provenance": result.provenance, "simulated": result.simulated, "summary": {m: result[m].summary for m in result.models}, "metrics": {m: result[m].metrics for m in result.models}, "folds": _plain_rows(result.folds)}
-    contents = {"walk_forward.json": json.dumps(whole, indent=1, allow_nan=False, default=str) + "\n", "walk_forward.csv": result.folds.to_csv(index=False), "walk_forward.png": picture, "walk_forward.html": _page(result, data, picture)}
+    whole = {
+        "verdict": result.verdict,
+        "notes": result.notes,
+        "data": data,
+        "provenance": result.provenance,
+        "simulated": result.simulated,
+        "summary": {m: result[m].summary for m in result.models},
+        "metrics": {m: result[m].metrics for m in result.models},
+        "folds": _plain_rows(result.folds),
+    }
+    contents = {
+        "walk_forward.json": json.dumps(whole, indent=1, allow_nan=False, default=str) + "\n",
+        "walk_forward.csv": result.folds.to_csv(index=False),
+        "walk_forward.png": picture,
+        "walk_forward.html": _page(result, data, picture),
+    }
     return {name: atomic_write(Path(folder) / name, content) for name, content in contents.items()}

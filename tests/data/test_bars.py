@@ -1,4 +1,5 @@
 """Bars: the calendar against an independent reading of it, every kind of bad bar, and real files with known defects."""
+
 import io
 import json
 import os
@@ -15,8 +16,26 @@ import pandas as pd
 import pytest
 
 from trading_lib import bars as bars_module
-from trading_lib.bars import (COLUMNS, OUT_OF_SESSION, REFUSED, REPAIRED, REPORTED, TIMEFRAMES, asset_class_of, bar_clock, bars_per_year, expected_labels, fingerprint,
-                              path_symbol, read_bars, resample_bars, timeframe_name, timeframe_seconds, validate_bars, write_bars)
+from trading_lib.bars import (
+    COLUMNS,
+    OUT_OF_SESSION,
+    REFUSED,
+    REPAIRED,
+    REPORTED,
+    TIMEFRAMES,
+    asset_class_of,
+    bar_clock,
+    bars_per_year,
+    expected_labels,
+    fingerprint,
+    path_symbol,
+    read_bars,
+    resample_bars,
+    timeframe_name,
+    timeframe_seconds,
+    validate_bars,
+    write_bars,
+)
 from trading_lib.config import DataParameters, InputError
 from trading_lib.env import split_bounds
 
@@ -35,14 +54,24 @@ def wandering_bars(index, seed=0):
     close = 100 * np.exp(np.cumsum(0.002 * random.standard_normal(len(index))))
     open_ = np.concatenate([[100.0], close[:-1]]) * (1 + 0.0002 * random.standard_normal(len(index)))
     spread = 1 + 0.001 * random.random((2, len(index)))
-    return pd.DataFrame({"open": open_, "high": np.maximum(open_, close) * spread[0], "low": np.minimum(open_, close) / spread[1], "close": close,
-                         "volume": random.integers(1, 1000, len(index)).astype(float)}, index=index)
+    return pd.DataFrame(
+        {
+            "open": open_,
+            "high": np.maximum(open_, close) * spread[0],
+            "low": np.minimum(open_, close) / spread[1],
+            "close": close,
+            "volume": random.integers(1, 1000, len(index)).astype(float),
+        },
+        index=index,
+    )
 
 
-def equity_bars(start="2024-11-04", end="2024-12-07", timeframe="15Min"): return wandering_bars(expected_labels(timeframe, "equity", start, end))
+def equity_bars(start="2024-11-04", end="2024-12-07", timeframe="15Min"):
+    return wandering_bars(expected_labels(timeframe, "equity", start, end))
 
 
-def crypto_bars(start="2024-01-01", end="2024-01-08", timeframe="15Min"): return wandering_bars(expected_labels(timeframe, "crypto", start, end))
+def crypto_bars(start="2024-01-01", end="2024-01-08", timeframe="15Min"):
+    return wandering_bars(expected_labels(timeframe, "crypto", start, end))
 
 
 def with_value(bars, column, value, row=30):
@@ -59,17 +88,26 @@ def with_label(bars, label, row=30):
 
 # names
 
+
 def test_timeframes_and_symbols():
-    assert {timeframe_name(t): timeframe_seconds(t) for t in ("1Min", "5m", "15min", "30T", "60Min", "240Min", "24Hour")} == TIMEFRAMES
-    with pytest.raises(InputError, match="did you mean '15Min'"): timeframe_seconds("15Mim")
-    with pytest.raises(InputError): timeframe_seconds("1M")  # a month
-    with pytest.raises(InputError, match="did you mean 'equity'"): bar_clock(crypto_bars().index, "15Min", "equities")
+    assert {
+        timeframe_name(t): timeframe_seconds(t)
+        for t in ("1Min", "5m", "15min", "30T", "60Min", "240Min", "24Hour")
+    } == TIMEFRAMES
+    with pytest.raises(InputError, match="did you mean '15Min'"):
+        timeframe_seconds("15Mim")
+    with pytest.raises(InputError):
+        timeframe_seconds("1M")  # a month
+    with pytest.raises(InputError, match="did you mean 'equity'"):
+        bar_clock(crypto_bars().index, "15Min", "equities")
     assert asset_class_of("ETH/BTC") == "crypto" and asset_class_of("QQQ") == "equity"
     for wrong in ("", "  ", None, "../x", "A/B/C", "BTC USD"):
-        with pytest.raises(InputError, match="symbol"): path_symbol(wrong)
+        with pytest.raises(InputError, match="symbol"):
+            path_symbol(wrong)
 
 
 # calendar
+
 
 def test_sessions_known_from_the_exchange():
     labels = expected_labels("15Min", "equity", "2024-03-08", "2024-03-09")
@@ -78,25 +116,48 @@ def test_sessions_known_from_the_exchange():
     assert (labels[0], labels[-1]) == (pd.Timestamp("2024-03-11 13:30Z"), pd.Timestamp("2024-03-11 19:45Z"))
     assert len(expected_labels("15Min", "equity", "2024-11-28", "2024-11-29")) == 0  # Thanksgiving
     half = bar_clock(expected_labels("15Min", "equity", "2024-11-29", "2024-11-30"), "15Min", "equity")
-    assert len(half) == 14 and pd.Timestamp(half.session_close[0], tz="UTC") == pd.Timestamp("2024-11-29 18:00Z") and half.last_of_session[13] and half.last_of_session.sum() == 1
+    assert (
+        len(half) == 14
+        and pd.Timestamp(half.session_close[0], tz="UTC") == pd.Timestamp("2024-11-29 18:00Z")
+        and half.last_of_session[13]
+        and half.last_of_session.sum() == 1
+    )
 
 
 @pytest.mark.parametrize("timeframe", ["5Min", "15Min", "30Min", "1Hour", "4Hour"])
 def test_clock_against_a_scalar_reading(nyse, timeframe):
     "Bar by bar with zoneinfo and the calendar's own methods, over both changes of the clock and a half day."
     step = timedelta(seconds=TIMEFRAMES[timeframe])
-    for start, end in (("2024-03-07", "2024-03-13"), ("2024-10-31", "2024-11-06"), ("2024-11-27", "2024-12-03")):
+    for start, end in (
+        ("2024-03-07", "2024-03-13"),
+        ("2024-10-31", "2024-11-06"),
+        ("2024-11-27", "2024-12-03"),
+    ):
         expected = []
         for session in nyse.sessions_in_range(start, pd.Timestamp(end) - pd.Timedelta(days=1)):
-            opened, closed = nyse.session_open(session).to_pydatetime(), nyse.session_close(session).to_pydatetime()
+            opened, closed = (
+                nyse.session_open(session).to_pydatetime(),
+                nyse.session_close(session).to_pydatetime(),
+            )
             local = opened.astimezone(NEW_YORK)
             midnight = local.replace(hour=0, minute=0)
             label = midnight
             while label.astimezone(timezone.utc) < closed:
                 known = min((label + step).astimezone(timezone.utc), closed)
                 if (label + step).astimezone(timezone.utc) > opened:
-                    expected.append((label.astimezone(timezone.utc), known, opened, closed, (known - opened) / (closed - opened), known == closed,
-                                     label.hour + label.minute / 60, label.weekday(), label.month))
+                    expected.append(
+                        (
+                            label.astimezone(timezone.utc),
+                            known,
+                            opened,
+                            closed,
+                            (known - opened) / (closed - opened),
+                            known == closed,
+                            label.hour + label.minute / 60,
+                            label.weekday(),
+                            label.month,
+                        )
+                    )
                 label += step
         labels = expected_labels(timeframe, "equity", start, end)
         clock = bar_clock(labels, timeframe, "equity")
@@ -106,15 +167,25 @@ def test_clock_against_a_scalar_reading(nyse, timeframe):
             assert [clock.start[i], clock.close[i], clock.session_open[i], clock.session_close[i]] == times
             assert clock.session_progress[i] == pytest.approx(row[4], abs=1e-15)
             assert (clock.last_of_session[i], clock.hour[i], clock.weekday[i], clock.month[i]) == row[5:]
-        assert np.array_equal(np.unique(clock.session) - clock.session[0], np.arange(len(np.unique([t[3] for t in expected]))))
+        assert np.array_equal(
+            np.unique(clock.session) - clock.session[0], np.arange(len(np.unique([t[3] for t in expected])))
+        )
 
 
 def test_crypto_clock():
     labels = expected_labels("15Min", "crypto", "2024-02-28", "2024-03-02")
     clock = bar_clock(labels, "15Min", "crypto")
     assert len(clock) == 3 * 96 and np.array_equal(clock.close - clock.start, np.full(288, 900 * 10**9))
-    assert np.array_equal(clock.hour, labels.hour + labels.minute / 60) and np.array_equal(clock.weekday, labels.day_of_week) and np.array_equal(clock.month, labels.month)
-    assert not clock.last_of_session.any() and clock.session_progress[95] == 1 and clock.session_progress[96] == 1 / 96
+    assert (
+        np.array_equal(clock.hour, labels.hour + labels.minute / 60)
+        and np.array_equal(clock.weekday, labels.day_of_week)
+        and np.array_equal(clock.month, labels.month)
+    )
+    assert (
+        not clock.last_of_session.any()
+        and clock.session_progress[95] == 1
+        and clock.session_progress[96] == 1 / 96
+    )
     assert clock.session[0] == (pd.Timestamp("2024-02-28") - pd.Timestamp("1970-01-01")).days
 
 
@@ -122,10 +193,20 @@ def test_daily_clock():
     labels = expected_labels("1Day", "equity", "2024-11-25", "2024-12-03")
     clock = bar_clock(labels, "1Day", "equity")
     assert [f"{t:%m-%d}" for t in labels] == ["11-25", "11-26", "11-27", "11-29", "12-02"]
-    assert clock.weekday.tolist() == [0, 1, 2, 4, 0] and clock.month.tolist() == [11, 11, 11, 11, 12] and not clock.hour.any()  # the date's own clock
-    assert pd.Timestamp(clock.close[3], tz="UTC") == pd.Timestamp("2024-11-29 18:00Z") and (clock.session_progress == 1).all() and not clock.last_of_session.any()
+    assert (
+        clock.weekday.tolist() == [0, 1, 2, 4, 0]
+        and clock.month.tolist() == [11, 11, 11, 11, 12]
+        and not clock.hour.any()
+    )  # the date's own clock
+    assert (
+        pd.Timestamp(clock.close[3], tz="UTC") == pd.Timestamp("2024-11-29 18:00Z")
+        and (clock.session_progress == 1).all()
+        and not clock.last_of_session.any()
+    )
     assert bar_clock(labels[[0, 1, 3, 4]], "1Day", "equity").segment.tolist() == [0, 0, 1, 1]
-    crypto = bar_clock(expected_labels("1Day", "crypto", "2024-01-01", "2024-01-04").delete(1), "1Day", "crypto")
+    crypto = bar_clock(
+        expected_labels("1Day", "crypto", "2024-01-01", "2024-01-04").delete(1), "1Day", "crypto"
+    )
     assert crypto.segment.tolist() == [0, 1] and (crypto.session_progress == 1).all()
 
 
@@ -134,24 +215,36 @@ def test_clock_depends_on_the_label_alone():
     labels = expected_labels("15Min", "equity", "2023-01-01", "2024-01-01")
     whole, part = bar_clock(labels, "15Min", "equity"), bar_clock(labels[1000:1700], "15Min", "equity")
     for name in whole.__dataclass_fields__:
-        if name != "segment": assert np.array_equal(getattr(whole, name)[1000:1700], getattr(part, name)), name
+        if name != "segment":
+            assert np.array_equal(getattr(whole, name)[1000:1700], getattr(part, name)), name
 
 
 def test_clock_refuses_what_is_not_validated():
-    with pytest.raises(InputError, match="outside the exchange's sessions"): bar_clock(pd.DatetimeIndex(["2024-03-09 15:00Z"]), "15Min", "equity")
-    with pytest.raises(InputError, match="sorted"): bar_clock(crypto_bars().index[::-1], "15Min", "crypto")
-    with pytest.raises(InputError, match="UTC"): bar_clock(crypto_bars().index.tz_localize(None), "15Min", "crypto")
+    with pytest.raises(InputError, match="outside the exchange's sessions"):
+        bar_clock(pd.DatetimeIndex(["2024-03-09 15:00Z"]), "15Min", "equity")
+    with pytest.raises(InputError, match="sorted"):
+        bar_clock(crypto_bars().index[::-1], "15Min", "crypto")
+    with pytest.raises(InputError, match="UTC"):
+        bar_clock(crypto_bars().index.tz_localize(None), "15Min", "crypto")
     for year in ("1969", "2036"):
-        with pytest.raises(InputError, match="calendar covers 1970-01-02 to 2035"): bar_clock(pd.DatetimeIndex([f"{year}-06-02 15:00Z"]), "15Min", "equity")
-        with pytest.raises(InputError, match="calendar covers"): expected_labels("1Day", "equity", f"{year}-01-01", f"{year}-06-01")
-    assert len(bar_clock(crypto_bars().index[:0], "15Min", "crypto")) == len(bar_clock(crypto_bars().index[:0], "15Min", "equity")) == 0
+        with pytest.raises(InputError, match="calendar covers 1970-01-02 to 2035"):
+            bar_clock(pd.DatetimeIndex([f"{year}-06-02 15:00Z"]), "15Min", "equity")
+        with pytest.raises(InputError, match="calendar covers"):
+            expected_labels("1Day", "equity", f"{year}-01-01", f"{year}-06-01")
+    assert (
+        len(bar_clock(crypto_bars().index[:0], "15Min", "crypto"))
+        == len(bar_clock(crypto_bars().index[:0], "15Min", "equity"))
+        == 0
+    )
 
 
 def test_segments_begin_beyond_one_missing_hour():
     for timeframe, spared in (("1Min", 60), ("15Min", 4), ("30Min", 2), ("1Hour", 1)):
         labels = expected_labels(timeframe, "crypto", "2024-01-01", "2024-01-02")
         assert bar_clock(labels.delete(range(5, 5 + spared)), timeframe, "crypto").segment.max() == 0
-        assert bar_clock(labels.delete(range(5, 6 + spared)), timeframe, "crypto").segment.tolist() == [0] * 5 + [1] * (len(labels) - 6 - spared)
+        assert bar_clock(labels.delete(range(5, 6 + spared)), timeframe, "crypto").segment.tolist() == [
+            0
+        ] * 5 + [1] * (len(labels) - 6 - spared)
 
 
 def test_bars_per_year(nyse):
@@ -161,10 +254,16 @@ def test_bars_per_year(nyse):
         assert bars_per_year("1Day", "equity", f"{year}-05-05", f"{year}-05-06") == len(sessions)
         assert bars_per_year("15Min", "equity", f"{year}-01-01", f"{year + 1}-01-01") == minutes / 15
         assert bars_per_year("1Min", "equity", f"{year}-12-31", f"{year}-12-31 23:00") == minutes
-    assert bars_per_year("15Min", "equity", "2025-01-01", "2026-01-01") == 6464 and bars_per_year("1Hour", "equity", "2025-01-01", "2026-01-01") == 250 * 7 - 3 * 3
-    assert bars_per_year("1Day", "equity", "2024-12-31", "2025-01-02") == (252 + 250) / 2  # both years are touched
+    assert (
+        bars_per_year("15Min", "equity", "2025-01-01", "2026-01-01") == 6464
+        and bars_per_year("1Hour", "equity", "2025-01-01", "2026-01-01") == 250 * 7 - 3 * 3
+    )
+    assert (
+        bars_per_year("1Day", "equity", "2024-12-31", "2025-01-02") == (252 + 250) / 2
+    )  # both years are touched
     assert bars_per_year("1Hour", "crypto", "2024-01-01", "2024-02-01") == 8760
-    with pytest.raises(InputError): bars_per_year("1Day", "equity", "2025-01-02", "2025-01-02")
+    with pytest.raises(InputError):
+        bars_per_year("1Day", "equity", "2025-01-02", "2025-01-02")
 
 
 # refused
@@ -186,56 +285,138 @@ REFUSALS = [
     ("bad dtype", CRYPTO.assign(updated=[3, "never"] * (len(CRYPTO) // 2)), "15Min", "crypto"),
     ("bad dtype", EQUITY.assign(close=EQUITY.close.astype(str)), "15Min", "equity"),
     ("bad dtype", EQUITY.assign(volume=EQUITY.volume > 5), "15Min", "equity"),
-    ("no number", EQUITY.assign(close=EQUITY.close.astype(object).where(EQUITY.index != EQUITY.index[30], "-")), "15Min", "equity"),
+    (
+        "no number",
+        EQUITY.assign(close=EQUITY.close.astype(object).where(EQUITY.index != EQUITY.index[30], "-")),
+        "15Min",
+        "equity",
+    ),
     ("impossible time", CRYPTO.set_axis(CRYPTO.index - pd.Timedelta(365 * 200, "D")), "15Min", "crypto"),
     ("impossible value", with_value(CRYPTO, "volume", 1e25), "15Min", "crypto"),
     ("impossible value", CRYPTO.assign(**{c: CRYPTO[c] * 1e12 for c in COLUMNS[:4]}), "15Min", "crypto"),
-    ("bad dtype", EQUITY.rename_axis("timestamp").reset_index().assign(timestamp=EQUITY.index.strftime("%Y-%m-%d %H:%M")), "15Min", "equity"),
-    ("bad dtype", EQUITY.rename_axis("timestamp").reset_index().assign(timestamp=EQUITY.index.asi8), "15Min", "equity"),
+    (
+        "bad dtype",
+        EQUITY.rename_axis("timestamp")
+        .reset_index()
+        .assign(timestamp=EQUITY.index.strftime("%Y-%m-%d %H:%M")),
+        "15Min",
+        "equity",
+    ),
+    (
+        "bad dtype",
+        EQUITY.rename_axis("timestamp").reset_index().assign(timestamp=EQUITY.index.asi8),
+        "15Min",
+        "equity",
+    ),
     ("naive time", EQUITY.set_axis(EQUITY.index.tz_localize(None)), "15Min", "equity"),
     ("wrong zone", EQUITY.tz_convert("America/New_York"), "15Min", "equity"),
-    ("wrong zone", EQUITY.set_axis(EQUITY.index.tz_convert("America/New_York").tz_localize(None).tz_localize("UTC")), "15Min", "equity"),  # New York's clock called UTC
-    ("wrong zone", EQUITY.set_axis(EQUITY.index - pd.Timedelta("1h")), "15Min", "equity"),  # Chicago's clock called New York's
+    (
+        "wrong zone",
+        EQUITY.set_axis(EQUITY.index.tz_convert("America/New_York").tz_localize(None).tz_localize("UTC")),
+        "15Min",
+        "equity",
+    ),  # New York's clock called UTC
+    (
+        "wrong zone",
+        EQUITY.set_axis(EQUITY.index - pd.Timedelta("1h")),
+        "15Min",
+        "equity",
+    ),  # Chicago's clock called New York's
     ("wrong zone", EQUITY.set_axis(EQUITY.index + pd.Timedelta("1h")), "15Min", "equity"),
     ("null time", EQUITY.set_axis(EQUITY.index.where(EQUITY.index != EQUITY.index[5])), "15Min", "equity"),
     *[("null price", with_value(CRYPTO, c, np.nan), "15Min", "crypto") for c in COLUMNS],
     ("null price", EQUITY.assign(close=None), "15Min", "equity"),
-    *[("infinite value", with_value(CRYPTO, c, v), "15Min", "crypto") for c in ("high", "volume") for v in (np.inf,)],
-    *[("price not above zero", with_value(CRYPTO, c, v), "15Min", "crypto") for c in COLUMNS[:4] for v in (0.0, -1.0)],
+    *[
+        ("infinite value", with_value(CRYPTO, c, v), "15Min", "crypto")
+        for c in ("high", "volume")
+        for v in (np.inf,)
+    ],
+    *[
+        ("price not above zero", with_value(CRYPTO, c, v), "15Min", "crypto")
+        for c in COLUMNS[:4]
+        for v in (0.0, -1.0)
+    ],
     ("negative volume", with_value(CRYPTO, "volume", -1.0), "15Min", "crypto"),
     ("OHLC order", with_value(CRYPTO, "high", CRYPTO.low.iloc[30] * 0.999), "15Min", "crypto"),
     ("OHLC order", with_value(CRYPTO, "close", CRYPTO.high.iloc[30] * 1.001), "15Min", "crypto"),
     ("OHLC order", with_value(CRYPTO, "open", CRYPTO.low.iloc[30] * 0.999), "15Min", "crypto"),
     ("conflicting duplicate", pd.concat([CRYPTO, CRYPTO.iloc[[30]].assign(volume=0.5)]), "15Min", "crypto"),
-    ("conflicting duplicate", pd.concat([DAILY, DAILY.iloc[[30]].set_axis(DAILY.index[[30]] + pd.Timedelta("5h")).assign(volume=0.5)]), "1Day", "equity"),
+    (
+        "conflicting duplicate",
+        pd.concat(
+            [DAILY, DAILY.iloc[[30]].set_axis(DAILY.index[[30]] + pd.Timedelta("5h")).assign(volume=0.5)]
+        ),
+        "1Day",
+        "equity",
+    ),
     ("wrong timeframe", crypto_bars(timeframe="1Hour"), "15Min", "crypto"),
     ("wrong timeframe", crypto_bars(timeframe="1Min"), "15Min", "crypto"),
     ("wrong timeframe", DAILY.resample("7D").first(), "1Day", "equity"),
     ("off grid", with_label(CRYPTO, CRYPTO.index[30] + pd.Timedelta("4min")), "15Min", "crypto"),
     ("off grid", DAILY.set_axis(DAILY.index + pd.Timedelta("9h")), "1Day", "equity"),
-    ("off grid", crypto_bars(timeframe="1Day").set_axis(crypto_bars(timeframe="1Day").index + pd.Timedelta("5h")), "1Day", "crypto"),
+    (
+        "off grid",
+        crypto_bars(timeframe="1Day").set_axis(crypto_bars(timeframe="1Day").index + pd.Timedelta("5h")),
+        "1Day",
+        "crypto",
+    ),
     ("bar in the future", with_label(CRYPTO, "2031-01-01 00:00Z", -1), "15Min", "crypto"),
-    *[("shifted labels", (b := equity_bars(timeframe=t)).set_axis(b.index + k * pd.Timedelta(seconds=TIMEFRAMES[t])), t, "equity") for t in ("1Min", "5Min", "15Min", "1Hour") for k in (1, -1)],
+    *[
+        (
+            "shifted labels",
+            (b := equity_bars(timeframe=t)).set_axis(b.index + k * pd.Timedelta(seconds=TIMEFRAMES[t])),
+            t,
+            "equity",
+        )
+        for t in ("1Min", "5Min", "15Min", "1Hour")
+        for k in (1, -1)
+    ],
     ("outside session", crypto_bars("2024-01-06", "2024-01-07"), "15Min", "equity"),  # a Saturday
     ("outside session", crypto_bars(), "15Min", "equity"),
-    ("outside session", EQUITY.set_axis(EQUITY.index - pd.Timedelta("8h")), "15Min", "equity"),  # nothing but nights
+    (
+        "outside session",
+        EQUITY.set_axis(EQUITY.index - pd.Timedelta("8h")),
+        "15Min",
+        "equity",
+    ),  # nothing but nights
     ("outside session", crypto_bars("2024-01-01", "2024-06-01", "1Day"), "1Day", "equity"),
     ("unexplained step", HALVED, "15Min", "equity"),
     ("unexplained step", pd.concat([CRYPTO.iloc[:300], CRYPTO.iloc[300:] * 10]), "15Min", "crypto"),
-    ("unexplained step", pd.concat([CRYPTO.iloc[:300], with_value(CRYPTO.iloc[300:] * 2, "open", CRYPTO.close.iloc[299], 0).assign(low=lambda b: b[["low", "open"]].min(axis=1))]), "15Min", "crypto"),  # doubles within a bar
-    ("unexplained step", with_value(with_value(CRYPTO, "close", 200.0), "high", 200.0), "15Min", "crypto"),  # a bad tick
+    (
+        "unexplained step",
+        pd.concat(
+            [
+                CRYPTO.iloc[:300],
+                with_value(CRYPTO.iloc[300:] * 2, "open", CRYPTO.close.iloc[299], 0).assign(
+                    low=lambda b: b[["low", "open"]].min(axis=1)
+                ),
+            ]
+        ),
+        "15Min",
+        "crypto",
+    ),  # doubles within a bar
+    (
+        "unexplained step",
+        with_value(with_value(CRYPTO, "close", 200.0), "high", 200.0),
+        "15Min",
+        "crypto",
+    ),  # a bad tick
 ]
 
 
-@pytest.mark.parametrize("kind, frame, timeframe, asset_class", REFUSALS, ids=[f"{k}-{i}" for i, (k, *_) in enumerate(REFUSALS)])
+@pytest.mark.parametrize(
+    "kind, frame, timeframe, asset_class", REFUSALS, ids=[f"{k}-{i}" for i, (k, *_) in enumerate(REFUSALS)]
+)
 def test_refused_by_name(kind, frame, timeframe, asset_class):
-    with pytest.raises(InputError) as error: validate_bars(frame, timeframe, asset_class)
+    with pytest.raises(InputError) as error:
+        validate_bars(frame, timeframe, asset_class)
     text = str(error.value)
     assert text.startswith(f"bars refused, {kind}: ") and text.endswith(REFUSED[kind]) and "\n" not in text
 
 
 def test_high_below_low_is_called_so():
-    with pytest.raises(InputError, match="high .* is below low"): validate_bars(with_value(CRYPTO, "high", CRYPTO.low.iloc[30] * 0.999), "15Min", "crypto")
+    with pytest.raises(InputError, match="high .* is below low"):
+        validate_bars(with_value(CRYPTO, "high", CRYPTO.low.iloc[30] * 0.999), "15Min", "crypto")
 
 
 def test_every_kind_of_refusal_is_tested():
@@ -244,28 +425,64 @@ def test_every_kind_of_refusal_is_tested():
 
 def test_the_first_offending_bar_is_named():
     frame = with_value(with_value(CRYPTO, "close", np.nan, row=200), "close", np.nan, row=100)
-    with pytest.raises(InputError, match=rf"{CRYPTO.index[100]:%Y-%m-%d %H:%M}Z, close is missing \(and 1 more\)"): validate_bars(frame.iloc[::-1], "15Min", "crypto")
+    with pytest.raises(
+        InputError, match=rf"{CRYPTO.index[100]:%Y-%m-%d %H:%M}Z, close is missing \(and 1 more\)"
+    ):
+        validate_bars(frame.iloc[::-1], "15Min", "crypto")
 
 
-BAD_CELLS = {"-": "'-'", "1,234.5": "'1,234.5'", "1_000": "'1_000'", "12 $": "'12 $'", True: "'True'", (1.5,): "'(1.5,)'", 10**400: "'1000", "a\nb": r"'a\\nb'", "x" * 100_000: "xxx…'", b"1.5x": "1.5x"}
+BAD_CELLS = {
+    "-": "'-'",
+    "1,234.5": "'1,234.5'",
+    "1_000": "'1_000'",
+    "12 $": "'12 $'",
+    True: "'True'",
+    (1.5,): "'(1.5,)'",
+    10**400: "'1000",
+    "a\nb": r"'a\\nb'",
+    "x" * 100_000: "xxx…'",
+    b"1.5x": "1.5x",
+}
 
 
 @pytest.mark.parametrize("value", BAD_CELLS)
 def test_the_bad_cell_is_shown_and_not_a_good_one(value):
     frame = CRYPTO.astype({"high": object})
     frame.iat[41, 1] = value
-    with pytest.raises(InputError) as e: validate_bars(frame, "15Min", "crypto")
+    with pytest.raises(InputError) as e:
+        validate_bars(frame, "15Min", "crypto")
     said = str(e.value)
-    assert f"no number: {CRYPTO.index[41]:%Y-%m-%d %H:%M}Z, high is " in said and BAD_CELLS[value] in said and "\n" not in said and len(said) < 300
+    assert (
+        f"no number: {CRYPTO.index[41]:%Y-%m-%d %H:%M}Z, high is " in said
+        and BAD_CELLS[value] in said
+        and "\n" not in said
+        and len(said) < 300
+    )
     frame.iat[7, 1] = "none"
-    with pytest.raises(InputError, match=rf"{CRYPTO.index[7]:%Y-%m-%d %H:%M}Z, high is 'none' \(and 1 more\)"): validate_bars(frame, "15Min", "crypto")
+    with pytest.raises(
+        InputError, match=rf"{CRYPTO.index[7]:%Y-%m-%d %H:%M}Z, high is 'none' \(and 1 more\)"
+    ):
+        validate_bars(frame, "15Min", "crypto")
 
 
 @pytest.mark.parametrize("volume", [1e12, 2.0**53, 2.0**63, 1e25, 1e308])
 def test_volumes_that_sums_cannot_carry_are_refused_and_large_ones_are_not(volume):
     "A running sum of dollars that holds one such bar no longer holds the others."
-    with pytest.raises(InputError, match=rf"impossible value: {CRYPTO.index[30]:%Y-%m-%d %H:%M}Z, volume is {volume:g} at a close of .*worth more than 1e\+15".replace("e+", r"e\+")):
-        validate_bars(with_value(CRYPTO.assign(**{c: CRYPTO[c] * 2e4 / CRYPTO.close.iloc[30] for c in COLUMNS[:4]}), "volume", volume), "15Min", "crypto")
+    with pytest.raises(
+        InputError,
+        match=rf"impossible value: {CRYPTO.index[30]:%Y-%m-%d %H:%M}Z, volume is {volume:g} at a close of .*worth more than 1e\+15".replace(
+            "e+", r"e\+"
+        ),
+    ):
+        validate_bars(
+            with_value(
+                CRYPTO.assign(**{c: CRYPTO[c] * 2e4 / CRYPTO.close.iloc[30] for c in COLUMNS[:4]}),
+                "volume",
+                volume,
+            ),
+            "15Min",
+            "crypto",
+        )
     most = 0.99e15 / CRYPTO.close.iloc[30]
     clean, _ = validate_bars(with_value(CRYPTO, "volume", most), "15Min", "crypto")
     worth = (clean.close * clean.volume).to_numpy()
@@ -277,39 +494,70 @@ def test_steps_pass_on_the_dates_that_are_named():
     gap = np.where(np.arange(len(DAILY)) >= 60, 0.8, 1.0) * np.where(np.arange(len(DAILY)) >= 90, 0.4, 1.0)
     bars = DAILY.assign(**{c: DAILY[c] * gap for c in COLUMNS[:4]}, volume=1e6)
     first, second = (f"{DAILY.index[i]:%Y-%m-%d}" for i in (60, 90))
+
     def refused(*dates):
-        with pytest.raises(InputError, match="unexplained step") as e: validate_bars(bars, "1Day", "equity", allow_steps=list(dates))
+        with pytest.raises(InputError, match="unexplained step") as e:
+            validate_bars(bars, "1Day", "equity", allow_steps=list(dates))
         return str(e.value)
-    assert first in refused() and second in refused(first) and first in refused(second) and first in refused("2001-01-01")
+
+    assert (
+        first in refused()
+        and second in refused(first)
+        and first in refused(second)
+        and first in refused("2001-01-01")
+    )
     for allowed in (True, [first, second], [DAILY.index[60], DAILY.index[90].date()]):
         assert validate_bars(bars, "1Day", "equity", allow_steps=allowed)[1]["bars"] == len(DAILY)
-    hours = EQUITY.assign(**{c: EQUITY[c] * np.where(EQUITY.index >= "2024-11-20", 0.3, 1.0) for c in COLUMNS[:4]})
+    hours = EQUITY.assign(
+        **{c: EQUITY[c] * np.where(EQUITY.index >= "2024-11-20", 0.3, 1.0) for c in COLUMNS[:4]}
+    )
     assert len(validate_bars(hours, "15Min", "equity", allow_steps=["2024-11-20"])[0]) == len(EQUITY)
     for wrong in (3, "soon", [5.5], {"a": 1}):
-        with pytest.raises(InputError, match="allow_steps"): validate_bars(bars, "1Day", "equity", allow_steps=wrong)
+        with pytest.raises(InputError, match="allow_steps"):
+            validate_bars(bars, "1Day", "equity", allow_steps=wrong)
 
 
 def test_the_timeframe_that_bars_have_is_named():
-    with pytest.raises(InputError, match="bars are 15 minutes apart, as 15Min bars are, expected 60; say the timeframe"): validate_bars(CRYPTO, "1Hour", "crypto")
+    with pytest.raises(
+        InputError, match="bars are 15 minutes apart, as 15Min bars are, expected 60; say the timeframe"
+    ):
+        validate_bars(CRYPTO, "1Hour", "crypto")
 
 
 def test_the_bars_the_refusals_start_from_are_good():
-    for frame, timeframe, asset_class in ((EQUITY, "15Min", "equity"), (CRYPTO, "15Min", "crypto"), (DAILY, "1Day", "equity")):
+    for frame, timeframe, asset_class in (
+        (EQUITY, "15Min", "equity"),
+        (CRYPTO, "15Min", "crypto"),
+        (DAILY, "1Day", "equity"),
+    ):
         clean, report = validate_bars(frame, timeframe, asset_class)
         pd.testing.assert_frame_equal(clean, frame, check_freq=False)
-        assert not any(report["repaired"].values()) and not any(report["findings"].values()) and not any(report["dropped_out_of_session"].values())
+        assert (
+            not any(report["repaired"].values())
+            and not any(report["findings"].values())
+            and not any(report["dropped_out_of_session"].values())
+        )
         assert set(report["repaired"]) == set(REPAIRED) and set(report["findings"]) == set(REPORTED)
-        assert clean.index.name == "timestamp" and str(clean.index.dtype) == "datetime64[ns, UTC]" and list(clean.columns) == list(COLUMNS)
+        assert (
+            clean.index.name == "timestamp"
+            and str(clean.index.dtype) == "datetime64[ns, UTC]"
+            and list(clean.columns) == list(COLUMNS)
+        )
         assert json.loads(json.dumps(report)) == report
 
 
 # repaired and counted
 
+
 def test_disorder_and_exact_duplicates():
     shuffled = pd.concat([CRYPTO.iloc[50:], CRYPTO.iloc[:50], CRYPTO.iloc[[7, 8, 8]]])
     clean, report = validate_bars(shuffled, "15Min", "crypto")
     pd.testing.assert_frame_equal(clean, CRYPTO, check_freq=False)
-    assert report["repaired"]["exact_duplicates"] == 3 and report["repaired"]["disorder"] == 2 and report["bars_in"] == len(CRYPTO) + 3
+    assert (
+        report["repaired"]["exact_duplicates"] == 3
+        and report["repaired"]["disorder"] == 2
+        and report["bars_in"] == len(CRYPTO) + 3
+    )
 
 
 def test_the_input_is_left_alone():
@@ -336,7 +584,9 @@ def test_zero_volume_is_kept_and_counted():
 def test_differences_of_rounding_are_mended():
     high = CRYPTO.high.iloc[30]
     clean, report = validate_bars(with_value(CRYPTO, "close", high * (1 + 1e-10)), "15Min", "crypto")
-    assert report["repaired"]["rounding"] == 1 and clean.high.iloc[30] == clean.close.iloc[30] == high * (1 + 1e-10)
+    assert report["repaired"]["rounding"] == 1 and clean.high.iloc[30] == clean.close.iloc[30] == high * (
+        1 + 1e-10
+    )
 
 
 def test_unfinished_last_bar():
@@ -346,9 +596,14 @@ def test_unfinished_last_bar():
         assert report["repaired"]["unfinished_last_bar"] == dropped == len(CRYPTO) - len(clean)
     # a half day's last hour closes at 13:00, not an hour after its label's bar length
     hourly = equity_bars("2024-11-29", "2024-11-30", "4Hour")
-    assert validate_bars(hourly, "4Hour", "equity", now="2024-11-29 18:00Z")[1]["bars"] == 2 and validate_bars(hourly, "4Hour", "equity", now="2024-11-29 17:59Z")[1]["bars"] == 1
-    with pytest.raises(InputError, match="no bar had closed"): validate_bars(CRYPTO.iloc[:1], "15Min", "crypto", now=CRYPTO.index[0])
-    with pytest.raises(InputError, match="bar in the future"): validate_bars(CRYPTO, "15Min", "crypto", now=last - pd.Timedelta("1min"))
+    assert (
+        validate_bars(hourly, "4Hour", "equity", now="2024-11-29 18:00Z")[1]["bars"] == 2
+        and validate_bars(hourly, "4Hour", "equity", now="2024-11-29 17:59Z")[1]["bars"] == 1
+    )
+    with pytest.raises(InputError, match="no bar had closed"):
+        validate_bars(CRYPTO.iloc[:1], "15Min", "crypto", now=CRYPTO.index[0])
+    with pytest.raises(InputError, match="bar in the future"):
+        validate_bars(CRYPTO, "15Min", "crypto", now=last - pd.Timedelta("1min"))
 
 
 def test_a_session_in_progress_is_no_wrong_zone():
@@ -357,16 +612,40 @@ def test_a_session_in_progress_is_no_wrong_zone():
     frame = pd.concat([equity_bars("2024-11-18", "2024-11-20"), early])
     _, report = validate_bars(frame, "15Min", "equity", allow_steps=True)
     assert report["dropped_out_of_session"]["before_open"] == 6
-    clean, report = validate_bars(pd.concat([frame, equity_bars("2024-11-20", "2024-11-21").iloc[:2]]), "15Min", "equity", now="2024-11-20 14:50Z", allow_steps=True)
+    clean, report = validate_bars(
+        pd.concat([frame, equity_bars("2024-11-20", "2024-11-21").iloc[:2]]),
+        "15Min",
+        "equity",
+        now="2024-11-20 14:50Z",
+        allow_steps=True,
+    )
     assert len(clean) == 2 * 26 + 1
 
 
 def test_out_of_session_bars_by_kind():
-    extra = wandering_bars(pd.DatetimeIndex(["2024-11-29 13:00Z", "2024-11-29 14:15Z", "2024-11-27 21:00Z", "2024-11-29 18:00Z", "2024-11-29 18:15Z", "2024-11-27 21:15Z",
-                                             "2024-11-28 15:00Z", "2024-11-30 15:00Z"]), seed=3)
+    extra = wandering_bars(
+        pd.DatetimeIndex(
+            [
+                "2024-11-29 13:00Z",
+                "2024-11-29 14:15Z",
+                "2024-11-27 21:00Z",
+                "2024-11-29 18:00Z",
+                "2024-11-29 18:15Z",
+                "2024-11-27 21:15Z",
+                "2024-11-28 15:00Z",
+                "2024-11-30 15:00Z",
+            ]
+        ),
+        seed=3,
+    )
     clean, report = validate_bars(pd.concat([EQUITY, extra]), "15Min", "equity")
     pd.testing.assert_frame_equal(clean, EQUITY, check_freq=False)
-    assert report["dropped_out_of_session"] == {"before_open": 2, "closing_print": 2, "after_close": 2, "no_session": 2} and set(OUT_OF_SESSION) == set(report["dropped_out_of_session"])
+    assert report["dropped_out_of_session"] == {
+        "before_open": 2,
+        "closing_print": 2,
+        "after_close": 2,
+        "no_session": 2,
+    } and set(OUT_OF_SESSION) == set(report["dropped_out_of_session"])
 
 
 def test_extended_hours_history():
@@ -374,8 +653,15 @@ def test_extended_hours_history():
     local = pd.date_range("2024-11-04 04:00", "2024-12-06 19:45", freq="15min", tz="America/New_York")
     local = local[(local.hour >= 4) & (local.hour < 20) & (local.day_of_week < 5)]
     clean, report = validate_bars(wandering_bars(local.tz_convert("UTC")), "15Min", "equity")
-    assert clean.index.equals(EQUITY.index) and report["dropped_out_of_session"]["no_session"] == 64  # Thanksgiving
-    assert {k: v["days"] for k, v in report["out_of_session"].items()} == {"before_open": 24, "closing_print": 24, "after_close": 24, "no_session": 1}  # 19:45 in winter is 0:45 UTC of the next day
+    assert (
+        clean.index.equals(EQUITY.index) and report["dropped_out_of_session"]["no_session"] == 64
+    )  # Thanksgiving
+    assert {k: v["days"] for k, v in report["out_of_session"].items()} == {
+        "before_open": 24,
+        "closing_print": 24,
+        "after_close": 24,
+        "no_session": 1,
+    }  # 19:45 in winter is 0:45 UTC of the next day
 
 
 def test_daily_labels_of_new_york_midnight():
@@ -384,27 +670,51 @@ def test_daily_labels_of_new_york_midnight():
     clean, report = validate_bars(midnight, "1Day", "equity")
     pd.testing.assert_frame_equal(clean, DAILY, check_freq=False)
     assert report["repaired"]["daily_labels"] == len(DAILY)
-    clean, report = validate_bars(pd.concat([DAILY, DAILY.iloc[[3]].set_axis(pd.DatetimeIndex(["2024-01-06 00:00Z"]))]), "1Day", "equity")
+    clean, report = validate_bars(
+        pd.concat([DAILY, DAILY.iloc[[3]].set_axis(pd.DatetimeIndex(["2024-01-06 00:00Z"]))]),
+        "1Day",
+        "equity",
+    )
     assert len(clean) == len(DAILY) and report["dropped_out_of_session"]["no_session"] == 1
 
 
 def test_four_hour_bars_may_follow_the_exchange_clock_or_utc():
     winter = equity_bars("2024-01-08", "2024-02-10", "4Hour")
-    assert set(winter.index.hour) == {13, 17} and len(validate_bars(winter, "4Hour", "equity")[0]) == len(winter)  # 8:00 and 12:00 in New York
-    by_utc = wandering_bars(pd.DatetimeIndex([d + pd.Timedelta(hours=h) for d in pd.date_range("2024-01-08", "2024-01-12", tz="UTC") for h in (12, 16, 20)]))
+    assert set(winter.index.hour) == {13, 17} and len(validate_bars(winter, "4Hour", "equity")[0]) == len(
+        winter
+    )  # 8:00 and 12:00 in New York
+    by_utc = wandering_bars(
+        pd.DatetimeIndex(
+            [
+                d + pd.Timedelta(hours=h)
+                for d in pd.date_range("2024-01-08", "2024-01-12", tz="UTC")
+                for h in (12, 16, 20)
+            ]
+        )
+    )
     clean, report = validate_bars(by_utc, "4Hour", "equity")
     assert len(clean) == len(by_utc) and report["findings"]["thin_sessions"] == 0
     _, report = validate_bars(by_utc.iloc[2:], "4Hour", "equity")
-    assert (report["findings"]["thin_sessions"], report["findings"]["missing_bars"]) == (1, 1)  # three bars in a session do not make up for one in another
-    with pytest.raises(InputError, match="off grid"): validate_bars(pd.concat([by_utc, winter.iloc[[0]]]), "4Hour", "equity", allow_steps=True)
+    assert (report["findings"]["thin_sessions"], report["findings"]["missing_bars"]) == (
+        1,
+        1,
+    )  # three bars in a session do not make up for one in another
+    with pytest.raises(InputError, match="off grid"):
+        validate_bars(pd.concat([by_utc, winter.iloc[[0]]]), "4Hour", "equity", allow_steps=True)
 
 
 # steps, gaps, thin sessions
 
+
 def test_steps():
     assert validate_bars(HALVED, "15Min", "equity", allow_steps=True)[1]["findings"]["large_steps"] == 1
     # two for one, on a day that gains 6 %
-    with pytest.raises(InputError, match="unexplained step.*-47%"): validate_bars(pd.concat([DAILY.iloc[:50], DAILY.iloc[50:] * DAILY.close.iloc[49] / DAILY.open.iloc[50] * 0.53]), "1Day", "equity")
+    with pytest.raises(InputError, match="unexplained step.*-47%"):
+        validate_bars(
+            pd.concat([DAILY.iloc[:50], DAILY.iloc[50:] * DAILY.close.iloc[49] / DAILY.open.iloc[50] * 0.53]),
+            "1Day",
+            "equity",
+        )
     # a rise of 52 % that opens 20 % up and trades the rest is reported, as AMD's was
     rise = DAILY.iloc[:50].copy()
     before = rise.close.iloc[48]
@@ -413,44 +723,95 @@ def test_steps():
     # no step is judged across a segment
     apart = pd.concat([CRYPTO.iloc[:300], CRYPTO.iloc[310:] * 10])
     _, report = validate_bars(apart, "15Min", "crypto")
-    assert report["segments"] == 2 and report["findings"] | {"wide_ranges": 0} == dict.fromkeys(REPORTED, 0) | {"gaps": 1, "missing_bars": 10}
-    assert report["breaks"] == [{"last_bar": "2024-01-04 02:45Z", "next_bar": "2024-01-04 05:30Z", "missing": 10}]
+    assert report["segments"] == 2 and report["findings"] | {"wide_ranges": 0} == dict.fromkeys(
+        REPORTED, 0
+    ) | {"gaps": 1, "missing_bars": 10}
+    assert report["breaks"] == [
+        {"last_bar": "2024-01-04 02:45Z", "next_bar": "2024-01-04 05:30Z", "missing": 10}
+    ]
 
 
 def test_missing_and_thin_sessions():
-    gone = (EQUITY.index.normalize() == "2024-11-13") | (EQUITY.index == "2024-11-20 15:00Z") | (EQUITY.index == "2024-11-29 15:00Z")
+    gone = (
+        (EQUITY.index.normalize() == "2024-11-13")
+        | (EQUITY.index == "2024-11-20 15:00Z")
+        | (EQUITY.index == "2024-11-29 15:00Z")
+    )
     _, report = validate_bars(EQUITY[~gone], "15Min", "equity")
-    assert report["segments"] == 2 and (report["findings"]["missing_sessions"], report["findings"]["thin_sessions"], report["findings"]["missing_bars"]) == (1, 2, 2)
-    assert report["breaks"] == [{"last_bar": "2024-11-12 20:45Z", "next_bar": "2024-11-14 14:30Z", "missing": 1}]
+    assert report["segments"] == 2 and (
+        report["findings"]["missing_sessions"],
+        report["findings"]["thin_sessions"],
+        report["findings"]["missing_bars"],
+    ) == (1, 2, 2)
+    assert report["breaks"] == [
+        {"last_bar": "2024-11-12 20:45Z", "next_bar": "2024-11-14 14:30Z", "missing": 1}
+    ]
 
 
 def test_missing_first_bars_are_no_shifted_labels():
     "Closing prints beside bars at the open; an open that is missing half of the time."
-    prints = wandering_bars(EQUITY.groupby(EQUITY.index.date).tail(1).index[:-6] + pd.Timedelta("15min"))  # before the half days
+    prints = wandering_bars(
+        EQUITY.groupby(EQUITY.index.date).tail(1).index[:-6] + pd.Timedelta("15min")
+    )  # before the half days
     opens = EQUITY.groupby(EQUITY.index.date).head(1).index
     for missing in (opens[:0], opens[::2]):
-        _, report = validate_bars(pd.concat([EQUITY.drop(missing), prints]), "15Min", "equity", allow_steps=True)
-        assert report["dropped_out_of_session"]["closing_print"] == len(prints) and report["findings"]["thin_sessions"] == len(missing)
+        _, report = validate_bars(
+            pd.concat([EQUITY.drop(missing), prints]), "15Min", "equity", allow_steps=True
+        )
+        assert report["dropped_out_of_session"]["closing_print"] == len(prints) and report["findings"][
+            "thin_sessions"
+        ] == len(missing)
 
 
 # splits
 
+
 def split(bars, day, ratio):
     "Prices and volumes before a day as they were before a split that makes `ratio` shares of one."
     before = bars.index < pd.Timestamp(day, tz="UTC")
-    return bars.assign(**{c: bars[c].where(~before, bars[c] * (ratio if c != "volume" else 1 / ratio)) for c in COLUMNS})
+    return bars.assign(
+        **{c: bars[c].where(~before, bars[c] * (ratio if c != "volume" else 1 / ratio)) for c in COLUMNS}
+    )
 
 
-@pytest.mark.parametrize("ratio, name", [(2, "2-for-1"), (3, "3-for-1"), (4, "4-for-1"), (5, "5-for-1"), (7, "7-for-1"), (10, "10-for-1"), (20, "20-for-1"), (3 / 2, "3-for-2"),
-                                         (1 / 4, "1-for-4"), (1 / 10, "1-for-10"), (1 / 50, "1-for-50")])
+@pytest.mark.parametrize(
+    "ratio, name",
+    [
+        (2, "2-for-1"),
+        (3, "3-for-1"),
+        (4, "4-for-1"),
+        (5, "5-for-1"),
+        (7, "7-for-1"),
+        (10, "10-for-1"),
+        (20, "20-for-1"),
+        (3 / 2, "3-for-2"),
+        (1 / 4, "1-for-4"),
+        (1 / 10, "1-for-10"),
+        (1 / 50, "1-for-50"),
+    ],
+)
 def test_splits_are_called_so(ratio, name):
-    for bars, timeframe in ((DAILY, "1Day"), (equity_bars("2024-02-01", "2024-04-01"), "15Min"), (equity_bars("2024-03-01", "2024-03-20", "1Hour"), "1Hour")):
-        with pytest.raises(InputError, match=f"unexplained step: 2024-03-12 .*looks like a {name} split on 2024-03-12; load adjusted prices"): validate_bars(split(bars, "2024-03-12", ratio), timeframe, "equity")
+    for bars, timeframe in (
+        (DAILY, "1Day"),
+        (equity_bars("2024-02-01", "2024-04-01"), "15Min"),
+        (equity_bars("2024-03-01", "2024-03-20", "1Hour"), "1Hour"),
+    ):
+        with pytest.raises(
+            InputError,
+            match=f"unexplained step: 2024-03-12 .*looks like a {name} split on 2024-03-12; load adjusted prices",
+        ):
+            validate_bars(split(bars, "2024-03-12", ratio), timeframe, "equity")
         report = validate_bars(split(bars, "2024-03-12", ratio), timeframe, "equity", allow_steps=True)[1]
-        assert [(s["date"], s["like"]) for s in report["splits"]] == [("2024-03-12", name)] and report["findings"]["split_steps"] == 1
+        assert [(s["date"], s["like"]) for s in report["splits"]] == [("2024-03-12", name)] and report[
+            "findings"
+        ]["split_steps"] == 1
         apart = bars[bars.index.strftime("%m-%d") != "2024-03-11"[5:]]
-        report = validate_bars(split(apart, "2024-03-12", ratio), timeframe, "equity")[1]  # the session before it is missing: found, though no step is judged there
-        assert [(s["date"], s["like"]) for s in report["splits"]] == [("2024-03-12", name)] and report["segments"] == 2
+        report = validate_bars(split(apart, "2024-03-12", ratio), timeframe, "equity")[
+            1
+        ]  # the session before it is missing: found, though no step is judged there
+        assert [(s["date"], s["like"]) for s in report["splits"]] == [("2024-03-12", name)] and report[
+            "segments"
+        ] == 2
 
 
 def test_a_crash_by_a_third_is_no_split():
@@ -462,11 +823,14 @@ def test_a_crash_by_a_third_is_no_split():
     crash = split(DAILY, "2024-03-12", 3 / 2)
     crash.iloc[row, 1] *= 1.02
     assert not validate_bars(crash, "1Day", "equity")[1]["splits"]
-    assert not validate_bars(split(DAILY, "2024-03-12", 1.42), "1Day", "equity")[1]["splits"]  # -30 %: no such split
+    assert not validate_bars(split(DAILY, "2024-03-12", 1.42), "1Day", "equity")[1][
+        "splits"
+    ]  # -30 %: no such split
     assert not validate_bars(split(CRYPTO, "2024-01-04", 3 / 2), "15Min", "crypto")[1]["splits"]
 
 
 # feeds that change
+
 
 def thinned(bars, first, last, times):
     "A stretch of sessions with so many times less volume."
@@ -476,31 +840,57 @@ def thinned(bars, first, last, times):
 
 @pytest.mark.parametrize("times", [10, 30, 300, 5000, 1 / 10, 1 / 1000])
 def test_a_change_of_feed_is_found_and_dated(times):
-    for bars, timeframe, asset_class in ((equity_bars("2024-01-01", "2024-07-01"), "15Min", "equity"), (crypto_bars("2024-01-01", "2024-05-01", "1Hour"), "1Hour", "crypto"),
-                                         (equity_bars("2023-01-01", "2025-01-01", "1Day"), "1Day", "equity")):
+    for bars, timeframe, asset_class in (
+        (equity_bars("2024-01-01", "2024-07-01"), "15Min", "equity"),
+        (crypto_bars("2024-01-01", "2024-05-01", "1Hour"), "1Hour", "crypto"),
+        (equity_bars("2023-01-01", "2025-01-01", "1Day"), "1Day", "equity"),
+    ):
         bars["volume"] = np.random.default_rng(1).lognormal(10, 0.4, len(bars))
         _, report = validate_bars(thinned(bars, "2024-03-01", "2024-04-02", times), timeframe, asset_class)
         first, second = report["volume_breaks"]
-        assert (first["date"], second["date"]) == ("2024-03-01", "2024-04-02") and report["findings"]["volume_breaks"] == 2
-        assert first["times"] == pytest.approx(1 / times, rel=0.5) and second["times"] == pytest.approx(times, rel=0.5)
-    _, report = validate_bars(thinned(bars, "2024-03-01", "2024-03-08", 50), timeframe, asset_class)  # five sessions
+        assert (first["date"], second["date"]) == ("2024-03-01", "2024-04-02") and report["findings"][
+            "volume_breaks"
+        ] == 2
+        assert first["times"] == pytest.approx(1 / times, rel=0.5) and second["times"] == pytest.approx(
+            times, rel=0.5
+        )
+    _, report = validate_bars(
+        thinned(bars, "2024-03-01", "2024-03-08", 50), timeframe, asset_class
+    )  # five sessions
     assert [b["date"] for b in report["volume_breaks"]] == ["2024-03-01", "2024-03-08"]
 
 
 def test_busy_markets_are_no_change_of_feed():
     "Volume that rises with the ranges, as when a bull market opens; the U of the day; half days; quiet weekends; a busy week; too short a history."
     random = np.random.default_rng(5)
-    for bars, timeframe, asset_class in ((equity_bars("2024-01-01", "2025-01-01"), "15Min", "equity"), (crypto_bars("2024-01-01", "2024-07-01", "1Hour"), "1Hour", "crypto")):
+    for bars, timeframe, asset_class in (
+        (equity_bars("2024-01-01", "2025-01-01"), "15Min", "equity"),
+        (crypto_bars("2024-01-01", "2024-07-01", "1Hour"), "1Hour", "crypto"),
+    ):
         clock = bar_clock(bars.index, timeframe, asset_class)
-        volume = random.lognormal(9, 0.6, len(bars)) * (0.5 + 3 * (clock.session_progress - 0.5)**2) * np.where(clock.weekday > 4, 0.4, 1.0)
+        volume = (
+            random.lognormal(9, 0.6, len(bars))
+            * (0.5 + 3 * (clock.session_progress - 0.5) ** 2)
+            * np.where(clock.weekday > 4, 0.4, 1.0)
+        )
         bull = bars.index >= pd.Timestamp("2024-03-01", tz="UTC")
-        wide = bars.assign(volume=np.where(bull, 10 * volume, volume), high=bars.high + np.where(bull, 4, 0) * (bars.high - bars.low))
+        wide = bars.assign(
+            volume=np.where(bull, 10 * volume, volume),
+            high=bars.high + np.where(bull, 4, 0) * (bars.high - bars.low),
+        )
         assert not validate_bars(bars.assign(volume=volume), timeframe, asset_class)[1]["volume_breaks"]
         assert not validate_bars(wide, timeframe, asset_class)[1]["volume_breaks"]
-        assert len(validate_bars(wide.assign(high=bars.high), timeframe, asset_class)[1]["volume_breaks"]) == 1  # without the ranges it is one
-        assert not validate_bars(thinned(bars.assign(volume=volume), "2024-03-01", "2024-03-11", 0.25), timeframe, asset_class)[1]["volume_breaks"]
-    assert not validate_bars(thinned(equity_bars("2024-03-01", "2024-03-13"), "2024-03-07", "2024-04-01", 1000), "15Min", "equity")[1]["volume_breaks"]
-    for volume in (0.0, 7.0): assert not validate_bars(bars.assign(volume=volume), timeframe, asset_class)[1]["volume_breaks"]
+        assert (
+            len(validate_bars(wide.assign(high=bars.high), timeframe, asset_class)[1]["volume_breaks"]) == 1
+        )  # without the ranges it is one
+        assert not validate_bars(
+            thinned(bars.assign(volume=volume), "2024-03-01", "2024-03-11", 0.25), timeframe, asset_class
+        )[1]["volume_breaks"]
+    assert not validate_bars(
+        thinned(equity_bars("2024-03-01", "2024-03-13"), "2024-03-07", "2024-04-01", 1000), "15Min", "equity"
+    )[1]["volume_breaks"]
+    for volume in (0.0, 7.0):
+        assert not validate_bars(bars.assign(volume=volume), timeframe, asset_class)[1]["volume_breaks"]
 
 
 def test_bars_of_another_feed_outside_the_session():
@@ -511,14 +901,26 @@ def test_bars_of_another_feed_outside_the_session():
     for volume, foreign in ((20.0, True), (999.0, True), (1001.0, False), (usual, False)):
         _, report = validate_bars(pd.concat([bars, mornings[5:35].assign(volume=volume)]), "15Min", "equity")
         kind = report["out_of_session"]["before_open"]
-        assert kind == {"bars": 30, "days": 30, "first": f"{mornings.index[5]:%Y-%m-%d %H:%M}Z", "last": f"{mornings.index[34]:%Y-%m-%d %H:%M}Z", "times_smaller": pytest.approx(usual / volume, rel=0.005), "foreign": foreign}
+        assert kind == {
+            "bars": 30,
+            "days": 30,
+            "first": f"{mornings.index[5]:%Y-%m-%d %H:%M}Z",
+            "last": f"{mornings.index[34]:%Y-%m-%d %H:%M}Z",
+            "times_smaller": pytest.approx(usual / volume, rel=0.005),
+            "foreign": foreign,
+        }
         assert report["findings"]["foreign_bars"] == 30 * foreign
     # a full feed trades little before the open as well, but all the time
     local = pd.date_range("2024-10-01 04:00", "2024-11-27 19:45", freq="15min", tz="America/New_York")
     local = local[(local.hour >= 4) & (local.hour < 20) & (local.day_of_week < 5)].tz_convert("UTC")
     whole = wandering_bars(local)
-    _, report = validate_bars(whole.assign(volume=np.where(whole.index.isin(bars.index), usual, 300.0)), "15Min", "equity")
-    assert report["out_of_session"]["before_open"]["times_smaller"] == pytest.approx(333, rel=0.01) and report["findings"]["foreign_bars"] == 0
+    _, report = validate_bars(
+        whole.assign(volume=np.where(whole.index.isin(bars.index), usual, 300.0)), "15Min", "equity"
+    )
+    assert (
+        report["out_of_session"]["before_open"]["times_smaller"] == pytest.approx(333, rel=0.01)
+        and report["findings"]["foreign_bars"] == 0
+    )
 
 
 def test_spikes():
@@ -526,32 +928,67 @@ def test_spikes():
     usual = np.median(np.log(bars.high / bars.low))
     for column, sign in (("high", 1), ("low", -1)):
         for times, found in ((30, 1), (6, 0)):
-            _, report = validate_bars(with_value(bars, column, bars.close.iloc[200] * np.exp(sign * times * usual), 200), "15Min", "equity")
-            assert report["findings"]["spikes"] == found and [s["bar"] for s in report["spikes"]] == [f"{bars.index[200]:%Y-%m-%d %H:%M}Z"] * found
-    moved = pd.concat([bars.iloc[:200], bars.iloc[200:] * [1.1, 1.1, 1.1, 1.1, 1]])  # a step that stays is none
+            _, report = validate_bars(
+                with_value(bars, column, bars.close.iloc[200] * np.exp(sign * times * usual), 200),
+                "15Min",
+                "equity",
+            )
+            assert (
+                report["findings"]["spikes"] == found
+                and [s["bar"] for s in report["spikes"]] == [f"{bars.index[200]:%Y-%m-%d %H:%M}Z"] * found
+            )
+    moved = pd.concat(
+        [bars.iloc[:200], bars.iloc[200:] * [1.1, 1.1, 1.1, 1.1, 1]]
+    )  # a step that stays is none
     assert validate_bars(moved, "15Min", "equity")[1]["findings"]["spikes"] == 0
 
 
 # later versions
 
+
 def test_a_later_version_replaces_a_bar():
     late = CRYPTO.iloc[[30, 40]].assign(volume=[7.5, 8.5])
     stamp = pd.Timestamp("2024-02-01", tz="UTC")
-    for first, second in ((False, True), (0, 1), (stamp, stamp + pd.Timedelta("30s")), (None, stamp), ("2024-01-01T00:00:00Z", "2024-01-01T00:00:30Z")):
-        raw = pd.concat([CRYPTO.assign(updated=first).astype({"updated": object}), late.assign(updated=second).astype({"updated": object})]).sort_index()
+    for first, second in (
+        (False, True),
+        (0, 1),
+        (stamp, stamp + pd.Timedelta("30s")),
+        (None, stamp),
+        ("2024-01-01T00:00:00Z", "2024-01-01T00:00:30Z"),
+    ):
+        raw = pd.concat(
+            [
+                CRYPTO.assign(updated=first).astype({"updated": object}),
+                late.assign(updated=second).astype({"updated": object}),
+            ]
+        ).sort_index()
         for frame in (raw, raw[::-1], raw.infer_objects()):
             clean, report = validate_bars(frame, "15Min", "crypto")
-            assert clean.volume.iloc[[30, 40]].tolist() == [7.5, 8.5] and len(clean) == len(CRYPTO) and report["repaired"]["updated_bars"] == 2 and not report["ignored_columns"]
+            assert (
+                clean.volume.iloc[[30, 40]].tolist() == [7.5, 8.5]
+                and len(clean) == len(CRYPTO)
+                and report["repaired"]["updated_bars"] == 2
+                and not report["ignored_columns"]
+            )
             pd.testing.assert_frame_equal(clean.drop(late.index), CRYPTO.drop(late.index), check_freq=False)
     twice = pd.concat([CRYPTO.assign(updated=0), late.assign(updated=1), late.assign(updated=1, volume=9.5)])
-    with pytest.raises(InputError, match="conflicting duplicate"): validate_bars(twice, "15Min", "crypto")  # two later versions that differ
-    clean, report = validate_bars(pd.concat([twice, late.assign(updated=2, volume=3.5)]), "15Min", "crypto")  # a third one settles it
+    with pytest.raises(InputError, match="conflicting duplicate"):
+        validate_bars(twice, "15Min", "crypto")  # two later versions that differ
+    clean, report = validate_bars(
+        pd.concat([twice, late.assign(updated=2, volume=3.5)]), "15Min", "crypto"
+    )  # a third one settles it
     assert clean.volume.iloc[[30, 40]].tolist() == [3.5, 3.5] and report["repaired"]["updated_bars"] == 6
-    _, report = validate_bars(pd.concat([CRYPTO.assign(updated=0), CRYPTO.iloc[[30]].assign(updated=1)]), "15Min", "crypto")
-    assert (report["repaired"]["updated_bars"], report["repaired"]["exact_duplicates"]) == (0, 1)  # the same again is no news
+    _, report = validate_bars(
+        pd.concat([CRYPTO.assign(updated=0), CRYPTO.iloc[[30]].assign(updated=1)]), "15Min", "crypto"
+    )
+    assert (report["repaired"]["updated_bars"], report["repaired"]["exact_duplicates"]) == (
+        0,
+        1,
+    )  # the same again is no news
 
 
 # the 24 kinds of bad input, and what becomes of each
+
 
 def _overlap():
     "Spans are cut from one table by two fractions: no overlap can be written down; too much of a share is refused."
@@ -563,32 +1000,117 @@ def _overlap():
 
 
 REFUSED_KINDS = {  # as people name them -> how we name them, and the input
-    "missing column": ("missing column", lambda: validate_bars(EQUITY.drop(columns="close"), "15Min", "equity")),
-    "null price": ("null price", lambda: validate_bars(with_value(EQUITY, "close", np.nan), "15Min", "equity")),
-    "infinite price": ("infinite value", lambda: validate_bars(with_value(EQUITY, "high", np.inf), "15Min", "equity")),
-    "price of 0 or less": ("price not above zero", lambda: validate_bars(with_value(EQUITY, "low", 0.0), "15Min", "equity")),
-    "negative volume": ("negative volume", lambda: validate_bars(with_value(EQUITY, "volume", -1.0), "15Min", "equity")),
-    "OHLC order": ("OHLC order", lambda: validate_bars(with_value(EQUITY, "low", EQUITY.high.iloc[30] * 1.01), "15Min", "equity")),
+    "missing column": (
+        "missing column",
+        lambda: validate_bars(EQUITY.drop(columns="close"), "15Min", "equity"),
+    ),
+    "null price": (
+        "null price",
+        lambda: validate_bars(with_value(EQUITY, "close", np.nan), "15Min", "equity"),
+    ),
+    "infinite price": (
+        "infinite value",
+        lambda: validate_bars(with_value(EQUITY, "high", np.inf), "15Min", "equity"),
+    ),
+    "price of 0 or less": (
+        "price not above zero",
+        lambda: validate_bars(with_value(EQUITY, "low", 0.0), "15Min", "equity"),
+    ),
+    "negative volume": (
+        "negative volume",
+        lambda: validate_bars(with_value(EQUITY, "volume", -1.0), "15Min", "equity"),
+    ),
+    "OHLC order": (
+        "OHLC order",
+        lambda: validate_bars(with_value(EQUITY, "low", EQUITY.high.iloc[30] * 1.01), "15Min", "equity"),
+    ),
     "naive time": ("naive time", lambda: validate_bars(EQUITY.tz_localize(None), "15Min", "equity")),
-    "wrong zone": ("wrong zone", lambda: validate_bars(EQUITY.tz_convert("America/New_York").tz_localize(None).tz_localize("UTC"), "15Min", "equity")),
-    "same time, other values": ("conflicting duplicate", lambda: validate_bars(pd.concat([EQUITY, EQUITY.iloc[[30]] * 1.001]), "15Min", "equity")),
-    "outside session": ("outside session", lambda: validate_bars(wandering_bars(pd.date_range("2024-11-03 09:00Z", periods=100, freq="15min")), "15Min", "equity")),
-    "off grid": ("off grid", lambda: validate_bars(with_label(EQUITY, EQUITY.index[30] + pd.Timedelta("7min")), "15Min", "equity")),
+    "wrong zone": (
+        "wrong zone",
+        lambda: validate_bars(
+            EQUITY.tz_convert("America/New_York").tz_localize(None).tz_localize("UTC"), "15Min", "equity"
+        ),
+    ),
+    "same time, other values": (
+        "conflicting duplicate",
+        lambda: validate_bars(pd.concat([EQUITY, EQUITY.iloc[[30]] * 1.001]), "15Min", "equity"),
+    ),
+    "outside session": (
+        "outside session",
+        lambda: validate_bars(
+            wandering_bars(pd.date_range("2024-11-03 09:00Z", periods=100, freq="15min")), "15Min", "equity"
+        ),
+    ),
+    "off grid": (
+        "off grid",
+        lambda: validate_bars(with_label(EQUITY, EQUITY.index[30] + pd.Timedelta("7min")), "15Min", "equity"),
+    ),
     "future": ("bar in the future", lambda: validate_bars(EQUITY, "15Min", "equity", now=EQUITY.index[-5])),
     "empty symbol": ("empty symbol", lambda: validate_bars(EQUITY.assign(symbol=" "), "15Min", "equity")),
-    "mixed feed or adjustment": ("mixed content", lambda: validate_bars(EQUITY.assign(feed=["iex"] * 100 + ["sip"] * (len(EQUITY) - 100)), "15Min", "equity")),
-    "bad dtype": ("bad dtype", lambda: validate_bars(EQUITY.assign(close=EQUITY.close.map("{:.2f} USD".format)), "15Min", "equity")),
+    "mixed feed or adjustment": (
+        "mixed content",
+        lambda: validate_bars(
+            EQUITY.assign(feed=["iex"] * 100 + ["sip"] * (len(EQUITY) - 100)), "15Min", "equity"
+        ),
+    ),
+    "bad dtype": (
+        "bad dtype",
+        lambda: validate_bars(EQUITY.assign(close=EQUITY.close.map("{:.2f} USD".format)), "15Min", "equity"),
+    ),
     "unexplained step above 50 %": ("unexplained step", lambda: validate_bars(HALVED, "15Min", "equity")),
-    "symbol renamed": ("mixed content", lambda: validate_bars(EQUITY.assign(symbol=["FB"] * 100 + ["META"] * (len(EQUITY) - 100)), "15Min", "equity")),
+    "symbol renamed": (
+        "mixed content",
+        lambda: validate_bars(
+            EQUITY.assign(symbol=["FB"] * 100 + ["META"] * (len(EQUITY) - 100)), "15Min", "equity"
+        ),
+    ),
     "train and test overlap": ("train_fraction and validation_fraction", _overlap),
 }
 REPAIRED_KINDS = {  # -> where it is counted, how many there are, how many bars stay, and the input
-    "exact duplicate": (("repaired", "exact_duplicates"), 2, len(EQUITY), lambda: validate_bars(pd.concat([EQUITY, EQUITY.iloc[[30, 31]]]).sort_index(), "15Min", "equity")),
-    "disorder": (("repaired", "disorder"), len(EQUITY) - 1, len(EQUITY), lambda: validate_bars(EQUITY[::-1], "15Min", "equity")),
-    "tradeless minute": (("findings", "missing_bars"), 3, -3, lambda: validate_bars((m := equity_bars("2024-11-04", "2024-11-06", "1Min")).drop(m.index[[100, 101, 500]]), "1Min", "equity")),  # never filled in: counted as missing
-    "zero volume, crypto": (("findings", "zero_volume"), 1, len(CRYPTO), lambda: validate_bars(with_value(CRYPTO, "volume", 0.0), "15Min", "crypto")),
-    "unfinished last bar": (("repaired", "unfinished_last_bar"), 1, len(CRYPTO) - 1, lambda: validate_bars(CRYPTO, "15Min", "crypto", now=CRYPTO.index[-1] + pd.Timedelta("10min"))),
-    "updated bar": (("repaired", "updated_bars"), 1, len(CRYPTO), lambda: validate_bars(pd.concat([CRYPTO.assign(updated=False), CRYPTO.iloc[[30]].assign(volume=7.5, updated=True)]), "15Min", "crypto")),
+    "exact duplicate": (
+        ("repaired", "exact_duplicates"),
+        2,
+        len(EQUITY),
+        lambda: validate_bars(pd.concat([EQUITY, EQUITY.iloc[[30, 31]]]).sort_index(), "15Min", "equity"),
+    ),
+    "disorder": (
+        ("repaired", "disorder"),
+        len(EQUITY) - 1,
+        len(EQUITY),
+        lambda: validate_bars(EQUITY[::-1], "15Min", "equity"),
+    ),
+    "tradeless minute": (
+        ("findings", "missing_bars"),
+        3,
+        -3,
+        lambda: validate_bars(
+            (m := equity_bars("2024-11-04", "2024-11-06", "1Min")).drop(m.index[[100, 101, 500]]),
+            "1Min",
+            "equity",
+        ),
+    ),  # never filled in: counted as missing
+    "zero volume, crypto": (
+        ("findings", "zero_volume"),
+        1,
+        len(CRYPTO),
+        lambda: validate_bars(with_value(CRYPTO, "volume", 0.0), "15Min", "crypto"),
+    ),
+    "unfinished last bar": (
+        ("repaired", "unfinished_last_bar"),
+        1,
+        len(CRYPTO) - 1,
+        lambda: validate_bars(CRYPTO, "15Min", "crypto", now=CRYPTO.index[-1] + pd.Timedelta("10min")),
+    ),
+    "updated bar": (
+        ("repaired", "updated_bars"),
+        1,
+        len(CRYPTO),
+        lambda: validate_bars(
+            pd.concat([CRYPTO.assign(updated=False), CRYPTO.iloc[[30]].assign(volume=7.5, updated=True)]),
+            "15Min",
+            "crypto",
+        ),
+    ),
 }
 
 
@@ -596,30 +1118,50 @@ def test_the_24_kinds_of_bad_input():
     "Eighteen are refused by name, six are repaired or kept, and counted; `-s` shows the table."
     met = 0
     for kind, (name, attempt) in REFUSED_KINDS.items():
-        with pytest.raises(InputError) as error: attempt()
+        with pytest.raises(InputError) as error:
+            attempt()
         text = str(error.value)
         assert name in text and "\n" not in text, kind
         met += 1
         print(f"\n{met:2} {kind:28} refused   {text[:150]}", end="")
     for kind, ((section, counter), count, bars, attempt) in REPAIRED_KINDS.items():
         clean, report = attempt()
-        assert report[section][counter] == count and len(clean) == (bars if bars >= 0 else 2 * 390 + bars), kind
+        assert report[section][counter] == count and len(clean) == (bars if bars >= 0 else 2 * 390 + bars), (
+            kind
+        )
         met += 1
-        print(f"\n{met:2} {kind:28} {'repaired' if section == 'repaired' else 'kept'}  {section}.{counter} = {count}: {(REPAIRED | REPORTED)[counter]}", end="")
+        print(
+            f"\n{met:2} {kind:28} {'repaired' if section == 'repaired' else 'kept'}  {section}.{counter} = {count}: {(REPAIRED | REPORTED)[counter]}",
+            end="",
+        )
     print(f"\n{met} of 24")
     assert met == len(REFUSED_KINDS) + len(REPAIRED_KINDS) == 24
 
 
 # resampling
 
-@pytest.mark.parametrize("to, rule", [("5Min", "5min"), ("15Min", "15min"), ("1Hour", "h"), ("4Hour", "4h"), ("1Day", "D")])
+
+@pytest.mark.parametrize(
+    "to, rule", [("5Min", "5min"), ("15Min", "15min"), ("1Hour", "h"), ("4Hour", "4h"), ("1Day", "D")]
+)
 def test_resampling_crypto_against_pandas(to, rule):
     minutes = crypto_bars("2024-01-01", "2024-01-04", "1Min")
     minutes = minutes.drop(minutes.index[500:900])
-    expected = minutes.resample(rule).agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"}).dropna()
-    pd.testing.assert_frame_equal(resample_bars(minutes, "1Min", to, "crypto"), expected, check_freq=False, rtol=1e-13)
+    expected = (
+        minutes.resample(rule)
+        .agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
+        .dropna()
+    )
+    pd.testing.assert_frame_equal(
+        resample_bars(minutes, "1Min", to, "crypto"), expected, check_freq=False, rtol=1e-13
+    )
     # one minute short: the last bin is not known
-    pd.testing.assert_frame_equal(resample_bars(minutes.iloc[:-1], "1Min", to, "crypto"), expected.iloc[:-1], check_freq=False, rtol=1e-13)
+    pd.testing.assert_frame_equal(
+        resample_bars(minutes.iloc[:-1], "1Min", to, "crypto"),
+        expected.iloc[:-1],
+        check_freq=False,
+        rtol=1e-13,
+    )
 
 
 @pytest.mark.parametrize("to", ["15Min", "1Hour", "4Hour", "1Day"])
@@ -629,10 +1171,19 @@ def test_resampling_equities_against_grouping_by_local_hour(to):
     local = minutes.index.tz_convert("America/New_York")
     size = TIMEFRAMES[to] // 60
     bin_ = (local.hour * 60 + local.minute) // size if to != "1Day" else np.zeros(len(local), int)
-    expected = minutes.groupby([local.date, bin_]).agg({"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"})
+    expected = minutes.groupby([local.date, bin_]).agg(
+        {"open": "first", "high": "max", "low": "min", "close": "last", "volume": "sum"}
+    )
     out = resample_bars(minutes, "5Min", to, "equity")
     assert np.allclose(out.to_numpy(), expected.to_numpy(), rtol=1e-13, atol=0)
-    stamps = [pd.Timestamp(d).tz_localize("UTC") if to == "1Day" else (pd.Timestamp(d) + pd.Timedelta(minutes=int(b) * size)).tz_localize("America/New_York").tz_convert("UTC") for d, b in expected.index]
+    stamps = [
+        pd.Timestamp(d).tz_localize("UTC")
+        if to == "1Day"
+        else (pd.Timestamp(d) + pd.Timedelta(minutes=int(b) * size))
+        .tz_localize("America/New_York")
+        .tz_convert("UTC")
+        for d, b in expected.index
+    ]
     assert list(out.index) == stamps
     assert len(validate_bars(out, to, "equity")[0]) == len(out)  # the labels are on the grid
     assert len(resample_bars(minutes.iloc[:-1], "5Min", to, "equity")) == len(out) - 1
@@ -646,21 +1197,34 @@ def test_a_longer_bar_is_known_only_at_its_close():
     for bars, asset_class in ((minutes, "equity"), (coins.drop(coins.index[100:140]), "crypto")):
         for to in ("15Min", "1Hour", "4Hour", "1Day"):
             whole = resample_bars(bars, "5Min", to, asset_class)
-            closes, known = bar_clock(whole.index, to, asset_class).close, bar_clock(bars.index, "5Min", asset_class).close
+            closes, known = (
+                bar_clock(whole.index, to, asset_class).close,
+                bar_clock(bars.index, "5Min", asset_class).close,
+            )
             assert np.all(np.diff(closes) > 0)
             for k in range(1, len(bars) + 1, 7):
                 closed = whole[closes <= known[k - 1]]
                 if not len(closed):
-                    with pytest.raises(InputError, match="do not fill one bar"): resample_bars(bars.iloc[:k], "5Min", to, asset_class)
-                else: pd.testing.assert_frame_equal(resample_bars(bars.iloc[:k], "5Min", to, asset_class), closed, check_freq=False, rtol=1e-13)
+                    with pytest.raises(InputError, match="do not fill one bar"):
+                        resample_bars(bars.iloc[:k], "5Min", to, asset_class)
+                else:
+                    pd.testing.assert_frame_equal(
+                        resample_bars(bars.iloc[:k], "5Min", to, asset_class),
+                        closed,
+                        check_freq=False,
+                        rtol=1e-13,
+                    )
 
 
 def test_resampling_refuses():
-    with pytest.raises(InputError, match="choose a multiple"): resample_bars(crypto_bars(timeframe="1Hour"), "1Hour", "15Min", "crypto")
-    with pytest.raises(InputError, match="do not fill one bar"): resample_bars(CRYPTO.iloc[:3], "15Min", "1Hour", "crypto")
+    with pytest.raises(InputError, match="choose a multiple"):
+        resample_bars(crypto_bars(timeframe="1Hour"), "1Hour", "15Min", "crypto")
+    with pytest.raises(InputError, match="do not fill one bar"):
+        resample_bars(CRYPTO.iloc[:3], "15Min", "1Hour", "crypto")
 
 
 # files
+
 
 def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     file = write_bars(CRYPTO, tmp_path / "a" / "X.parquet")
@@ -668,9 +1232,12 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
     first = file.read_bytes()
     assert list(pd.read_parquet(file).columns) == ["timestamp", *COLUMNS]
 
-    def power_cut(*_): raise OSError("power cut")
+    def power_cut(*_):
+        raise OSError("power cut")
+
     monkeypatch.setattr(os, "replace", power_cut)
-    with pytest.raises(OSError): write_bars(CRYPTO.iloc[:10], file)
+    with pytest.raises(OSError):
+        write_bars(CRYPTO.iloc[:10], file)
     monkeypatch.undo()
     assert file.read_bytes() == first and [p.name for p in file.parent.iterdir()] == ["X.parquet"]
     assert write_bars(CRYPTO, file).read_bytes() == first  # same bars, same bytes
@@ -678,68 +1245,128 @@ def test_files_are_whole_or_absent(tmp_path, monkeypatch):
 
 def test_parquet_is_read_by_the_calling_thread(tmp_path, monkeypatch):
     "Another thread that holds a Python object when the interpreter ends aborts the process, after all of its work is done."
+
     class Watched(io.BytesIO):
         readers = set()
 
         def read(self, *size):
             self.readers.add(threading.get_ident())
             return super().read(*size)
+
     file = write_bars(CRYPTO, tmp_path / "X.parquet")
     monkeypatch.setattr(bars_module, "io", SimpleNamespace(BytesIO=Watched))
     pd.testing.assert_frame_equal(read_bars(file), CRYPTO, check_freq=False)
     assert Watched.readers == {threading.get_ident()}
     modules = Path(bars_module.__file__).parent.rglob("*.py")
-    assert [m.name for m in modules if "read_parquet(" in re.sub(r"\b_read_parquet\(", "", m.read_text(encoding="utf-8"))] == []  # pandas has others read it
+    assert [
+        m.name
+        for m in modules
+        if "read_parquet(" in re.sub(r"\b_read_parquet\(", "", m.read_text(encoding="utf-8"))
+    ] == []  # pandas has others read it
 
 
 def test_unreadable_files_are_input_errors(tmp_path):
-    with pytest.raises(InputError, match="no such file"): read_bars(tmp_path / "none.parquet")
-    (tmp_path / "torn.parquet").write_bytes(write_bars(CRYPTO, tmp_path / "whole.parquet").read_bytes()[:-100])
-    with pytest.raises(InputError, match="no readable parquet"): read_bars(tmp_path / "torn.parquet")
+    with pytest.raises(InputError, match="no such file"):
+        read_bars(tmp_path / "none.parquet")
+    (tmp_path / "torn.parquet").write_bytes(
+        write_bars(CRYPTO, tmp_path / "whole.parquet").read_bytes()[:-100]
+    )
+    with pytest.raises(InputError, match="no readable parquet"):
+        read_bars(tmp_path / "torn.parquet")
     CRYPTO.drop(columns="low").rename_axis("timestamp").reset_index().to_parquet(tmp_path / "low.parquet")
-    with pytest.raises(InputError, match="low missing"): read_bars(tmp_path / "low.parquet")
+    with pytest.raises(InputError, match="low missing"):
+        read_bars(tmp_path / "low.parquet")
 
 
 def test_fingerprint():
     print_ = fingerprint(CRYPTO)
-    assert print_["bars"] == len(CRYPTO) and print_["start"] == "2024-01-01 00:00Z" and print_["end"] == "2024-01-07 23:45Z" and len(print_["sha256"]) == 64
-    assert fingerprint(CRYPTO.set_axis(CRYPTO.index.as_unit("s"))) == print_ == fingerprint(CRYPTO[["volume", "close", "low", "high", "open"]])
-    assert fingerprint(with_value(CRYPTO, "low", np.nextafter(CRYPTO.low.iloc[30], 0)))["sha256"] != print_["sha256"]
+    assert (
+        print_["bars"] == len(CRYPTO)
+        and print_["start"] == "2024-01-01 00:00Z"
+        and print_["end"] == "2024-01-07 23:45Z"
+        and len(print_["sha256"]) == 64
+    )
+    assert (
+        fingerprint(CRYPTO.set_axis(CRYPTO.index.as_unit("s")))
+        == print_
+        == fingerprint(CRYPTO[["volume", "close", "low", "high", "open"]])
+    )
+    assert (
+        fingerprint(with_value(CRYPTO, "low", np.nextafter(CRYPTO.low.iloc[30], 0)))["sha256"]
+        != print_["sha256"]
+    )
     assert fingerprint(CRYPTO.set_axis(CRYPTO.index + pd.Timedelta("15min")))["sha256"] != print_["sha256"]
 
 
 # real bars
 
 REAL = {  # file -> bars, segments, missing bars, out-of-session bars
-    "crypto/15Min/BTC-USDT": (44371, 2, 11117, 0), "crypto/15Min/SOL-USDT": (44457, 2, 11031, 0), "crypto/15Min/ETH-BTC": (8112, 4, 34, 0), "crypto/5Min/ETH-BTC": (24336, 4, 104, 0),
-    "crypto/1Min/ETH-USDT": (42915, 2, 284, 0), "crypto/1Min/BTC-USDT": (105120, 1, 0, 0), "equity/15Min/SPY": (194 * 26 - 3 * 12, 1, 0, 5237 - 5008),
-    "equity/15Min/AAPL": (3616, 1, 0, 55), "equity/15Min/COST": (3616, 1, 0, 0), "equity/5Min/COST": (10848, 1, 0, 0), "equity/1Day/AMD": (2013, 1, 0, 0),
+    "crypto/15Min/BTC-USDT": (44371, 2, 11117, 0),
+    "crypto/15Min/SOL-USDT": (44457, 2, 11031, 0),
+    "crypto/15Min/ETH-BTC": (8112, 4, 34, 0),
+    "crypto/5Min/ETH-BTC": (24336, 4, 104, 0),
+    "crypto/1Min/ETH-USDT": (42915, 2, 284, 0),
+    "crypto/1Min/BTC-USDT": (105120, 1, 0, 0),
+    "equity/15Min/SPY": (194 * 26 - 3 * 12, 1, 0, 5237 - 5008),
+    "equity/15Min/AAPL": (3616, 1, 0, 55),
+    "equity/15Min/COST": (3616, 1, 0, 0),
+    "equity/5Min/COST": (10848, 1, 0, 0),
+    "equity/1Day/AMD": (2013, 1, 0, 0),
 }
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_bars_with_known_defects(real_bars_folder, name):
     asset_class, timeframe, _ = name.split("/")
-    clean, report = validate_bars(pd.read_parquet(real_bars_folder / f"{name}.parquet"), timeframe, asset_class)
-    assert (report["bars"], report["segments"], report["findings"]["missing_bars"], sum(report["dropped_out_of_session"].values())) == REAL[name]
-    assert report["findings"]["thin_sessions"] == 0 and len(clean) == report["bars"] == report["bars_in"] - sum(report["dropped_out_of_session"].values())
+    clean, report = validate_bars(
+        pd.read_parquet(real_bars_folder / f"{name}.parquet"), timeframe, asset_class
+    )
+    assert (
+        report["bars"],
+        report["segments"],
+        report["findings"]["missing_bars"],
+        sum(report["dropped_out_of_session"].values()),
+    ) == REAL[name]
+    assert report["findings"]["thin_sessions"] == 0 and len(clean) == report["bars"] == report[
+        "bars_in"
+    ] - sum(report["dropped_out_of_session"].values())
 
 
 def test_real_closing_prints_and_outages(real_bars_folder):
-    _, report = validate_bars(pd.read_parquet(real_bars_folder / "equity/15Min/SPY.parquet"), "15Min", "equity")
-    assert report["dropped_out_of_session"] == {"before_open": 0, "closing_print": 194, "after_close": 35, "no_session": 0}  # 35: thin bars after 13:00 on three half days
-    _, report = validate_bars(pd.read_parquet(real_bars_folder / "crypto/5Min/ETH-BTC.parquet"), "5Min", "crypto")
-    assert [(b["last_bar"], b["next_bar"]) for b in report["breaks"]] == [("2021-03-06 01:55Z", "2021-03-06 03:30Z"), ("2021-04-20 01:55Z", "2021-04-20 04:30Z"), ("2021-04-25 04:00Z", "2021-04-25 08:45Z")]
+    _, report = validate_bars(
+        pd.read_parquet(real_bars_folder / "equity/15Min/SPY.parquet"), "15Min", "equity"
+    )
+    assert report["dropped_out_of_session"] == {
+        "before_open": 0,
+        "closing_print": 194,
+        "after_close": 35,
+        "no_session": 0,
+    }  # 35: thin bars after 13:00 on three half days
+    _, report = validate_bars(
+        pd.read_parquet(real_bars_folder / "crypto/5Min/ETH-BTC.parquet"), "5Min", "crypto"
+    )
+    assert [(b["last_bar"], b["next_bar"]) for b in report["breaks"]] == [
+        ("2021-03-06 01:55Z", "2021-03-06 03:30Z"),
+        ("2021-04-20 01:55Z", "2021-04-20 04:30Z"),
+        ("2021-04-25 04:00Z", "2021-04-25 08:45Z"),
+    ]
     _, report = validate_bars(pd.read_parquet(real_bars_folder / "equity/1Day/AMD.parquet"), "1Day", "equity")
     assert report["findings"]["large_steps"] == 1  # +52 % on 2016-04-22
 
 
 RESAMPLED = [  # asset class, symbol, short, long; the folder holds both, made by other code
-    *[("crypto", s, "5Min", "15Min") for s in ("BTC-USDT", "ETH-BTC", "ETH-USDT", "SOL-USDT", "XRP-USDT")], ("crypto", "BTC-USDT", "1Min", "5Min"), ("crypto", "BTC-USDT", "1Min", "15Min"),
-    *[("equity", s, "5Min", "15Min") for s in ("AAPL", "COST", "META", "MSFT", "QQQ", "SPY", "TSLA")], ("equity", "SPY", "1Min", "5Min"), ("equity", "SPY", "1Min", "15Min"),
+    *[("crypto", s, "5Min", "15Min") for s in ("BTC-USDT", "ETH-BTC", "ETH-USDT", "SOL-USDT", "XRP-USDT")],
+    ("crypto", "BTC-USDT", "1Min", "5Min"),
+    ("crypto", "BTC-USDT", "1Min", "15Min"),
+    *[("equity", s, "5Min", "15Min") for s in ("AAPL", "COST", "META", "MSFT", "QQQ", "SPY", "TSLA")],
+    ("equity", "SPY", "1Min", "5Min"),
+    ("equity", "SPY", "1Min", "15Min"),
 ]
 EXPLAINED = {  # bars that one side has alone -> why
-    ("SOL-USDT", "2024-09-07 02:15"): "one of three 5Min bars: the first source of the file ends there, and its 15Min file leaves the unfinished bar out; to us it is a gap, as in an outage",
+    (
+        "SOL-USDT",
+        "2024-09-07 02:15",
+    ): "one of three 5Min bars: the first source of the file ends there, and its 15Min file leaves the unfinished bar out; to us it is a gap, as in an outage",
     ("XRP-USDT", "2024-09-07 02:15"): "as in SOL-USDT",
 }
 
@@ -748,17 +1375,32 @@ def test_real_resampling_equals_the_files(real_bars_folder):
     "Every pair of timeframes of every symbol; prices exactly, volumes but for the order of summation; `-s` shows the table."
     explained = set()
     for asset_class, symbol, short, long in RESAMPLED:
-        made, stored = (validate_bars(pd.read_parquet(real_bars_folder / f"{asset_class}/{t}/{symbol}.parquet"), t, asset_class)[0] for t in (short, long))
+        made, stored = (
+            validate_bars(
+                pd.read_parquet(real_bars_folder / f"{asset_class}/{t}/{symbol}.parquet"), t, asset_class
+            )[0]
+            for t in (short, long)
+        )
         made = resample_bars(made, short, long, asset_class)
         first, last = max(made.index[0], stored.index[0]), min(made.index[-1], stored.index[-1])
         made, stored = made.loc[first:last], stored.loc[first:last]
         alone = made.index.symmetric_difference(stored.index)
-        for t in alone: explained.add((symbol, f"{t:%Y-%m-%d %H:%M}"))
+        for t in alone:
+            explained.add((symbol, f"{t:%Y-%m-%d %H:%M}"))
         both = made.index.intersection(stored.index)
-        assert len(both) > 3000 and (made.loc[both, list(COLUMNS[:4])] == stored.loc[both, list(COLUMNS[:4])]).all(axis=None), (symbol, short, long)
+        assert len(both) > 3000 and (
+            made.loc[both, list(COLUMNS[:4])] == stored.loc[both, list(COLUMNS[:4])]
+        ).all(axis=None), (symbol, short, long)
         ulp = (np.abs(made.volume - stored.volume) / np.spacing(stored.volume)).loc[both].max()
         summed = TIMEFRAMES[long] // TIMEFRAMES[short]
-        assert ulp < (summed if short == "1Min" and asset_class == "crypto" else 1), (symbol, short, long)  # fractions of coins are rounded at each addition, in another order
-        print(f"\n{symbol:9} {short:>5} -> {long:5} {len(both):6,} bars equal, {len(alone)} alone, volumes differ by {ulp:.0f} units in the last place at most", end="")
+        assert ulp < (summed if short == "1Min" and asset_class == "crypto" else 1), (
+            symbol,
+            short,
+            long,
+        )  # fractions of coins are rounded at each addition, in another order
+        print(
+            f"\n{symbol:9} {short:>5} -> {long:5} {len(both):6,} bars equal, {len(alone)} alone, volumes differ by {ulp:.0f} units in the last place at most",
+            end="",
+        )
     print(*(f"\n{' '.join(k)}: {v}" for k, v in EXPLAINED.items()))
     assert explained == set(EXPLAINED)

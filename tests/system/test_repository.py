@@ -1,8 +1,9 @@
 """The repository as a whole: floors, a core that stands on torch and numpy, notebooks and code that agree, stages that declare what they use."""
+
 import ast
-import inspect
 import asyncio
 import importlib.metadata
+import inspect
 import json
 import os
 import re
@@ -25,15 +26,57 @@ from trading_lib.config import MODES, Parameters, TrainParameters, load_paramete
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "trading_lib"
 STAGES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
-HELPERS = {"find": "trading-lib data find", "verdict": "trading-lib verdict"}  # stages of DVC that are no notebooks -> their commands
-CORE = {"config", "files", "market.layouts", "version", "metrics", "account", "env", "policy.cache", "kernels.cpu", "kernels.layers", "networks", "checkpoint", "training.run_folder", "pipeline.stopping", "policy.recurrent", "training.distributed", "training.validation", "training.memory", "training.ppo", "training.config", "trainer", "seeds", "market.regimes", "features"}
+HELPERS = {
+    "find": "trading-lib data find",
+    "verdict": "trading-lib verdict",
+}  # stages of DVC that are no notebooks -> their commands
+CORE = {
+    "config",
+    "files",
+    "market.layouts",
+    "version",
+    "metrics",
+    "account",
+    "env",
+    "policy.cache",
+    "kernels.cpu",
+    "kernels.layers",
+    "networks",
+    "checkpoint",
+    "training.run_folder",
+    "pipeline.stopping",
+    "policy.recurrent",
+    "training.distributed",
+    "training.validation",
+    "training.memory",
+    "training.ppo",
+    "training.config",
+    "trainer",
+    "seeds",
+    "market.regimes",
+    "features",
+}
 BIN = Path(sys.executable).parent
 
 
-def notebooks(): return sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts))
-def cells(path, kind="code"): return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
-def source(cell): return "".join(cell["source"])
-def code(path): return "\n".join(re.sub(r"(?m)^\s*[%!].*$", "", source(c)) for c in cells(path))
+def notebooks():
+    return sorted(
+        p
+        for p in (ROOT / "nbs").rglob("*.ipynb")
+        if not any(part.startswith((".", "_")) for part in p.relative_to(ROOT).parts)
+    )
+
+
+def cells(path, kind="code"):
+    return [c for c in json.loads(path.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == kind]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def code(path):
+    return "\n".join(re.sub(r"(?m)^\s*[%!].*$", "", source(c)) for c in cells(path))
 
 
 def floors() -> dict[str, int]:
@@ -47,9 +90,10 @@ def imported(tree: ast.AST, module: str = "config") -> set[str]:
     "Full names of imported modules, at any depth; in a module at the top `.bars` is read as trading_lib.bars."
     found = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            parents = ["trading_lib", *module.split(".")][:-node.level] if node.level else []
+            parents = ["trading_lib", *module.split(".")][: -node.level] if node.level else []
             base = ".".join([*parents, *([node.module] if node.module else [])])
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
@@ -62,13 +106,21 @@ def ours(names: set[str], known) -> set[str]:
 
 def at_top_level(tree: ast.Module) -> ast.Module:
     "The tree without the bodies of functions: what runs when the module is imported."
+
     class Without(ast.NodeTransformer):
-        def visit_FunctionDef(self, node): return ast.Pass()
+        def visit_FunctionDef(self, node):
+            return ast.Pass()
+
         visit_AsyncFunctionDef = visit_Lambda = visit_FunctionDef
+
     return Without().visit(ast.parse(ast.unparse(tree)))
 
 
-MODULES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8")) for p in sorted(PACKAGE.rglob("*.py")) if p.stem not in ("__init__", "_modidx")}
+MODULES = {
+    ".".join(p.relative_to(PACKAGE).with_suffix("").parts): ast.parse(p.read_text(encoding="utf-8"))
+    for p in sorted(PACKAGE.rglob("*.py"))
+    if p.stem not in ("__init__", "_modidx")
+}
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -81,16 +133,21 @@ def read_ini(path=ROOT / "settings.ini"):
 
 # --- floors --------------------------------------------------------------------------------------------------------
 
+
 def test_every_module_has_one_notebook():
     names = [m[1] for p in notebooks() if (m := re.search(r"(?m)^#\|\s*default_exp\s+([\w.]+)", code(p)))]
-    assert sorted(names) == sorted(MODULES) and sorted(floors()) == sorted(MODULES)  # none twice, and only numbered notebooks export
+    assert sorted(names) == sorted(MODULES) and sorted(floors()) == sorted(
+        MODULES
+    )  # none twice, and only numbered notebooks export
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_a_module_imports_from_lower_floors_only(name):
     floor = floors()
     below = {other for other in floor if floor[other] < floor[name]}
-    assert ours(imported(MODULES[name], name), MODULES) <= below, "imports from its own or a higher floor, perhaps lazily"
+    assert ours(imported(MODULES[name], name), MODULES) <= below, (
+        "imports from its own or a higher floor, perhaps lazily"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(CORE))
@@ -102,25 +159,39 @@ def test_the_core_stands_on_torch_and_numpy(name):
 
 
 def test_the_two_import_readers_tell_lazy_from_top_level():
-    tree = ast.parse("import a.b\nfrom .bars import x\nfrom . import env\nif 1:\n    import c\ndef f():\n    from trading_lib.report import y\n    import d\nclass K:\n    import e\n    g = lambda: __import__('z')")
+    tree = ast.parse(
+        "import a.b\nfrom .bars import x\nfrom . import env\nif 1:\n    import c\ndef f():\n    from trading_lib.report import y\n    import d\nclass K:\n    import e\n    g = lambda: __import__('z')"
+    )
     known = {"bars", "env", "report", "data.bars"}
-    assert ours(imported(tree), known) == {"bars", "env", "report"} and {"a.b", "c", "d", "e"} <= imported(tree)
-    assert ours(imported(at_top_level(tree)), known) == {"bars", "env"} and imported(at_top_level(tree)) & set("acde") == {"c", "e"}
+    assert ours(imported(tree), known) == {"bars", "env", "report"} and {"a.b", "c", "d", "e"} <= imported(
+        tree
+    )
+    assert ours(imported(at_top_level(tree)), known) == {"bars", "env"} and imported(
+        at_top_level(tree)
+    ) & set("acde") == {"c", "e"}
     assert ours(imported(tree, "data.cache"), known) == {"data.bars", "report"}
 
 
 # --- where only torch and numpy are installed ------------------------------------------------------------------------
+
 
 def _closure(names) -> set[str]:
     "Installed distributions that these need, themselves included."
     done, todo = set(), [canonicalize_name(n) for n in names]
     while todo:
         name = todo.pop()
-        if name in done: continue
-        try: needs = importlib.metadata.requires(name) or []
-        except importlib.metadata.PackageNotFoundError: continue
+        if name in done:
+            continue
+        try:
+            needs = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
         done.add(name)
-        todo += [canonicalize_name(r.name) for r in map(Requirement, needs) if r.marker is None or r.marker.evaluate({"extra": ""})]
+        todo += [
+            canonicalize_name(r.name)
+            for r in map(Requirement, needs)
+            if r.marker is None or r.marker.evaluate({"extra": ""})
+        ]
     return done
 
 
@@ -132,21 +203,34 @@ def bare_site(tmp_path_factory) -> Path:
         files = importlib.metadata.distribution(name).files
         for top in {f.parts[0] for f in files if f.parts[0] not in ("..", "__pycache__")}:
             place = Path(importlib.metadata.distribution(name).locate_file(top))
-            if place.exists() and not (site / top).exists(): (site / top).symlink_to(place)
+            if place.exists() and not (site / top).exists():
+                (site / top).symlink_to(place)
     (site / "trading_lib").symlink_to(PACKAGE)
     return site
 
 
 def in_bare_site(site: Path, folder: Path, script: str, *arguments) -> subprocess.CompletedProcess:
     "Run a script without the site module, so that no other package is on the path."
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {"PYTHONPATH": str(site), "PYTHONDONTWRITEBYTECODE": "1"}
-    return subprocess.run([sys.executable, "-S", "-c", textwrap.dedent(script), *map(str, arguments)], cwd=folder, env=env, capture_output=True, text=True, timeout=120)
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")} | {
+        "PYTHONPATH": str(site),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    return subprocess.run(
+        [sys.executable, "-S", "-c", textwrap.dedent(script), *map(str, arguments)],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_trainer_can_be_imported_where_only_torch_and_numpy_are(bare_site, tmp_path):
     done = in_bare_site(bare_site, tmp_path, "import trading_lib.trainer")
     assert done.returncode == 0, done.stderr
-    missing = in_bare_site(bare_site, tmp_path, "import trading_lib.bars")  # the place is as bare as it claims
+    missing = in_bare_site(
+        bare_site, tmp_path, "import trading_lib.bars"
+    )  # the place is as bare as it claims
     assert missing.returncode != 0 and "No module named 'pandas'" in missing.stderr
 
 
@@ -154,11 +238,15 @@ def test_training_and_saving_need_torch_and_numpy_only(bare_site, tmp_path):
     from trading_lib.env import market_data, split_bounds
     from trading_lib.features import fit_features
     from trading_lib.sources import simulate_bars
+
     bars = simulate_bars("SIM-USD", "15Min", "2023-01-01", "2023-01-13", seed=0, edge=0.2)
     spans = split_bounds(len(bars), 0.7, 0.3)
-    fit = fit_features(bars.iloc[:spans["train"][1]], "5.6.0", "15Min", "crypto")
+    fit = fit_features(bars.iloc[: spans["train"][1]], "5.6.0", "15Min", "crypto")
     market_data(bars, "5.6.0", fit, "15Min", "crypto", symbol="SIM-USD").save(tmp_path / "market.npz")
-    done = in_bare_site(bare_site, tmp_path, """
+    done = in_bare_site(
+        bare_site,
+        tmp_path,
+        """
         import sys
         from importlib.util import find_spec
         assert not any(map(find_spec, ("pandas", "yaml", "talib", "exchange_calendars", "pyarrow", "matplotlib", "papermill", "dvc", "alpaca", "nbdev")))
@@ -174,32 +262,47 @@ def test_training_and_saving_need_torch_and_numpy_only(bare_site, tmp_path):
         assert load_checkpoint("model.pt")["update"] == 2 == len(rows) and inspect_checkpoint("model.pt")["hidden_dims"] == [8]
         assert all(abs(r["validation_sharpe"]) < 1e6 for r in rows)
         print("trained", sorted({m.partition(".")[0] for m in sys.modules} & {"pandas", "yaml"}))
-    """, spans["train"][1])
+    """,
+        spans["train"][1],
+    )
     assert (done.returncode, done.stdout) == (0, "trained []\n"), done.stderr
 
 
 # --- notebooks and exported code -------------------------------------------------------------------------------------
 
+
 def contents(folder: Path, pattern: str) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob(pattern)) if ".ipynb_checkpoints" not in p.parts}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(folder.rglob(pattern))
+        if ".ipynb_checkpoints" not in p.parts
+    }
 
 
 def test_exported_code_and_clean_notebooks_are_what_the_tools_write(tmp_path):
-    for name in ("nbs", "trading_lib"): shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("nbs", "trading_lib"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
+        )
     shutil.copy(ROOT / "settings.ini", tmp_path)
     for module in (tmp_path / "trading_lib").rglob("*.py"):
-        if module.name not in ("__init__.py", "_modidx.py"): module.unlink()  # all of it must come from the notebooks
-    for tool in ("nbdev_export", "nbdev_clean"): subprocess.run([BIN / tool], cwd=tmp_path, check=True, capture_output=True, timeout=120)
+        if module.name not in ("__init__.py", "_modidx.py"):
+            module.unlink()  # all of it must come from the notebooks
+    for tool in ("nbdev_export", "nbdev_clean"):
+        subprocess.run([BIN / tool], cwd=tmp_path, check=True, capture_output=True, timeout=120)
     for folder, pattern in (("trading_lib", "*.py"), ("nbs", "*.ipynb")):
         here, made = contents(ROOT / folder, pattern), contents(tmp_path / folder, pattern)
-        assert [name for name in here.keys() | made.keys() if here.get(name) != made.get(name)] == [], f"run nbdev_export and nbdev_clean: {folder} differs"
+        assert [name for name in here.keys() | made.keys() if here.get(name) != made.get(name)] == [], (
+            f"run nbdev_export and nbdev_clean: {folder} differs"
+        )
 
 
 def names_made_twice(tree: ast.Module) -> set[str]:
     "Names that a module gives to two things, so that the second takes the place of the first."
     made = [node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     for node in tree.body:
-        if isinstance(node, ast.Assign): made += [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        if isinstance(node, ast.Assign):
+            made += [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
     return {name for name in made if made.count(name) > 1}
 
 
@@ -224,38 +327,65 @@ def test_notebooks_open_with_a_title_and_one_line(path):
 
 def parameters_cell(stage: str) -> dict:
     "name -> value of the cell tagged `parameters`."
-    tagged = [c for c in cells(ROOT / "nbs" / f"{stage}.ipynb") if "parameters" in c["metadata"].get("tags", [])]
+    tagged = [
+        c for c in cells(ROOT / "nbs" / f"{stage}.ipynb") if "parameters" in c["metadata"].get("tags", [])
+    ]
     assert len(tagged) == 1
     body = ast.parse(source(tagged[0])).body
-    assert all(isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name) for s in body)
+    assert all(
+        isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name) for s in body
+    )
     return {s.targets[0].id: ast.literal_eval(s.value) for s in body}  # a name or a call is no literal
 
 
 def test_the_stages_are_the_notebooks_without_a_number():
     from trading_lib.pipeline.project import STAGES as declared
-    assert {p.stem for p in (ROOT / "nbs").glob("*.ipynb") if not p.stem[0].isdigit()} == set(STAGES) == set(declared) == set(DVC) - set(HELPERS)
+
+    assert (
+        {p.stem for p in (ROOT / "nbs").glob("*.ipynb") if not p.stem[0].isdigit()}
+        == set(STAGES)
+        == set(declared)
+        == set(DVC) - set(HELPERS)
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_notebooks_have_one_cell_of_literal_parameters(stage):
     given = parameters_cell(stage)
-    assert set(given) >= {"symbol", "out_dir"} and all(v is None for v in given.values())  # params.yaml is the one place for values
-    calls = [n for n in ast.walk(ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb"))) if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "stage_parameters"]
+    assert set(given) >= {"symbol", "out_dir"} and all(
+        v is None for v in given.values()
+    )  # params.yaml is the one place for values
+    calls = [
+        n
+        for n in ast.walk(ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb")))
+        if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "stage_parameters"
+    ]
     assert len(calls) == 1
     dotted = {k.arg: ast.literal_eval(k.value) for k in calls[0].keywords}
     assert set(given) == {"symbol", "out_dir", *dotted}
-    for name in filter(None, dotted.values()): assert name.split(".")[1] in field_names(section_class(name.split(".")[0])), name
+    for name in filter(None, dotted.values()):
+        assert name.split(".")[1] in field_names(section_class(name.split(".")[0])), name
 
 
 # --- stages and parameters -------------------------------------------------------------------------------------------
 
-def section_class(name: str): return type(getattr(Parameters(), name))
-def field_names(cls) -> set[str]: return {f.name for f in fields(cls)}
+
+def section_class(name: str):
+    return type(getattr(Parameters(), name))
+
+
+def field_names(cls) -> set[str]:
+    return {f.name for f in fields(cls)}
 
 
 def import_closure(stage: str) -> set[str]:
     "Modules that a stage's notebook imports, directly or through others, lazily or not; `find` goes by the rule that is in own_files."
-    found, todo = set(), {"data.user_files"} if stage == "find" else ours(imported(ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb"))), MODULES)
+    found, todo = (
+        set(),
+        {"data.user_files"}
+        if stage == "find"
+        else ours(imported(ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb"))), MODULES),
+    )
     while todo:
         found.add(name := todo.pop())
         todo |= ours(imported(MODULES[name], name), MODULES) - found
@@ -263,7 +393,9 @@ def import_closure(stage: str) -> set[str]:
 
 
 def declared(stage: str, what: str) -> list[str]:
-    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in DVC[stage]["do"].get(what, [])]
+    return [
+        next(iter(entry)) if isinstance(entry, dict) else entry for entry in DVC[stage]["do"].get(what, [])
+    ]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -271,87 +403,178 @@ def test_a_stage_depends_on_its_notebook_and_on_what_that_imports(stage):
     deps = declared(stage, "deps")
     assert len(deps) == len(set(deps))
     code_deps = {d for d in deps if d.endswith((".py", ".ipynb"))}
-    assert code_deps == {f"nbs/{stage}.ipynb"} | {f"trading_lib/{name.replace('.', '/')}.py" for name in import_closure(stage)}
+    assert code_deps == {f"nbs/{stage}.ipynb"} | {
+        f"trading_lib/{name.replace('.', '/')}.py" for name in import_closure(stage)
+    }
 
 
 def test_a_symbols_own_file_is_found_by_its_rule_and_never_kept_in_the_cache():
-    assert {d for d in declared("find", "deps") if d.endswith(".py")} == {f"trading_lib/{name.replace('.', '/')}.py" for name in import_closure("find")}
+    assert {d for d in declared("find", "deps") if d.endswith(".py")} == {
+        f"trading_lib/{name.replace('.', '/')}.py" for name in import_closure("find")
+    }
     (place,) = DVC["find"]["do"]["outs"]
-    assert set(place) <= set(declared("prepare", "deps")) and list(place.values()) == [{"cache": False, "persist": True}] and not any("data.path" in d for d in declared("prepare", "deps"))
+    assert (
+        set(place) <= set(declared("prepare", "deps"))
+        and list(place.values()) == [{"cache": False, "persist": True}]
+        and not any("data.path" in d for d in declared("prepare", "deps"))
+    )
 
 
 def test_tables_of_experiments_hold_a_handful_of_figures():
     from trading_lib.pipeline.project import _COMPARED
-    for stage in STAGES: assert declared(stage, "metrics") == ([] if stage == "prepare" else ["reports/${item}_${data.timeframe}/compared/%s.json" % stage])
+
+    for stage in STAGES:
+        assert declared(stage, "metrics") == (
+            [] if stage == "prepare" else ["reports/${item}_${data.timeframe}/compared/%s.json" % stage]
+        )
     names = [name for _, places in _COMPARED.values() for name in places]
-    assert len(names) == len(set(names)) and sum(len(_COMPARED[stage][1]) for stage in ("train", "backtest", "report")) <= 10
+    assert (
+        len(names) == len(set(names))
+        and sum(len(_COMPARED[stage][1]) for stage in ("train", "backtest", "report")) <= 10
+    )
 
 
 def test_stages_are_chained_by_their_files():
     made = {stage: set(declared(stage, "outs")) for stage in STAGES}
     needs = {stage: set(declared(stage, "deps")) for stage in STAGES}
-    figures = {p for p in declared("backtest", "outs") + declared("backtest", "plots") if p.endswith((".csv", ".json"))}
-    assert set(declared("verdict", "deps")) <= made["report"] and list(DVC)[-1] == "verdict", "the last to run, so that it holds what all others made"
-    assert needs["train"] & made["prepare"] and needs["backtest"] & made["train"] and needs["backtest"] & made["prepare"] and needs["report"] & made["backtest"] and figures <= needs["report"] and needs["walk_forward"] & made["prepare"] and needs["seeds"] & made["prepare"]
-    assert "ledger" in needs["report"] and not any("ledger" in path for stage in STAGES for path in made[stage]), "what was tried is an input, and nobody's output"
-    assert (ROOT / "ledger" / "README.md").exists(), "git knows no empty folders, and a dependency that is not there ends `dvc repro`"
-    assert "ledger/index.jsonl" in (ROOT / ".dvcignore").read_text().splitlines(), "what reports write does not make other reports stale"
-    for stage in ("walk_forward", "seeds"): assert list(DVC).index(stage) < list(DVC).index("report"), "the report reads the ledger that it adds to; stages that do not depend on each other run in the order of the file"
+    figures = {
+        p
+        for p in declared("backtest", "outs") + declared("backtest", "plots")
+        if p.endswith((".csv", ".json"))
+    }
+    assert set(declared("verdict", "deps")) <= made["report"] and list(DVC)[-1] == "verdict", (
+        "the last to run, so that it holds what all others made"
+    )
+    assert (
+        needs["train"] & made["prepare"]
+        and needs["backtest"] & made["train"]
+        and needs["backtest"] & made["prepare"]
+        and needs["report"] & made["backtest"]
+        and figures <= needs["report"]
+        and needs["walk_forward"] & made["prepare"]
+        and needs["seeds"] & made["prepare"]
+    )
+    assert "ledger" in needs["report"] and not any(
+        "ledger" in path for stage in STAGES for path in made[stage]
+    ), "what was tried is an input, and nobody's output"
+    assert (ROOT / "ledger" / "README.md").exists(), (
+        "git knows no empty folders, and a dependency that is not there ends `dvc repro`"
+    )
+    assert "ledger/index.jsonl" in (ROOT / ".dvcignore").read_text().splitlines(), (
+        "what reports write does not make other reports stale"
+    )
+    for stage in ("walk_forward", "seeds"):
+        assert list(DVC).index(stage) < list(DVC).index("report"), (
+            "the report reads the ledger that it adds to; stages that do not depend on each other run in the order of the file"
+        )
     for stage in STAGES:
-        assert DVC[stage]["foreach"] == ("${%s.symbols}" % stage if stage in ("walk_forward", "seeds") else "${symbols}")  # the list itself is no parameter of a stage, so a new symbol leaves the others alone
+        assert DVC[stage]["foreach"] == (
+            "${%s.symbols}" % stage if stage in ("walk_forward", "seeds") else "${symbols}"
+        )  # the list itself is no parameter of a stage, so a new symbol leaves the others alone
         assert not any(p.split(".")[0] == "symbols" for p in declared(stage, "params"))
-        for file in made[stage] | set(declared(stage, "metrics")) | set(declared(stage, "plots")): assert "${item}_${data.timeframe}" in file
+        for file in made[stage] | set(declared(stage, "metrics")) | set(declared(stage, "plots")):
+            assert "${item}_${data.timeframe}" in file
 
 
 def declared_parameters(stage: str) -> list[str]:
-    return [re.sub(r"\$\{([\w.]+)\}", lambda m: str(looked_up(m[1])), name) for name in declared(stage, "params")]
+    return [
+        re.sub(r"\$\{([\w.]+)\}", lambda m: str(looked_up(m[1])), name) for name in declared(stage, "params")
+    ]
 
 
 def looked_up(dotted: str):
     value = PARAMS
-    for key in dotted.split("."): value = value[key]
+    for key in dotted.split("."):
+        value = value[key]
     return value
 
 
 @pytest.mark.parametrize("stage", DVC)
 def test_no_text_from_params_yaml_reaches_a_shell(stage):
     "DVC names the stage, and with it the symbol, in the environment; quotes around a symbol could be broken out of."
-    assert DVC[stage]["do"]["cmd"] == f"PATH=.venv/bin:$PATH {HELPERS.get(stage, f'trading-lib stage {stage}')}"
+    assert (
+        DVC[stage]["do"]["cmd"] == f"PATH=.venv/bin:$PATH {HELPERS.get(stage, f'trading-lib stage {stage}')}"
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_declared_parameters_exist(stage):
-    for name in declared_parameters(stage): assert looked_up(name) is not Ellipsis
+    for name in declared_parameters(stage):
+        assert looked_up(name) is not Ellipsis
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_declares_the_parameters_its_notebook_reads(stage):
     tree, names = ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb")), declared_parameters(stage)
-    read = {m[1] for n in ast.walk(tree) if isinstance(n, ast.Attribute) and (m := re.match(r"parameters\.(\w+(?:\.\w+)?)$", ast.unparse(n)))}
-    called = {m[1] for n in ast.walk(tree) if isinstance(n, ast.Call) and (m := re.match(r"parameters\.(\w+)\.\w+\(", ast.unparse(n)))}  # a method reads its whole section
-    read = {name for name in read if name.split(".")[0] not in called and not any(other.startswith(name + ".") for other in read)} | called
+    read = {
+        m[1]
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Attribute) and (m := re.match(r"parameters\.(\w+(?:\.\w+)?)$", ast.unparse(n)))
+    }
+    called = {
+        m[1]
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and (m := re.match(r"parameters\.(\w+)\.\w+\(", ast.unparse(n)))
+    }  # a method reads its whole section
+    read = {
+        name
+        for name in read
+        if name.split(".")[0] not in called and not any(other.startswith(name + ".") for other in read)
+    } | called
     for name in read:
-        assert any((name + ".").startswith(d + ".") or (name == "modes" and d.startswith("modes.")) for d in names), f"{name} is read but not declared"
+        assert any(
+            (name + ".").startswith(d + ".") or (name == "modes" and d.startswith("modes.")) for d in names
+        ), f"{name} is read but not declared"
 
 
 def test_params_yaml_is_valid_and_its_modes_are_the_projects():
     parameters = load_parameters(ROOT / "params.yaml")
-    assert PARAMS["modes"] == {name: asdict(mode) for name, mode in MODES.items()} and parameters.modes == MODES
+    assert (
+        PARAMS["modes"] == {name: asdict(mode) for name, mode in MODES.items()} and parameters.modes == MODES
+    )
     assert set(PARAMS) == field_names(Parameters)
-    for section in set(PARAMS) - {"symbols", "modes"}: assert set(PARAMS[section]) == field_names(section_class(section)), f"{section}: `dvc exp run -S` can set what is in params.yaml, so every field is there"
+    for section in set(PARAMS) - {"symbols", "modes"}:
+        assert set(PARAMS[section]) == field_names(section_class(section)), (
+            f"{section}: `dvc exp run -S` can set what is in params.yaml, so every field is there"
+        )
 
 
 def test_params_yaml_starts_with_a_simulated_market():
     p = load_parameters(ROOT / "params.yaml")
-    assert p.data.source == "simulated" and p.train.mode == "quick_test" and all(s.startswith("SIM") for s in p.symbols)
+    assert (
+        p.data.source == "simulated"
+        and p.train.mode == "quick_test"
+        and all(s.startswith("SIM") for s in p.symbols)
+    )
 
 
 def test_what_may_be_set_for_training_is_a_field_of_the_trainer():
     from trading_lib.training.config import NativePPOConfig, get_auto_config
+
     budget_and_memory = {"episodes", "iterations", "high_vram", "low_vram"}  # arguments of `get_auto_config`
     elsewhere = {"mode", "device", "max_vram_gpu0", "max_vram_gpu1"}
-    assert field_names(TrainParameters) - elsewhere - budget_and_memory <= field_names(NativePPOConfig) and budget_and_memory <= set(inspect.signature(get_auto_config).parameters)
-    kinds = {"hidden_dims": [4], "gru_hidden_dim": 4, "dropout": 0.5, "network": "gru", "amp_dtype": "fp16"} | dict.fromkeys(("shared_trunk", "separate_optimizers", "amp", "compile", "recovery", "early_stop", "high_vram", "low_vram"), False)
+    assert field_names(TrainParameters) - elsewhere - budget_and_memory <= field_names(
+        NativePPOConfig
+    ) and budget_and_memory <= set(inspect.signature(get_auto_config).parameters)
+    kinds = {
+        "hidden_dims": [4],
+        "gru_hidden_dim": 4,
+        "dropout": 0.5,
+        "network": "gru",
+        "amp_dtype": "fp16",
+    } | dict.fromkeys(
+        (
+            "shared_trunk",
+            "separate_optimizers",
+            "amp",
+            "compile",
+            "recovery",
+            "early_stop",
+            "high_vram",
+            "low_vram",
+        ),
+        False,
+    )
     everything = {f.name: kinds.get(f.name, 1) for f in fields(TrainParameters) if f.name not in elsewhere}
     overrides = config.parse_parameters({"train": everything | {"mode": "standard"}}).train.overrides()
     assert set(overrides) == set(everything)
@@ -360,34 +583,80 @@ def test_what_may_be_set_for_training_is_a_field_of_the_trainer():
 
 # --- what is in the repository ---------------------------------------------------------------------------------------
 
+
 @pytest.fixture(scope="module")
 def tracked() -> list[Path]:
     "Files that git tracks, or would with the next `git add`."
-    if not (ROOT / ".git").exists(): pytest.skip("no git repository here")
-    listed = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"], capture_output=True, text=True, check=True).stdout
+    if not (ROOT / ".git").exists():
+        pytest.skip("no git repository here")
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     return [ROOT / name for name in listed.split("\0") if name and (ROOT / name).is_file()]
 
 
 def test_files_are_small_and_hold_no_market_data(tracked):
     assert [p.name for p in tracked if p.stat().st_size > 2 * 2**20] == []
-    data = {".parquet", ".pq", ".csv", ".tsv", ".npz", ".npy", ".pt", ".pth", ".pkl", ".pickle", ".feather", ".h5", ".hdf5", ".zip", ".gz", ".zst", ".xlsx", ".db", ".sqlite"}
+    data = {
+        ".parquet",
+        ".pq",
+        ".csv",
+        ".tsv",
+        ".npz",
+        ".npy",
+        ".pt",
+        ".pth",
+        ".pkl",
+        ".pickle",
+        ".feather",
+        ".h5",
+        ".hdf5",
+        ".zip",
+        ".gz",
+        ".zst",
+        ".xlsx",
+        ".db",
+        ".sqlite",
+    }
     assert [p.name for p in tracked if p.suffix.lower() in data] == []
     for folder in ("data", "models", "reports"):
         assert {p.name for p in tracked if p.relative_to(ROOT).parts[0] == folder} == {".gitignore"}
 
 
 # vendors' formats of keys, and long random values assigned to names that speak of secrets
-_SECRETS = [r"\b[PA]K[A-Z0-9]{16,24}\b", r"\bAKIA[A-Z0-9]{16}\b", r"\bgh[pousr]_\w{30,}", r"\bgithub_pat_\w{30,}", r"\bsk-[\w-]{20,}", r"\bhf_[A-Za-z]{30,}", r"\bxox[abp]-[\w-]{10,}", "-----BEGIN [A-Z ]*PRIVATE KEY",
-            r"(?i)(?:secret|api_?key|token|passw(?:or)?d)\w*[\"']?\s*[=:]\s*[\"'][A-Za-z0-9/+_\-]{20,}[\"']"]
+_SECRETS = [
+    r"\b[PA]K[A-Z0-9]{16,24}\b",
+    r"\bAKIA[A-Z0-9]{16}\b",
+    r"\bgh[pousr]_\w{30,}",
+    r"\bgithub_pat_\w{30,}",
+    r"\bsk-[\w-]{20,}",
+    r"\bhf_[A-Za-z]{30,}",
+    r"\bxox[abp]-[\w-]{10,}",
+    "-----BEGIN [A-Z ]*PRIVATE KEY",
+    r"(?i)(?:secret|api_?key|token|passw(?:or)?d)\w*[\"']?\s*[=:]\s*[\"'][A-Za-z0-9/+_\-]{20,}[\"']",
+]
 
 
-def secrets_in(text: str) -> list[str]: return [m[0] for pattern in _SECRETS for m in re.finditer(pattern, text)]
+def secrets_in(text: str) -> list[str]:
+    return [m[0] for pattern in _SECRETS for m in re.finditer(pattern, text)]
 
 
 def test_no_secrets(tracked):
-    planted = ["PK" + "A1B2C3D4E5F6G7H8I9", "api_key = '" + "x9" * 12 + "'", '"APCA_API_SECRET_KEY": "' + "aB3" * 13 + '"', "-----BEGIN RSA " + "PRIVATE KEY-----"]
+    planted = [
+        "PK" + "A1B2C3D4E5F6G7H8I9",
+        "api_key = '" + "x9" * 12 + "'",
+        '"APCA_API_SECRET_KEY": "' + "aB3" * 13 + '"',
+        "-----BEGIN RSA " + "PRIVATE KEY-----",
+    ]
     assert all(len(secrets_in(text)) == 1 for text in planted)
-    assert {str(p): found for p in tracked if (found := secrets_in(p.read_text(encoding="utf-8", errors="replace")))} == {}
+    assert {
+        str(p): found
+        for p in tracked
+        if (found := secrets_in(p.read_text(encoding="utf-8", errors="replace")))
+    } == {}
     assert [p.name for p in tracked if p.name.startswith(".env") or p.suffix in (".pem", ".key")] == []
 
 
@@ -404,16 +673,32 @@ TARGETS = set(re.findall(r"(?m)^([a-z]+):", MAKEFILE))
 
 
 def test_make_help_lists_every_target():
-    done = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert {line.split()[0] for line in done.stdout.splitlines()} == TARGETS >= {"help", "install", "run", "test"}
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert (
+        {line.split()[0] for line in done.stdout.splitlines()}
+        == TARGETS
+        >= {"help", "install", "run", "test"}
+    )
     assert set(re.search(r"\.PHONY: (.+)", MAKEFILE)[1].split()) == TARGETS
 
 
 @pytest.mark.parametrize("target, does", [("run", ["dvc repro"]), ("test", ["nbdev_test", "pytest"])])
 def test_run_and_test_install_first(target, does, tmp_path):
-    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)
-    lines = subprocess.run(["make", "--no-print-directory", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
-    places = [lines.index(words) for words in ("-m venv --clear .venv", "pip install", "-c constraints.txt -e '.[dev]'", *does)]
+    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    lines = subprocess.run(
+        ["make", "--no-print-directory", "-n", target],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    places = [
+        lines.index(words)
+        for words in ("-m venv --clear .venv", "pip install", "-c constraints.txt -e '.[dev]'", *does)
+    ]
     assert places == sorted(places)
 
 
@@ -422,7 +707,8 @@ def test_a_python_that_is_too_old_is_one_line(found, tmp_path):
     "In a folder whose name has a blank; what is there is not touched."
     project = tmp_path / "my bars"
     project.mkdir()
-    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py", "pyproject.toml"): shutil.copy(ROOT / name, project)
+    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, project)
     old = tmp_path / "python3"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo "Python 3.10.13" || exit 1\n')
     old.chmod(0o755)
@@ -430,9 +716,17 @@ def test_a_python_that_is_too_old_is_one_line(found, tmp_path):
         (project / ".venv" / "bin").mkdir(parents=True)
         shutil.copy(old, project / ".venv" / "bin" / "python")
     python = str(tmp_path / "nowhere") if found == "none" else str(old)
-    done = subprocess.run(["make", "--no-print-directory", "run", f"PYTHON={python}"], cwd=project, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "run", f"PYTHON={python}"],
+        cwd=project,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr.splitlines()[0] == f"trading_lib needs Python 3.11 or newer, found {'none' if found == 'none' else 'Python 3.10.13'} as {python}; name another, such as: make run PYTHON=python3.12"
+    assert (
+        done.stderr.splitlines()[0]
+        == f"trading_lib needs Python 3.11 or newer, found {'none' if found == 'none' else 'Python 3.10.13'} as {python}; name another, such as: make run PYTHON=python3.12"
+    )
 
 
 def test_continuous_integration_runs_make_test():
@@ -443,15 +737,20 @@ def test_continuous_integration_runs_make_test():
 
 def test_the_readme_speaks_of_things_that_exist():
     from trading_lib.cli import COMMANDS
+
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     shown = "\n".join(re.findall(r"(?s)```.*?```|`[^`\n]+`", text))
-    targets, commands = set(re.findall(r"\bmake ([a-z]+)", shown)), set(re.findall(r"\btrading-lib ([a-z-]+)", shown))
+    targets, commands = (
+        set(re.findall(r"\bmake ([a-z]+)", shown)),
+        set(re.findall(r"\btrading-lib ([a-z-]+)", shown)),
+    )
     assert {"run", "test"} <= targets <= TARGETS and commands <= {name.split()[0] for name in COMMANDS}
     links = [link for link in re.findall(r"\]\(([^)#\s]+)\)", text) if "://" not in link]
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
 # --- environment -----------------------------------------------------------------------------------------------------
+
 
 def pins() -> dict[str, str]:
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
@@ -468,54 +767,101 @@ def requirements() -> list[Requirement]:
 def test_settings_keep_the_tools_that_work_together():
     ini = read_ini()
     assert {"nbdev==2.4.14", "execnb<0.2", "fastcore<2"} <= set(ini["dev_requirements"].split())
-    expected = {"allowed_cell_metadata_keys": "tags", "allowed_metadata_keys": "", "clear_all": "False", "update_pyproject": "False", "min_python": "3.11", "lib_path": "trading_lib", "nbs_path": "nbs",
-                "console_scripts": "trading-lib=trading_lib.cli:main"}
+    expected = {
+        "allowed_cell_metadata_keys": "tags",
+        "allowed_metadata_keys": "",
+        "clear_all": "False",
+        "update_pyproject": "False",
+        "min_python": "3.11",
+        "lib_path": "trading_lib",
+        "nbs_path": "nbs",
+        "console_scripts": "trading-lib=trading_lib.cli:main",
+    }
     assert {name: ini[name] for name in expected} == expected
     import trading_lib
+
     assert trading_lib.__version__ == ini["version"]
 
 
 def test_constraints_pin_every_requirement_within_its_bounds():
     pinned = pins()
-    for r in requirements(): assert r.specifier.contains(pinned[canonicalize_name(r.name)]), r
+    for r in requirements():
+        assert r.specifier.contains(pinned[canonicalize_name(r.name)]), r
 
 
 def test_constraints_pin_what_requirements_bring_along():
     elsewhere = ("nvidia", "cuda", "triton")  # parts of a GPU build of torch
     tools = {"pip", "setuptools", "wheel"}  # what installs
-    assert sorted(n for n in _closure([r.name for r in requirements()]) - set(pins()) - tools if not n.startswith(elsewhere)) == []
+    assert (
+        sorted(
+            n
+            for n in _closure([r.name for r in requirements()]) - set(pins()) - tools
+            if not n.startswith(elsewhere)
+        )
+        == []
+    )
 
 
 # --- JupyterLab ------------------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def lab_contents(tmp_path):
     "The contents manager that JupyterLab uses, with the configuration of a project that has these notebooks, in that project's folder."
     from jupyter_server.serverapp import ServerApp
     from traitlets.config import PyFileConfigLoader
+
     shutil.copytree(ROOT / ".jupyter", tmp_path / ".jupyter")
-    for folder in ("explore", "03_env"): (tmp_path / "nbs" / folder).mkdir(parents=True)
+    for folder in ("explore", "03_env"):
+        (tmp_path / "nbs" / folder).mkdir(parents=True)
     settings = PyFileConfigLoader("jupyter_server_config.py", str(tmp_path / ".jupyter")).load_config()
     return ServerApp.contents_manager_class.default_value(config=settings, root_dir=str(tmp_path))
 
 
 def save(manager, content: dict | str, path: str):
     text = isinstance(content, str)
-    saved = manager.save({"type": "file" if text else "notebook", "format": "text" if text else "json", "content": content}, path)
-    if asyncio.iscoroutine(saved): asyncio.run(saved)
+    saved = manager.save(
+        {"type": "file" if text else "notebook", "format": "text" if text else "json", "content": content},
+        path,
+    )
+    if asyncio.iscoroutine(saved):
+        asyncio.run(saved)
 
 
 def as_lab_would_save(path: Path) -> dict:
     "A stage notebook after it was opened and run in JupyterLab."
     content = json.loads(path.read_text(encoding="utf-8"))
-    content["metadata"] |= {"kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"},
-                            "language_info": {"name": "python", "version": "3.11.9", "file_extension": ".py", "mimetype": "text/x-python", "codemirror_mode": {"name": "ipython", "version": 3}}}
+    content["metadata"] |= {
+        "kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"},
+        "language_info": {
+            "name": "python",
+            "version": "3.11.9",
+            "file_extension": ".py",
+            "mimetype": "text/x-python",
+            "codemirror_mode": {"name": "ipython", "version": 3},
+        },
+    }
     for number, cell in enumerate(content["cells"]):
         cell["source"] = "".join(cell["source"])
-        if cell["cell_type"] != "code": continue
+        if cell["cell_type"] != "code":
+            continue
         cell["execution_count"] = number
-        cell["metadata"] |= {"execution": {"iopub.execute_input": "2024-01-01T00:00:00Z"}, "trusted": True, "scrolled": True, "collapsed": False, "jupyter": {"outputs_hidden": True}}
-        cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "seen\n"}, {"output_type": "execute_result", "execution_count": number, "data": {"text/plain": "1"}, "metadata": {}}]
+        cell["metadata"] |= {
+            "execution": {"iopub.execute_input": "2024-01-01T00:00:00Z"},
+            "trusted": True,
+            "scrolled": True,
+            "collapsed": False,
+            "jupyter": {"outputs_hidden": True},
+        }
+        cell["outputs"] = [
+            {"output_type": "stream", "name": "stdout", "text": "seen\n"},
+            {
+                "output_type": "execute_result",
+                "execution_count": number,
+                "data": {"text/plain": "1"},
+                "metadata": {},
+            },
+        ]
     return content
 
 
@@ -526,8 +872,11 @@ def test_running_and_saving_in_jupyterlab_changes_no_byte_of_a_stage_notebook(st
     content["metadata"]["kernelspec"]["name"] = "my-other-environment"
     save(lab_contents, content, f"nbs/{stage}.ipynb")
     written = tmp_path / "nbs" / f"{stage}.ipynb"
-    for cell in cells(written): assert cell["outputs"] == [] and cell["execution_count"] is None
-    assert [c["metadata"].get("tags") for c in cells(written)] == [c["metadata"].get("tags") for c in cells(before)]
+    for cell in cells(written):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
+    assert [c["metadata"].get("tags") for c in cells(written)] == [
+        c["metadata"].get("tags") for c in cells(before)
+    ]
     assert written.read_bytes() == before.read_bytes()  # DVC goes by the bytes
 
 
@@ -536,10 +885,23 @@ def test_an_edit_in_jupyterlab_is_kept(lab_contents, tmp_path):
     content["cells"][-1]["source"] += "\nprint('edited')"
     save(lab_contents, content, "nbs/train.ipynb")
     save(lab_contents, "kept", "notes.txt")  # files that are no notebooks pass
-    assert source(cells(tmp_path / "nbs" / "train.ipynb")[-1]).endswith("print('edited')") and (tmp_path / "notes.txt").read_text() == "kept"
+    assert (
+        source(cells(tmp_path / "nbs" / "train.ipynb")[-1]).endswith("print('edited')")
+        and (tmp_path / "notes.txt").read_text() == "kept"
+    )
 
 
-@pytest.mark.parametrize("path", ["research.ipynb", "train.ipynb", "nbs/research.ipynb", "nbs/03_env/00_account.ipynb", "nbs/explore/data.ipynb", "nbs/explore/train.ipynb"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "research.ipynb",
+        "train.ipynb",
+        "nbs/research.ipynb",
+        "nbs/03_env/00_account.ipynb",
+        "nbs/explore/data.ipynb",
+        "nbs/explore/train.ipynb",
+    ],
+)
 def test_outputs_of_other_notebooks_are_kept(path, lab_contents, tmp_path):
     "One's own, those that explore, and the package's: only a stage's notebook is cleared."
     save(lab_contents, as_lab_would_save(ROOT / "nbs" / "train.ipynb"), path)
@@ -547,12 +909,18 @@ def test_outputs_of_other_notebooks_are_kept(path, lab_contents, tmp_path):
 
 
 def test_the_hook_knows_the_stages():
-    assert set(ast.literal_eval(re.search(r"(?m)^STAGES = (.+)$", (ROOT / ".jupyter" / "jupyter_server_config.py").read_text())[1])) == set(STAGES)
+    assert set(
+        ast.literal_eval(
+            re.search(r"(?m)^STAGES = (.+)$", (ROOT / ".jupyter" / "jupyter_server_config.py").read_text())[1]
+        )
+    ) == set(STAGES)
 
 
 def test_make_lab_uses_the_hook():
     recipe = re.search(r"(?m)^lab:.*\n((?:\t.*\n)+)", MAKEFILE)[1]
     assert 'JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter"' in recipe
     env = os.environ | {"JUPYTER_CONFIG_PATH": str(ROOT / ".jupyter"), "JUPYTER_PREFER_ENV_PATH": "1"}
-    shown = subprocess.run([BIN / "jupyter", "server", "--show-config"], env=env, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run(
+        [BIN / "jupyter", "server", "--show-config"], env=env, capture_output=True, text=True, timeout=60
+    )
     assert "clear_outputs" in shown.stdout, shown.stderr

@@ -1,4 +1,5 @@
 """The command line: options are written in full, each says what it is, mistakes are one line, and whoever listens need not listen to the end."""
+
 import os
 import shutil
 import subprocess
@@ -8,21 +9,31 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from test_pipeline import edit
+
 from trading_lib import cli
 from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.cli import COMMANDS, main
 from trading_lib.config import PARAMETERS_VARIABLE, TrainParameters
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = {"data.start": "2023-01-01", "data.end": "2023-01-20", "features.window": 20, "train.device": "cpu", "train.hidden_dims": [8], "train.total_timesteps": 256, "train.n_envs": 8, "train.n_steps": 32}
+TINY = {
+    "data.start": "2023-01-01",
+    "data.end": "2023-01-20",
+    "features.window": 20,
+    "train.device": "cpu",
+    "train.hidden_dims": [8],
+    "train.total_timesteps": 256,
+    "train.n_envs": 8,
+    "train.n_steps": 32,
+}
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     "A folder with the project's parameters, for a small simulated market."
-    for name in ("params.yaml", "settings.ini"): shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("params.yaml", "settings.ini"):
+        shutil.copy(ROOT / name, tmp_path / name)
     edit(tmp_path / "params.yaml", **TINY)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -42,39 +53,74 @@ def parameters(*options):
 
 def process(*arguments, **environment):
     "The command as a process of its own."
-    return [sys.executable, "-c", "import sys; from trading_lib.cli import main; sys.exit(main())", *arguments], {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return [
+        sys.executable,
+        "-c",
+        "import sys; from trading_lib.cli import main; sys.exit(main())",
+        *arguments,
+    ], {**os.environ, "OMP_NUM_THREADS": "1", **environment}
 
 
 # --- options --------------------------------------------------------------------------------------------------------
 
+
 def test_every_option_says_what_it_is_and_every_command_has_an_example(capsys):
     for name, (text, options, _) in COMMANDS.items():
         assert text
-        for flags, settings in options: assert settings.get("help"), (name, flags)
-        with pytest.raises(SystemExit) as e: main([*name.split(), "--help"])
+        for flags, settings in options:
+            assert settings.get("help"), (name, flags)
+        with pytest.raises(SystemExit) as e:
+            main([*name.split(), "--help"])
         assert e.value.code == 0
         shown = " ".join(capsys.readouterr().out.split())
         assert f"Example: trading-lib {name}" in shown and "--config FILE" in shown
-        if cli.EXAMPLES.get(name): cli._chosen([*name.split(), *cli.EXAMPLES[name].split()])  # its options exist
+        if cli.EXAMPLES.get(name):
+            cli._chosen([*name.split(), *cli.EXAMPLES[name].split()])  # its options exist
 
 
 def test_every_setting_of_training_has_an_option_of_its_name():
     names = {field: [flag, *cli._ALIASES.get(flag, [])] for flag, (field, *_) in cli._TRAINING.items()}
     assert set(names) == {f.name for f in fields(TrainParameters)}
     for field, flags in names.items():
-        if field not in ("hidden_dims",): assert f"--{field.replace('_', '-')}" in flags, field
+        if field not in ("hidden_dims",):
+            assert f"--{field.replace('_', '-')}" in flags, field
 
 
-@pytest.mark.parametrize("options, field, value", [
-    ("--hidden-dim 64 --network gru", "gru_hidden_dim", 64), ("--gru-hidden-dim 64 --network gru", "gru_hidden_dim", 64), ("--hidden-dims 64", "hidden_dims", [64]), ("--hidden-dims [64,32]", "hidden_dims", [64, 32]),
-    ("--n-gru-layers 3 --network gru", "n_gru_layers", 3), ("--dropout 0.2 --network gru", "dropout", 0.2), ("--batch-size 512", "minibatch_size", 512), ("--minibatch-size 512", "minibatch_size", 512), ("--no-amp", "amp", False),
-    ("--amp", "amp", True), ("--no-compile", "compile", False), ("--gae-lambda 0.9", "gae_lambda", 0.9), ("--learning-rate 3e-4", "learning_rate", 3e-4), ("--mode auto", "mode", "auto"), ("--warmup-fraction 0", "warmup_fraction", 0.0),
-    ("--min-lr-fraction 0.1", "min_lr_fraction", 0.1), ("--timesteps 1e6", "total_timesteps", 1_000_000), ("--total-timesteps 5", "total_timesteps", 5), ("--no-recovery", "recovery", False), ("--amp-dtype fp16", "amp_dtype", "fp16")])
-def test_an_option_sets_its_field(project, options, field, value): assert getattr(parameters(*options.split()), field) == value
+@pytest.mark.parametrize(
+    "options, field, value",
+    [
+        ("--hidden-dim 64 --network gru", "gru_hidden_dim", 64),
+        ("--gru-hidden-dim 64 --network gru", "gru_hidden_dim", 64),
+        ("--hidden-dims 64", "hidden_dims", [64]),
+        ("--hidden-dims [64,32]", "hidden_dims", [64, 32]),
+        ("--n-gru-layers 3 --network gru", "n_gru_layers", 3),
+        ("--dropout 0.2 --network gru", "dropout", 0.2),
+        ("--batch-size 512", "minibatch_size", 512),
+        ("--minibatch-size 512", "minibatch_size", 512),
+        ("--no-amp", "amp", False),
+        ("--amp", "amp", True),
+        ("--no-compile", "compile", False),
+        ("--gae-lambda 0.9", "gae_lambda", 0.9),
+        ("--learning-rate 3e-4", "learning_rate", 3e-4),
+        ("--mode auto", "mode", "auto"),
+        ("--warmup-fraction 0", "warmup_fraction", 0.0),
+        ("--min-lr-fraction 0.1", "min_lr_fraction", 0.1),
+        ("--timesteps 1e6", "total_timesteps", 1_000_000),
+        ("--total-timesteps 5", "total_timesteps", 5),
+        ("--no-recovery", "recovery", False),
+        ("--amp-dtype fp16", "amp_dtype", "fp16"),
+    ],
+)
+def test_an_option_sets_its_field(project, options, field, value):
+    assert getattr(parameters(*options.split()), field) == value
 
 
 def test_a_duration_of_the_command_line_takes_the_place_of_the_files(project):
-    assert parameters().total_timesteps == 256 and parameters("--iterations", "3").total_timesteps is None and parameters("--iterations", "3").iterations == 3
+    assert (
+        parameters().total_timesteps == 256
+        and parameters("--iterations", "3").total_timesteps is None
+        and parameters("--iterations", "3").iterations == 3
+    )
 
 
 MISTAKES = {
@@ -86,10 +132,19 @@ MISTAKES = {
     "seeds --seed many": "train.seed: expected a whole number, was 'many'",
     "seeds --seeds many": "trading-lib seeds: argument --seeds: invalid int value: 'many'",
     "train --learning-rate": "argument --learning-rate: expected one argument",
-    "trian": "invalid choice: 'trian'", "": "the following arguments are required: COMMAND", "data": "the following arguments are required: COMMAND", "data chekc": "invalid choice: 'chekc'",
-    "stage prepare --symb SIM-USD": "unknown option '--symb'; did you mean --symbol?", "inspect": "required: file", "deploy SIM-USD more": "unknown argument 'more'",
-    "verdict --config nothing.yaml": "--config: nothing.yaml: no such file", "--config nothing.yaml verdict": "--config: nothing.yaml: no such file", "verdict --config .": "is a folder", "verdict --config ~nobody-of-that-name/x": "no such home folder",
-    "train SIM-USD --dropout 1 --network gru": "train.dropout: expected 0 or more and less than 1, was 1.0", "train --no-amp=5": "ignored explicit argument '5'",
+    "trian": "invalid choice: 'trian'",
+    "": "the following arguments are required: COMMAND",
+    "data": "the following arguments are required: COMMAND",
+    "data chekc": "invalid choice: 'chekc'",
+    "stage prepare --symb SIM-USD": "unknown option '--symb'; did you mean --symbol?",
+    "inspect": "required: file",
+    "deploy SIM-USD more": "unknown argument 'more'",
+    "verdict --config nothing.yaml": "--config: nothing.yaml: no such file",
+    "--config nothing.yaml verdict": "--config: nothing.yaml: no such file",
+    "verdict --config .": "is a folder",
+    "verdict --config ~nobody-of-that-name/x": "no such home folder",
+    "train SIM-USD --dropout 1 --network gru": "train.dropout: expected 0 or more and less than 1, was 1.0",
+    "train --no-amp=5": "ignored explicit argument '5'",
 }
 
 
@@ -101,29 +156,51 @@ def test_a_mistake_is_one_line(project, capsys, line):
 
 # --- another file of parameters --------------------------------------------------------------------------------------
 
+
 def test_any_command_takes_another_file_of_parameters(project, capsys, monkeypatch):
     (project / "own").mkdir()
     shutil.copy("params.yaml", "own/other.yaml")
     edit(project / "own" / "other.yaml", symbols=["SIMA"])
-    for line in (["verdict", "--config", "own/other.yaml"], ["--config", "own/other.yaml", "verdict"], ["verdict", f"--config={project}/own/other.yaml"]):
-        assert main(line) == 0 and capsys.readouterr().out.startswith("SIMA: no backtest yet") and PARAMETERS_VARIABLE not in os.environ
+    for line in (
+        ["verdict", "--config", "own/other.yaml"],
+        ["--config", "own/other.yaml", "verdict"],
+        ["verdict", f"--config={project}/own/other.yaml"],
+    ):
+        assert (
+            main(line) == 0
+            and capsys.readouterr().out.startswith("SIMA: no backtest yet")
+            and PARAMETERS_VARIABLE not in os.environ
+        )
     monkeypatch.setenv("HOME", str(project))
     assert main(["verdict", "--config=~/own/other.yaml"]) == 0 and "SIMA" in capsys.readouterr().out
-    assert "'SIM-USD' is not among the symbols of params.yaml (SIMA)" in said(capsys, "stage", "prepare", "--symbol", "SIM-USD", "--config", "own/other.yaml")[1]
+    assert (
+        "'SIM-USD' is not among the symbols of params.yaml (SIMA)"
+        in said(capsys, "stage", "prepare", "--symbol", "SIM-USD", "--config", "own/other.yaml")[1]
+    )
     assert main(["verdict"]) == 0 and "SIM-USD" in capsys.readouterr().out
 
 
 # --- terminals and pipes ----------------------------------------------------------------------------------------------
 
+
 def test_a_terminal_without_utf_8_gets_what_it_can_show(project):
-    for arguments, status, encoding in ((["train", "SIM-USD"], 0, "ascii"), (["backtest", "S\u0420Y"], 2, "latin-1")):
+    for arguments, status, encoding in (
+        (["train", "SIM-USD"], 0, "ascii"),
+        (["backtest", "S\u0420Y"], 2, "latin-1"),
+    ):
         command, environment = process(*arguments, PYTHONIOENCODING=encoding)
         done = subprocess.run(command, env=environment, capture_output=True, timeout=300)
-        assert done.returncode == status and b"UnicodeEncodeError" not in done.stderr and b"Traceback" not in done.stderr, done.stderr
+        assert (
+            done.returncode == status
+            and b"UnicodeEncodeError" not in done.stderr
+            and b"Traceback" not in done.stderr
+        ), done.stderr
         (done.stdout + done.stderr).decode(encoding)
 
 
-@pytest.mark.parametrize("arguments", [["size", "--hidden-dims", "8"], ["verdict"], ["--help"], ["train", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["size", "--hidden-dims", "8"], ["verdict"], ["--help"], ["train", "--help"]]
+)
 def test_nobody_reads_to_the_end(project, arguments):
     "As `| head` does: no traceback, and the exit status of a tool that SIGPIPE ended."
     command, environment = process(*arguments)
@@ -132,21 +209,39 @@ def test_nobody_reads_to_the_end(project, arguments):
     with subprocess.Popen(command, env=environment, stdout=writer, stderr=subprocess.PIPE) as running:
         os.close(writer)
         errors = running.stderr.read()
-    assert (running.returncode, errors) == (0 if "--help" in arguments else 141, b"")  # argparse itself swallows it
+    assert (running.returncode, errors) == (
+        0 if "--help" in arguments else 141,
+        b"",
+    )  # argparse itself swallows it
 
 
 def test_an_output_that_was_closed_before_it_began(project):
     "As `trading-lib size >&-` does."
     command, environment = process("size", "--hidden-dims", "8")
-    done = subprocess.run(["sh", "-c", 'exec "$@" >&-', "sh", *command], env=environment, stderr=subprocess.PIPE)
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], env=environment, stderr=subprocess.PIPE
+    )
     assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_trials_of_a_simulated_market_are_called_so(project, capsys):
     from trading_lib.ledger import record_trials, run_trials
+
     for symbol, source in (("SIM-USD", "simulated"), ("TSLA", "alpaca")):
         looked = {"update": 1, "sharpe_per_bar": 0.1, "bars": 9, "days": [], "returns": []}
-        record_trials(project / "ledger" / f"{symbol}.jsonl", run_trials(symbol, "15Min", {"source": source, "sha256": "0" * 64, "first": "2024-01-01", "last": "2024-02-01"}, ("2024-01-01", "2024-02-01"), {}, 0, [looked], code="x"))
+        record_trials(
+            project / "ledger" / f"{symbol}.jsonl",
+            run_trials(
+                symbol,
+                "15Min",
+                {"source": source, "sha256": "0" * 64, "first": "2024-01-01", "last": "2024-02-01"},
+                ("2024-01-01", "2024-02-01"),
+                {},
+                0,
+                [looked],
+                code="x",
+            ),
+        )
     assert main(["trials"]) == 0
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("SIM-USD: simulated, trials 1, ") and second.startswith("TSLA: trials 1, ")
@@ -154,33 +249,53 @@ def test_trials_of_a_simulated_market_are_called_so(project, capsys):
 
 def test_a_model_of_another_kind_of_market_is_refused_by_its_name(project, capsys):
     from test_backtest import small_trainer
+
     model = str(save_checkpoint(small_trainer("equity", "5.6.0").content(), project / "equity.pt"))
     (project / "data").mkdir()
     bars_file(project).rename(project / "data" / "SIM-USD_15Min.parquet")
     status, line = said(capsys, "backtest", "SIM-USD", "--model", model)
-    assert status == 2 and line.startswith("error: SIM-USD: is crypto, and ") and "equity.pt was trained on equity" in line
+    assert (
+        status == 2
+        and line.startswith("error: SIM-USD: is crypto, and ")
+        and "equity.pt was trained on equity" in line
+    )
 
 
 # --- several GPUs, versions --------------------------------------------------------------------------------------------
 
+
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are several GPUs here")
 def test_several_gpus_where_there_are_none(project, capsys):
-    assert said(capsys, "train", "--multi-gpu") == (2, f"error: --multi-gpu: torch sees {torch.cuda.device_count()} GPU{'' if torch.cuda.device_count() == 1 else 's'} here, and it takes two; train without it")
+    assert said(capsys, "train", "--multi-gpu") == (
+        2,
+        f"error: --multi-gpu: torch sees {torch.cuda.device_count()} GPU{'' if torch.cuda.device_count() == 1 else 's'} here, and it takes two; train without it",
+    )
 
 
 def test_the_command_for_several_gpus_trains_one_policy_in_as_many_processes(project, capsys):
     command = cli._torchrun_command(2, ["train", "SIM-USD", "--multi-gpu", "-q"])
-    assert capsys.readouterr().out == "running: torchrun --standalone --nproc-per-node 2 .venv/bin/trading-lib train SIM-USD -q\n"
+    assert (
+        capsys.readouterr().out
+        == "running: torchrun --standalone --nproc-per-node 2 .venv/bin/trading-lib train SIM-USD -q\n"
+    )
     done = subprocess.run(command, env=process()[1], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    (model,) = [path for path in (project / "models").rglob("*.pt") if "last" not in path.name and load_checkpoint(path)["processes"]]
+    (model,) = [
+        path
+        for path in (project / "models").rglob("*.pt")
+        if "last" not in path.name and load_checkpoint(path)["processes"]
+    ]
     assert len(load_checkpoint(model)["processes"]) == 2
 
 
 def test_a_strict_version_refuses_what_a_warning_would_let_through(project, capsys):
     "As a check of continuous integration: `trading-lib inspect MODEL --strict-version`."
     from test_backtest import small_trainer
-    old, new = (str(save_checkpoint(small_trainer("crypto", version).content(), project / f"{version}.pt")) for version in ("2.7.0", "5.6.0"))
+
+    old, new = (
+        str(save_checkpoint(small_trainer("crypto", version).content(), project / f"{version}.pt"))
+        for version in ("2.7.0", "5.6.0")
+    )
     assert main(["inspect", new, "--strict-version"]) == 0 == main(["inspect", old])
     capsys.readouterr()
     for command in (["inspect", old], ["backtest", "--model", old, "--bars", str(bars_file(project))]):
@@ -190,5 +305,7 @@ def test_a_strict_version_refuses_what_a_warning_would_let_through(project, caps
 
 def bars_file(project):
     from test_backtest import simulated
+
     from trading_lib.bars import write_bars
+
     return write_bars(simulated("crypto")[0], project / "SIM-USD_15Min.parquet")

@@ -24,12 +24,20 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from ..config import InputError, require, unknown_name
 from ..bars import ASSET_CLASSES, COLUMNS, moment, path_symbol, timeframe_name, timeframe_seconds
+from ..config import InputError, require, unknown_name
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #3d93111d
-FEEDS = {"iex": "one exchange, a few percent of the volume; any account", "sip": "all exchanges; the last 15 minutes need a paid plan"}
-ADJUSTMENTS = {"raw": "prices as they were paid", "split": "for splits", "dividend": "for dividends", "all": "for splits and dividends"}
+FEEDS = {
+    "iex": "one exchange, a few percent of the volume; any account",
+    "sip": "all exchanges; the last 15 minutes need a paid plan",
+}
+ADJUSTMENTS = {
+    "raw": "prices as they were paid",
+    "split": "for splits",
+    "dividend": "for dividends",
+    "all": "for splits and dividends",
+}
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #82dedbe6
 KEY_VARIABLES = ("APCA_API_KEY_ID", "APCA_API_SECRET_KEY")
@@ -38,19 +46,24 @@ KEY_VARIABLES = ("APCA_API_KEY_ID", "APCA_API_SECRET_KEY")
 @dataclass(frozen=True)
 class Keys:
     "A pair of secrets; neither is printed."
+
     key_id: str = field(repr=False)
     secret_key: str = field(repr=False)
 
     def hide(self, text: str) -> str:  # the same text without them
         "What a server says may repeat what it was sent."
-        for secret in (self.key_id, self.secret_key): text = text.replace(secret, "***")
+        for secret in (self.key_id, self.secret_key):
+            text = text.replace(secret, "***")
         return text
 
 
 def environment_keys() -> Keys | None:  # None: neither variable is set
     "The keys in the environment."
     missing = [name for name in KEY_VARIABLES if not os.environ.get(name)]
-    require(len(missing) != 1, f"alpaca: {' and '.join(KEY_VARIABLES)} belong together, and {' '.join(missing)} is not set; set both, or neither")
+    require(
+        len(missing) != 1,
+        f"alpaca: {' and '.join(KEY_VARIABLES)} belong together, and {' '.join(missing)} is not set; set both, or neither",
+    )
     return None if missing else Keys(*(os.environ[name] for name in KEY_VARIABLES))
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #004d67ee
@@ -60,6 +73,7 @@ _NEVER, _FEW, _OFTEN = 1, 3, 1000  # tries in all; the caller's `attempts` caps 
 @dataclass(frozen=True)
 class _Failure:
     "Why a try brought no page."
+
     what: str
     advice: str
     tries: int
@@ -81,44 +95,100 @@ _STATUS = {  # status, or its first digit: what the server does, advice, tries
     408: ("gave up waiting", _LATER, _OFTEN),
     429: ("gets too many requests", "wait a minute, or ask for fewer bars at once", _OFTEN),
 }
-_RECENT_SIP = ("keeps the last 15 minutes of the feed sip for paid plans", "set feed to iex, or end to 15 minutes ago or earlier", _NEVER)
+_RECENT_SIP = (
+    "keeps the last 15 minutes of the feed sip for paid plans",
+    "set feed to iex, or end to 15 minutes ago or earlier",
+    _NEVER,
+)
 _TRANSPORT = (  # exceptions, the first that fits: what happened, advice, tries
-    (requests.exceptions.SSLError, "no secure connection", "check the clock, the certificates and the proxy of this computer", _NEVER),
-    ((requests.exceptions.Timeout, urllib3.exceptions.TimeoutError), "no answer in time", "check the network, or try again later", _OFTEN),
-    ((requests.exceptions.InvalidJSONError, requests.exceptions.ContentDecodingError, urllib3.exceptions.DecodeError), "the answer is no JSON, or was cut off", _LATER, _FEW),
-    ((requests.exceptions.ChunkedEncodingError, urllib3.exceptions.ProtocolError, ConnectionResetError, BrokenPipeError),
-     "the connection broke off", "check the network, or try again later", _OFTEN),
-    ((requests.exceptions.ConnectionError, OSError), "no connection", "check the network, the proxy and url", _FEW),
+    (
+        requests.exceptions.SSLError,
+        "no secure connection",
+        "check the clock, the certificates and the proxy of this computer",
+        _NEVER,
+    ),
+    (
+        (requests.exceptions.Timeout, urllib3.exceptions.TimeoutError),
+        "no answer in time",
+        "check the network, or try again later",
+        _OFTEN,
+    ),
+    (
+        (
+            requests.exceptions.InvalidJSONError,
+            requests.exceptions.ContentDecodingError,
+            urllib3.exceptions.DecodeError,
+        ),
+        "the answer is no JSON, or was cut off",
+        _LATER,
+        _FEW,
+    ),
+    (
+        (
+            requests.exceptions.ChunkedEncodingError,
+            urllib3.exceptions.ProtocolError,
+            ConnectionResetError,
+            BrokenPipeError,
+        ),
+        "the connection broke off",
+        "check the network, or try again later",
+        _OFTEN,
+    ),
+    (
+        (requests.exceptions.ConnectionError, OSError),
+        "no connection",
+        "check the network, the proxy and url",
+        _FEW,
+    ),
 )
 
 
 def _of_status(status: int, headers, said: str) -> _Failure:
     "An answer that is no success."
-    what, advice, tries = _RECENT_SIP if status == 403 and re.search(r"(?i)subscription.*\bsip\b", said) else _STATUS.get(status) or _STATUS.get(status // 100) or _STATUS[5]
-    return _Failure(f"the server {what} ({status}{f': {said}' if said else ''})", advice, tries, _wished_wait(headers))
+    what, advice, tries = (
+        _RECENT_SIP
+        if status == 403 and re.search(r"(?i)subscription.*\bsip\b", said)
+        else _STATUS.get(status) or _STATUS.get(status // 100) or _STATUS[5]
+    )
+    return _Failure(
+        f"the server {what} ({status}{f': {said}' if said else ''})", advice, tries, _wished_wait(headers)
+    )
 
 
 def _of_exception(error: Exception) -> _Failure:
     "What the transport raised. The exception itself holds the request with its keys, and goes no further."
     inner = error.args[0] if error.args else None
-    if isinstance(error, requests.exceptions.ConnectionError) and isinstance(inner, urllib3.exceptions.ProtocolError): error = inner  # requests calls a reset what it calls a refusal
+    if isinstance(error, requests.exceptions.ConnectionError) and isinstance(
+        inner, urllib3.exceptions.ProtocolError
+    ):
+        error = inner  # requests calls a reset what it calls a refusal
     for kinds, what, advice, tries in _TRANSPORT:
-        if isinstance(error, kinds): return _Failure(what, advice, tries)
-    return _Failure(f"alpaca-py failed with {type(error).__name__}", "the versions may not go together: install the project's constraints.txt", _NEVER)
+        if isinstance(error, kinds):
+            return _Failure(what, advice, tries)
+    return _Failure(
+        f"alpaca-py failed with {type(error).__name__}",
+        "the versions may not go together: install the project's constraints.txt",
+        _NEVER,
+    )
 
 
 def _told_time(headers) -> pd.Timestamp | None:
     "The server's own time, of an answer's header Date."
-    try: return pd.Timestamp(parsedate_to_datetime(headers.get("Date", ""))).tz_convert("UTC").as_unit("ns")
-    except (ValueError, TypeError, IndexError, OverflowError): return None
+    try:
+        return pd.Timestamp(parsedate_to_datetime(headers.get("Date", ""))).tz_convert("UTC").as_unit("ns")
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
 
 
 def _wished_wait(headers) -> float | None:
     "Seconds that the server wants to be left alone: Retry-After in seconds or as a date, else the time at which its limit is reset."
     after, reset = (headers.get(name, "").strip() for name in ("Retry-After", "X-Ratelimit-Reset"))
-    if re.fullmatch(r"\d{1,9}", after): return float(after)
-    try: return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
-    except (ValueError, TypeError, IndexError, OverflowError): pass
+    if re.fullmatch(r"\d{1,9}", after):
+        return float(after)
+    try:
+        return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+    except (ValueError, TypeError, IndexError, OverflowError):
+        pass
     return max(0.0, int(reset) - time.time()) if re.fullmatch(r"\d{1,12}", reset) else None
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #bb133373
@@ -135,10 +205,13 @@ class _Stop(Exception):
 
 def _said(content: bytes, keys: Keys | None) -> str:
     "The server's own words, if it sent any for people: one line, without keys."
-    try: message = json.loads(content[:10_000])["message"]
-    except (ValueError, KeyError, TypeError): return ""
+    try:
+        message = json.loads(content[:10_000])["message"]
+    except (ValueError, KeyError, TypeError):
+        return ""
     message = "".join(c for c in " ".join(str(message).split()) if c.isprintable())
-    if keys: message = keys.hide(message)
+    if keys:
+        message = keys.hide(message)
     return message if len(message) <= 160 else message[:160] + "…"
 
 
@@ -150,17 +223,24 @@ class _Transport(HTTPAdapter):
         self._keys, self.until, self.told = keys, 0.0, None
 
     def send(self, request, **options):
-        response = super().send(request, **options | {"stream": True, "timeout": max(self.until - time.monotonic(), 0.01)})
+        response = super().send(
+            request, **options | {"stream": True, "timeout": max(self.until - time.monotonic(), 0.01)}
+        )
         try:
             body = bytearray()
             while piece := response.raw.read1(1 << 16, decode_content=True):
                 body += piece
-                if time.monotonic() > self.until: raise _Stop(_of_exception(requests.exceptions.Timeout()))
-                if len(body) > _BODY_LIMIT: raise _Stop(_Failure(f"the answer is larger than {_BODY_LIMIT >> 20} MB", _CHECK_VENDOR, _NEVER))
+                if time.monotonic() > self.until:
+                    raise _Stop(_of_exception(requests.exceptions.Timeout()))
+                if len(body) > _BODY_LIMIT:
+                    raise _Stop(
+                        _Failure(f"the answer is larger than {_BODY_LIMIT >> 20} MB", _CHECK_VENDOR, _NEVER)
+                    )
         except BaseException:
             response.close()
             raise
-        if response.status_code != 200 or not body: raise _Stop(_of_status(response.status_code, response.headers, _said(bytes(body), self._keys)))
+        if response.status_code != 200 or not body:
+            raise _Stop(_of_status(response.status_code, response.headers, _said(bytes(body), self._keys)))
         self.told = _told_time(response.headers)
         response._content, response._content_consumed, response.encoding = bytes(body), True, "utf-8"
         return response
@@ -172,6 +252,7 @@ _LONGEST_WAIT = 30.0  # seconds, between two tries, unless the server asks for m
 @dataclass
 class _Service:
     "alpaca-py, asked with patience."
+
     asset_class: str
     keys: Keys | None
     url: str | None
@@ -189,35 +270,51 @@ class _Service:
     def connect(self):
         "A new client with the transport mounted."
         from alpaca.data.historical import CryptoHistoricalDataClient, StockHistoricalDataClient
+
         kind = {"crypto": CryptoHistoricalDataClient, "equity": StockHistoricalDataClient}[self.asset_class]
-        self.client = kind(self.keys and self.keys.key_id, self.keys and self.keys.secret_key, raw_data=True, url_override=self.url)
+        self.client = kind(
+            self.keys and self.keys.key_id,
+            self.keys and self.keys.secret_key,
+            raw_data=True,
+            url_override=self.url,
+        )
         self.transport = _Transport(self.keys)
-        for scheme in ("https://", "http://"): self.client._session.mount(scheme, self.transport)
+        for scheme in ("https://", "http://"):
+            self.client._session.mount(scheme, self.transport)
 
     def ask_once(self, path: str, params: dict, seconds: float) -> dict | _Failure:
         "One request, from looking up the name to the last byte."
-        if self.client is None: self.connect()
+        if self.client is None:
+            self.connect()
         self.transport.until = time.monotonic() + seconds
         self.asked += 1
         client, answers = self.client, queue.SimpleQueue()
 
         def work():
-            try: answer = client.get(path, params)
-            except _Stop as stop: answer = stop.failure
-            except Exception as e: answer = _of_exception(e)
+            try:
+                answer = client.get(path, params)
+            except _Stop as stop:
+                answer = stop.failure
+            except Exception as e:
+                answer = _of_exception(e)
             answers.put(answer)
 
         threading.Thread(target=work, daemon=True, name="alpaca").start()
-        try: answer = answers.get(timeout=seconds)
-        except queue.Empty: answer = _of_exception(requests.exceptions.Timeout())
-        if isinstance(answer, _Failure): self.client = None  # its connection may be broken, or still in use
+        try:
+            answer = answers.get(timeout=seconds)
+        except queue.Empty:
+            answer = _of_exception(requests.exceptions.Timeout())
+        if isinstance(answer, _Failure):
+            self.client = None  # its connection may be broken, or still in use
         return answer
 
     def ask(self, path: str, params: dict, problem) -> dict:  # problem(answer): a failure, or None
         "One page, however many tries it takes within the deadline."
         begun, tried = time.monotonic(), 0
         while True:
-            answer = self.ask_once(path, params, min(self.request_s, max(self.deadline_s - (time.monotonic() - begun), 0.05)))
+            answer = self.ask_once(
+                path, params, min(self.request_s, max(self.deadline_s - (time.monotonic() - begun), 0.05))
+            )
             tried += 1
             failure = answer if isinstance(answer, _Failure) else problem(answer)
             if failure is None:
@@ -227,8 +324,14 @@ class _Service:
             wait = max(wait, failure.wait_s or 0.0)
             passed = time.monotonic() - begun
             if tried >= min(failure.tries, self.attempts) or passed + wait >= self.deadline_s:
-                asks = f", which asks to wait for {failure.wait_s:.0f} s" if failure.wait_s and failure.tries > 1 else ""
-                raise InputError(f"{self.title}: {failure.what}{asks}{f', {tried} times in {passed:.1f} s' if tried > 1 else ''}; {failure.advice}")
+                asks = (
+                    f", which asks to wait for {failure.wait_s:.0f} s"
+                    if failure.wait_s and failure.tries > 1
+                    else ""
+                )
+                raise InputError(
+                    f"{self.title}: {failure.what}{asks}{f', {tried} times in {passed:.1f} s' if tried > 1 else ''}; {failure.advice}"
+                )
             self.progress(f"{self.title}: {failure.what}; asking again in {wait:.1f} s")
             time.sleep(wait)
 
@@ -239,35 +342,61 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(?P<zone>Z|[+-]
 
 def _page_problem(page, names: set[str], tokens: set[str]) -> _Failure | None:
     "What is wrong with the shape of a page."
-    def odd(what): return _Failure(f"the server's answer {what}", _CHECK_VENDOR, _FEW)
-    if not isinstance(page, dict) or not isinstance(page.get("bars"), dict): return odd("holds no table of bars")
+
+    def odd(what):
+        return _Failure(f"the server's answer {what}", _CHECK_VENDOR, _FEW)
+
+    if not isinstance(page, dict) or not isinstance(page.get("bars"), dict):
+        return odd("holds no table of bars")
     for symbol, rows in page["bars"].items():
-        if symbol not in names: return odd(f"holds bars of {str(symbol)[:20]!r}, which were not asked for")
-        if not isinstance(rows, list): return odd(f"holds no list of bars for {symbol}")
+        if symbol not in names:
+            return odd(f"holds bars of {str(symbol)[:20]!r}, which were not asked for")
+        if not isinstance(rows, list):
+            return odd(f"holds no list of bars for {symbol}")
     token = page.get("next_page_token")  # no token is the end, an empty one may be a mistake
-    if token is not None and (not isinstance(token, str) or not token): return odd("does not say whether more pages follow")
-    if token in tokens: return odd("leads back to a page that we have read")
+    if token is not None and (not isinstance(token, str) or not token):
+        return odd("does not say whether more pages follow")
+    if token in tokens:
+        return odd("leads back to a page that we have read")
     return None
 
 
-def _number(value) -> float: return value if type(value) in (int, float) and abs(value) < 1e300 else np.nan
+def _number(value) -> float:
+    return value if type(value) in (int, float) and abs(value) < 1e300 else np.nan
 
 
 def _read_rows(symbol: str, rows: list) -> pd.DataFrame:
     "Bars of one symbol, as they come."
-    def refuse(i, what): raise InputError(f"alpaca, {symbol}: bar {i + 1} of a page{f', {times[i]},' if isinstance(times[i], str) else ''} {what}; try again later, or leave this span out")
+
+    def refuse(i, what):
+        raise InputError(
+            f"alpaca, {symbol}: bar {i + 1} of a page{f', {times[i]},' if isinstance(times[i], str) else ''} {what}; try again later, or leave this span out"
+        )
+
     times = [row.get("t") if isinstance(row, dict) else None for row in rows]
     for i, text in enumerate(times):
         parts = _TIME.fullmatch(text) if isinstance(text, str) else None
-        if parts is None: refuse(i, f"has no time, was {str(text)[:40]!r}")
-        if parts["zone"] is None: refuse(i, "has a time without a zone")
-    index = pd.DatetimeIndex(pd.to_datetime(times, utc=True, format="ISO8601", errors="coerce"), name="timestamp").as_unit("ns")
-    if index.hasnans: refuse(int(index.isna().argmax()), "has a time that does not exist")
-    values = np.array([[_number(row.get(k)) for k in _FIELDS] for row in rows], np.float64).reshape(-1, len(_FIELDS))
+        if parts is None:
+            refuse(i, f"has no time, was {str(text)[:40]!r}")
+        if parts["zone"] is None:
+            refuse(i, "has a time without a zone")
+    index = pd.DatetimeIndex(
+        pd.to_datetime(times, utc=True, format="ISO8601", errors="coerce"), name="timestamp"
+    ).as_unit("ns")
+    if index.hasnans:
+        refuse(int(index.isna().argmax()), "has a time that does not exist")
+    values = np.array([[_number(row.get(k)) for k in _FIELDS] for row in rows], np.float64).reshape(
+        -1, len(_FIELDS)
+    )
     if np.isnan(values).any():
         i, j = np.argwhere(np.isnan(values))[0]
         was = rows[i].get("ohlcv"[j])
-        refuse(i, f"has no {COLUMNS[j]}" if was is None else f"has no number as {COLUMNS[j]}, was {str(was)[:40]!r}")
+        refuse(
+            i,
+            f"has no {COLUMNS[j]}"
+            if was is None
+            else f"has no number as {COLUMNS[j]}, was {str(was)[:40]!r}",
+        )
     return pd.DataFrame(values, index=index, columns=list(COLUMNS))
 
 
@@ -281,8 +410,11 @@ def _joined(symbol: str, pages: list[pd.DataFrame], start, end) -> tuple[pd.Data
     again = np.diff(bars.index.asi8, prepend=bars.index.asi8[:1] - 1) == 0
     differs = again.copy()
     differs[1:] &= (np.diff(bars.to_numpy(), axis=0) != 0).any(1)
-    require(not differs.any(), f"alpaca, {symbol}: the bar of {bars.index[differs.argmax()] if len(bars) else start:%Y-%m-%d %H:%MZ} came twice with different values; "
-                               "try again, since a late correction may have come between two pages")
+    require(
+        not differs.any(),
+        f"alpaca, {symbol}: the bar of {bars.index[differs.argmax()] if len(bars) else start:%Y-%m-%d %H:%MZ} came twice with different values; "
+        "try again, since a late correction may have come between two pages",
+    )
     return bars[~again], counts | {"duplicates": int(again.sum())}
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #e4cda45c
@@ -290,17 +422,28 @@ _IDLE_PAGES = 5  # in a row; more lead nowhere
 
 
 def _title(names: list[str], timeframe: str) -> str:
-    return f"alpaca, {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} {timeframe}"
+    return (
+        f"alpaca, {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''} {timeframe}"
+    )
 
 
 def _check_url(url: str | None):
     "Keys are sent over secure connections, or not beyond this computer."
-    if url is None: return
+    if url is None:
+        return
     parts = urlsplit(url)
-    try: local = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname).is_loopback
-    except ValueError: local = False
-    require(parts.scheme == "https" or (parts.scheme == "http" and local), f"url: expected https://host, or http on this computer, was {url!r}")
-    require(parts.hostname and not parts.path.strip("/") and "@" not in parts.netloc, "url: expected a host alone, such as https://data.alpaca.markets; leave out the version, the path and any password")
+    try:
+        local = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname).is_loopback
+    except ValueError:
+        local = False
+    require(
+        parts.scheme == "https" or (parts.scheme == "http" and local),
+        f"url: expected https://host, or http on this computer, was {url!r}",
+    )
+    require(
+        parts.hostname and not parts.path.strip("/") and "@" not in parts.netloc,
+        "url: expected a host alone, such as https://data.alpaca.markets; leave out the version, the path and any password",
+    )
 
 
 def fetch_with_report(
@@ -321,69 +464,142 @@ def fetch_with_report(
     back_off_s: float = 1.0,  # before the second try; doubled from try to try
     allow_empty: bool = True,  # a symbol without bars is an empty table; False: an error
     progress=None,  # called with a line for each page and each wait
-) -> tuple[dict[str, pd.DataFrame], dict]:  # by symbol as given: raw bars; and a report: requests, pages, empty, server_time (None: it did not say), and by symbol what was outside, in disorder, duplicate
+) -> tuple[
+    dict[str, pd.DataFrame], dict
+]:  # by symbol as given: raw bars; and a report: requests, pages, empty, server_time (None: it did not say), and by symbol what was outside, in disorder, duplicate
     "Download bars, and say what it took."
     timeframe, start, end = timeframe_name(timeframe), moment(start, "start"), moment(end, "end")
     symbols = list(dict.fromkeys([symbols] if isinstance(symbols, str) else symbols))
-    if asset_class not in ASSET_CLASSES: raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
-    if feed is not None and feed not in FEEDS: raise unknown_name("feed", feed, FEEDS)
-    if adjustment not in ADJUSTMENTS: raise unknown_name("adjustment", adjustment, ADJUSTMENTS)
+    if asset_class not in ASSET_CLASSES:
+        raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
+    if feed is not None and feed not in FEEDS:
+        raise unknown_name("feed", feed, FEEDS)
+    if adjustment not in ADJUSTMENTS:
+        raise unknown_name("adjustment", adjustment, ADJUSTMENTS)
     crypto = asset_class == "crypto"
     require(len(symbols) > 0, "alpaca: expected a symbol such as AAPL or BTC/USD, was none")
     for symbol in symbols:
         pair = "-" in path_symbol(symbol)
-        require(symbol == symbol.upper() and (pair if crypto else "/" not in symbol), f"alpaca: expected {'a pair such as BTC/USD' if crypto else 'a stock such as AAPL or BRK.B'} in capitals, was {symbol!r}")
+        require(
+            symbol == symbol.upper() and (pair if crypto else "/" not in symbol),
+            f"alpaca: expected {'a pair such as BTC/USD' if crypto else 'a stock such as AAPL or BRK.B'} in capitals, was {symbol!r}",
+        )
     require(start < end, f"start and end: expected start before end, were {start} and {end}")
-    require(not crypto or (feed is None and adjustment == "raw"), f"alpaca: crypto has one feed and nothing to adjust for, were feed {feed} and adjustment {adjustment}; leave them out")
-    for name, value, least, most in (("page_size", page_size, 1, 10_000), ("request_s", request_s, 0.01, 3600), ("deadline_s", deadline_s, 0.01, 86400),
-                                     ("attempts", attempts, 1, 100), ("back_off_s", back_off_s, 0, 3600)):
-        require(isinstance(value, (int, float)) and least <= value <= most, f"alpaca: {name}: expected {least} to {most}, was {value!r}")
+    require(
+        not crypto or (feed is None and adjustment == "raw"),
+        f"alpaca: crypto has one feed and nothing to adjust for, were feed {feed} and adjustment {adjustment}; leave them out",
+    )
+    for name, value, least, most in (
+        ("page_size", page_size, 1, 10_000),
+        ("request_s", request_s, 0.01, 3600),
+        ("deadline_s", deadline_s, 0.01, 86400),
+        ("attempts", attempts, 1, 100),
+        ("back_off_s", back_off_s, 0, 3600),
+    ):
+        require(
+            isinstance(value, (int, float)) and least <= value <= most,
+            f"alpaca: {name}: expected {least} to {most}, was {value!r}",
+        )
     _check_url(url)
     keys = keys or environment_keys()
-    require(crypto or keys is not None, f"alpaca: stocks need keys, and none are set; put them into the environment as {' and '.join(KEY_VARIABLES)} (crypto needs none)")
-    require(keys is None or all(re.fullmatch(r"[!-~]+", secret) for secret in (keys.key_id, keys.secret_key)),
-            f"alpaca: {' or '.join(KEY_VARIABLES)} holds spaces, line breaks or other characters that keys do not have; copy both anew")
+    require(
+        crypto or keys is not None,
+        f"alpaca: stocks need keys, and none are set; put them into the environment as {' and '.join(KEY_VARIABLES)} (crypto needs none)",
+    )
+    require(
+        keys is None or all(re.fullmatch(r"[!-~]+", secret) for secret in (keys.key_id, keys.secret_key)),
+        f"alpaca: {' or '.join(KEY_VARIABLES)} holds spaces, line breaks or other characters that keys do not have; copy both anew",
+    )
 
-    wire = {symbol: symbol.replace("-", "/" if crypto else ".") for symbol in symbols}  # a class of shares is BRK.B at Alpaca
+    wire = {
+        symbol: symbol.replace("-", "/" if crypto else ".") for symbol in symbols
+    }  # a class of shares is BRK.B at Alpaca
     names = sorted(set(wire.values()))
-    service = _Service(asset_class, keys, url, _title(names, timeframe), request_s, deadline_s, attempts, back_off_s, progress or (lambda line: None))
+    service = _Service(
+        asset_class,
+        keys,
+        url,
+        _title(names, timeframe),
+        request_s,
+        deadline_s,
+        attempts,
+        back_off_s,
+        progress or (lambda line: None),
+    )
     path, params = _question(names, timeframe, start, end, asset_class, feed, adjustment)
     parts, reached, tokens, pages, idle, total = {name: [] for name in names}, {}, set(), 0, 0, 0
     room = len(names) * (int((end - start) / pd.Timedelta(timeframe_seconds(timeframe), "s")) + 2)
     token = None
     while True:
-        page = service.ask(path, params | {"limit": int(page_size), "page_token": token}, lambda page: _page_problem(page, set(names), tokens))
+        page = service.ask(
+            path,
+            params | {"limit": int(page_size), "page_token": token},
+            lambda page: _page_problem(page, set(names), tokens),
+        )
         pages += 1
         bars = {name: _read_rows(name, rows) for name, rows in page["bars"].items() if rows}
-        for name, frame in bars.items(): parts[name].append(frame)
+        for name, frame in bars.items():
+            parts[name].append(frame)
         count, last = sum(map(len, bars.values())), max(bars, default=None)
-        further = {name: frame.index.max() for name, frame in bars.items() if name not in reached or frame.index.max() > reached[name]}
+        further = {
+            name: frame.index.max()
+            for name, frame in bars.items()
+            if name not in reached or frame.index.max() > reached[name]
+        }
         total, idle, reached = total + count, 0 if further else idle + 1, reached | further
-        service.progress(f"{service.title}: page {pages}, {count:,} bars" + (f", up to {last} {bars[last].index[-1]:%Y-%m-%d %H:%MZ}" if bars else ""))
+        service.progress(
+            f"{service.title}: page {pages}, {count:,} bars"
+            + (f", up to {last} {bars[last].index[-1]:%Y-%m-%d %H:%MZ}" if bars else "")
+        )
         token = page.get("next_page_token")
-        if token is None: break
+        if token is None:
+            break
         tokens.add(token)
-        require(idle <= _IDLE_PAGES and total <= 2 * room,
-                f"{service.title}: the server's pages come to no end: {pages} of them, {total:,} bars, where {room:,} fit between start and end; {_CHECK_VENDOR}")
+        require(
+            idle <= _IDLE_PAGES and total <= 2 * room,
+            f"{service.title}: the server's pages come to no end: {pages} of them, {total:,} bars, where {room:,} fit between start and end; {_CHECK_VENDOR}",
+        )
 
     joined = {name: _joined(name, parts[name], start, end) for name in names}
     empty = [symbol for symbol in symbols if not len(joined[wire[symbol]][0])]
-    require(allow_empty or not empty, f"alpaca: no {timeframe} bars of {', '.join(empty)} from {start:%Y-%m-%d %H:%MZ} to {end:%Y-%m-%d %H:%MZ}; "
-                                      "check the spelling, or choose a span in which it was traded")
-    report = {"requests": service.asked, "pages": pages, "empty": empty, "server_time": service.told and service.told.isoformat()} | {k: {symbol: joined[wire[symbol]][1][k] for symbol in symbols} for k in ("outside", "disorder", "duplicates")}
+    require(
+        allow_empty or not empty,
+        f"alpaca: no {timeframe} bars of {', '.join(empty)} from {start:%Y-%m-%d %H:%MZ} to {end:%Y-%m-%d %H:%MZ}; "
+        "check the spelling, or choose a span in which it was traded",
+    )
+    report = {
+        "requests": service.asked,
+        "pages": pages,
+        "empty": empty,
+        "server_time": service.told and service.told.isoformat(),
+    } | {
+        k: {symbol: joined[wire[symbol]][1][k] for symbol in symbols}
+        for k in ("outside", "disorder", "duplicates")
+    }
     return {symbol: joined[wire[symbol]][0] for symbol in symbols}, report
 
 
-def _question(names: list[str], timeframe: str, start, end, asset_class: str, feed: str | None, adjustment: str) -> tuple[str, dict]:
+def _question(
+    names: list[str], timeframe: str, start, end, asset_class: str, feed: str | None, adjustment: str
+) -> tuple[str, dict]:
     "Path and parameters, as alpaca-py writes them."
     from alpaca.data.enums import Adjustment, DataFeed
     from alpaca.data.requests import CryptoBarsRequest, StockBarsRequest
     from alpaca.data.timeframe import TimeFrame, TimeFrameUnit
+
     amount, unit = re.fullmatch(r"(\d+)([A-Za-z]+)", timeframe).groups()
     last = (end - pd.Timedelta(1, "ns")).floor("us")  # the last moment before `end` that the client can write
-    common = {"symbol_or_symbols": names, "timeframe": TimeFrame(int(amount), TimeFrameUnit(unit)), "start": start.to_pydatetime(), "end": last.to_pydatetime()}
-    if asset_class == "crypto": return "/crypto/us/bars", CryptoBarsRequest(**common).to_request_fields()
-    return "/stocks/bars", StockBarsRequest(**common, adjustment=Adjustment(adjustment), feed=feed and DataFeed(feed)).to_request_fields()
+    common = {
+        "symbol_or_symbols": names,
+        "timeframe": TimeFrame(int(amount), TimeFrameUnit(unit)),
+        "start": start.to_pydatetime(),
+        "end": last.to_pydatetime(),
+    }
+    if asset_class == "crypto":
+        return "/crypto/us/bars", CryptoBarsRequest(**common).to_request_fields()
+    return "/stocks/bars", StockBarsRequest(
+        **common, adjustment=Adjustment(adjustment), feed=feed and DataFeed(feed)
+    ).to_request_fields()
 
 
 def fetch_bars(

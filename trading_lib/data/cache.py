@@ -19,8 +19,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from trading_lib.bars import (
+    ASSET_CLASSES,
+    COLUMNS,
+    moment,
+    parquet_table,
+    path_symbol,
+    timeframe_name,
+    timeframe_seconds,
+)
 from ..config import InputError, require, unknown_name
-from ..bars import ASSET_CLASSES, COLUMNS, moment, parquet_table, path_symbol, timeframe_name, timeframe_seconds
 from ..files import atomic_write, unwritable
 
 # %% ../../nbs/01_data/06_cache.ipynb #dd6da7d2
@@ -30,8 +38,10 @@ def merge_ranges(
     "The same moments as sorted ranges that neither overlap nor touch."
     merged = []
     for start, end in sorted(r for r in ranges if r[0] < r[1]):
-        if merged and start <= merged[-1][1]: merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
-        else: merged.append((start, end))
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
     return merged
 
 
@@ -43,10 +53,13 @@ def subtract_ranges(
     missing = []
     for start, end in merge_ranges(wanted):
         for a, b in merge_ranges(known):
-            if b <= start or a >= end: continue
-            if start < a: missing.append((start, a))
+            if b <= start or a >= end:
+                continue
+            if start < a:
+                missing.append((start, a))
             start = b
-        if start < end: missing.append((start, end))
+        if start < end:
+            missing.append((start, end))
     return missing
 
 # %% ../../nbs/01_data/06_cache.ipynb #629f9497
@@ -57,19 +70,26 @@ _IDENTITY = ("source", "feed", "adjustment", "asset_class", "symbol", "timeframe
 @dataclass(frozen=True, eq=False)
 class _Held:
     "What a cache holds."
+
     bars: pd.DataFrame
     ranges: tuple = ()  # (start, end, downloaded), sorted, disjoint
     invalidated: tuple = ()  # records of histories that were dropped
     sha256: str | None = None  # of the parquet; None: there is none yet
-    proven: pd.Timestamp | None = None  # bars up to here had closed by the source's own time; None: it told none
+    proven: pd.Timestamp | None = (
+        None  # bars up to here had closed by the source's own time; None: it told none
+    )
     asked: pd.Timestamp | None = None  # our clock when it was asked last
     interrupted: bool = False  # a writer was killed before its last step
 
-    def known(self): return [r[:2] for r in self.ranges]
+    def known(self):
+        return [r[:2] for r in self.ranges]
 
 
 def _no_bars() -> pd.DataFrame:
-    return pd.DataFrame({c: np.empty(0) for c in COLUMNS}, index=pd.DatetimeIndex([], dtype="datetime64[ns, UTC]", name="timestamp"))
+    return pd.DataFrame(
+        {c: np.empty(0) for c in COLUMNS},
+        index=pd.DatetimeIndex([], dtype="datetime64[ns, UTC]", name="timestamp"),
+    )
 
 
 def _text(t: pd.Timestamp) -> str:
@@ -80,8 +100,18 @@ def _entry(held: _Held) -> dict:
     "What the manifest says of it."
     first, last = (_text(held.bars.index[i]) for i in (0, -1)) if len(held.bars) else (None, None)
     ranges = [dict(zip(("start", "end", "downloaded"), map(_text, r))) for r in held.ranges]
-    times = {name: _text(t) if t is not None else None for name, t in (("proven", held.proven), ("asked", held.asked))}
-    return {"sha256": held.sha256, "bars": len(held.bars), "first": first, "last": last, "ranges": ranges, "invalidated": list(held.invalidated)} | times
+    times = {
+        name: _text(t) if t is not None else None
+        for name, t in (("proven", held.proven), ("asked", held.asked))
+    }
+    return {
+        "sha256": held.sha256,
+        "bars": len(held.bars),
+        "first": first,
+        "last": last,
+        "ranges": ranges,
+        "invalidated": list(held.invalidated),
+    } | times
 
 
 def _read(manifest: Path) -> tuple[dict | None, _Held]:
@@ -91,29 +121,51 @@ def _read(manifest: Path) -> tuple[dict | None, _Held]:
     try:
         text = manifest.read_bytes()
         content = file.read_bytes() if file.is_file() else None
-        if manifest.read_bytes() != text: return _read(manifest)  # a writer passed by: these two do not belong together
+        if manifest.read_bytes() != text:
+            return _read(manifest)  # a writer passed by: these two do not belong together
         told = json.loads(text)
-    except FileNotFoundError: return None, _Held(_no_bars())
-    except (OSError, ValueError) as e: raise InputError(f"{manifest}: cannot be read ({' '.join(str(e).split())[:80]}); {again}") from None
+    except FileNotFoundError:
+        return None, _Held(_no_bars())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{manifest}: cannot be read ({' '.join(str(e).split())[:80]}); {again}") from None
     schema = told.get("schema") if isinstance(told, dict) else None
     require(isinstance(schema, int) and schema >= 1, f"{manifest}: is no manifest of a bar cache; {again}")
-    require(schema <= _SCHEMA, f"{manifest}: has schema {schema}, this version reads up to {_SCHEMA}; update trading_lib, or {again}")
+    require(
+        schema <= _SCHEMA,
+        f"{manifest}: has schema {schema}, this version reads up to {_SCHEMA}; update trading_lib, or {again}",
+    )
     sha256 = hashlib.sha256(content).hexdigest() if content is not None else None
     damage = None
     try:
         identity, entry = {k: told[k] for k in _IDENTITY}, told
-        if "next" in told and sha256 == told["next"]["sha256"]: entry = told["next"]
-        elif told["sha256"] is None: content = None  # whatever lies there is not ours
-        elif content is None: damage = f"is gone, and {manifest.name} says that it holds {told['bars']} bars"
-        elif sha256 != told["sha256"]: damage = f"was changed by another program (its SHA-256 is not the one in {manifest.name})"
+        if "next" in told and sha256 == told["next"]["sha256"]:
+            entry = told["next"]
+        elif told["sha256"] is None:
+            content = None  # whatever lies there is not ours
+        elif content is None:
+            damage = f"is gone, and {manifest.name} says that it holds {told['bars']} bars"
+        elif sha256 != told["sha256"]:
+            damage = f"was changed by another program (its SHA-256 is not the one in {manifest.name})"
         if damage is None:
-            ranges = tuple(tuple(moment(r[k]) for k in ("start", "end", "downloaded")) for r in entry["ranges"])
-            bars = _no_bars() if content is None else parquet_table(content).set_index("timestamp")[list(COLUMNS)]
+            ranges = tuple(
+                tuple(moment(r[k]) for k in ("start", "end", "downloaded")) for r in entry["ranges"]
+            )
+            bars = (
+                _no_bars()
+                if content is None
+                else parquet_table(content).set_index("timestamp")[list(COLUMNS)]
+            )
             inside = sum(bars.index.searchsorted(b) - bars.index.searchsorted(a) for a, b, _ in ranges)
-            if not inside == entry["bars"] == len(bars): raise ValueError
-            times = [moment(entry[name]) if entry.get(name) is not None else None for name in ("proven", "asked")]
-            return identity, _Held(bars, ranges, tuple(entry["invalidated"]), entry["sha256"], *times, "next" in told)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError): raise InputError(f"{manifest}: does not describe {file.name}; {again}") from None
+            if not inside == entry["bars"] == len(bars):
+                raise ValueError
+            times = [
+                moment(entry[name]) if entry.get(name) is not None else None for name in ("proven", "asked")
+            ]
+            return identity, _Held(
+                bars, ranges, tuple(entry["invalidated"]), entry["sha256"], *times, "next" in told
+            )
+    except (AttributeError, KeyError, TypeError, ValueError, OSError):
+        raise InputError(f"{manifest}: does not describe {file.name}; {again}") from None
     raise InputError(f"{file}: {damage}; {again}")
 
 # %% ../../nbs/01_data/06_cache.ipynb #87471b84
@@ -124,34 +176,51 @@ _SAME = 1e-5  # relative; prices of adjusted history that differ by more have be
 @dataclass(frozen=True)
 class _Cache:
     "One history on disk."
+
     folder: Path
     identity: dict
 
     @property
-    def manifest(self): return self.folder / f"{self.identity['symbol']}.json"
+    def manifest(self):
+        return self.folder / f"{self.identity['symbol']}.json"
 
     @property
-    def title(self): return " ".join(self.identity[k] for k in ("symbol", "timeframe", "source", "feed", "adjustment") if self.identity[k])
+    def title(self):
+        return " ".join(
+            self.identity[k]
+            for k in ("symbol", "timeframe", "source", "feed", "adjustment")
+            if self.identity[k]
+        )
 
     def load(self, present: pd.Timestamp) -> _Held:
         "What is held, checked to be what was asked for, and cut back to what is believed now."
         identity, held = _read(self.manifest)
         for name, was in (identity or {}).items():
-            require(was == self.identity[name], f"{self.manifest}: expected {name} {self.identity[name]}, was {was}; put it back to where it came from, or delete it to download again")
+            require(
+                was == self.identity[name],
+                f"{self.manifest}: expected {name} {self.identity[name]}, was {was}; put it back to where it came from, or delete it to download again",
+            )
         return replace(held, ranges=_believed(held, present, self.identity["timeframe"]))
 
     def commit(self, before: _Held, after: _Held) -> _Held:
         "Replace what is held; the three steps above."
         content = None
         if after.bars is not before.bars or before.sha256 is None:
-            table, data = pd.DataFrame({"timestamp": after.bars.index} | {c: after.bars[c].to_numpy() for c in COLUMNS}), io.BytesIO()
+            table, data = (
+                pd.DataFrame(
+                    {"timestamp": after.bars.index} | {c: after.bars[c].to_numpy() for c in COLUMNS}
+                ),
+                io.BytesIO(),
+            )
             table.to_parquet(data, index=False, compression="zstd")
             content = data.getvalue()
         sha256 = before.sha256 if content is None else hashlib.sha256(content).hexdigest()
         after = replace(after, sha256=sha256, interrupted=False)
         head = {"schema": _SCHEMA} | self.identity
         if sha256 != before.sha256:
-            atomic_write(self.manifest, json.dumps(head | _entry(before) | {"next": _entry(after)}, indent=1) + "\n")
+            atomic_write(
+                self.manifest, json.dumps(head | _entry(before) | {"next": _entry(after)}, indent=1) + "\n"
+            )
             atomic_write(self.manifest.with_suffix(".parquet"), content)
         atomic_write(self.manifest, json.dumps(head | _entry(after), indent=1) + "\n")
         return after
@@ -159,12 +228,21 @@ class _Cache:
     def litter(self) -> list[Path]:
         "Files that a killed writer has left, or a living one is using."
         symbol = re.escape(self.identity["symbol"])
-        return [p for p in self.folder.glob(".*") if re.fullmatch(rf"\.{symbol}\.(lock|(parquet|json)\.[^.]+\.tmp)", p.name)]
+        return [
+            p
+            for p in self.folder.glob(".*")
+            if re.fullmatch(rf"\.{symbol}\.(lock|(parquet|json)\.[^.]+\.tmp)", p.name)
+        ]
 
     def _lock(self, wait_s: float, progress) -> tuple[Path, int]:
         "The lock's file, and the handle that holds it."
         import fcntl  # not on every system; reading a module must not fail there
-        lock, give_up, told = self.folder / f".{self.identity['symbol']}.lock", time.monotonic() + wait_s, False
+
+        lock, give_up, told = (
+            self.folder / f".{self.identity['symbol']}.lock",
+            time.monotonic() + wait_s,
+            False,
+        )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             while True:
@@ -175,40 +253,68 @@ class _Cache:
                     if os.path.samestat(os.fstat(handle), os.stat(lock)):
                         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
                         return lock, handle
-                except (BlockingIOError, FileNotFoundError): pass
+                except (BlockingIOError, FileNotFoundError):
+                    pass
                 holder = os.pread(handle, 20, 0).decode().strip() or "another"
                 os.close(handle)
-                require(time.monotonic() < give_up, f"{self.manifest}: process {holder} has been filling it for longer than {wait_s:g} s; wait until it is done, or end it, and try again")
-                if not told: progress(f"{self.title}: waiting for process {holder}, which is filling it")
+                require(
+                    time.monotonic() < give_up,
+                    f"{self.manifest}: process {holder} has been filling it for longer than {wait_s:g} s; wait until it is done, or end it, and try again",
+                )
+                if not told:
+                    progress(f"{self.title}: waiting for process {holder}, which is filling it")
                 told = True
                 time.sleep(0.02)
-        except OSError as e: raise unwritable(self.folder, e) from None
+        except OSError as e:
+            raise unwritable(self.folder, e) from None
 
     @contextmanager
     def locked(self, wait_s: float, progress):
         lock, handle = self._lock(wait_s, progress)
-        try: yield
+        try:
+            yield
         finally:
             lock.unlink(missing_ok=True)  # before the lock is freed: afterwards it may be somebody else's
             os.close(handle)
 
 # %% ../../nbs/01_data/06_cache.ipynb #3333f59e
 def _between(bars: pd.DataFrame, start, end) -> pd.DataFrame:
-    return bars.iloc[bars.index.searchsorted(start):bars.index.searchsorted(end)]
+    return bars.iloc[bars.index.searchsorted(start) : bars.index.searchsorted(end)]
 
 
 def _checked(got, title: str, start, end, grid: pd.Timedelta) -> pd.DataFrame:
     "What `fetch` gave, if it keeps its promise."
-    def promise(kept, was): require(kept, f"{title}: fetch promised bars from {_text(start)} to {_text(end)}, {was}; correct fetch, nothing of this was cached")
+
+    def promise(kept, was):
+        require(
+            kept,
+            f"{title}: fetch promised bars from {_text(start)} to {_text(end)}, {was}; correct fetch, nothing of this was cached",
+        )
+
     promise(isinstance(got, pd.DataFrame), f"was {type(got).__name__}")
-    promise(isinstance(got.index, pd.DatetimeIndex) and str(got.index.tz) == "UTC", f"its index is {got.index.dtype}, expected times in UTC")
+    promise(
+        isinstance(got.index, pd.DatetimeIndex) and str(got.index.tz) == "UTC",
+        f"its index is {got.index.dtype}, expected times in UTC",
+    )
     missing = [c for c in COLUMNS if c not in got.columns]
     promise(not missing, f"without {', '.join(missing)}")
-    promise(all(pd.api.types.is_numeric_dtype(got[c]) for c in COLUMNS), f"its columns are {', '.join(sorted({str(got[c].dtype) for c in COLUMNS}))}, expected numbers")
-    promise(got.index.is_monotonic_increasing and got.index.is_unique, "its times are not in order, or not unique")
-    if len(got): promise(got.index[0] >= start and got.index[-1] < end, f"was {got.index[0]} to {got.index[-1]}")
-    promise((got.index.floor(grid) == got.index).all(), f"not all of them start on whole {grid / pd.Timedelta(1, 'min'):g} minutes")
-    return pd.DataFrame({c: got[c].to_numpy("float64") for c in COLUMNS}, index=pd.DatetimeIndex(got.index.as_unit("ns"), freq=None, name="timestamp"))
+    promise(
+        all(pd.api.types.is_numeric_dtype(got[c]) for c in COLUMNS),
+        f"its columns are {', '.join(sorted({str(got[c].dtype) for c in COLUMNS}))}, expected numbers",
+    )
+    promise(
+        got.index.is_monotonic_increasing and got.index.is_unique, "its times are not in order, or not unique"
+    )
+    if len(got):
+        promise(got.index[0] >= start and got.index[-1] < end, f"was {got.index[0]} to {got.index[-1]}")
+    promise(
+        (got.index.floor(grid) == got.index).all(),
+        f"not all of them start on whole {grid / pd.Timedelta(1, 'min'):g} minutes",
+    )
+    return pd.DataFrame(
+        {c: got[c].to_numpy("float64") for c in COLUMNS},
+        index=pd.DatetimeIndex(got.index.as_unit("ns"), freq=None, name="timestamp"),
+    )
 
 
 def _steps(timeframe: str) -> tuple[pd.Timedelta, pd.Timedelta]:
@@ -234,10 +340,19 @@ def _closed_by(now: pd.Timestamp, timeframe: str) -> pd.Timestamp:
 
 def _believed(held: _Held, present: pd.Timestamp, timeframe: str) -> tuple:
     "The ranges without what a clock that was ahead may have added."
-    proofs = [*([_end_of(held.bars, timeframe)] if len(held.bars) else []), *([held.proven] if held.proven is not None else [])]
-    if held.asked is not None and held.asked <= present < held.asked + _HOUR: proofs.append((held.asked - _DAY).floor("h"))
-    if not proofs: return ()
-    return tuple((start, min(end, max(proofs)), downloaded) for start, end, downloaded in held.ranges if start < max(proofs))
+    proofs = [
+        *([_end_of(held.bars, timeframe)] if len(held.bars) else []),
+        *([held.proven] if held.proven is not None else []),
+    ]
+    if held.asked is not None and held.asked <= present < held.asked + _HOUR:
+        proofs.append((held.asked - _DAY).floor("h"))
+    if not proofs:
+        return ()
+    return tuple(
+        (start, min(end, max(proofs)), downloaded)
+        for start, end, downloaded in held.ranges
+        if start < max(proofs)
+    )
 
 
 def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
@@ -248,8 +363,10 @@ def _with_range(ranges: tuple, start, end, downloaded) -> tuple:
     "The range added; ranges that touch and were downloaded on the same day are one."
     merged = []
     for r in sorted((*ranges, (start, end, downloaded))):
-        if merged and r[0] == merged[-1][1] and r[2].date() == merged[-1][2].date(): merged[-1] = (merged[-1][0], r[1], max(r[2], merged[-1][2]))
-        else: merged.append(r)
+        if merged and r[0] == merged[-1][1] and r[2].date() == merged[-1][2].date():
+            merged[-1] = (merged[-1][0], r[1], max(r[2], merged[-1][2]))
+        else:
+            merged.append(r)
     return tuple(merged)
 
 
@@ -257,24 +374,40 @@ def _nearest_day(bars: pd.DataFrame, start, length: pd.Timedelta) -> pd.DataFram
     "The cached day next to a piece that starts here, before it if there is one; for long bars the time of eight."
     day, before = max(pd.Timedelta(1, "D"), 8 * length), bars.index.searchsorted(start)
     nearest = bars.index[max(before - 1, 0)]
-    return bars[(bars.index > nearest - day) & (bars.index <= nearest)] if before else bars[bars.index < nearest + day]
+    return (
+        bars[(bars.index > nearest - day) & (bars.index <= nearest)]
+        if before
+        else bars[bars.index < nearest + day]
+    )
 
 
 def _largest_change(cached: pd.DataFrame, again: pd.DataFrame) -> tuple[pd.Timestamp | None, float]:
     "The bar whose prices have changed most, and their ratio new / old."
     labels, prices = cached.index.intersection(again.index), list(COLUMNS[:4])
-    if not len(labels): return None, 1.0
-    with np.errstate(divide="ignore", invalid="ignore"): ratio = again.loc[labels, prices].to_numpy() / cached.loc[labels, prices].to_numpy()
+    if not len(labels):
+        return None, 1.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = again.loc[labels, prices].to_numpy() / cached.loc[labels, prices].to_numpy()
     change = np.nan_to_num(np.abs(np.log(ratio)), nan=0.0)
     bar, price = np.unravel_index(change.argmax(), change.shape)
     return labels[bar], float(ratio[bar, price])
 
 
-def _fill(cache: _Cache, held: _Held, wanted: tuple, fetch, source_time, present: pd.Timestamp, piece_length: pd.Timedelta, progress) -> tuple[_Held, dict]:
+def _fill(
+    cache: _Cache,
+    held: _Held,
+    wanted: tuple,
+    fetch,
+    source_time,
+    present: pd.Timestamp,
+    piece_length: pd.Timedelta,
+    progress,
+) -> tuple[_Held, dict]:
     "Fetch what is missing of one range, piece by piece; the caller holds the lock."
     timeframe, adjusted = cache.identity["timeframe"], cache.identity["adjustment"] != "raw"
     length, grid = _steps(timeframe)
-    if not held.asked or not held.asked <= present < held.asked + _HOUR: held = replace(held, asked=present)
+    if not held.asked or not held.asked <= present < held.asked + _HOUR:
+        held = replace(held, asked=present)
     facts = {"requests": 0, "bars_fetched": 0, "invalidated": None}
     parts, ranges = [held.bars], held.ranges  # what is more than `held` is not on disk yet
 
@@ -284,13 +417,18 @@ def _fill(cache: _Cache, held: _Held, wanted: tuple, fetch, source_time, present
 
     def write():
         nonlocal held, parts
-        if ranges == held.ranges: return
+        if ranges == held.ranges:
+            return
         held = cache.commit(held, replace(held, bars=_joined(parts), ranges=ranges))
         parts = [held.bars]
 
     def pieces():
         missing = subtract_ranges([wanted], [r[:2] for r in ranges])
-        return [(a, min(a + piece_length, end)) for start, end in missing for a in pd.date_range(start, end, freq=piece_length, inclusive="left")]
+        return [
+            (a, min(a + piece_length, end))
+            for start, end in missing
+            for a in pd.date_range(start, end, freq=piece_length, inclusive="left")
+        ]
 
     todo = pieces()
     progress(f"{cache.title}: {len(todo)} request(s), {_text(todo[0][0])} to {_text(todo[-1][1])}")
@@ -306,33 +444,65 @@ def _fill(cache: _Cache, held: _Held, wanted: tuple, fetch, source_time, present
                 joined = subtract_ranges([hull], [r[:2] for r in ranges]) == [(start, end)]
                 got = ask(*hull) if joined else _joined([ask(*day), ask(start, end)])
                 bar, ratio = _largest_change(cached, got)
-                require(bar is not None, f"{cache.title}: the source gives none of the {len(cached)} bars of {_text(cached.index[0])[:10]} any more, so nobody can tell whether adjusted prices have changed; "
-                                         f"try later, or delete {cache.manifest} to download all of it again")
+                require(
+                    bar is not None,
+                    f"{cache.title}: the source gives none of the {len(cached)} bars of {_text(cached.index[0])[:10]} any more, so nobody can tell whether adjusted prices have changed; "
+                    f"try later, or delete {cache.manifest} to download all of it again",
+                )
                 if not abs(ratio - 1) <= _SAME:
-                    require(facts["invalidated"] is None, f"{cache.title}: the source gives other prices each time it is asked for the same bars; try later")
+                    require(
+                        facts["invalidated"] is None,
+                        f"{cache.title}: the source gives other prices each time it is asked for the same bars; try later",
+                    )
                     dropped = len(parts[0])
-                    facts |= {"invalidated": {"found": _text(pd.Timestamp.now("UTC")), "bar": _text(bar), "ratio": ratio, "bars": dropped}, "bars_fetched": 0}
-                    progress(f"{cache.title}: adjusted prices have changed, by a factor of {ratio:.6g} at {_text(bar)}: a split or a dividend; {dropped:,} cached bars are dropped and downloaded again")
-                    held = cache.commit(held, replace(held, bars=_no_bars(), ranges=(), invalidated=(*held.invalidated, facts["invalidated"])))
+                    facts |= {
+                        "invalidated": {
+                            "found": _text(pd.Timestamp.now("UTC")),
+                            "bar": _text(bar),
+                            "ratio": ratio,
+                            "bars": dropped,
+                        },
+                        "bars_fetched": 0,
+                    }
+                    progress(
+                        f"{cache.title}: adjusted prices have changed, by a factor of {ratio:.6g} at {_text(bar)}: a split or a dividend; {dropped:,} cached bars are dropped and downloaded again"
+                    )
+                    held = cache.commit(
+                        held,
+                        replace(
+                            held,
+                            bars=_no_bars(),
+                            ranges=(),
+                            invalidated=(*held.invalidated, facts["invalidated"]),
+                        ),
+                    )
                     parts, ranges = [held.bars], ()
                     todo = pieces()
                     continue
                 got = _between(got, start, end)
-            else: got = ask(start, end)
+            else:
+                got = ask(start, end)
         except BaseException:
             write()  # what came before is kept
             raise
         todo, told = todo[1:], source_time() if source_time is not None else None
-        if len(got): parts = [*parts, got]
+        if len(got):
+            parts = [*parts, got]
         if told is not None:
             proven = _closed_by(told, timeframe)
             held = replace(held, proven=max(proven, held.proven or proven))
-            if proven < end: todo, end = [], max(proven, _end_of(got, timeframe) if len(got) else start)  # our clock is ahead
-        if start < end: ranges = _with_range(ranges, start, end, pd.Timestamp.now("UTC"))
+            if proven < end:
+                todo, end = (
+                    [],
+                    max(proven, _end_of(got, timeframe) if len(got) else start),
+                )  # our clock is ahead
+        if start < end:
+            ranges = _with_range(ranges, start, end, pd.Timestamp.now("UTC"))
         facts["bars_fetched"] += len(got)
         waiting = sum(map(len, parts)) - len(held.bars)
         progress(f"{cache.title}: {_text(start)} to {_text(end)}, {len(got):,} bars")
-        if not waiting or waiting * 20 >= len(held.bars): write()
+        if not waiting or waiting * 20 >= len(held.bars):
+            write()
     write()
     return held, facts
 
@@ -354,22 +524,38 @@ def cached_bars(
     source_time=None,  # source_time() -> the source's own time at the last fetch, or None; the computer's clock may be wrong
     wait_s: float = 600.0,  # for another process that fills the same history
     progress=print,  # called with a line now and then; None: silent
-) -> tuple[pd.DataFrame, dict]:  # raw bars in [start, end); facts: requests, bars_fetched, bars_from_cache, sha256, file, feed, adjustment, downloaded, invalidated
+) -> tuple[
+    pd.DataFrame, dict
+]:  # raw bars in [start, end); facts: requests, bars_fetched, bars_from_cache, sha256, file, feed, adjustment, downloaded, invalidated
     "Bars from the cache; what is missing is fetched first, and only that."
     timeframe, progress = timeframe_name(timeframe), progress or (lambda line: None)
-    if asset_class not in ASSET_CLASSES: raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
+    if asset_class not in ASSET_CLASSES:
+        raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
     for name, value in (("source", source), ("feed", feed or "x"), ("adjustment", adjustment)):
-        require(isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_,-]+", value) is not None, f"{name}: expected letters, digits, '-', '_' or ',', since it names a folder, was {value!r}")
+        require(
+            isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_,-]+", value) is not None,
+            f"{name}: expected letters, digits, '-', '_' or ',', since it names a folder, was {value!r}",
+        )
     require(isinstance(chunk, int) and chunk >= 1, f"chunk: expected a number of bars from 1, was {chunk!r}")
     identity = dict(zip(_IDENTITY, (source, feed, adjustment, asset_class, path_symbol(symbol), timeframe)))
-    cache = _Cache(Path(folder).expanduser() / source / "_".join(filter(None, (feed, adjustment))) / timeframe, identity)
+    cache = _Cache(
+        Path(folder).expanduser() / source / "_".join(filter(None, (feed, adjustment))) / timeframe, identity
+    )
 
-    (length, grid), present = _steps(timeframe), pd.Timestamp.now("UTC") if now is None else moment(now, "now")
+    (length, grid), present = (
+        _steps(timeframe),
+        pd.Timestamp.now("UTC") if now is None else moment(now, "now"),
+    )
     first, last = moment(start, "start"), present if end is None else moment(end, "end")
     require(first < last, f"start and end: expected start before end, were {start} and {end}")
     wanted = (first.ceil(grid), min(last.ceil(grid), _closed_by(present, timeframe)))
-    require(wanted[0] < wanted[1], f"{cache.title}: no bar that starts from {first} on and before {last} had closed by {present}; choose an earlier start or a later end")
-    piece_length = chunk * length * (1.0 if ASSET_CLASSES[asset_class].calendar is None else 2.1)  # exchanges rest at night and on weekends
+    require(
+        wanted[0] < wanted[1],
+        f"{cache.title}: no bar that starts from {first} on and before {last} had closed by {present}; choose an earlier start or a later end",
+    )
+    piece_length = (
+        chunk * length * (1.0 if ASSET_CLASSES[asset_class].calendar is None else 2.1)
+    )  # exchanges rest at night and on weekends
     piece_length = piece_length.floor("D" if piece_length >= pd.Timedelta(1, "D") else grid)
 
     held = cache.load(present)
@@ -381,25 +567,50 @@ def cached_bars(
                 held = cache.load(present)
                 complete = not subtract_ranges([wanted], held.known())
                 for path in cache.litter():
-                    if path.suffix == ".tmp": path.unlink(missing_ok=True)
-                if held.interrupted: held = cache.commit(held, held)
-                if not complete: held, facts = _fill(cache, held, wanted, fetch, source_time, present, piece_length, progress)
+                    if path.suffix == ".tmp":
+                        path.unlink(missing_ok=True)
+                if held.interrupted:
+                    held = cache.commit(held, held)
+                if not complete:
+                    held, facts = _fill(
+                        cache, held, wanted, fetch, source_time, present, piece_length, progress
+                    )
         except InputError:
-            if not complete: raise  # tidying up was all that was left to do, and it can wait
+            if not complete:
+                raise  # tidying up was all that was left to do, and it can wait
     bars = _between(held.bars, *wanted).copy()
-    return bars, facts | {"bars_from_cache": len(bars) - facts["bars_fetched"], "sha256": held.sha256, "file": str(cache.manifest.with_suffix(".parquet")), "feed": feed,
-                          "adjustment": adjustment, "downloaded": _text(max(r[2] for r in held.ranges)) if held.ranges else None}
+    return bars, facts | {
+        "bars_from_cache": len(bars) - facts["bars_fetched"],
+        "sha256": held.sha256,
+        "file": str(cache.manifest.with_suffix(".parquet")),
+        "feed": feed,
+        "adjustment": adjustment,
+        "downloaded": _text(max(r[2] for r in held.ranges)) if held.ranges else None,
+    }
 
 
 def cache_info(
     folder: str | Path,  # of the cache
-) -> list[dict]:  # per history: symbol, timeframe, source, feed, adjustment, asset_class, bars, first, last, ranges, downloaded, invalidated, sha256, file; problem: None, or what to do
+) -> list[
+    dict
+]:  # per history: symbol, timeframe, source, feed, adjustment, asset_class, bars, first, last, ranges, downloaded, invalidated, sha256, file; problem: None, or what to do
     "What a cache holds; every file is read and its hash compared."
     rows = []
     for manifest in sorted(Path(folder).expanduser().glob("*/*/*/*.json")):
         row = {"file": str(manifest.with_suffix(".parquet")), "problem": None}
         try:
             identity, held = _read(manifest)
-            rows.append(identity | _entry(held) | {"downloaded": _text(max(r[2] for r in held.ranges)) if held.ranges else None} | row)
-        except InputError as e: rows.append(dict.fromkeys((*_IDENTITY, *_entry(_Held(_no_bars())), "downloaded")) | {"symbol": manifest.stem, "timeframe": manifest.parent.name} | row | {"problem": str(e)})
+            rows.append(
+                identity
+                | _entry(held)
+                | {"downloaded": _text(max(r[2] for r in held.ranges)) if held.ranges else None}
+                | row
+            )
+        except InputError as e:
+            rows.append(
+                dict.fromkeys((*_IDENTITY, *_entry(_Held(_no_bars())), "downloaded"))
+                | {"symbol": manifest.stem, "timeframe": manifest.parent.name}
+                | row
+                | {"problem": str(e)}
+            )
     return rows

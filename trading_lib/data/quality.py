@@ -15,11 +15,17 @@ from ..bars import ASSET_CLASSES, TIMEFRAMES, bar_clock, expected_labels
 def _expected(bars: pd.DataFrame, timeframe: str, asset_class: str) -> pd.DatetimeIndex:
     "Labels of a history without gaps over the span of the bars."
     first, last = bars.index[[0, -1]]
-    if asset_class == "crypto": return expected_labels(timeframe, asset_class, first, last + pd.Timedelta(1, "s"))
-    labels = expected_labels(timeframe, asset_class, first.normalize(), last.normalize() + pd.Timedelta(1, "D"))
-    if timeframe != "4Hour": return labels
+    if asset_class == "crypto":
+        return expected_labels(timeframe, asset_class, first, last + pd.Timedelta(1, "s"))
+    labels = expected_labels(
+        timeframe, asset_class, first.normalize(), last.normalize() + pd.Timedelta(1, "D")
+    )
+    if timeframe != "4Hour":
+        return labels
     # four-hour bars may lie on another grid than ours: a session with as many bars as it should have is whole
-    theirs, ours = (pd.Series(bar_clock(i, timeframe, asset_class).session, index=i) for i in (bars.index, labels))
+    theirs, ours = (
+        pd.Series(bar_clock(i, timeframe, asset_class).session, index=i) for i in (bars.index, labels)
+    )
     whole = theirs.value_counts().ge(ours.value_counts()).pipe(lambda s: s.index[s])
     return theirs.index[theirs.isin(whole)].union(ours.index[~ours.isin(whole)])
 
@@ -44,11 +50,21 @@ def _sessions_of(bars: pd.DataFrame, expected: pd.DatetimeIndex, timeframe: str,
     opens = pd.DatetimeIndex(should.session_open[at], tz="UTC")
     dates = opens.strftime("%Y-%m-%d").to_numpy()
     present = np.isin(number, have.session)
-    found = {"expected": len(number), "present": int(present.sum()), "missing": dates[~present][:_LISTED].tolist()}
-    if asset_class == "crypto": return found
+    found = {
+        "expected": len(number),
+        "present": int(present.sum()),
+        "missing": dates[~present][:_LISTED].tolist(),
+    }
+    if asset_class == "crypto":
+        return found
     length = (should.session_close - should.session_open)[at]
-    offset = np.array([t.utcoffset().total_seconds() for t in opens.tz_convert(ASSET_CLASSES[asset_class].timezone)])
-    return found | {"half_days": dates[present & (length < np.median(length))].tolist(), "clock_changes": dates[1:][np.diff(offset) != 0].tolist()}
+    offset = np.array(
+        [t.utcoffset().total_seconds() for t in opens.tz_convert(ASSET_CLASSES[asset_class].timezone)]
+    )
+    return found | {
+        "half_days": dates[present & (length < np.median(length))].tolist(),
+        "clock_changes": dates[1:][np.diff(offset) != 0].tolist(),
+    }
 
 
 def _moves(bars: pd.DataFrame, segment: np.ndarray) -> list[dict]:
@@ -56,7 +72,11 @@ def _moves(bars: pd.DataFrame, segment: np.ndarray) -> list[dict]:
     close = bars["close"].to_numpy()
     size = np.abs(np.log(close[1:] / close[:-1])) * (np.diff(segment) == 0)
     rows = np.argsort(-size, kind="stable")[:10] + 1
-    return [{"bar": _time(bars.index[i]), "change": float(f"{close[i] / close[i - 1] - 1:.4g}")} for i in rows if size[i - 1] > 0]
+    return [
+        {"bar": _time(bars.index[i]), "change": float(f"{close[i] / close[i - 1] - 1:.4g}")}
+        for i in rows
+        if size[i - 1] > 0
+    ]
 
 
 def data_report(
@@ -68,26 +88,63 @@ def data_report(
     expected = _expected(bars, timeframe, asset_class)
     missing = ~expected.isin(bars.index)
     runs = sorted(_runs(missing), key=lambda r: r[0] - r[1])  # the longest first
-    gaps = [{"from": _time(expected[a]), "to": _time(expected[b]), "bars": b - a + 1} for a, b in sorted(runs[:_LISTED])]
+    gaps = [
+        {"from": _time(expected[a]), "to": _time(expected[b]), "bars": b - a + 1}
+        for a, b in sorted(runs[:_LISTED])
+    ]
     month = expected.strftime("%Y-%m")
     counts = pd.DataFrame({"expected": 1, "missing": missing}).groupby(month).sum()
     zero = (bars["volume"] == 0).to_numpy()
     out = {name: report[name] for name in ("symbol", "source", "file") if name in report} | {
-        "timeframe": timeframe, "asset_class": asset_class, "first": report["first"], "last": report["last"], "days": int((bars.index[-1] - bars.index[0]).days) + 1,
-        "bars": {"read": report["bars_in"], "kept": len(bars), "expected": len(expected), "missing": int(missing.sum())},
+        "timeframe": timeframe,
+        "asset_class": asset_class,
+        "first": report["first"],
+        "last": report["last"],
+        "days": int((bars.index[-1] - bars.index[0]).days) + 1,
+        "bars": {
+            "read": report["bars_in"],
+            "kept": len(bars),
+            "expected": len(expected),
+            "missing": int(missing.sum()),
+        },
         "sessions": _sessions_of(bars, expected, timeframe, asset_class),
-        "months": [{"month": m, "expected": int(e), "present": int(e - k), "missing": int(k)} for m, e, k in zip(counts.index, counts["expected"], counts["missing"])],
-        "gaps": gaps, "gap_count": len(runs), "segments": report["segments"],
-        "out_of_session": report["out_of_session"], "repaired": report["repaired"], "ignored_columns": report["ignored_columns"],
-        "zero_volume": {"bars": int(zero.sum()), "longest_run": max((b - a + 1 for a, b in _runs(zero)), default=0)},
-        "moves": _moves(bars, bar_clock(bars.index, timeframe, asset_class).segment), "wide_ranges": report["findings"]["wide_ranges"],
-        "spikes": report["spikes"], "splits": report["splits"], "volume_breaks": report["volume_breaks"]}
+        "months": [
+            {"month": m, "expected": int(e), "present": int(e - k), "missing": int(k)}
+            for m, e, k in zip(counts.index, counts["expected"], counts["missing"])
+        ],
+        "gaps": gaps,
+        "gap_count": len(runs),
+        "segments": report["segments"],
+        "out_of_session": report["out_of_session"],
+        "repaired": report["repaired"],
+        "ignored_columns": report["ignored_columns"],
+        "zero_volume": {
+            "bars": int(zero.sum()),
+            "longest_run": max((b - a + 1 for a, b in _runs(zero)), default=0),
+        },
+        "moves": _moves(bars, bar_clock(bars.index, timeframe, asset_class).segment),
+        "wide_ranges": report["findings"]["wide_ranges"],
+        "spikes": report["spikes"],
+        "splits": report["splits"],
+        "volume_breaks": report["volume_breaks"],
+    }
     return out | {"notes": _notes(out, report)}
 
 # %% ../../nbs/01_data/08_quality.ipynb #e4d2a10f
-_REPAIRS = {"exact_duplicates": "exact duplicates dropped", "updated_bars": "bars replaced by their later version", "disorder": "places out of order, sorted",
-            "daily_labels": "labels at New York midnight made dates", "rounding": "differences of rounding mended", "unfinished_last_bar": "unfinished last bar dropped"}
-_OUTSIDE = {"before_open": "before the open", "closing_print": "labelled at the close", "after_close": "after the close", "no_session": "on days without a session"}
+_REPAIRS = {
+    "exact_duplicates": "exact duplicates dropped",
+    "updated_bars": "bars replaced by their later version",
+    "disorder": "places out of order, sorted",
+    "daily_labels": "labels at New York midnight made dates",
+    "rounding": "differences of rounding mended",
+    "unfinished_last_bar": "unfinished last bar dropped",
+}
+_OUTSIDE = {
+    "before_open": "before the open",
+    "closing_print": "labelled at the close",
+    "after_close": "after the close",
+    "no_session": "on days without a session",
+}
 
 
 def _some(items: list, count: int | None = None) -> str:
@@ -107,23 +164,60 @@ def _notes(out: dict, report: dict) -> list[str]:
     notes = [f"{_REPAIRS[kind]}: {count:,}" for kind, count in out["repaired"].items() if count]
     if out["gap_count"]:
         longest = sorted(sorted(out["gaps"], key=lambda g: -g["bars"])[:5], key=lambda g: g["from"])
-        def length(gap): return f"{hours / 24:,.1f} days" if (hours := gap["bars"] * seconds / 3600) > 48 else f"{hours:,.1f} hours"
-        def span(gap): return f"{gap['from']} to {gap['to'][11:] if gap['from'][:10] == gap['to'][:10] else gap['to']} ({_number(gap['bars'], 'bar')}{', ' + length(gap) if crypto else ''})"
-        notes.append(f"{_number(out['bars']['missing'], 'bar')} missing in {_number(out['gap_count'], 'gap')}: {', '.join(map(span, longest))}"
-                     + (f" and {out['gap_count'] - 5:,} shorter" if out["gap_count"] > 5 else ""))
+
+        def length(gap):
+            return (
+                f"{hours / 24:,.1f} days"
+                if (hours := gap["bars"] * seconds / 3600) > 48
+                else f"{hours:,.1f} hours"
+            )
+
+        def span(gap):
+            return f"{gap['from']} to {gap['to'][11:] if gap['from'][:10] == gap['to'][:10] else gap['to']} ({_number(gap['bars'], 'bar')}{', ' + length(gap) if crypto else ''})"
+
+        notes.append(
+            f"{_number(out['bars']['missing'], 'bar')} missing in {_number(out['gap_count'], 'gap')}: {', '.join(map(span, longest))}"
+            + (f" and {out['gap_count'] - 5:,} shorter" if out["gap_count"] > 5 else "")
+        )
     lost = sessions["expected"] - sessions["present"]
-    if lost: notes.append(f"{_number(lost, 'day' if crypto else 'session')} without any bar: {_some(sessions['missing'], lost)}")
+    if lost:
+        notes.append(
+            f"{_number(lost, 'day' if crypto else 'session')} without any bar: {_some(sessions['missing'], lost)}"
+        )
     for kind, bars in out["out_of_session"].items():
-        notes.append(f"{_number(bars['bars'], 'bar')} {_OUTSIDE[kind]} on {_number(bars['days'], 'day')} dropped, {bars['first'][:10]} to {bars['last'][:10]}"
-                     + (f": volumes {bars['times_smaller']:,.0f} times below the session's, as of another feed" if bars["foreign"] else ""))
-    if sessions.get("half_days"): notes.append(f"{_number(len(sessions['half_days']), 'half day')}: {_some(sessions['half_days'])}")
-    if out["zero_volume"]["bars"]: notes.append(f"{_number(out['zero_volume']['bars'], 'bar')} without volume, at most {out['zero_volume']['longest_run']:,} in a row")
-    notes += [f"volume changes for good on {b['date']}, to {b['times']:.3g} times what it was, while ranges do not: another feed?" for b in out["volume_breaks"]]
-    if out["spikes"]: notes.append(f"{_number(report['findings']['spikes'], 'spike')}, bars that stick out of both neighbours: {_some([s['bar'] for s in out['spikes']], report['findings']['spikes'])}")
-    if out["splits"]: notes.append(f"steps like splits: {_some([s['like'] + ' on ' + s['date'] for s in out['splits']])}")
-    if report["findings"]["large_steps"]: notes.append(f"{_number(report['findings']['large_steps'], 'move')} above +50 % or below -45 %: {_some([m['bar'] for m in out['moves'][:report['findings']['large_steps']]])}")
+        notes.append(
+            f"{_number(bars['bars'], 'bar')} {_OUTSIDE[kind]} on {_number(bars['days'], 'day')} dropped, {bars['first'][:10]} to {bars['last'][:10]}"
+            + (
+                f": volumes {bars['times_smaller']:,.0f} times below the session's, as of another feed"
+                if bars["foreign"]
+                else ""
+            )
+        )
+    if sessions.get("half_days"):
+        notes.append(f"{_number(len(sessions['half_days']), 'half day')}: {_some(sessions['half_days'])}")
+    if out["zero_volume"]["bars"]:
+        notes.append(
+            f"{_number(out['zero_volume']['bars'], 'bar')} without volume, at most {out['zero_volume']['longest_run']:,} in a row"
+        )
+    notes += [
+        f"volume changes for good on {b['date']}, to {b['times']:.3g} times what it was, while ranges do not: another feed?"
+        for b in out["volume_breaks"]
+    ]
+    if out["spikes"]:
+        notes.append(
+            f"{_number(report['findings']['spikes'], 'spike')}, bars that stick out of both neighbours: {_some([s['bar'] for s in out['spikes']], report['findings']['spikes'])}"
+        )
+    if out["splits"]:
+        notes.append(f"steps like splits: {_some([s['like'] + ' on ' + s['date'] for s in out['splits']])}")
+    if report["findings"]["large_steps"]:
+        notes.append(
+            f"{_number(report['findings']['large_steps'], 'move')} above +50 % or below -45 %: {_some([m['bar'] for m in out['moves'][: report['findings']['large_steps']]])}"
+        )
     adjusted = [c for c in out["ignored_columns"] if c.lower().startswith("adj")]
-    if adjusted: notes.append(f"{_some(adjusted)} lies beside close and is not used: prices are raw, or adjusted for splits alone")
+    if adjusted:
+        notes.append(
+            f"{_some(adjusted)} lies beside close and is not used: prices are raw, or adjusted for splits alone"
+        )
     return notes
 
 # %% ../../nbs/01_data/08_quality.ipynb #a8068445
@@ -133,7 +227,11 @@ _COLUMNS = 700  # of the coverage picture at most; longer histories show several
 def _coverage(bars: pd.DataFrame, timeframe: str, asset_class: str) -> tuple[np.ndarray, list[float], str]:
     "Share of the expected bars that are there: NaN where none is expected; with its extent and the name of the vertical axis."
     expected = _expected(bars, timeframe, asset_class)
-    clock, there, seconds = bar_clock(expected, timeframe, asset_class), expected.isin(bars.index), TIMEFRAMES[timeframe]
+    clock, there, seconds = (
+        bar_clock(expected, timeframe, asset_class),
+        expected.isin(bars.index),
+        TIMEFRAMES[timeframe],
+    )
     day = expected.normalize().asi8 // 86_400_000_000_000
     daily = timeframe == "1Day"
     slot = clock.weekday if daily else np.floor(clock.hour * 3600 / seconds + 1e-9).astype(int)
@@ -149,7 +247,11 @@ def _coverage(bars: pd.DataFrame, timeframe: str, asset_class: str) -> tuple[np.
     share = np.divide(seen, total, out=np.full(shape, np.nan), where=total > 0)
     share[(share < 1) & (share > 0.6)] = 0.6  # one missing bar of many must still show
     unit = 1 if daily else seconds / 3600
-    return share, [start, start + shape[1] * per_column, (top + shape[0] * per_row) * unit, top * unit], "weekday" if daily else f"hour, {ASSET_CLASSES[asset_class].timezone}"
+    return (
+        share,
+        [start, start + shape[1] * per_column, (top + shape[0] * per_row) * unit, top * unit],
+        "weekday" if daily else f"hour, {ASSET_CLASSES[asset_class].timezone}",
+    )
 
 
 def plot_data_report(
@@ -161,32 +263,70 @@ def plot_data_report(
     import matplotlib.dates as mdates
     import matplotlib.pyplot as plt
     from matplotlib.colors import LinearSegmentedColormap
+
     facts, timeframe, asset_class = data_report(bars, report), report["timeframe"], report["asset_class"]
-    notes = [note if len(note) < 170 else note[:168] + " …" for note in facts["notes"][:12]] or ["nothing is missing, and nothing is odd"]
-    figure, (cover, price, volume, text) = plt.subplots(4, 1, figsize=(12, 9 + 0.2 * len(notes)), layout="constrained", height_ratios=[3, 3, 2, 0.2 * len(notes)])
+    notes = [note if len(note) < 170 else note[:168] + " …" for note in facts["notes"][:12]] or [
+        "nothing is missing, and nothing is odd"
+    ]
+    figure, (cover, price, volume, text) = plt.subplots(
+        4,
+        1,
+        figsize=(12, 9 + 0.2 * len(notes)),
+        layout="constrained",
+        height_ratios=[3, 3, 2, 0.2 * len(notes)],
+    )
     share, extent, name = _coverage(bars, timeframe, asset_class)
     colours = LinearSegmentedColormap.from_list("coverage", ["#c62828", "#ef9a3c", "#81c784"])
     cover.imshow(share, aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=1, extent=extent)
     there = facts["bars"]["kept"] / facts["bars"]["expected"]
     heading = title or report.get("symbol", asset_class) + (", simulated" if report.get("simulated") else "")
-    cover.set(ylabel=name, title=f"{heading}, {timeframe}: {len(bars):,} bars, {'complete' if not facts['bars']['missing'] else f'{there:.1%} of those expected'}; red: missing, white: closed")
+    cover.set(
+        ylabel=name,
+        title=f"{heading}, {timeframe}: {len(bars):,} bars, {'complete' if not facts['bars']['missing'] else f'{there:.1%} of those expected'}; red: missing, white: closed",
+    )
 
     clock = bar_clock(bars.index, timeframe, asset_class)
-    def on_axis(times): return pd.DatetimeIndex(times).as_unit("ns").asi8 / 86_400e9  # matplotlib's days
+
+    def on_axis(times):
+        return pd.DatetimeIndex(times).as_unit("ns").asi8 / 86_400e9  # matplotlib's days
+
     days = on_axis(bars.index)
-    broken = np.where(np.diff(clock.segment, prepend=0) > 0, np.nan, bars["close"].to_numpy())  # no line across a gap
+    broken = np.where(
+        np.diff(clock.segment, prepend=0) > 0, np.nan, bars["close"].to_numpy()
+    )  # no line across a gap
     price.plot(days, broken, lw=0.7, color="black")
     for gap in facts["gaps"]:
         a, b = on_axis([gap["from"], gap["to"]])
-        for axis in (price, volume): axis.axvspan(a, b + TIMEFRAMES[timeframe] / 86_400, color="#c62828", alpha=0.2, lw=0.5)
-    for marks, marker, colour, label in ((facts["moves"], "o", "#1f77b4", "largest moves"), (facts["spikes"], "x", "#d62728", "spikes")):
-        if marks: price.plot(on_axis(at := [pd.Timestamp(m["bar"]) for m in marks]), bars["close"].loc[at], marker, mfc="none", color=colour, label=label, ls="none")
-    for split in facts["splits"]: price.axvline(on_axis([split["date"]])[0], color="#7b1fa2", ls=":", label=split["like"])
-    if timeframe == "1Day": cover.set_yticks(np.arange(share.shape[0]) + extent[3] + 0.5, ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"][extent[3]:extent[2]])
-    if bars["close"].max() > 3 * bars["close"].min(): price.set_yscale("log")
-    for formatter in (price.yaxis.set_major_formatter, price.yaxis.set_minor_formatter): formatter("{x:g}")
+        for axis in (price, volume):
+            axis.axvspan(a, b + TIMEFRAMES[timeframe] / 86_400, color="#c62828", alpha=0.2, lw=0.5)
+    for marks, marker, colour, label in (
+        (facts["moves"], "o", "#1f77b4", "largest moves"),
+        (facts["spikes"], "x", "#d62728", "spikes"),
+    ):
+        if marks:
+            price.plot(
+                on_axis(at := [pd.Timestamp(m["bar"]) for m in marks]),
+                bars["close"].loc[at],
+                marker,
+                mfc="none",
+                color=colour,
+                label=label,
+                ls="none",
+            )
+    for split in facts["splits"]:
+        price.axvline(on_axis([split["date"]])[0], color="#7b1fa2", ls=":", label=split["like"])
+    if timeframe == "1Day":
+        cover.set_yticks(
+            np.arange(share.shape[0]) + extent[3] + 0.5,
+            ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"][extent[3] : extent[2]],
+        )
+    if bars["close"].max() > 3 * bars["close"].min():
+        price.set_yscale("log")
+    for formatter in (price.yaxis.set_major_formatter, price.yaxis.set_minor_formatter):
+        formatter("{x:g}")
     price.set_ylabel("close")
-    if price.get_legend_handles_labels()[0]: price.legend(loc="best", fontsize=8)
+    if price.get_legend_handles_labels()[0]:
+        price.legend(loc="best", fontsize=8)
 
     first = np.unique(clock.session, return_index=True)[1]
     mean = np.add.reduceat(bars["volume"].to_numpy(), first) / np.diff([*first, len(bars)])
@@ -194,7 +334,15 @@ def plot_data_report(
     for change in facts["volume_breaks"]:
         x = on_axis([change["date"]])[0]
         volume.axvline(x, color="#d62728", lw=1)
-        volume.text(x, 0.95, f" × {change['times']:.3g}", transform=volume.get_xaxis_transform(), color="#d62728", va="top", fontsize=9)
+        volume.text(
+            x,
+            0.95,
+            f" × {change['times']:.3g}",
+            transform=volume.get_xaxis_transform(),
+            color="#d62728",
+            va="top",
+            fontsize=9,
+        )
     volume.set(yscale="log", ylabel="volume of a mean bar")
     for axis in (cover, price, volume):
         axis.set_xlim(extent[0], extent[1])

@@ -16,13 +16,28 @@ from itertools import accumulate
 import numpy as np
 import pandas as pd
 
+from trading_lib.bars import (
+    asset_class_of,
+    bar_clock,
+    expected_labels,
+    path_symbol,
+    timeframe_name,
+    timeframe_seconds,
+)
 from ..config import InputError, require, unknown_name
-from ..bars import asset_class_of, bar_clock, expected_labels, path_symbol, timeframe_name, timeframe_seconds
 
 # %% ../../nbs/01_data/02_simulation.ipynb #b7c78fe0
 SIMULATED = {  # per 15 minutes of trading
-    "crypto": {"volatility": 0.0030, "turnover": 2e6, "price": (60.0, 160.0)},  # currency per quarter-hour, range of the first price
-    "equity": {"volatility": 0.0025, "turnover": 2e7, "price": (20.0, 60.0)},  # cheap enough for whole shares in a small account
+    "crypto": {
+        "volatility": 0.0030,
+        "turnover": 2e6,
+        "price": (60.0, 160.0),
+    },  # currency per quarter-hour, range of the first price
+    "equity": {
+        "volatility": 0.0025,
+        "turnover": 2e7,
+        "price": (20.0, 60.0),
+    },  # cheap enough for whole shares in a small account
 }
 SIMULATED_START, SIMULATED_END = "2022-01-01", "2024-01-01"
 STATE_BARS = 200  # mean number of bars between switches of the hidden trend, at any timeframe
@@ -35,6 +50,7 @@ _SESSION_QUARTERS = 26  # quarter-hours of a full session of 6.5 hours
 @dataclass(frozen=True)
 class Recipe:
     "Ingredients of a simulated market; the defaults are the plain one."
+
     memory: tuple = ((0.98, 0.5),)  # parts of log-volatility: persistence, standard deviation
     by_time: bool = False  # persistence is that of 15 minutes of trading, not of a bar
     leverage: float = 0.0  # correlation of a bar's noise with the shock to the next bar's log-volatility
@@ -48,12 +64,30 @@ class Recipe:
     volume_activity: float = 0.0  # of log-volume to the size of the bar's own moves
 
 
-_LIFELIKE = dict(by_time=True, bridge=True, gap_share=0.0005, measured_day=True, volume_response=1.0, volume_activity=0.4)
+_LIFELIKE = dict(
+    by_time=True, bridge=True, gap_share=0.0005, measured_day=True, volume_response=1.0, volume_activity=0.4
+)
 RECIPES = {
     "plain": {"crypto": Recipe(), "equity": Recipe()},
     "bridged": {"crypto": Recipe(bridge=True), "equity": Recipe(bridge=True)},
-    "lifelike": {"crypto": Recipe(memory=((0.9, 0.55), (0.9995, 0.4)), leverage=-0.17, market_share=0.8, volume_memory=0.4, volume_noise=0.35, **_LIFELIKE),
-                 "equity": Recipe(memory=((0.92, 0.4), (0.999, 0.3)), leverage=-0.25, market_share=0.5, volume_memory=0.35, volume_noise=0.2, **_LIFELIKE)},
+    "lifelike": {
+        "crypto": Recipe(
+            memory=((0.9, 0.55), (0.9995, 0.4)),
+            leverage=-0.17,
+            market_share=0.8,
+            volume_memory=0.4,
+            volume_noise=0.35,
+            **_LIFELIKE,
+        ),
+        "equity": Recipe(
+            memory=((0.92, 0.4), (0.999, 0.3)),
+            leverage=-0.25,
+            market_share=0.5,
+            volume_memory=0.35,
+            volume_noise=0.2,
+            **_LIFELIKE,
+        ),
+    },
 }
 _VOLUME_PERSISTENCE = 0.95  # of the lasting part of log-volume, per bar
 
@@ -73,10 +107,15 @@ def _season(progress: np.ndarray, asset_class: str, measured: bool) -> tuple[np.
     "Variance and volume by the share of the session elapsed, each with average 1."
     angle = 2 * np.pi * (progress - 15 / 24)
     if asset_class == "crypto":
-        season = 1 + 0.4 * np.cos(angle - np.pi / 6) + 0.2 * np.cos(2 * angle) if measured else 1 + 0.3 * np.cos(angle)
+        season = (
+            1 + 0.4 * np.cos(angle - np.pi / 6) + 0.2 * np.cos(2 * angle)
+            if measured
+            else 1 + 0.3 * np.cos(angle)
+        )
         return season, season
-    busy = 0.6 + 1.2 * (2 * progress - 1)**2
-    if not measured: return 0.7 + 0.9 * (2 * progress - 1)**2, busy
+    busy = 0.6 + 1.2 * (2 * progress - 1) ** 2
+    if not measured:
+        return 0.7 + 0.9 * (2 * progress - 1) ** 2, busy
     return (0.5 + 7.0 * np.exp(-progress / 0.06) + 0.4 * progress**2) / (0.5 + 7.0 * 0.06 + 0.4 / 3), busy
 
 
@@ -84,8 +123,14 @@ def _bridge_extremes(path: np.ndarray, variance: np.ndarray, own) -> tuple[np.nd
     "High and low of Brownian bridges between the moves of each bar, drawn from their exact distributions."
     price = np.log(path)
     a, b = price[:, :-1], price[:, 1:]
-    def reach(quantity): return np.sqrt((b - a)**2 - 2 * variance[:, None] * np.log1p(-own(quantity).random(a.shape)))
-    return (np.exp(((a + b + reach("high")) / 2).max(1)).clip(min=path.max(1)), np.exp(((a + b - reach("low")) / 2).min(1)).clip(max=path.min(1)))
+
+    def reach(quantity):
+        return np.sqrt((b - a) ** 2 - 2 * variance[:, None] * np.log1p(-own(quantity).random(a.shape)))
+
+    return (
+        np.exp(((a + b + reach("high")) / 2).max(1)).clip(min=path.max(1)),
+        np.exp(((a + b - reach("low")) / 2).min(1)).clip(max=path.min(1)),
+    )
 
 
 def simulate_market(
@@ -97,32 +142,60 @@ def simulate_market(
     edge: float = 0.1,  # planted drift in units of volatility per bar; 0 is a martingale
     asset_class: str | None = None,  # None: by the symbol
     recipe: str = "lifelike",  # a key of `RECIPES`
-) -> tuple[pd.DataFrame, pd.DataFrame]:  # bars, and the truth: what an oracle knows at each bar's close about the next bar
+) -> tuple[
+    pd.DataFrame, pd.DataFrame
+]:  # bars, and the truth: what an oracle knows at each bar's close about the next bar
     "Bars with volatility clustering, fat tails, seasonality and sessions; and the truth: `expected_return`, `volatility` and `state` of the next bar."
     symbol, timeframe = path_symbol(symbol), timeframe_name(timeframe)
     asset_class = asset_class or asset_class_of(symbol)
-    if asset_class not in SIMULATED: raise unknown_name("asset_class", asset_class, SIMULATED)
-    require(isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and seed >= 0, f"seed: expected a whole number from 0, was {seed!r}")
-    require(isinstance(edge, (int, float, np.number)) and 0 <= edge <= 1, f"edge: expected 0 to 1, was {edge!r}; 0 is a martingale, 0.1 is a strong edge")
-    if recipe not in RECIPES: raise unknown_name("recipe", recipe, RECIPES)
-    settings, made, seconds = SIMULATED[asset_class], RECIPES[recipe][asset_class], timeframe_seconds(timeframe)
+    if asset_class not in SIMULATED:
+        raise unknown_name("asset_class", asset_class, SIMULATED)
+    require(
+        isinstance(seed, (int, np.integer)) and not isinstance(seed, bool) and seed >= 0,
+        f"seed: expected a whole number from 0, was {seed!r}",
+    )
+    require(
+        isinstance(edge, (int, float, np.number)) and 0 <= edge <= 1,
+        f"edge: expected 0 to 1, was {edge!r}; 0 is a martingale, 0.1 is a strong edge",
+    )
+    if recipe not in RECIPES:
+        raise unknown_name("recipe", recipe, RECIPES)
+    settings, made, seconds = (
+        SIMULATED[asset_class],
+        RECIPES[recipe][asset_class],
+        timeframe_seconds(timeframe),
+    )
     labels = expected_labels(timeframe, asset_class, start, end)
     require(len(labels) > 0, f"simulated: no bar lies between {start} and {end}; choose a longer span")
     # one bar more, since the truth of the last bar speaks of the bar after it
     n = len(labels) + 1
-    labels = expected_labels(timeframe, asset_class, labels[0], labels[-1] + pd.Timedelta(seconds, "s") + pd.Timedelta(10, "D"))[:n]
+    labels = expected_labels(
+        timeframe, asset_class, labels[0], labels[-1] + pd.Timedelta(seconds, "s") + pd.Timedelta(10, "D")
+    )[:n]
     clock = bar_clock(labels, timeframe, asset_class)
-    def market(quantity): return _stream(seed, "market", asset_class, timeframe, quantity)
-    def own(quantity): return _stream(seed, "symbol", symbol, timeframe, quantity)
+
+    def market(quantity):
+        return _stream(seed, "market", asset_class, timeframe, quantity)
+
+    def own(quantity):
+        return _stream(seed, "symbol", symbol, timeframe, quantity)
 
     # each bar: length, time of day, opening gap
     opened = np.maximum(clock.start, clock.session_open)
-    quarters = (clock.close - opened) / 900e9 if asset_class == "crypto" or timeframe != "1Day" else (clock.session_close - clock.session_open) / 900e9
+    quarters = (
+        (clock.close - opened) / 900e9
+        if asset_class == "crypto" or timeframe != "1Day"
+        else (clock.session_close - clock.session_open) / 900e9
+    )
     middle = ((opened + clock.close) / 2 - clock.session_open) / (clock.session_close - clock.session_open)
-    season, busy = (np.ones(n), np.ones(n)) if timeframe == "1Day" else _season(middle, asset_class, made.measured_day)
-    within = settings["volatility"]**2 * quarters * season
+    season, busy = (
+        (np.ones(n), np.ones(n)) if timeframe == "1Day" else _season(middle, asset_class, made.measured_day)
+    )
+    within = settings["volatility"] ** 2 * quarters * season
     opening = (clock.start <= clock.session_open) & (asset_class == "equity")
-    gap = np.where(opening, settings["volatility"]**2 * _SESSION_QUARTERS * _OVERNIGHT**2, within * made.gap_share)
+    gap = np.where(
+        opening, settings["volatility"] ** 2 * _SESSION_QUARTERS * _OVERNIGHT**2, within * made.gap_share
+    )
     share = np.empty((n, 1 + _STEPS))  # of the bar's variance
     share[:, 0] = gap / (within + gap)
     share[:, 1:] = ((1 - share[:, 0]) / _STEPS)[:, None]
@@ -132,11 +205,16 @@ def simulate_market(
     parts = [(origin, weight, origin("noise").standard_normal(share.shape)) for origin, weight in mix]
     slow = np.zeros(n)
     for number, (persistence, deviation) in enumerate(made.memory):
-        if made.by_time: persistence **= min(seconds / 900, _SESSION_QUARTERS if asset_class == "equity" else np.inf)
+        if made.by_time:
+            persistence **= min(seconds / 900, _SESSION_QUARTERS if asset_class == "equity" else np.inf)
         part = 0.0
         for origin, weight, noise in parts:
             shocks = origin("volatility" + str(number or "")).standard_normal(n)
-            if made.leverage: shocks[1:] = made.leverage * (noise * np.sqrt(share)).sum(1)[:-1] + np.sqrt(1 - made.leverage**2) * shocks[1:]
+            if made.leverage:
+                shocks[1:] = (
+                    made.leverage * (noise * np.sqrt(share)).sum(1)[:-1]
+                    + np.sqrt(1 - made.leverage**2) * shocks[1:]
+                )
             part = part + weight * _autoregression(shocks, persistence)
         slow += deviation * np.clip(part, -3, 3) - deviation**2  # mean square of exp(slow) is 1
     volatility = np.sqrt(within + gap) * np.exp(slow)
@@ -156,18 +234,32 @@ def simulate_market(
     np.clip(noise, -0.5, 0.5, out=noise)  # symmetric, so the mean stays 0; prices stay above 0
     cheap, dear = settings["price"]
     first = cheap + (dear - cheap) * (zlib.crc32(symbol.encode()) / 2**32)
-    path = first * np.cumprod((np.exp(share * np.log1p(expected)[:, None]) + noise).ravel()).reshape(share.shape)
+    path = first * np.cumprod((np.exp(share * np.log1p(expected)[:, None]) + noise).ravel()).reshape(
+        share.shape
+    )
 
     high, low = path.max(1), path.min(1)
-    if made.bridge: high, low = _bridge_extremes(path, (volatility * width)**2 * share[:, 1], own)
+    if made.bridge:
+        high, low = _bridge_extremes(path, (volatility * width) ** 2 * share[:, 1], own)
 
     chatter = made.volume_noise * own("volume").standard_normal(n)
-    if made.volume_memory: chatter += made.volume_memory * _autoregression(own("attention").standard_normal(n), _VOLUME_PERSISTENCE)
-    if made.volume_activity: chatter += made.volume_activity * 0.5 * np.log((noise**2).sum(1) / (volatility * width)**2)
-    volume = settings["turnover"] / first * quarters * busy * width * np.exp(made.volume_response * slow + chatter)
-    if asset_class == "equity": volume = np.maximum(np.rint(volume), 1.0)
-    bars = pd.DataFrame({"open": path[:, 0], "high": high, "low": low, "close": path[:, -1], "volume": volume}, index=labels)
-    truth = pd.DataFrame({"expected_return": expected[1:], "volatility": volatility[1:], "state": state[1:]}, index=labels[:-1])
+    if made.volume_memory:
+        chatter += made.volume_memory * _autoregression(
+            own("attention").standard_normal(n), _VOLUME_PERSISTENCE
+        )
+    if made.volume_activity:
+        chatter += made.volume_activity * 0.5 * np.log((noise**2).sum(1) / (volatility * width) ** 2)
+    volume = (
+        settings["turnover"] / first * quarters * busy * width * np.exp(made.volume_response * slow + chatter)
+    )
+    if asset_class == "equity":
+        volume = np.maximum(np.rint(volume), 1.0)
+    bars = pd.DataFrame(
+        {"open": path[:, 0], "high": high, "low": low, "close": path[:, -1], "volume": volume}, index=labels
+    )
+    truth = pd.DataFrame(
+        {"expected_return": expected[1:], "volatility": volatility[1:], "state": state[1:]}, index=labels[:-1]
+    )
     return bars.iloc[:-1], truth
 
 
@@ -191,19 +283,32 @@ def oracle_figures(
     allow_short: bool = True,  # False: out of the market instead of short
 ) -> dict[str, float]:  # bars, turnover, profit, profit_error, growth, sharpe, break_even_cost
     "What the holder of the planted truth expects, exactly: per unit of money at work, after costs."
-    require({"expected_return", "volatility"} <= set(truth.columns) and len(truth) > 2, "oracle_figures: expected the truth of simulate_market, with 3 or more rows")
-    require(isinstance(cost, (int, float, np.number)) and 0 <= cost < 0.5, f"cost: expected a share of traded value from 0 to 0.5, was {cost!r}; 10 basis points are 0.001")
+    require(
+        {"expected_return", "volatility"} <= set(truth.columns) and len(truth) > 2,
+        "oracle_figures: expected the truth of simulate_market, with 3 or more rows",
+    )
+    require(
+        isinstance(cost, (int, float, np.number)) and 0 <= cost < 0.5,
+        f"cost: expected a share of traded value from 0 to 0.5, was {cost!r}; 10 basis points are 0.001",
+    )
     expected, volatility = truth["expected_return"].to_numpy()[:-1], truth["volatility"].to_numpy()[:-1]
     position = np.sign(expected) if allow_short else (expected > 0).astype(float)
     traded = np.abs(np.diff(position, prepend=0.0))
     leaving = abs(position[-1])  # the way out, after the last bar
     gain, paid = position * expected, cost * traded
     paid[-1] += cost * leaving
-    noise, turnover = (position * volatility)**2, traded.sum() + leaving
+    noise, turnover = (position * volatility) ** 2, traded.sum() + leaving
     mean, spread = (gain - paid).mean(), np.sqrt(noise.mean() + (gain - paid).var())
     growth = np.prod((1 + gain) * (1 - cost * traded)) * (1 - cost * leaving)
-    figures = {"bars": len(position), "turnover": turnover, "profit": gain.sum() - paid.sum(), "profit_error": np.sqrt(noise.sum()), "growth": growth,
-               "sharpe": mean / spread if spread > 0 else 0.0, "break_even_cost": gain.sum() / turnover if turnover > 0 else 0.0}
+    figures = {
+        "bars": len(position),
+        "turnover": turnover,
+        "profit": gain.sum() - paid.sum(),
+        "profit_error": np.sqrt(noise.sum()),
+        "growth": growth,
+        "sharpe": mean / spread if spread > 0 else 0.0,
+        "break_even_cost": gain.sum() / turnover if turnover > 0 else 0.0,
+    }
     return {name: float(value) for name, value in figures.items()}
 
 # %% ../../nbs/01_data/02_simulation.ipynb #a9c6a119
@@ -215,7 +320,11 @@ def is_simulated_name(
     symbol: str | None,  # such as SIM-USD
 ) -> bool:
     "Whether a symbol is named as simulated markets are."
-    return isinstance(symbol, str) and SIMULATED_NAME.fullmatch(symbol) is not None and symbol not in _REAL_TICKERS
+    return (
+        isinstance(symbol, str)
+        and SIMULATED_NAME.fullmatch(symbol) is not None
+        and symbol not in _REAL_TICKERS
+    )
 
 
 def simulated_bars(
@@ -224,7 +333,8 @@ def simulated_bars(
 ) -> bool:
     "Whether bars are simulated: by their source, else by the name. A file named as simulated markets are holds what was simulated."
     source = (data or {}).get("source")
-    if source is None or source == "files" or str(source).startswith("the file "): return is_simulated_name(symbol)
+    if source is None or source == "files" or str(source).startswith("the file "):
+        return is_simulated_name(symbol)
     return source == "simulated"
 
 
@@ -233,7 +343,9 @@ def check_simulated_name(
     where: str = "data.source is simulated",  # what puts it into force, for the message
 ) -> str:  # the same symbol
     "Refuse to simulate under a name that could be a real ticker's."
-    if is_simulated_name(symbol): return symbol
-    raise InputError(f"{symbol}: {where}, and a simulated market has a name that no real ticker has: SIM…, such as SIM-USD, SIM2-USD or SIMA; "
-                     f"for real bars of {symbol} set data.source to files or alpaca")
-
+    if is_simulated_name(symbol):
+        return symbol
+    raise InputError(
+        f"{symbol}: {where}, and a simulated market has a name that no real ticker has: SIM…, such as SIM-USD, SIM2-USD or SIMA; "
+        f"for real bars of {symbol} set data.source to files or alpaca"
+    )

@@ -9,8 +9,8 @@ __all__ = ['log_returns', 'autocorrelation', 'variance_ratio', 'stylised_facts',
 import numpy as np
 import pandas as pd
 
-from ..config import require
 from ..bars import COLUMNS, bar_clock, timeframe_name, timeframe_seconds
+from ..config import require
 
 # %% ../../nbs/01_data/09_stylised_facts.ipynb #6854878a
 def log_returns(
@@ -19,7 +19,11 @@ def log_returns(
     asset_class: str,  # "crypto" or "equity"
 ) -> np.ndarray:  # one value per bar; NaN where a bar has no return
     "Close-to-close log returns within segments; intraday equities: the night is left out."
-    clock, open_, close = bar_clock(bars.index, timeframe, asset_class), bars["open"].to_numpy(), bars["close"].to_numpy()
+    clock, open_, close = (
+        bar_clock(bars.index, timeframe, asset_class),
+        bars["open"].to_numpy(),
+        bars["close"].to_numpy(),
+    )
     returns = np.concatenate([[np.nan], np.log(close[1:] / close[:-1])])
     returns[_first_of(clock.segment)] = np.nan
     if asset_class == "equity" and timeframe_name(timeframe) != "1Day":
@@ -42,8 +46,12 @@ def autocorrelation(
     "Correlation of values with those a lag later, over pairs that lie in one segment."
     earlier, later = values[:-lag], (values if later is None else later)[lag:]
     used = np.isfinite(earlier) & np.isfinite(later)
-    if segment is not None: used &= segment[lag:] == segment[:-lag]
-    require(int(used.sum()) > 2, f"autocorrelation: {int(used.sum())} pairs are {lag} bars apart in one segment; take a longer history or a shorter lag")
+    if segment is not None:
+        used &= segment[lag:] == segment[:-lag]
+    require(
+        int(used.sum()) > 2,
+        f"autocorrelation: {int(used.sum())} pairs are {lag} bars apart in one segment; take a longer history or a shorter lag",
+    )
     return _correlation(earlier[used], later[used])
 
 
@@ -63,13 +71,21 @@ def variance_ratio(
     d = np.where(finite, returns - returns[finite].mean(), 0.0)
     segment = np.zeros(len(d), int) if segment is None else segment
     count, total = np.concatenate([[0], finite.cumsum()]), np.concatenate([[0.0], d.cumsum()])
-    whole = (count[bars:] - count[:-bars] == bars) & (segment[bars - 1:] == segment[:len(segment) - bars + 1])
+    whole = (count[bars:] - count[:-bars] == bars) & (
+        segment[bars - 1 :] == segment[: len(segment) - bars + 1]
+    )
     n = int(finite.sum())
-    require(bool(whole.any()) and n > bars, f"variance_ratio: no segment holds {bars} returns; take a longer history or fewer bars")
-    ratio = ((total[bars:] - total[:-bars])[whole]**2).mean() / (1 - bars / n) / bars / ((d @ d) / (n - 1))
+    require(
+        bool(whole.any()) and n > bars,
+        f"variance_ratio: no segment holds {bars} returns; take a longer history or fewer bars",
+    )
+    ratio = ((total[bars:] - total[:-bars])[whole] ** 2).mean() / (1 - bars / n) / bars / ((d @ d) / (n - 1))
     square = d**2
-    def delta(j): return (square[j:] * square[:-j])[segment[j:] == segment[:-j]].sum() / square.sum()**2
-    return float(ratio), float(np.sqrt(sum((2 * (bars - j) / bars)**2 * delta(j) for j in range(1, bars))))
+
+    def delta(j):
+        return (square[j:] * square[:-j])[segment[j:] == segment[:-j]].sum() / square.sum() ** 2
+
+    return float(ratio), float(np.sqrt(sum((2 * (bars - j) / bars) ** 2 * delta(j) for j in range(1, bars))))
 
 # %% ../../nbs/01_data/09_stylised_facts.ipynb #122ee8bb
 _DAY_PARTS = {"crypto": 6, "equity": 13}  # of a session of 24 or 6.5 hours
@@ -84,20 +100,30 @@ def stylised_facts(
     asset_class: str,  # "crypto" or "equity"
 ) -> dict[str, float]:  # NaN where a fact does not exist: no nights in crypto, no time of day in daily bars
     "The stylised facts of a history, by name; the table above has formulas and sources."
-    require(len(bars) >= _FEWEST, f"stylised_facts: expected at least {_FEWEST} bars, was {len(bars)}; a shorter history says nothing about tails")
+    require(
+        len(bars) >= _FEWEST,
+        f"stylised_facts: expected at least {_FEWEST} bars, was {len(bars)}; a shorter history says nothing about tails",
+    )
     clock, returns = bar_clock(bars.index, timeframe, asset_class), log_returns(bars, timeframe, asset_class)
     segment, size, r = clock.segment, np.abs(returns), returns[np.isfinite(returns)]
     open_, high, low, close, volume = (bars[c].to_numpy() for c in COLUMNS)
     require(bool(r.std() > 0), "stylised_facts: the close never moves; these are no bars of a market")
     d, span = r - r.mean(), np.log(high / low)
-    with np.errstate(divide="ignore"): log_volume, log_span = (np.where(x > 0, np.log(x), np.nan) for x in (volume, span))
+    with np.errstate(divide="ignore"):
+        log_volume, log_span = (np.where(x > 0, np.log(x), np.nan) for x in (volume, span))
     both = np.isfinite(log_volume) & np.isfinite(log_span)
-    tail = np.sort(np.abs(r))[::-1][:max(10, int(_TAIL * len(r))) + 1]
+    tail = np.sort(np.abs(r))[::-1][: max(10, int(_TAIL * len(r))) + 1]
     before = np.concatenate([[np.nan], np.log(open_[1:] / close[:-1])])
     before[_first_of(segment)] = np.nan
-    inside = np.full(len(bars), asset_class == "crypto") if timeframe_name(timeframe) == "1Day" or asset_class == "crypto" else ~_first_of(clock.session)
+    inside = (
+        np.full(len(bars), asset_class == "crypto")
+        if timeframe_name(timeframe) == "1Day" or asset_class == "crypto"
+        else ~_first_of(clock.session)
+    )
     facts = {
-        "volatility": r.std(), "skewness": (d**3).mean() / r.std()**3, "kurtosis": (d**4).mean() / r.std()**4,
+        "volatility": r.std(),
+        "skewness": (d**3).mean() / r.std() ** 3,
+        "kurtosis": (d**4).mean() / r.std() ** 4,
         "tail_index": 1 / np.log(tail[:-1] / tail[-1]).mean(),
         "return_autocorrelation_1": autocorrelation(returns, 1, segment),
         **{f"size_autocorrelation_{lag}": autocorrelation(size, lag, segment) for lag in (1, 20, 100)},
@@ -105,31 +131,42 @@ def stylised_facts(
         "volume_range_correlation": _correlation(log_volume[both], log_span[both]),
         "volume_autocorrelation_1": autocorrelation(log_volume, 1, segment),
         **{f"variance_ratio_{q}": variance_ratio(returns, q, segment)[0] for q in (2, 16)},
-        "range_ratio": np.sqrt((span**2).mean() / (4 * np.log(2)) / (np.log(close / open_)**2).mean()),
-        "gap_share": np.nanmean(before[inside]**2) / np.nanmean(returns[inside]**2) if inside.any() else np.nan,
-        "overnight_share": _overnight_share(before, open_, close, clock) if asset_class == "equity" else np.nan,
+        "range_ratio": np.sqrt((span**2).mean() / (4 * np.log(2)) / (np.log(close / open_) ** 2).mean()),
+        "gap_share": np.nanmean(before[inside] ** 2) / np.nanmean(returns[inside] ** 2)
+        if inside.any()
+        else np.nan,
+        "overnight_share": _overnight_share(before, open_, close, clock)
+        if asset_class == "equity"
+        else np.nan,
     }
     edges, spread = _day_shape(size, clock, timeframe_seconds(timeframe), asset_class)
-    return {name: float(value) for name, value in (facts | {"day_edges": edges, "day_spread": spread}).items()}
+    return {
+        name: float(value) for name, value in (facts | {"day_edges": edges, "day_spread": spread}).items()
+    }
 
 
 def _overnight_share(before: np.ndarray, open_: np.ndarray, close: np.ndarray, clock) -> float:
     "Share of the nights in the variance of a session and the night before it."
     first = np.flatnonzero(_first_of(clock.session))
     last = np.concatenate([first[1:], [len(open_)]]) - 1
-    nights, days = np.nanmean(before[first]**2), (np.log(close[last] / open_[first])**2).mean()
+    nights, days = np.nanmean(before[first] ** 2), (np.log(close[last] / open_[first]) ** 2).mean()
     return nights / (nights + days)
 
 
 def _day_shape(size: np.ndarray, clock, seconds: int, asset_class: str) -> tuple[float, float]:
     "Edges over middle, and largest over smallest, of the mean size of returns by part of the session."
     parts = _DAY_PARTS[asset_class]
-    if seconds > {"crypto": 86400, "equity": 23400}[asset_class] / parts: return np.nan, np.nan
-    full = clock.session_close - clock.session_open >= np.median(clock.session_close - clock.session_open)  # half days have no middle of the day
-    progress = (np.maximum(clock.start, clock.session_open) - clock.session_open) / (clock.session_close - clock.session_open)
+    if seconds > {"crypto": 86400, "equity": 23400}[asset_class] / parts:
+        return np.nan, np.nan
+    full = clock.session_close - clock.session_open >= np.median(
+        clock.session_close - clock.session_open
+    )  # half days have no middle of the day
+    progress = (np.maximum(clock.start, clock.session_open) - clock.session_open) / (
+        clock.session_close - clock.session_open
+    )
     used, part = np.isfinite(size) & full, np.minimum((progress * parts).astype(int), parts - 1)
     mean = np.bincount(part[used], size[used], parts) / np.bincount(part[used], minlength=parts)
-    return (mean[0] + mean[-1]) / 2 / mean[parts // 3:parts - parts // 3].mean(), mean.max() / mean.min()
+    return (mean[0] + mean[-1]) / 2 / mean[parts // 3 : parts - parts // 3].mean(), mean.max() / mean.min()
 
 # %% ../../nbs/01_data/09_stylised_facts.ipynb #811c5f8d
 def fidelity_table(
@@ -138,11 +175,24 @@ def fidelity_table(
     widen: float = 1.0,  # on each side, in units of the range of the real ones
 ) -> pd.DataFrame:  # fact -> lowest, median, highest (of the real ones), simulated, spread (standard deviation over the histories), inside
     "Facts of simulated bars beside the range that real ones span."
-    require(len(real) > 1 and len(simulated) > 0, f"fidelity_table: expected two or more real symbols and one simulated history, was {len(real)} and {len(simulated)}")
+    require(
+        len(real) > 1 and len(simulated) > 0,
+        f"fidelity_table: expected two or more real symbols and one simulated history, was {len(real)} and {len(simulated)}",
+    )
     theirs, ours = pd.DataFrame(real), pd.DataFrame(simulated)[list(real[0])]
-    table = pd.DataFrame({"lowest": theirs.min(), "median": theirs.median(), "highest": theirs.max(), "simulated": ours.mean(), "spread": ours.std(ddof=0)}).dropna()
+    table = pd.DataFrame(
+        {
+            "lowest": theirs.min(),
+            "median": theirs.median(),
+            "highest": theirs.max(),
+            "simulated": ours.mean(),
+            "spread": ours.std(ddof=0),
+        }
+    ).dropna()
     room = widen * (table["highest"] - table["lowest"])
-    table["inside"] = (table["simulated"] >= table["lowest"] - room) & (table["simulated"] <= table["highest"] + room)
+    table["inside"] = (table["simulated"] >= table["lowest"] - room) & (
+        table["simulated"] <= table["highest"] + room
+    )
     return table.rename_axis("fact")
 
 
@@ -152,6 +202,11 @@ def return_correlations(
     asset_class: str,  # of all of them
 ) -> pd.DataFrame:  # symbol × symbol
     "Correlations of returns, over the bars that all symbols have."
-    returns = pd.DataFrame({symbol: pd.Series(log_returns(b, timeframe, asset_class), b.index) for symbol, b in bars.items()}).dropna()
-    require(len(returns) > 2, f"return_correlations: {', '.join(bars)} have {len(returns)} bars in common; choose spans that overlap")
+    returns = pd.DataFrame(
+        {symbol: pd.Series(log_returns(b, timeframe, asset_class), b.index) for symbol, b in bars.items()}
+    ).dropna()
+    require(
+        len(returns) > 2,
+        f"return_correlations: {', '.join(bars)} have {len(returns)} bars in common; choose spans that overlap",
+    )
     return returns.corr()

@@ -29,7 +29,9 @@ def buy_and_hold(
     growth = np.ones(len(bars))
     for k in range(1, len(bars)):
         before = opening[bars[k]] if k == 1 else close[bars[k - 1]]
-        growth[k] = growth[k - 1] * (close[bars[k]] / before if segment[bars[k]] == segment[bars[k - 1]] else 1.0)
+        growth[k] = growth[k - 1] * (
+            close[bars[k]] / before if segment[bars[k]] == segment[bars[k - 1]] else 1.0
+        )
     paid = rules.commission + rules.half_spread + rules.slippage
     held = exposure * growth * (1 - paid)
     held[0] = exposure  # nothing is bought before the first open
@@ -43,13 +45,19 @@ def moving_average_actions(
 ) -> Tensor:  # (len(bars),)
     "Largest buy while the fast average is above the slow one, else out (3-action layouts sell)."
     close = pd.Series(market.prices[3]).groupby(market.segment)
-    fast, slow = (close.transform(lambda c: c.rolling(n, min_periods=1).mean()).to_numpy()[bars] for n in (_FAST, _SLOW))
+    fast, slow = (
+        close.transform(lambda c: c.rolling(n, min_periods=1).mean()).to_numpy()[bars] for n in (_FAST, _SLOW)
+    )
     buy, out = _largest(spec, "BUY"), _flatten(spec)
     return torch.as_tensor(np.where(fast > slow, buy, out))
 
 
-def _largest(spec, side: str) -> int: return max(i for i, name in spec.action_meanings.items() if name.startswith(side))
-def _flatten(spec) -> int: return next((i for i, name in spec.action_meanings.items() if name == "CLOSE"), _largest(spec, "SELL"))
+def _largest(spec, side: str) -> int:
+    return max(i for i, name in spec.action_meanings.items() if name.startswith(side))
+
+
+def _flatten(spec) -> int:
+    return next((i for i, name in spec.action_meanings.items() if name == "CLOSE"), _largest(spec, "SELL"))
 
 
 def oracle_actions(

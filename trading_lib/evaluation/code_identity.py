@@ -24,19 +24,25 @@ def _write(node, out: list[str]):
         out.append(type(node).__name__)
         for name in node._fields:
             value = getattr(node, name, None)
-            if value is None or value == [] or isinstance(value, ast.expr_context): continue
+            if value is None or value == [] or isinstance(value, ast.expr_context):
+                continue
             # an expression of a constant does nothing: a docstring, or an ellipsis
             if name == "body" and isinstance(value, list):
-                value = [v for v in value if not (isinstance(v, ast.Expr) and isinstance(v.value, ast.Constant))]
+                value = [
+                    v for v in value if not (isinstance(v, ast.Expr) and isinstance(v.value, ast.Constant))
+                ]
             out.append(name)
             _write(value, out)
     elif isinstance(node, list):
         out.append(str(len(node)))
-        for item in node: _write(item, out)
-    else: out.append(repr(node))
+        for item in node:
+            _write(item, out)
+    else:
+        out.append(repr(node))
 
 
-def _hash(parts) -> str: return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+def _hash(parts) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def source_identity(
@@ -50,30 +56,49 @@ def source_identity(
 # %% ../../nbs/07_evaluation/00_code_identity.ipynb #c0de0009
 def _code(code: CodeType) -> str:
     "A function without source, in the words of this Python."
-    return repr((code.co_code.hex(), code.co_names, [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]))
+    return repr(
+        (
+            code.co_code.hex(),
+            code.co_names,
+            [_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts],
+        )
+    )
 
 
 def _held(function) -> list:
     "Defaults of a function, and the values that it closes over."
-    try: closed = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
-    except ValueError: closed = []  # a variable that has no value yet
+    try:
+        closed = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    except ValueError:
+        closed = []  # a variable that has no value yet
     return [closed, getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
 
 
 def _thing(value, known: set[str], depth: int = 0) -> str:
     "What an entry of a table, a default or a closed-over variable is; the source of modules in `known` is hashed anyway."
     again = lambda v: _thing(v, known, depth + 1)
-    if value is None or isinstance(value, (bool, int, float, str, bytes)): return repr(value)
-    if depth > 6: return type(value).__name__
-    if isinstance(value, dict): return repr([(str(name), again(v)) for name, v in value.items()])
-    if isinstance(value, (list, tuple)): return repr([again(v) for v in value])
-    if isinstance(value, partial): return again((value.func, value.args, value.keywords))
-    if not callable(value): return type(value).__name__
-    of = value if hasattr(value, "__qualname__") else type(value)  # an object that is called is known by its class
+    if value is None or isinstance(value, (bool, int, float, str, bytes)):
+        return repr(value)
+    if depth > 6:
+        return type(value).__name__
+    if isinstance(value, dict):
+        return repr([(str(name), again(v)) for name, v in value.items()])
+    if isinstance(value, (list, tuple)):
+        return repr([again(v) for v in value])
+    if isinstance(value, partial):
+        return again((value.func, value.args, value.keywords))
+    if not callable(value):
+        return type(value).__name__
+    of = (
+        value if hasattr(value, "__qualname__") else type(value)
+    )  # an object that is called is known by its class
     name = f"{of.__module__}.{of.__qualname__}"
-    if of.__module__ in known: return name
-    try: text = source_identity(textwrap.dedent(inspect.getsource(of)))
-    except (OSError, TypeError, SyntaxError): text = _code(of.__code__) if hasattr(of, "__code__") else name
+    if of.__module__ in known:
+        return name
+    try:
+        text = source_identity(textwrap.dedent(inspect.getsource(of)))
+    except (OSError, TypeError, SyntaxError):
+        text = _code(of.__code__) if hasattr(of, "__code__") else name
     return repr([text, again(_held(of))])
 
 # %% ../../nbs/07_evaluation/00_code_identity.ipynb #c0de000c
@@ -81,7 +106,8 @@ _FOLDER = Path(inspect.getfile(atomic_write)).parent
 _SHAPING = ("features", "seeds", "trainer")  # with everything that they import
 
 
-def _file(module: str, folder: Path) -> Path: return folder.joinpath(*module.split(".")).with_suffix(".py")
+def _file(module: str, folder: Path) -> Path:
+    return folder.joinpath(*module.split(".")).with_suffix(".py")
 
 
 def package_imports(
@@ -92,11 +118,15 @@ def package_imports(
     "Modules of the package that a source imports from, at any depth, when it is loaded or later."
     found = set()
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.ImportFrom): continue
+        if not isinstance(node, ast.ImportFrom):
+            continue
         base = node.module.split(".") if node.module else []
-        if node.level: base = module.split(".")[:-node.level] + base
-        elif base and base[0] == _FOLDER.name: base = base[1:]
-        else: continue
+        if node.level:
+            base = module.split(".")[: -node.level] + base
+        elif base and base[0] == _FOLDER.name:
+            base = base[1:]
+        else:
+            continue
         found |= {".".join(base)} | {".".join([*base, alias.name]) for alias in node.names}
     return {name for name in found if name and _file(name, folder).is_file()}
 
@@ -126,8 +156,10 @@ def code_identity() -> str:  # 16 hexadecimal digits
     known, registered = {f"{_FOLDER.name}.{name}" for name in package}, []
     for module in sorted(known & set(sys.modules)):
         for name, table in sorted(vars(sys.modules[module]).items()):
-            if name.startswith("__") or not isinstance(table, dict): continue
+            if name.startswith("__") or not isinstance(table, dict):
+                continue
             for key, value in table.items():
                 things = [v for v in (value if isinstance(value, (list, tuple)) else [value]) if callable(v)]
-                if any(getattr(v, "__module__", None) not in known for v in things): registered.append(f"{module}.{name}.{key}={_thing(value, known)}")
+                if any(getattr(v, "__module__", None) not in known for v in things):
+                    registered.append(f"{module}.{name}.{key}={_thing(value, known)}")
     return _hash([f"{name}={package[name]}" for name in sorted(package)] + registered)[:16]

@@ -22,17 +22,20 @@ from ..features import fit_features
 def _noise(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame:
     "Every price and volume after the cut multiplied by a number of its own."
     changed = bars.copy()
-    changed.iloc[cut + 1:] *= 5.0 ** random.uniform(-1, 1, (len(bars) - cut - 1, bars.shape[1]))  # as often down as up
+    changed.iloc[cut + 1 :] *= 5.0 ** random.uniform(
+        -1, 1, (len(bars) - cut - 1, bars.shape[1])
+    )  # as often down as up
     return changed
 
 
 def _nothing(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame:
     changed = bars.copy()
-    changed.iloc[cut + 1:] = np.nan
+    changed.iloc[cut + 1 :] = np.nan
     return changed
 
 
-def _truncated(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame: return bars.iloc[:cut + 1]
+def _truncated(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame:
+    return bars.iloc[: cut + 1]
 
 
 # name -> how everything after the cut is changed
@@ -41,25 +44,51 @@ _ACCOUNTS, _STEPS = 16, 32  # accounts that place random orders, and for how man
 
 
 def _environment(market: MarketData, account: AccountConfig) -> GPUVectorizedTradingEnv:
-    return GPUVectorizedTradingEnv(market, GPUEnvConfig(n_envs=_ACCOUNTS, version=market.version, window=market.window, timeframe=market.timeframe, asset_class=market.asset_class,
-                                                        reward_preset="equity", observations="indices", account=account))
+    return GPUVectorizedTradingEnv(
+        market,
+        GPUEnvConfig(
+            n_envs=_ACCOUNTS,
+            version=market.version,
+            window=market.window,
+            timeframe=market.timeframe,
+            asset_class=market.asset_class,
+            reward_preset="equity",
+            observations="indices",
+            account=account,
+        ),
+    )
 
 
-def _traded(market: MarketData, cut: int) -> torch.Tensor | None:  # (steps, fields, accounts) float64; None: no decision can be made just before the cut
+def _traded(
+    market: MarketData, cut: int
+) -> (
+    torch.Tensor | None
+):  # (steps, fields, accounts) float64; None: no decision can be made just before the cut
     "What random orders in the last bars before the cut have made of some accounts: cash, position, costs, stops and all."
     env, random = _environment(market, AccountConfig()), torch.Generator().manual_seed(cut)
-    closed = np.setdiff1d(np.arange(cut - _STEPS, cut), env.decision_bars)  # bars at which no decision can be made: begin after the last
+    closed = np.setdiff1d(
+        np.arange(cut - _STEPS, cut), env.decision_bars
+    )  # bars at which no decision can be made: begin after the last
     first = int(closed[-1]) + 1 if len(closed) else cut - _STEPS
-    if first == cut: return None
+    if first == cut:
+        return None
     env.reset_at_index(np.full(_ACCOUNTS, first))
-    accounts = [env.step_index(torch.randint(env.n_actions, (_ACCOUNTS,), generator=random))[4]["account"] for _ in range(first, cut)]
+    accounts = [
+        env.step_index(torch.randint(env.n_actions, (_ACCOUNTS,), generator=random))[4]["account"]
+        for _ in range(first, cut)
+    ]
     return torch.stack([torch.stack([getattr(a, f.name).double() for f in fields(a)]) for a in accounts])
 
 
-def _first_fill(market: MarketData, cut: int) -> torch.Tensor | None:  # (2, accounts): quantity and cash, NaN where nothing was bought or sold; None: nothing can fill there
+def _first_fill(
+    market: MarketData, cut: int
+) -> (
+    torch.Tensor | None
+):  # (2, accounts): quantity and cash, NaN where nothing was bought or sold; None: nothing can fill there
     "What one order of each kind, decided at the cut, makes of fresh accounts; no stop or target blurs the fill."
     env = _environment(market, AccountConfig(stop_pct=0.0, target_pct=0.0))
-    if cut not in env.decision_bars or not market.can_fill[cut]: return None
+    if cut not in env.decision_bars or not market.can_fill[cut]:
+        return None
     env.reset_at_index(np.full(_ACCOUNTS, cut))
     infos = env.step_index(torch.arange(_ACCOUNTS) % env.n_actions)[4]
     quantity = infos["fills"].quantity
@@ -69,6 +98,7 @@ def _first_fill(market: MarketData, cut: int) -> torch.Tensor | None:  # (2, acc
 @dataclass
 class LookaheadReport:
     "What was compared, and what moved."
+
     version: str
     bars: int
     fitted: int  # bars of the fitted span; cuts lie after it
@@ -78,16 +108,28 @@ class LookaheadReport:
     leaks: list[dict] = field(default_factory=list)  # change, cut, column, first bar that moved
 
     @property
-    def passed(self) -> bool: return not self.leaks
+    def passed(self) -> bool:
+        return not self.leaks
 
     def __str__(self) -> str:
-        lines = [f"Lookahead check, layout {self.version}: {'PASSED' if self.passed else 'FAILED'}",
-                 f"  {self.bars:,} bars, features fitted on the first {self.fitted:,}; {self.cuts} cuts after them × {', '.join(CHANGES)}",
-                 f"  {self.comparisons:,} tables, observations, masks and accounts compared bit for bit, {self.refits} fits recomputed"]
-        if self.passed: return "\n".join(lines + ["  Nothing that was known at a bar depends on a later one."])
+        lines = [
+            f"Lookahead check, layout {self.version}: {'PASSED' if self.passed else 'FAILED'}",
+            f"  {self.bars:,} bars, features fitted on the first {self.fitted:,}; {self.cuts} cuts after them × {', '.join(CHANGES)}",
+            f"  {self.comparisons:,} tables, observations, masks and accounts compared bit for bit, {self.refits} fits recomputed",
+        ]
+        if self.passed:
+            return "\n".join(lines + ["  Nothing that was known at a bar depends on a later one."])
         columns = pd.DataFrame(self.leaks).groupby("column", sort=False)
-        lines += ["  These look ahead:"] + [f"    {name}: moved by {len(rows)} of {3 * self.cuts} changes, first at {rows['first'].min()} (cut at {rows['at'].iloc[0]})" for name, rows in columns]
-        return "\n".join(lines + ["  A column may use its own bar and earlier ones only, and an order fills at a later price; see nbs/02_features/02_features.ipynb and nbs/03_env/04_env.ipynb."])
+        lines += ["  These look ahead:"] + [
+            f"    {name}: moved by {len(rows)} of {3 * self.cuts} changes, first at {rows['first'].min()} (cut at {rows['at'].iloc[0]})"
+            for name, rows in columns
+        ]
+        return "\n".join(
+            lines
+            + [
+                "  A column may use its own bar and earlier ones only, and an order fills at a later price; see nbs/02_features/02_features.ipynb and nbs/03_env/04_env.ipynb."
+            ]
+        )
 
 
 def check_lookahead(
@@ -104,7 +146,10 @@ def check_lookahead(
 ) -> LookaheadReport:
     "Change everything after each cut and compare features, observations, masks, fills, accounts and fitted state up to it."
     split, layout = int(len(bars) * fitted), layout_of(version)
-    require(len(bars) - split > 2, f"bars: {len(bars)} are too few for a check; the features are fitted on the first {fitted:.0%}, and cuts need bars after them")
+    require(
+        len(bars) - split > 2,
+        f"bars: {len(bars)} are too few for a check; the features are fitted on the first {fitted:.0%}, and cuts need bars after them",
+    )
     require(cuts >= 1, f"cuts: expected 1 or more, was {cuts}")
     fit = fit or fit_features(bars.iloc[:split], version, timeframe, asset_class)
     random = np.random.default_rng(seed)
@@ -120,27 +165,66 @@ def check_lookahead(
     for cut in places.tolist():
         for change, changed in ((name, f(bars, cut, random)) for name, f in CHANGES.items()):
             seen = make(changed)
-            moved = (seen.table.features[:cut + 1].view(torch.int32) != known.table.features[:cut + 1].view(torch.int32)).numpy()
+            moved = (
+                seen.table.features[: cut + 1].view(torch.int32)
+                != known.table.features[: cut + 1].view(torch.int32)
+            ).numpy()
             columns = {names[c]: int(moved[:, c].argmax()) for c in np.flatnonzero(moved.any(0))}
             if cut >= known.first_in_segment[cut] + window - 1:
-                here = np.array([seen.get_obs_at_bar(cut, account), known.get_obs_at_bar(cut, account)]).view(np.int32)
+                here = np.array([seen.get_obs_at_bar(cut, account), known.get_obs_at_bar(cut, account)]).view(
+                    np.int32
+                )
                 report.comparisons += 1
-                for c in np.flatnonzero((here[0] != here[1]).any(0)): columns.setdefault(layout.columns[c], cut)
+                for c in np.flatnonzero((here[0] != here[1]).any(0)):
+                    columns.setdefault(layout.columns[c], cut)
             report.comparisons += 1
             # the mask of a fill says whether the next bar follows: at the cut itself that is the future
             market = trade(changed)
             for name, last in (("can_decide", cut + 1), ("can_fill", cut)):
-                if (getattr(market, name)[:last] != getattr(known_market, name)[:last]).any(): columns[f"mask {name}"] = cut
-            if cut not in known_trading: known_trading[cut] = _traded(known_market, cut), _first_fill(known_market, cut)
+                if (getattr(market, name)[:last] != getattr(known_market, name)[:last]).any():
+                    columns[f"mask {name}"] = cut
+            if cut not in known_trading:
+                known_trading[cut] = _traded(known_market, cut), _first_fill(known_market, cut)
             accounts, fill = known_trading[cut]
             if accounts is not None:
                 report.comparisons += 1
                 now = _traded(market, cut)
-                if now is None or now.shape != accounts.shape or not torch.equal(now.view(torch.int64), accounts.view(torch.int64)): columns["accounts of random orders"] = cut
-            if change == "noise" and fill is not None and market.can_decide[cut] and bool((_first_fill(market, cut) == fill).all(0).any()): columns["fill at a price known before the order"] = cut
-            report.leaks += [{"change": change, "cut": cut, "at": str(bars.index[cut]), "column": name, "first": str(bars.index[row])} for name, row in columns.items()]
+                if (
+                    now is None
+                    or now.shape != accounts.shape
+                    or not torch.equal(now.view(torch.int64), accounts.view(torch.int64))
+                ):
+                    columns["accounts of random orders"] = cut
+            if (
+                change == "noise"
+                and fill is not None
+                and market.can_decide[cut]
+                and bool((_first_fill(market, cut) == fill).all(0).any())
+            ):
+                columns["fill at a price known before the order"] = cut
+            report.leaks += [
+                {
+                    "change": change,
+                    "cut": cut,
+                    "at": str(bars.index[cut]),
+                    "column": name,
+                    "first": str(bars.index[row]),
+                }
+                for name, row in columns.items()
+            ]
             if cut in refit_at:
                 report.refits += 1
-                if fit_features(changed.iloc[:split], version, timeframe, asset_class).to_state() != known_fit:
-                    report.leaks.append({"change": change, "cut": cut, "at": str(bars.index[cut]), "column": "fitted state", "first": str(bars.index[split])})
+                if (
+                    fit_features(changed.iloc[:split], version, timeframe, asset_class).to_state()
+                    != known_fit
+                ):
+                    report.leaks.append(
+                        {
+                            "change": change,
+                            "cut": cut,
+                            "at": str(bars.index[cut]),
+                            "column": "fitted state",
+                            "first": str(bars.index[split]),
+                        }
+                    )
     return report

@@ -20,6 +20,7 @@ from ..version import MODEL_SPECS, action_table
 # %% ../../nbs/07_evaluation/02_replay.ipynb #c40168ac
 class DecisionBars(NamedTuple):
     "The bars of a span at which a walk decides, D in all."
+
     bars: np.ndarray  # (D,) bar numbers
     begins: np.ndarray  # (D,) bool: the first decision of its stretch
     settles: np.ndarray  # (D,) bool: the bar after it is the last before a gap
@@ -43,6 +44,7 @@ def decision_bars(
 # %% ../../nbs/07_evaluation/02_replay.ipynb #d5bf6fd5
 class Run(NamedTuple):
     "One account's way through a span."
+
     market: MarketData  # bounded to the span
     rules: AccountRules
     actions: Tensor | None = None  # (decision bars,) whole numbers; None: `decide` is asked
@@ -50,6 +52,7 @@ class Run(NamedTuple):
 
 class Step(NamedTuple):
     "What happened to n accounts in one step; tensors of shape (n,)."
+
     number: int  # of the decision, from 0
     bar: Tensor  # decided at, in the run's own market
     active: Tensor  # bool: neither at its end nor bankrupt; what the other fields say of an account that is not means nothing
@@ -64,9 +67,13 @@ def _lists(runs: list[Run], lengths: np.ndarray) -> Tensor:  # (steps, n) int8
     "The runs' lists side by side, checked."
     table = torch.zeros(int(lengths.max()), len(runs), dtype=torch.int8)
     for i, run in enumerate(runs):
-        if run.actions is None: continue
-        require(len(run.actions) == lengths[i], f"actions: expected one row for each of {lengths[i]} decision bars, was {len(run.actions)}")
-        table[:lengths[i], i] = torch.as_tensor(run.actions).to(torch.int8)
+        if run.actions is None:
+            continue
+        require(
+            len(run.actions) == lengths[i],
+            f"actions: expected one row for each of {lengths[i]} decision bars, was {len(run.actions)}",
+        )
+        table[: lengths[i], i] = torch.as_tensor(run.actions).to(torch.int8)
     return table
 
 
@@ -79,28 +86,59 @@ def walk(
     markets = list({id(run.market): run.market for run in runs}.values())
     at = {id(market): m for m, market in enumerate(markets)}
     which = torch.tensor([at[id(run.market)] for run in runs])
-    decisions, first_rows = [decisions_of(market) for market in markets], np.cumsum([0] + [len(market.timestamp) for market in markets])
+    decisions, first_rows = (
+        [decisions_of(market) for market in markets],
+        np.cumsum([0] + [len(market.timestamp) for market in markets]),
+    )
     longest = max(len(d.bars) for d in decisions)
-    padded = lambda column, fill: torch.as_tensor(np.stack([np.pad(getattr(d, column), (0, longest - len(d.bars)), constant_values=fill) for d in decisions], 1))
+    padded = lambda column, fill: torch.as_tensor(
+        np.stack(
+            [np.pad(getattr(d, column), (0, longest - len(d.bars)), constant_values=fill) for d in decisions],
+            1,
+        )
+    )
     bars, settles, first_row = padded("bars", 0), padded("settles", False), torch.as_tensor(first_rows[:-1])
     lengths = np.array([len(decisions[m].bars) for m in which.tolist()])
     length, listed = torch.as_tensor(lengths), torch.tensor([run.actions is not None for run in runs])
-    require(decide is not None or bool(listed.all()), "walk: a run has neither a list of actions nor somebody to ask; pass `decide`")
+    require(
+        decide is not None or bool(listed.all()),
+        "walk: a run has neither a list of actions nor somebody to ask; pass `decide`",
+    )
     lists, table = _lists(runs, lengths), torch.cat([bar_table(market) for market in markets])
     meanings = [action_table(MODEL_SPECS[market.version]) for market in markets]
     widest = max(len(direction) for direction, _, _ in meanings)
-    direction, size, is_close = (torch.as_tensor(np.stack([np.pad(np.asarray(m[i], float), (0, widest - len(m[i]))) for m in meanings])) for i in range(3))
-    rules = runs[0].rules if all(run.rules == runs[0].rules for run in runs) else stack_rules([run.rules for run in runs])
+    direction, size, is_close = (
+        torch.as_tensor(
+            np.stack([np.pad(np.asarray(m[i], float), (0, widest - len(m[i]))) for m in meanings])
+        )
+        for i in range(3)
+    )
+    rules = (
+        runs[0].rules
+        if all(run.rules == runs[0].rules for run in runs)
+        else stack_rules([run.rules for run in runs])
+    )
     state, bankrupt = AccountState.initial(rules, len(runs)), torch.zeros(len(runs), dtype=torch.bool)
     for number in range(longest):
         active = (number < length) & ~bankrupt
-        if not bool(active.any()): return
+        if not bool(active.any()):
+            return
         action = lists[number].long()
-        if not bool(listed.all()): action = torch.where(listed, action, decide(number, state))
+        if not bool(listed.all()):
+            action = torch.where(listed, action, decide(number, state))
         bar = bars[number][which]
-        row = torch.where(active, first_row[which] + bar, 0)  # those who have ended look at some bar; nothing comes of it
+        row = torch.where(
+            active, first_row[which] + bar, 0
+        )  # those who have ended look at some bar; nothing comes of it
         here, there = table.index_select(0, row).unbind(1), table.index_select(0, row + 1).unbind(1)
-        after, fills = account_step(state, direction[which, action], size[which, action], is_close[which, action] > 0, next_bar(here, there), rules)
+        after, fills = account_step(
+            state,
+            direction[which, action],
+            size[which, action],
+            is_close[which, action] > 0,
+            next_bar(here, there),
+            rules,
+        )
         settled, settlement = settles[number][which] & active, None
         if bool((settled & (after.quantity != 0)).any()):
             flat, settlement = settle(after, there[0], there[1], there[2], rules)
@@ -112,6 +150,7 @@ def walk(
 # %% ../../nbs/07_evaluation/02_replay.ipynb #7cd8f743
 class Walked(NamedTuple):
     "One account's walk: arrays of one value for each decision it made, float64 where nothing else is said."
+
     bar: np.ndarray  # int64, decided at; the fill, the mark and all that follows belong to the next bar
     begins: np.ndarray  # bool, the first decision of its stretch
     action: np.ndarray  # int64
@@ -142,7 +181,14 @@ class Walked(NamedTuple):
     @property
     def profits(self) -> np.ndarray:
         "Of each trade that ended, in time order: at the open, after that, and before a gap in the data."
-        ended = np.stack([self.gap_quantity != 0, (self.closed > 0) & ((self.gap_quantity == 0) | (self.inside_quantity != 0)), self.settled_quantity != 0], 1)
+        ended = np.stack(
+            [
+                self.gap_quantity != 0,
+                (self.closed > 0) & ((self.gap_quantity == 0) | (self.inside_quantity != 0)),
+                self.settled_quantity != 0,
+            ],
+            1,
+        )
         return np.stack([self.gap_profit, self.profit - self.gap_profit, self.settled_profit], 1)[ended]
 
 
@@ -150,9 +196,32 @@ def _kept(step: Step, n: int) -> Tensor:  # (n, fields)
     "The rows of `Walked` from `equity` on, of the first n accounts."
     account, fills, nothing = step.account, step.fills, torch.zeros_like(step.account.cash)
     of_settlement = lambda x: torch.where(step.settled, x, 0.0)
-    settled = [of_settlement(x) for x in (step.settlement.quantity, step.settlement.trade_profit, step.settlement.costs)] if step.settlement else [nothing] * 3
-    rows = (account.equity, account.position_value, account.quantity, fills.quantity, fills.exit_quantity, fills.exit_price, fills.stopped.double(), fills.targeted.double(),
-            fills.trade_closed.double(), fills.trade_profit, fills.costs, fills.gap_quantity, fills.gap_stopped.double(), fills.gap_profit, fills.gap_costs, *settled)
+    settled = (
+        [
+            of_settlement(x)
+            for x in (step.settlement.quantity, step.settlement.trade_profit, step.settlement.costs)
+        ]
+        if step.settlement
+        else [nothing] * 3
+    )
+    rows = (
+        account.equity,
+        account.position_value,
+        account.quantity,
+        fills.quantity,
+        fills.exit_quantity,
+        fills.exit_price,
+        fills.stopped.double(),
+        fills.targeted.double(),
+        fills.trade_closed.double(),
+        fills.trade_profit,
+        fills.costs,
+        fills.gap_quantity,
+        fills.gap_stopped.double(),
+        fills.gap_profit,
+        fills.gap_costs,
+        *settled,
+    )
     return torch.stack([row[:n] for row in rows], 1)
 
 
@@ -172,5 +241,7 @@ def walk_and_keep(
     walked = []
     for i, run in enumerate(runs[:keep]):
         made = active[:, i]  # a run of true, then of false
-        walked.append(Walked(bars[made, i], begins[id(run.market)][:made.sum()], actions[made, i], *rows[made, i].T))
+        walked.append(
+            Walked(bars[made, i], begins[id(run.market)][: made.sum()], actions[made, i], *rows[made, i].T)
+        )
     return walked, account

@@ -51,7 +51,9 @@ def probe_target(
 ) -> np.ndarray:  # (n,) float64, in units of volatility × sqrt(horizon)
     "Return from the next open to the close `horizon` bars after the decision."
     opening, _, _, close, _ = market.prices
-    return ((close[bars + horizon] / opening[bars + 1] - 1) / _unit(market, bars, horizon)).clip(-_LARGEST_TARGET, _LARGEST_TARGET)
+    return ((close[bars + horizon] / opening[bars + 1] - 1) / _unit(market, bars, horizon)).clip(
+        -_LARGEST_TARGET, _LARGEST_TARGET
+    )
 
 
 def _target_bars(market: MarketData, horizon: int) -> np.ndarray:
@@ -84,7 +86,8 @@ def _fit_ridge(x, y, validation_x, validation_y, seed):
     for penalty in _PENALTIES:
         model = _Ridge(mean, scale, vectors @ (projected / (values + penalty * len(y))), float(y.mean()))
         error = float(np.mean((validation_y - model.predict(validation_x)) ** 2))
-        if error < best[0]: best = error, model, {"penalty": float(penalty)}
+        if error < best[0]:
+            best = error, model, {"penalty": float(penalty)}
     return best[1:]
 
 
@@ -99,7 +102,15 @@ class _Boosting:
 
 def _fit_boosting(x, y, validation_x, validation_y, seed):
     from sklearn.ensemble import HistGradientBoostingRegressor
-    model = HistGradientBoostingRegressor(max_iter=_TREES, learning_rate=_LEARNING_RATE, max_leaf_nodes=_LEAVES, min_samples_leaf=min(_ROWS_IN_A_LEAF, len(y) // 10), early_stopping=False, random_state=seed)
+
+    model = HistGradientBoostingRegressor(
+        max_iter=_TREES,
+        learning_rate=_LEARNING_RATE,
+        max_leaf_nodes=_LEAVES,
+        min_samples_leaf=min(_ROWS_IN_A_LEAF, len(y) // 10),
+        early_stopping=False,
+        random_state=seed,
+    )
     model.fit(x, y)
     errors = [float(np.mean((validation_y - p) ** 2)) for p in model.staged_predict(validation_x)]
     trees = int(np.argmin(errors)) + 1
@@ -124,7 +135,8 @@ def forecast_actions(
     leave_long, leave_short = (sell, buy) if close is None else (close, close)
     action = torch.zeros_like(held, dtype=torch.int64)
     action = torch.where((held >= 0) & (forecast > entry), buy, action)
-    if allow_short: action = torch.where((held <= 0) & (forecast < -entry), sell, action)
+    if allow_short:
+        action = torch.where((held <= 0) & (forecast < -entry), sell, action)
     action = torch.where((held > 0) & (forecast < exit), leave_long, action)
     return torch.where((held < 0) & (forecast > -exit), leave_short, action)
 
@@ -141,31 +153,52 @@ def _follow(
 ):  # yields action (n,) and AccountState after each step; an account that has reached its end stands still
     "Accounts that follow one list of forecasts, each by its own thresholds and through its own stretch of history."
     rules, table = account_rules(account, market.asset_class), bar_table(market)
-    direction, size, is_close = (torch.as_tensor(np.asarray(a)) for a in action_table(MODEL_SPECS[market.version]))
+    direction, size, is_close = (
+        torch.as_tensor(np.asarray(a)) for a in action_table(MODEL_SPECS[market.version])
+    )
     direction, size, is_close = direction.double(), size.double(), is_close.bool()
     forecasts, starts, ends = torch.as_tensor(forecasts), torch.as_tensor(starts), torch.as_tensor(ends)
     for step in range(int((ends - starts).max())):
         bar = torch.minimum(starts + step, ends - 1)
-        action = forecast_actions(market.version, rules.allow_short, forecasts[bar], state.quantity, entry, exit)
-        if bool(action.any()) or bool(state.quantity.any()):  # nothing happens to accounts that are flat and stay so
-            after, _ = account_step(state, direction[action], size[action], is_close[action], next_bar(table[bar].unbind(1), table[bar + 1].unbind(1)), rules)
+        action = forecast_actions(
+            market.version, rules.allow_short, forecasts[bar], state.quantity, entry, exit
+        )
+        if bool(action.any()) or bool(
+            state.quantity.any()
+        ):  # nothing happens to accounts that are flat and stay so
+            after, _ = account_step(
+                state,
+                direction[action],
+                size[action],
+                is_close[action],
+                next_bar(table[bar].unbind(1), table[bar + 1].unbind(1)),
+                rules,
+            )
             state = state.where(starts + step < ends, after)
         yield action, state
 
 
-def _settled(market: MarketData, account: AccountConfig, state: AccountState, bars: np.ndarray) -> AccountState:
+def _settled(
+    market: MarketData, account: AccountConfig, state: AccountState, bars: np.ndarray
+) -> AccountState:
     "Flat at the close of a bar, at the usual costs."
-    known = (column.expand(len(state.cash)) for column in bar_table(market)[torch.as_tensor(bars), :3].unbind(1))
+    known = (
+        column.expand(len(state.cash)) for column in bar_table(market)[torch.as_tensor(bars), :3].unbind(1)
+    )
     return settle(state, *known, account_rules(account, market.asset_class))[0]
 
 
-def _stretches(bars: np.ndarray) -> list[np.ndarray]: return np.split(bars, np.flatnonzero(np.diff(bars) != 1) + 1)
+def _stretches(bars: np.ndarray) -> list[np.ndarray]:
+    return np.split(bars, np.flatnonzero(np.diff(bars) != 1) + 1)
 
 # %% ../../nbs/07_evaluation/04_supervised.ipynb #9badd46d
 _ENTRIES = (0.0, *(2.0**k for k in range(-5, 4)))  # multiples of the round trip
 _EXITS = (-1.0, -0.5, 0.0, 0.5)  # shares of the entry
 _RUN_LENGTH = 512  # bars of one account's run over the validation span
-_SKILL_ERRORS, _PROFIT_ERRORS = 2.0, 1.0  # standard errors that the information coefficient and the profit must clear
+_SKILL_ERRORS, _PROFIT_ERRORS = (
+    2.0,
+    1.0,
+)  # standard errors that the information coefficient and the profit must clear
 
 
 def _ranks(x: np.ndarray) -> np.ndarray:
@@ -194,10 +227,12 @@ def _try_thresholds(market: MarketData, account: AccountConfig, forecasts: np.nd
     cost = account_rules(account, market.asset_class).round_trip
     pairs = [(entry, entry * share) for entry in _ENTRIES for share in (_EXITS if entry else (0.0,))]
     bars = np.flatnonzero(decision_span(market)[0])
-    runs = [s[i:i + _RUN_LENGTH] for s in _stretches(bars) for i in range(0, len(s), _RUN_LENGTH)]
+    runs = [s[i : i + _RUN_LENGTH] for s in _stretches(bars) for i in range(0, len(s), _RUN_LENGTH)]
     n, repeated = len(runs), lambda values: np.tile(np.asarray(values), len(pairs))
     starts, ends = repeated([r[0] for r in runs]), repeated([r[-1] + 1 for r in runs])
-    entry, exit = (torch.tensor(column, dtype=torch.float64).repeat_interleave(n) * cost for column in zip(*pairs))
+    entry, exit = (
+        torch.tensor(column, dtype=torch.float64).repeat_interleave(n) * cost for column in zip(*pairs)
+    )
     state = AccountState.initial(account_rules(account, market.asset_class), len(starts))
     initial, squares = state.equity, torch.zeros_like(state.equity)
     for _, after in _follow(market, account, forecasts, entry, exit, starts, ends, state):
@@ -215,6 +250,7 @@ _ROWS = 50_000  # more training rows are thinned evenly: neighbouring targets ov
 @dataclass(frozen=True)
 class Probe:
     "A fitted learner and the thresholds at which it trades."
+
     kind: str  # a key of PROBES
     horizon: int  # bars
     version: str  # layout
@@ -228,7 +264,9 @@ class Probe:
     target_mean: float  # of the training targets
     entry: float  # multiple of the round-trip cost; infinite: never trades
     exit: float  # the same
-    candidates: list[dict]  # entry, exit, profit (share of the account) and its standard error on the validation span
+    candidates: list[
+        dict
+    ]  # entry, exit, profit (share of the account) and its standard error on the validation span
     skill: tuple[float, float]  # information coefficient on the validation span, and its standard error
 
     @property
@@ -241,22 +279,35 @@ class Probe:
         "Whether the validation span gave a reason to trade."
         return self.entry < math.inf
 
-    def predict(self,
+    def predict(
+        self,
         market: MarketData,
         bars: np.ndarray,  # bar numbers at which a decision may be made
     ) -> np.ndarray:  # (len(bars),) float64
         "Expected return from the next open to the close `horizon` bars after each decision."
         for name in ("version", "window", "timeframe", "asset_class"):
-            require(getattr(market, name) == getattr(self, name), f"probe: was fitted for {name} {getattr(self, name)!r}, the market data has {getattr(market, name)!r}")
+            require(
+                getattr(market, name) == getattr(self, name),
+                f"probe: was fitted for {name} {getattr(self, name)!r}, the market data has {getattr(market, name)!r}",
+            )
         bars = _bar_numbers(market, bars)
         return self.model.predict(probe_features(market, bars)) * _unit(market, bars, self.horizon)
 
 
 def _bar_numbers(market: MarketData, bars) -> np.ndarray:
     bars, n = np.asarray(bars), len(market.timestamp)
-    require(bars.ndim == 1 and bars.dtype.kind in "iu", f"bars: expected a list of bar numbers, was {bars.dtype} of shape {bars.shape}")
-    require(len(bars) == 0 or (0 <= bars.min() and bars.max() < n), f"bars: expected numbers from 0 to {n - 1}, was {bars.min() if len(bars) else 0} to {bars.max() if len(bars) else 0}")
-    require(bool(market.can_decide[bars].all()), "bars: some are warm-up, where no decision can be made; see decision_span")
+    require(
+        bars.ndim == 1 and bars.dtype.kind in "iu",
+        f"bars: expected a list of bar numbers, was {bars.dtype} of shape {bars.shape}",
+    )
+    require(
+        len(bars) == 0 or (0 <= bars.min() and bars.max() < n),
+        f"bars: expected numbers from 0 to {n - 1}, was {bars.min() if len(bars) else 0} to {bars.max() if len(bars) else 0}",
+    )
+    require(
+        bool(market.can_decide[bars].all()),
+        "bars: some are warm-up, where no decision can be made; see decision_span",
+    )
     return bars
 
 
@@ -270,19 +321,36 @@ def fit_probe(
     seed: int = 0,  # of the boosting's bins
 ) -> Probe:
     "Fit on the training span, choose on the validation span; nothing outside the two spans is read."
-    if kind not in PROBES: raise unknown_name("probe", kind, PROBES)
-    require(isinstance(horizon, (int, np.integer)) and horizon >= 1, f"horizon: expected 1 or more bars, was {horizon!r}")
-    require(0 <= train[0] < train[1] <= validation[0] < validation[1] <= len(market.timestamp),
-            f"probe: expected a training span and, after it, a validation span inside 0..{len(market.timestamp)}, was {tuple(train)} and {tuple(validation)}; spans must not overlap")
+    if kind not in PROBES:
+        raise unknown_name("probe", kind, PROBES)
+    require(
+        isinstance(horizon, (int, np.integer)) and horizon >= 1,
+        f"horizon: expected 1 or more bars, was {horizon!r}",
+    )
+    require(
+        0 <= train[0] < train[1] <= validation[0] < validation[1] <= len(market.timestamp),
+        f"probe: expected a training span and, after it, a validation span inside 0..{len(market.timestamp)}, was {tuple(train)} and {tuple(validation)}; spans must not overlap",
+    )
     parts = []
     for name, span in (("training", train), ("validation", validation)):
         bounded = market.span(*span)
         parts.append(_target_bars(bounded, horizon))
-        needed = max(100, 2 * probe_features(market, parts[0][:1]).shape[1] if name == "training" else 10 * horizon)
-        require(len(parts[-1]) >= needed, f"probe: {len(parts[-1])} decisions in the {name} span {tuple(span)} are too few, {needed} are needed; use more history")
-    at, chosen_on = (bars[::math.ceil(len(bars) / _ROWS)] for bars in parts)
+        needed = max(
+            100, 2 * probe_features(market, parts[0][:1]).shape[1] if name == "training" else 10 * horizon
+        )
+        require(
+            len(parts[-1]) >= needed,
+            f"probe: {len(parts[-1])} decisions in the {name} span {tuple(span)} are too few, {needed} are needed; use more history",
+        )
+    at, chosen_on = (bars[:: math.ceil(len(bars) / _ROWS)] for bars in parts)
     target = probe_target(market, at, horizon)
-    model, setting = PROBES[kind](probe_features(market, at), target, probe_features(market, chosen_on), probe_target(market, chosen_on, horizon), seed)
+    model, setting = PROBES[kind](
+        probe_features(market, at),
+        target,
+        probe_features(market, chosen_on),
+        probe_target(market, chosen_on, horizon),
+        seed,
+    )
     bounded, forecasts = market.span(*validation), np.full(len(market.timestamp), np.nan)
     bars = np.flatnonzero(decision_span(bounded)[0])
     predicted = model.predict(probe_features(market, bars))
@@ -292,7 +360,23 @@ def fit_probe(
     best = max(candidates, key=lambda row: row["profit"])  # the first of equals: the lowest entry
     pays = skill[0] > _SKILL_ERRORS * skill[1] and best["profit"] > _PROFIT_ERRORS * best["error"]
     entry, exit = (best["entry"], best["exit"]) if pays else (math.inf, math.inf)
-    return Probe(kind, int(horizon), market.version, market.window, market.timeframe, market.asset_class, account, model, setting, len(at), float(target.mean()), entry, exit, candidates, skill)
+    return Probe(
+        kind,
+        int(horizon),
+        market.version,
+        market.window,
+        market.timeframe,
+        market.asset_class,
+        account,
+        model,
+        setting,
+        len(at),
+        float(target.mean()),
+        entry,
+        exit,
+        candidates,
+        skill,
+    )
 
 
 def probe_actions(
@@ -302,16 +386,25 @@ def probe_actions(
 ) -> Tensor:  # (len(bars),) int64
     "What the probe does at each decision bar, one account walked through all of them; gaps are crossed flat, as in a backtest."
     bars = _bar_numbers(market, bars)
-    require(len(bars) > 0 and bool((np.diff(bars) > 0).all()) and bars[-1] + 1 < len(market.timestamp), "bars: expected decision bars in order, each with a bar after it")
-    if not probe.trades: return torch.zeros(len(bars), dtype=torch.int64)
+    require(
+        len(bars) > 0 and bool((np.diff(bars) > 0).all()) and bars[-1] + 1 < len(market.timestamp),
+        "bars: expected decision bars in order, each with a bar after it",
+    )
+    if not probe.trades:
+        return torch.zeros(len(bars), dtype=torch.int64)
     forecasts = np.full(len(market.timestamp), np.nan)
     forecasts[bars] = probe.predict(market, bars)
-    entry, exit = (torch.tensor([multiple * probe.round_trip], dtype=torch.float64) for multiple in (probe.entry, probe.exit))
+    entry, exit = (
+        torch.tensor([multiple * probe.round_trip], dtype=torch.float64)
+        for multiple in (probe.entry, probe.exit)
+    )
     state, actions = AccountState.initial(account_rules(probe.account, probe.asset_class)), []
     for stretch in _stretches(bars):
         end = stretch[-1:] + 1
-        for action, state in _follow(market, probe.account, forecasts, entry, exit, stretch[:1], end, state): actions.append(action)
-        if bool(state.quantity != 0): state = _settled(market, probe.account, state, end)
+        for action, state in _follow(market, probe.account, forecasts, entry, exit, stretch[:1], end, state):
+            actions.append(action)
+        if bool(state.quantity != 0):
+            state = _settled(market, probe.account, state, end)
     return torch.cat(actions)
 
 # %% ../../nbs/07_evaluation/04_supervised.ipynb #b546f5da
@@ -323,20 +416,39 @@ def probe_figures(
     "What the forecasts are worth over a span, and what was chosen."
     forecasts = probe.predict(market, bars)
     measured = np.isin(bars, _target_bars(market, probe.horizon))
-    require(measured.sum() >= 2, f"bars: expected two or more whose next {probe.horizon} bars lie in the span, was {measured.sum()}")
+    require(
+        measured.sum() >= 2,
+        f"bars: expected two or more whose next {probe.horizon} bars lie in the span, was {measured.sum()}",
+    )
     at = np.asarray(bars)[measured]
-    target, predicted = probe_target(market, at, probe.horizon), probe.model.predict(probe_features(market, at))
+    target, predicted = (
+        probe_target(market, at, probe.horizon),
+        probe.model.predict(probe_features(market, at)),
+    )
     coefficient, error = _skill(predicted, target, probe.horizon)
     residual, total = np.sum((target - predicted) ** 2), np.sum((target - probe.target_mean) ** 2)
     rules = account_rules(probe.account, probe.asset_class)
     strong = np.abs(forecasts) if rules.allow_short else forecasts
     best = max(probe.candidates, key=lambda row: row["profit"])
     finite = lambda value: float(value) if math.isfinite(value) else None
-    return {"kind": probe.kind, "horizon": probe.horizon, **probe.setting, "training_rows": probe.rows, "bars": len(at),
-            "information_coefficient": finite(coefficient), "information_coefficient_error": error,
-            "r_squared": float(1 - residual / total) if total > 0 else None,
-            "share_beyond_entry": float((strong > probe.entry * rules.round_trip).mean()) if probe.trades else 0.0,
-            "entry": finite(probe.entry), "exit": finite(probe.exit), "round_trip": rules.round_trip,
-            "validation_information_coefficient": finite(probe.skill[0]), "validation_information_coefficient_error": probe.skill[1],
-            # of the best candidate, chosen or not: the best of many is flattering
-            "validation_profit": best["profit"], "validation_profit_error": best["error"]}
+    return {
+        "kind": probe.kind,
+        "horizon": probe.horizon,
+        **probe.setting,
+        "training_rows": probe.rows,
+        "bars": len(at),
+        "information_coefficient": finite(coefficient),
+        "information_coefficient_error": error,
+        "r_squared": float(1 - residual / total) if total > 0 else None,
+        "share_beyond_entry": float((strong > probe.entry * rules.round_trip).mean())
+        if probe.trades
+        else 0.0,
+        "entry": finite(probe.entry),
+        "exit": finite(probe.exit),
+        "round_trip": rules.round_trip,
+        "validation_information_coefficient": finite(probe.skill[0]),
+        "validation_information_coefficient_error": probe.skill[1],
+        # of the best candidate, chosen or not: the best of many is flattering
+        "validation_profit": best["profit"],
+        "validation_profit_error": best["error"],
+    }

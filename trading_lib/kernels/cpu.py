@@ -28,7 +28,7 @@ from torch import Tensor
 from ..config import InputError
 
 # %% ../../nbs/05_policy/00_cpu.ipynb #a00d7fe3
-_TILES = r'''
+_TILES = r"""
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
@@ -132,10 +132,10 @@ APART void input_gradient(const float* gradient, int64_t apart, int64_t k, const
       for (int64_t j = 0; j < COLUMNS; j++) if (j >= n || below[j] <= 0) out[j] = 0;
   }
 }
-'''
+"""
 
 # %% ../../nbs/05_policy/00_cpu.ipynb #edf99995
-_PANELS = r'''
+_PANELS = r"""
 // part(thread, i) for each i < n, by whoever is free: cores that others use too are not equally fast. By torch's own threads where they are those of GNU's or
 // Intel's OpenMP, for these spin for a while after they have worked, and would be in the way of others
 template <class Part> void parallel(int threads, int64_t n, Part part) {
@@ -195,10 +195,10 @@ template <class F> INLINE void tiles(int64_t rows, int64_t columns, int64_t k, F
       for (int64_t i = 0; i < rows; i += ROWS) f(min(i, rows - ROWS), j);
 }
 }  // namespace
-'''
+"""
 
 # %% ../../nbs/05_policy/00_cpu.ipynb #86c9a5ab
-_FORWARD = r'''
+_FORWARD = r"""
 extern "C" {
 // widths: of the inputs and of each layer's outputs. outputs[l] of layer l, rows x widths[l + 1]; null: not wanted, but of the last. linear: no ReLU after
 // the last layer. The answer 1: no memory
@@ -227,10 +227,10 @@ int forward(int64_t layers, const int64_t* widths, int64_t rows, const float* x,
   });
   return 0;
 } catch (const std::bad_alloc&) { return 1; }
-'''
+"""
 
 # %% ../../nbs/05_policy/00_cpu.ipynb #211e9eeb
-_BACKWARD = r'''
+_BACKWARD = r"""
 // gradient: of the last outputs. weight_gradients[l] is widths[l + 1] x widths[l]
 int backward(int64_t layers, const int64_t* widths, int64_t rows, const float* x, const float* const* weights, const float* const* outputs, const float* gradient, float* const* weight_gradients, float* const* bias_gradients, int linear, int threads) try {
   int64_t weights_in_all = 0, outputs_of_a_row = 0;
@@ -303,7 +303,7 @@ int backward(int64_t layers, const int64_t* widths, int64_t rows, const float* x
   }
   return 0;
 } catch (const std::bad_alloc&) { return 1; }
-'''
+"""
 
 # %% ../../nbs/05_policy/00_cpu.ipynb #ec1369fd
 _LOSS = r"""
@@ -387,7 +387,9 @@ _SOURCE = _TILES + _PANELS + _FORWARD + _BACKWARD + _LOSS
 _FLAGS = ("-O3", "-std=c++17", "-mavx512f", "-mfma", "-shared", "-fPIC", "-pthread")
 _FUNCTIONS = ("forward", "backward", "ppo_loss")
 _COMPILERS, _PATIENCE = ("c++", "g++", "clang++"), 120  # seconds
-_OTHER_NUMBERS = re.compile(r"-Ofast|-f[\w-]*math[\w-]*|-funsafe.*")  # options under which NaN may become a number, and whole processes lose the smallest ones
+_OTHER_NUMBERS = re.compile(
+    r"-Ofast|-f[\w-]*math[\w-]*|-funsafe.*"
+)  # options under which NaN may become a number, and whole processes lose the smallest ones
 
 
 class _Unusable(Exception):
@@ -399,36 +401,59 @@ def _compiler() -> list[str]:  # a command
     chosen = os.environ.get("CXX")
     if not chosen:
         found = next(filter(None, map(shutil.which, _COMPILERS)), None)
-        if found is None: raise _Unusable(f"no C++ compiler was found ({', '.join(_COMPILERS)} or $CXX)")
+        if found is None:
+            raise _Unusable(f"no C++ compiler was found ({', '.join(_COMPILERS)} or $CXX)")
         return [found]
-    try: command = shlex.split(chosen)
-    except ValueError as e: raise _Unusable(f"$CXX is {chosen!r}, which is no command ({e}); expected a compiler such as g++, with options perhaps") from None
+    try:
+        command = shlex.split(chosen)
+    except ValueError as e:
+        raise _Unusable(
+            f"$CXX is {chosen!r}, which is no command ({e}); expected a compiler such as g++, with options perhaps"
+        ) from None
     found = shutil.which(command[0]) if command else None
-    if found is None: raise _Unusable(f"no C++ compiler was found: $CXX is {chosen!r}; expected a program such as g++, with options perhaps")
+    if found is None:
+        raise _Unusable(
+            f"no C++ compiler was found: $CXX is {chosen!r}; expected a program such as g++, with options perhaps"
+        )
     strange = [option for option in command[1:] if _OTHER_NUMBERS.fullmatch(option)]
-    if strange: raise _Unusable(f"$CXX asks for {strange[0]}, with which NaN would go unnoticed; leave that option out")
+    if strange:
+        raise _Unusable(
+            f"$CXX asks for {strange[0]}, with which NaN would go unnoticed; leave that option out"
+        )
     return [found, *command[1:]]
 
 
 def _folder() -> Path:
     own = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(own) if os.path.isabs(own) else Path.home() / ".cache") / "trading_lib"  # a relative one counts as none, as its specification says
+    return (
+        Path(own) if os.path.isabs(own) else Path.home() / ".cache"
+    ) / "trading_lib"  # a relative one counts as none, as its specification says
 
 
 def _cpu() -> str:
     "What this CPU can do: a cache may lie on a disk that several machines share."
-    try: return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration): return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
+    try:
+        return next(
+            line
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith(("flags", "Features"))
+        )
+    except (OSError, StopIteration):
+        return f"{platform.machine()} {platform.processor()} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _path(compiler: list[str], folder: Path) -> Path:
     "Named after all that the library depends on: source, options, the compiler's own file, the CPU."
     program = Path(compiler[0]).resolve()
     made_by = (compiler, str(program), program.stat().st_size, program.stat().st_mtime_ns, _cpu())
-    return folder / f"cpu_kernels_{hashlib.sha256(repr((made_by, _FLAGS, _SOURCE)).encode()).hexdigest()[:16]}.so"
+    return (
+        folder
+        / f"cpu_kernels_{hashlib.sha256(repr((made_by, _FLAGS, _SOURCE)).encode()).hexdigest()[:16]}.so"
+    )
 
 
-def _digest(library: bytes) -> bytes: return hashlib.sha256(library).digest()
+def _digest(library: bytes) -> bytes:
+    return hashlib.sha256(library).digest()
 
 
 def _is_whole(path: Path) -> bool:
@@ -440,50 +465,75 @@ def _run(command: list, folder: Path, who: str):
     "Run a program to its end, in a group of its own: one that hangs is given up with all that it started."
     said = folder / "said.txt"
     with said.open("wb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
-        try: status = process.wait(_PATIENCE)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(_PATIENCE)
         except BaseException as e:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            if not isinstance(e, subprocess.TimeoutExpired): raise
+            if not isinstance(e, subprocess.TimeoutExpired):
+                raise
             raise _Unusable(f"{who} did not end within {_PATIENCE} seconds") from None
-    last = "".join(c for c in said.read_text(errors="replace").strip().rpartition("\n")[2] if c.isprintable())[:200]
-    if status: raise _Unusable(": ".join(filter(None, [f"{who} ended with status {status}", last])))
+    last = "".join(
+        c for c in said.read_text(errors="replace").strip().rpartition("\n")[2] if c.isprintable()
+    )[:200]
+    if status:
+        raise _Unusable(": ".join(filter(None, [f"{who} ended with status {status}", last])))
 
 
 def _compile(compiler: list[str], path: Path):
     "Put the library there, whole, once it has computed what PyTorch computes: in a process of its own, which wrong code would take with it."
     import trading_lib
+
     for left in path.parent.glob("tmp*"):
-        if left.is_dir() and time.time() - left.stat().st_mtime > 3600: shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
+        if left.is_dir() and time.time() - left.stat().st_mtime > 3600:
+            shutil.rmtree(left, ignore_errors=True)  # of a process that was killed
     with tempfile.TemporaryDirectory(dir=path.parent) as new:
         source, made = Path(new, "cpu_kernels.cpp"), Path(new, "cpu_kernels.so")
         source.write_text(_SOURCE)
         _run([*compiler, *_FLAGS, "-o", made, source], Path(new), compiler[0])
-        if not made.is_file(): raise _Unusable(f"{compiler[0]} made no library")
+        if not made.is_file():
+            raise _Unusable(f"{compiler[0]} made no library")
         made.write_bytes((library := made.read_bytes()) + _digest(library))
         compare = "import sys; sys.path.insert(0, sys.argv[2]); from trading_lib.kernels import cpu as cpu_kernels; cpu_kernels._compare(sys.argv[1])"
-        _run([sys.executable, "-c", compare, made, Path(trading_lib.__file__).parents[1]], Path(new), f"what {compiler[0]} made is not what PyTorch computes; the comparison")
+        _run(
+            [sys.executable, "-c", compare, made, Path(trading_lib.__file__).parents[1]],
+            Path(new),
+            f"what {compiler[0]} made is not what PyTorch computes; the comparison",
+        )
         made.chmod(0o644)  # whatever the umask: a library that others can write is not trusted
         os.replace(made, path)
 
 
 def _check_owner(folder: Path, path: Path):
     "Nobody but this user and the system's administrator could have put the library there, or could exchange it."
-    def writable(status) -> bool: return bool(status.st_mode & stat.S_IWOTH or status.st_mode & stat.S_IWGRP and status.st_gid not in (0, os.getegid()))
+
+    def writable(status) -> bool:
+        return bool(
+            status.st_mode & stat.S_IWOTH
+            or status.st_mode & stat.S_IWGRP
+            and status.st_gid not in (0, os.getegid())
+        )
+
     for own in (folder, path):
-        if not own.exists(): continue
+        if not own.exists():
+            continue
         status = own.stat()
-        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH): raise PermissionError(f"{own} is not this user's alone to write")
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"{own} is not this user's alone to write")
     for parent in dict.fromkeys((*folder.absolute().parents, *folder.resolve().parents)):
         status = parent.stat()
-        if status.st_uid not in (0, os.getuid()) or writable(status) and not status.st_mode & stat.S_ISVTX: raise PermissionError(f"{parent}, in which the cache lies, is not this user's alone to write")
+        if status.st_uid not in (0, os.getuid()) or writable(status) and not status.st_mode & stat.S_ISVTX:
+            raise PermissionError(f"{parent}, in which the cache lies, is not this user's alone to write")
 
 
 def _open(path: Path) -> ctypes.CDLL:
     "The library there, with all of its functions."
     library = ctypes.CDLL(str(path))
-    for name in _FUNCTIONS: getattr(library, name)
+    for name in _FUNCTIONS:
+        getattr(library, name)
     return library
 
 
@@ -493,24 +543,36 @@ def _loaded(compiler: list[str], folder: Path) -> ctypes.CDLL:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check_owner(folder, path)
     if _is_whole(path):
-        try: return _open(path)
-        except (OSError, AttributeError): pass
+        try:
+            return _open(path)
+        except (OSError, AttributeError):
+            pass
     _compile(compiler, path)
     return _open(path)
 
 
 @lru_cache(maxsize=None)
-def _library() -> tuple[ctypes.CDLL | None, str | None]:  # or why there is none; nothing where this CPU could not use it
-    if torch.backends.cpu.get_cpu_capability() != "AVX512": return None, None
-    try: return _loaded(_compiler(), _folder()), None
-    except _Unusable as e: return None, str(e)
-    except (OSError, RuntimeError, AttributeError) as e: return None, f"{type(e).__name__}: {e}"  # no place to write, no home, not POSIX, a system that will not load it
+def _library() -> tuple[
+    ctypes.CDLL | None, str | None
+]:  # or why there is none; nothing where this CPU could not use it
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None, None
+    try:
+        return _loaded(_compiler(), _folder()), None
+    except _Unusable as e:
+        return None, str(e)
+    except (OSError, RuntimeError, AttributeError) as e:
+        return (
+            None,
+            f"{type(e).__name__}: {e}",
+        )  # no place to write, no home, not POSIX, a system that will not load it
 
 
 _tried = None  # a library that is being compared
 
 
-def _in_use() -> ctypes.CDLL: return _tried or _library()[0]
+def _in_use() -> ctypes.CDLL:
+    return _tried or _library()[0]
 
 
 def available() -> bool:
@@ -523,7 +585,8 @@ def missing() -> str | None:
     return _library()[1]
 
 # %% ../../nbs/05_policy/00_cpu.ipynb #8df15a17
-def _numbers(values) -> ctypes.Array: return (ctypes.c_int64 * len(values))(*values)
+def _numbers(values) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _places(tensors) -> ctypes.Array:
@@ -532,18 +595,41 @@ def _places(tensors) -> ctypes.Array:
 
 def _check(name: str, t: Tensor, *shape: int, of: str = "hidden layers"):
     "Whatever the library reads or writes is what it takes it for."
-    if t.shape == shape and 0 not in shape and t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous(): return  # before a text is made that nobody reads
-    raise InputError(f"{of}: {name}: expected contiguous float32 numbers of shape {shape} on the CPU, was {t.dtype} of shape {tuple(t.shape)} on {t.device}")
+    if (
+        t.shape == shape
+        and 0 not in shape
+        and t.dtype == torch.float32
+        and t.device.type == "cpu"
+        and t.is_contiguous()
+    ):
+        return  # before a text is made that nobody reads
+    raise InputError(
+        f"{of}: {name}: expected contiguous float32 numbers of shape {shape} on the CPU, was {t.dtype} of shape {tuple(t.shape)} on {t.device}"
+    )
 
 
 def _call(name: str, x: Tensor, weights: list[Tensor], linear: bool, *given):
     "A function of the library, on what all of them are given."
-    if x.ndim != 2 or len(x) < 14: raise InputError(f"hidden layers: inputs: expected 14 rows or more, was of shape {tuple(x.shape)}")
+    if x.ndim != 2 or len(x) < 14:
+        raise InputError(f"hidden layers: inputs: expected 14 rows or more, was of shape {tuple(x.shape)}")
     widths = [x.shape[1], *(len(weight) for weight in weights)]
     _check("inputs", x, len(x), widths[0])
-    for i, weight in enumerate(weights): _check(f"weight {i}", weight, widths[i + 1], widths[i])
-    failed = getattr(_in_use(), name)(ctypes.c_int64(len(weights)), _numbers(widths), ctypes.c_int64(len(x)), ctypes.c_void_p(x.data_ptr()), _places(weights), *given, ctypes.c_int(linear), ctypes.c_int(torch.get_num_threads()))
-    if failed: raise MemoryError(f"hidden layers of {len(x):,} rows: the system has no memory left; use a smaller minibatch_size")
+    for i, weight in enumerate(weights):
+        _check(f"weight {i}", weight, widths[i + 1], widths[i])
+    failed = getattr(_in_use(), name)(
+        ctypes.c_int64(len(weights)),
+        _numbers(widths),
+        ctypes.c_int64(len(x)),
+        ctypes.c_void_p(x.data_ptr()),
+        _places(weights),
+        *given,
+        ctypes.c_int(linear),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError(
+            f"hidden layers of {len(x):,} rows: the system has no memory left; use a smaller minibatch_size"
+        )
 
 
 def forward(
@@ -554,8 +640,12 @@ def forward(
     linear: bool = False,  # no ReLU after the last layer
 ) -> list[Tensor]:  # (n, outputs) of each layer that was kept
     "Linear layers, a ReLU after each."
-    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)): _check(f"bias {i}", bias, len(weight))
-    outputs = [x.new_empty(len(x), len(weight)) if keep or i == len(weights) - 1 else None for i, weight in enumerate(weights)]
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        _check(f"bias {i}", bias, len(weight))
+    outputs = [
+        x.new_empty(len(x), len(weight)) if keep or i == len(weights) - 1 else None
+        for i, weight in enumerate(weights)
+    ]
     _call("forward", x, weights, linear, _places(biases), _places(outputs))
     return [out for out in outputs if out is not None]
 
@@ -569,9 +659,22 @@ def backward(
 ) -> tuple[list[Tensor], list[Tensor]]:  # gradients of weights, of biases
     "Back through the layers; the gradient of x is not computed."
     _check("gradient", gradient, len(x), len(weights[-1]))
-    for i, (weight, out) in enumerate(zip(weights, outputs, strict=True)): _check(f"outputs {i}", out, len(x), len(weight))
-    of_weights, of_biases = [torch.empty_like(weight) for weight in weights], [weight.new_empty(len(weight)) for weight in weights]
-    _call("backward", x, weights, linear, _places(outputs), ctypes.c_void_p(gradient.data_ptr()), _places(of_weights), _places(of_biases))
+    for i, (weight, out) in enumerate(zip(weights, outputs, strict=True)):
+        _check(f"outputs {i}", out, len(x), len(weight))
+    of_weights, of_biases = (
+        [torch.empty_like(weight) for weight in weights],
+        [weight.new_empty(len(weight)) for weight in weights],
+    )
+    _call(
+        "backward",
+        x,
+        weights,
+        linear,
+        _places(outputs),
+        ctypes.c_void_p(gradient.data_ptr()),
+        _places(of_weights),
+        _places(of_biases),
+    )
     return of_weights, of_biases
 
 # %% ../../nbs/05_policy/00_cpu.ipynb #a6181a5c
@@ -583,20 +686,48 @@ def loss_and_gradients(
     value_clip_range: float | None,  # None: not clipped
     value_coefficient: float,
     entropy_coefficient: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # (5,) means over samples: policy loss, value loss, entropy, divergence, share of clipped ones; gradients of the loss by logits, by values
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # (5,) means over samples: policy loss, value loss, entropy, divergence, share of clipped ones; gradients of the loss by logits, by values
     "PPO's loss and its derivatives."
     n, actions = logits.shape
-    before, own, action = data["logits"], [data[name] for name in ("log_probability", "value", "advantage", "return")], data["action"]
-    for name, t in (("logits", logits), ("logits of the policy that acted", before)): _check(name, t, n, actions, of="loss")
-    for t in (value, *own): _check("values, log-probabilities, advantages and returns", t, n, of="loss")
-    if not (action.shape == (n,) and action.dtype == torch.int64 and action.is_contiguous()): raise InputError(f"loss: action: expected contiguous int64 of shape {(n,)}, was {action.dtype} of shape {tuple(action.shape)}")
+    before, own, action = (
+        data["logits"],
+        [data[name] for name in ("log_probability", "value", "advantage", "return")],
+        data["action"],
+    )
+    for name, t in (("logits", logits), ("logits of the policy that acted", before)):
+        _check(name, t, n, actions, of="loss")
+    for t in (value, *own):
+        _check("values, log-probabilities, advantages and returns", t, n, of="loss")
+    if not (action.shape == (n,) and action.dtype == torch.int64 and action.is_contiguous()):
+        raise InputError(
+            f"loss: action: expected contiguous int64 of shape {(n,)}, was {action.dtype} of shape {tuple(action.shape)}"
+        )
     gradients, sums = (torch.empty_like(logits), torch.empty_like(value)), torch.zeros(5, dtype=torch.float64)
     tensors = (logits, value, action, own[0], before, *own[1:])
-    numbers = (clip_range, -1.0 if value_clip_range is None else value_clip_range, value_coefficient, entropy_coefficient)
-    failed = _in_use().ppo_loss(ctypes.c_int64(n), ctypes.c_int64(actions), *(ctypes.c_void_p(t.data_ptr()) for t in tensors), *map(ctypes.c_float, numbers),
-                                    *(ctypes.c_void_p(t.data_ptr()) for t in (*gradients, sums)), ctypes.c_int(torch.get_num_threads()))
-    if failed == 1: raise MemoryError(f"loss of {n:,} samples: the system has no memory left; use a smaller minibatch_size")
-    if failed: raise InputError(f"loss: action: expected 0 to {actions - 1}, was {int(action.min())} to {int(action.max())}")
+    numbers = (
+        clip_range,
+        -1.0 if value_clip_range is None else value_clip_range,
+        value_coefficient,
+        entropy_coefficient,
+    )
+    failed = _in_use().ppo_loss(
+        ctypes.c_int64(n),
+        ctypes.c_int64(actions),
+        *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
+        *map(ctypes.c_float, numbers),
+        *(ctypes.c_void_p(t.data_ptr()) for t in (*gradients, sums)),
+        ctypes.c_int(torch.get_num_threads()),
+    )
+    if failed == 1:
+        raise MemoryError(
+            f"loss of {n:,} samples: the system has no memory left; use a smaller minibatch_size"
+        )
+    if failed:
+        raise InputError(
+            f"loss: action: expected 0 to {actions - 1}, was {int(action.min())} to {int(action.max())}"
+        )
     return (sums / n).float(), *gradients
 
 # %% ../../nbs/05_policy/00_cpu.ipynb #410f8708
@@ -605,31 +736,70 @@ def _compare(path: str):
     global _tried
     _tried, random = _open(Path(path)), torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=random)
+
     def same(what: str, found, expected):
         for a, b in zip(found, expected, strict=True):
-            worst = float((a.double() - b.double()).abs().nan_to_num(0).max() / (1 + b.double().abs().nan_to_num(0).max()))
-            if not worst < 1e-4 or not torch.equal(a.isnan(), b.isnan()): sys.exit(f"{what} is wrong by {worst:.1g}")
+            worst = float(
+                (a.double() - b.double()).abs().nan_to_num(0).max()
+                / (1 + b.double().abs().nan_to_num(0).max())
+            )
+            if not worst < 1e-4 or not torch.equal(a.isnan(), b.isnan()):
+                sys.exit(f"{what} is wrong by {worst:.1g}")
+
     widths, rows, actions = (21, 40, 33, 5), 300, 3
-    weights, biases = [(normal(b, a) / a**0.5).requires_grad_() for a, b in zip(widths, widths[1:])], [normal(b).requires_grad_() for b in widths[1:]]
-    for x, linear in ((normal(rows, widths[0]), False), (normal(rows, widths[0]).index_fill_(0, torch.tensor([7]), torch.nan), True)):
+    weights, biases = (
+        [(normal(b, a) / a**0.5).requires_grad_() for a, b in zip(widths, widths[1:])],
+        [normal(b).requires_grad_() for b in widths[1:]],
+    )
+    for x, linear in (
+        (normal(rows, widths[0]), False),
+        (normal(rows, widths[0]).index_fill_(0, torch.tensor([7]), torch.nan), True),
+    ):
         plain = [x]
         for i, (w, b) in enumerate(zip(weights, biases)):
             out = plain[-1] @ w.t() + b
             plain.append(out if linear and i == len(weights) - 1 else out.relu())
-        own, gradient = ([v.detach() for v in values] for values in (weights, biases)), normal(rows, widths[-1])
+        own, gradient = (
+            ([v.detach() for v in values] for values in (weights, biases)),
+            normal(rows, widths[-1]),
+        )
         w, b = own
         outputs = forward(x, w, b, True, linear)
         same("forward", outputs, [v.detach() for v in plain[1:]])
-        if linear: continue  # of NaN there is no gradient to compare
+        if linear:
+            continue  # of NaN there is no gradient to compare
         expected = torch.autograd.grad(plain[-1], [*weights, *biases], gradient)
-        same("backward", [v for values in backward(x, w, outputs, gradient, linear) for v in values], expected)
-    logits, value, acted, old = normal(rows, actions).requires_grad_(), normal(rows).requires_grad_(), torch.log_softmax(normal(rows, actions), 1), normal(rows)
+        same(
+            "backward", [v for values in backward(x, w, outputs, gradient, linear) for v in values], expected
+        )
+    logits, value, acted, old = (
+        normal(rows, actions).requires_grad_(),
+        normal(rows).requires_grad_(),
+        torch.log_softmax(normal(rows, actions), 1),
+        normal(rows),
+    )
     action, advantage, target = torch.randint(actions, (rows,), generator=random), normal(rows), normal(rows)
     log, taken = torch.log_softmax(logits, 1), lambda x: x.gather(1, action[:, None]).squeeze(1)
     ratio = (taken(log) - taken(acted)).exp()
-    parts = (-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean(), torch.maximum((value - target)**2, (old + (value - old).clamp(-0.3, 0.3) - target)**2).mean(), -(log.exp() * log).sum(1).mean())
-    data = {"logits": acted, "log_probability": taken(acted), "value": old, "advantage": advantage, "return": target, "action": action}
+    parts = (
+        -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean(),
+        torch.maximum((value - target) ** 2, (old + (value - old).clamp(-0.3, 0.3) - target) ** 2).mean(),
+        -(log.exp() * log).sum(1).mean(),
+    )
+    data = {
+        "logits": acted,
+        "log_probability": taken(acted),
+        "value": old,
+        "advantage": advantage,
+        "return": target,
+        "action": action,
+    }
     means, *gradients = loss_and_gradients(logits.detach(), value.detach(), data, 0.2, 0.3, 0.5, 0.01)
     same("the loss", means[:3], [part.detach() for part in parts])
-    same("the gradient of the loss", gradients, torch.autograd.grad(parts[0] + 0.5 * parts[1] - 0.01 * parts[2], [logits, value]))
-    if not float(torch.tensor([1e-40]) * 0.5): sys.exit("its code makes 0 of the smallest numbers of the whole process")
+    same(
+        "the gradient of the loss",
+        gradients,
+        torch.autograd.grad(parts[0] + 0.5 * parts[1] - 0.01 * parts[2], [logits, value]),
+    )
+    if not float(torch.tensor([1e-40]) * 0.5):
+        sys.exit("its code makes 0 of the smallest numbers of the whole process")

@@ -29,10 +29,17 @@ def fuses(
     dtype: torch.dtype,
 ) -> bool:
     "Whether this machine's CPU computes a hidden layer of that precision in one pass."
-    if dtype not in (torch.float32, torch.bfloat16): return False
-    x, weight, bias = torch.eye(3, 2, dtype=dtype), torch.tensor([[1.0, -2.0], [3.0, 4.0]], dtype=dtype), torch.tensor([0.5, -3.5], dtype=dtype)
-    try: return torch.equal(_one_pass(x, weight, bias), F.relu(F.linear(x, weight, bias)))
-    except (AttributeError, RuntimeError): return False  # a torch without oneDNN, or a chip that it has no such product for
+    if dtype not in (torch.float32, torch.bfloat16):
+        return False
+    x, weight, bias = (
+        torch.eye(3, 2, dtype=dtype),
+        torch.tensor([[1.0, -2.0], [3.0, 4.0]], dtype=dtype),
+        torch.tensor([0.5, -3.5], dtype=dtype),
+    )
+    try:
+        return torch.equal(_one_pass(x, weight, bias), F.relu(F.linear(x, weight, bias)))
+    except (AttributeError, RuntimeError):
+        return False  # a torch without oneDNN, or a chip that it has no such product for
 
 
 class _HiddenLayers(torch.autograd.Function):
@@ -43,7 +50,8 @@ class _HiddenLayers(torch.autograd.Function):
         kept = [x]
         for weight, bias in zip(parameters[::2], parameters[1::2]):
             x = _one_pass(x, weight, bias)
-            if any(context.needs_input_grad): kept.append(x)
+            if any(context.needs_input_grad):
+                kept.append(x)
         context.save_for_backward(*kept, *parameters[::2])
         return x
 
@@ -51,15 +59,19 @@ class _HiddenLayers(torch.autograd.Function):
     @once_differentiable
     def backward(context, gradient):
         n = len(context.saved_tensors) // 2
-        (*inputs, out), weights, found = context.saved_tensors[:n + 1], context.saved_tensors[n + 1:], []
-        gradient = torch.ops.aten.threshold_backward(gradient, out, 0)  # a tensor of our own: the one that came may be somebody's
+        (*inputs, out), weights, found = context.saved_tensors[: n + 1], context.saved_tensors[n + 1 :], []
+        gradient = torch.ops.aten.threshold_backward(
+            gradient, out, 0
+        )  # a tensor of our own: the one that came may be somebody's
         for i in reversed(range(n)):
             x = inputs[i]
             # MKL is faster at products whose rows are long
             wide = x.dtype == torch.float32 and gradient.shape[1] >= x.shape[1]
             found += [gradient.sum(0), (x.t() @ gradient).t() if wide else gradient.t() @ x]
-            if i or context.needs_input_grad[0]: gradient = gradient @ weights[i]
-            if i: torch.ops.aten.threshold_backward.grad_input(gradient, x, 0, grad_input=gradient)
+            if i or context.needs_input_grad[0]:
+                gradient = gradient @ weights[i]
+            if i:
+                torch.ops.aten.threshold_backward.grad_input(gradient, x, 0, grad_input=gradient)
         return gradient if context.needs_input_grad[0] else None, *reversed(found)
 
 
@@ -77,16 +89,28 @@ class _CompiledLayers(torch.autograd.Function):
     @once_differentiable
     def backward(context, gradient):
         x, *rest = context.saved_tensors
-        outputs, weights = rest[:len(rest) // 2], rest[len(rest) // 2:]
-        return None, None, *(v for pair in zip(*cpu_kernels.backward(x, weights, outputs, gradient.contiguous(), context.linear)) for v in pair)
+        outputs, weights = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+        return (
+            None,
+            None,
+            *(
+                v
+                for pair in zip(
+                    *cpu_kernels.backward(x, weights, outputs, gradient.contiguous(), context.linear)
+                )
+                for v in pair
+            ),
+        )
 
 
-def _wanted(*tensors: Tensor) -> bool: return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _wanted(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def _by_compiled_layers(x: Tensor, layers: list[tuple[Tensor, Tensor]], linear: bool) -> Tensor:
     x, parameters = x.float().contiguous(), [v.float().contiguous() for layer in layers for v in layer]
-    if _wanted(*parameters): return _CompiledLayers.apply(linear, x, *parameters)
+    if _wanted(*parameters):
+        return _CompiledLayers.apply(linear, x, *parameters)
     return cpu_kernels.forward(x, parameters[::2], parameters[1::2], False, linear)[-1]
 
 
@@ -101,12 +125,20 @@ def compiles(
     weights: int,  # numbers of them in all layers
 ) -> bool:
     "Whether hidden layers of such inputs are compiled ones, where the inputs need no gradient."
-    if device.type != "cpu" or rows <= _FEW_ROWS or weights > _MOST_WEIGHTS or torch.compiler.is_compiling(): return False
-    return (torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype) == torch.float32 and cpu_kernels.available()
+    if device.type != "cpu" or rows <= _FEW_ROWS or weights > _MOST_WEIGHTS or torch.compiler.is_compiling():
+        return False
+    return (
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else dtype
+    ) == torch.float32 and cpu_kernels.available()
 
 
 def _compilable(x: Tensor, layers: list[tuple[Tensor, Tensor]]) -> bool:
-    return bool(layers) and x.ndim == 2 and not _wanted(x) and compiles(x.device, x.dtype, len(x), sum(weight.numel() for weight, _ in layers))
+    return (
+        bool(layers)
+        and x.ndim == 2
+        and not _wanted(x)
+        and compiles(x.device, x.dtype, len(x), sum(weight.numel() for weight, _ in layers))
+    )
 
 
 def few_sizes(
@@ -126,7 +158,12 @@ def rows_in_few_sizes(
     x: Tensor,  # (n, …)
 ) -> Tensor:  # the same, or with rows of 0 behind them
     "Rows for a half-precision product on a CPU: oneDNN keeps some 400 kB for each number of rows that it has ever seen, up to a gigabyte."
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or _dtype_of(x) not in (torch.bfloat16, torch.float16): return x
+    if (
+        x.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or _dtype_of(x) not in (torch.bfloat16, torch.float16)
+    ):
+        return x
     room = few_sizes(len(x)) - len(x)
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, room)) if room else x
 
@@ -136,11 +173,15 @@ def hidden_layers(
     layers: list[tuple[Tensor, Tensor]],  # of each its weight (outputs, inputs) and its bias (outputs,)
 ) -> Tensor:  # (n, outputs of the last), in autocast's precision where that is on
     "Linear layers, a ReLU after each, with as few passes over memory as the machine can."
-    plain = x.device.type != "cpu" or not len(x) or not layers or torch.compiler.is_compiling()  # a compiler fuses them itself
+    plain = (
+        x.device.type != "cpu" or not len(x) or not layers or torch.compiler.is_compiling()
+    )  # a compiler fuses them itself
     dtype = x.dtype if plain or not torch.is_autocast_enabled("cpu") else torch.get_autocast_dtype("cpu")
-    if _compilable(x, layers): return _by_compiled_layers(x, layers, linear=False)
+    if _compilable(x, layers):
+        return _by_compiled_layers(x, layers, linear=False)
     if plain or not fuses(dtype):
-        for weight, bias in layers: x = F.relu(F.linear(x, weight, bias))
+        for weight, bias in layers:
+            x = F.relu(F.linear(x, weight, bias))
         return x
     return _HiddenLayers.apply(x.to(dtype).contiguous(), *(v.to(dtype) for layer in layers for v in layer))
 
@@ -153,9 +194,11 @@ def layers_and_heads(
     "Hidden layers and what follows them, in one pass where they are compiled."
     if not _compilable(x, layers):
         out = hidden_layers(rows_in_few_sizes(x), layers)
-        return [F.linear(out, *head)[:len(x)] for head in heads]
+        return [F.linear(out, *head)[: len(x)] for head in heads]
     together = heads[0] if len(heads) == 1 else tuple(map(torch.cat, zip(*heads)))
-    return list(_by_compiled_layers(x, [*layers, together], linear=True).split([len(bias) for _, bias in heads], 1))
+    return list(
+        _by_compiled_layers(x, [*layers, together], linear=True).split([len(bias) for _, bias in heads], 1)
+    )
 
 
 def why_slower(
@@ -166,15 +209,22 @@ def why_slower(
 ) -> str | None:  # None: they are as fast as they can be
     "What is missing for compiled layers where they would be taken."
     would = device.type == "cpu" and dtype == torch.float32 and rows > _FEW_ROWS and weights <= _MOST_WEIGHTS
-    return f"hidden layers by PyTorch, which on this CPU is slower than compiling them: {cpu_kernels.missing()}" if would and cpu_kernels.missing() else None
+    return (
+        f"hidden layers by PyTorch, which on this CPU is slower than compiling them: {cpu_kernels.missing()}"
+        if would and cpu_kernels.missing()
+        else None
+    )
 
 # %% ../../nbs/05_policy/01_layers.ipynb #2db5ee37
-_TRIED, _AS_EXACT = 256, 2.0  # size of the products compared, and how many times the default's error is still rounding
+_TRIED, _AS_EXACT = (
+    256,
+    2.0,
+)  # size of the products compared, and how many times the default's error is still rounding
 
 
 @lru_cache(maxsize=None)
 def _medium_is_exact() -> bool:
-    "Whether float32 products of precision \"medium\" are as exact as those of \"highest\"."
+    'Whether float32 products of precision "medium" are as exact as those of "highest".'
     a, b = (torch.randn(_TRIED, _TRIED, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
     exact, before, errors = a.double() @ b.double(), torch.get_float32_matmul_precision(), {}
     for precision in ("highest", "medium"):
@@ -190,9 +240,12 @@ def fast_products(
 ):
     "Within it, float32 products on a CPU are those of the faster library, where they are as exact."
     before = torch.get_float32_matmul_precision()
-    if device.type == "cpu" and _medium_is_exact(): torch.set_float32_matmul_precision("medium")
-    try: yield
-    finally: torch.set_float32_matmul_precision(before)
+    if device.type == "cpu" and _medium_is_exact():
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 # %% ../../nbs/05_policy/01_layers.ipynb #b355b085
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of GNU's malloc.h
@@ -201,6 +254,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of GNU's malloc.h
 @lru_cache(maxsize=None)
 def keep_freed_memory() -> bool:  # whether the C library knows how
     "Let freed memory be used again by this process, instead of being given back and fetched."
-    try: mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError): return False  # not GNU's
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False  # not GNU's
     return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))

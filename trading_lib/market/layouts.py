@@ -18,8 +18,11 @@ from ..config import InputError, unknown_name
 @dataclass(frozen=True)
 class Block:
     "A group of columns that are declared, computed and documented together."
+
     columns: tuple[str, ...]  # names, in order
-    windowed: tuple[bool, ...]  # per column: True: a value per bar of the window; False: the last bar's value on all rows
+    windowed: tuple[
+        bool, ...
+    ]  # per column: True: a value per bar of the window; False: the last bar's value on all rows
     source: str  # "market": a function of the bars; "account": of the account's state
     meaning: str  # one line for people
 
@@ -32,32 +35,67 @@ def _block(kinds: str, names: str, meaning: str, source: str = "market") -> Bloc
 
 
 BLOCKS = {
-    "price_6": _block("wwwbbb", "norm_price returns log_returns volatility momentum rsi", "where the price is and how it moves"),
-    "price_7": _block("wwwbbbw", "norm_price returns log_returns volatility momentum rsi volume_proxy", "the same, and volume"),
+    "price_6": _block(
+        "wwwbbb",
+        "norm_price returns log_returns volatility momentum rsi",
+        "where the price is and how it moves",
+    ),
+    "price_7": _block(
+        "wwwbbbw",
+        "norm_price returns log_returns volatility momentum rsi volume_proxy",
+        "the same, and volume",
+    ),
     "intraday": _block("w", "bar_range close_location open_gap body", "the shape of each bar"),
-    "temporal": _block("b", "hour_sin hour_cos weekday_sin weekday_cos month_sin month_cos session_progress", "clock and calendar"),
-    "markov": _block("b", " ".join(f"{state}_{chain}" for chain in ("volatility", "trend", "momentum", "macro") for state in ("low", "medium", "high")),
-                     "state probabilities of four Markov chains"),
+    "temporal": _block(
+        "b",
+        "hour_sin hour_cos weekday_sin weekday_cos month_sin month_cos session_progress",
+        "clock and calendar",
+    ),
+    "markov": _block(
+        "b",
+        " ".join(
+            f"{state}_{chain}"
+            for chain in ("volatility", "trend", "momentum", "macro")
+            for state in ("low", "medium", "high")
+        ),
+        "state probabilities of four Markov chains",
+    ),
     "reversal": _block("b", "p_reversal_up p_reversal_down p_continue", "where the trend chain goes next"),
-    "extended": _block("b", "macd macd_signal macd_hist adx plus_di minus_di stoch_k stoch_d atr_pct bb_percent_b cci williams_r roc rsi_7", "textbook indicators"),
-    "multi_window": _block("b", " ".join(f"{name}_{bars}" for bars in (20, 50, 100) for name in ("return", "volatility", "zscore")),
-                           "return, volatility and z-score over three windows"),
+    "extended": _block(
+        "b",
+        "macd macd_signal macd_hist adx plus_di minus_di stoch_k stoch_d atr_pct bb_percent_b cci williams_r roc rsi_7",
+        "textbook indicators",
+    ),
+    "multi_window": _block(
+        "b",
+        " ".join(f"{name}_{bars}" for bars in (20, 50, 100) for name in ("return", "volatility", "zscore")),
+        "return, volatility and z-score over three windows",
+    ),
     "account": _block("b", "pnl win_rate drawdown", "how the account has done", "account"),
     "position": _block("b", "position_pct available_pct account_change", "what the account holds", "account"),
-    "regime_bars": _block("b", "age_volatility age_trend age_momentum", "how long the present states have lasted"),
-    "hourly_context": _block("b", "h1_return h1_volatility h1_trend h1_momentum h1_rsi h1_range position_in_hour", "the hour around the bar"),
+    "regime_bars": _block(
+        "b", "age_volatility age_trend age_momentum", "how long the present states have lasted"
+    ),
+    "hourly_context": _block(
+        "b",
+        "h1_return h1_volatility h1_trend h1_momentum h1_rsi h1_range position_in_hour",
+        "the hour around the bar",
+    ),
 }
 
 # %% ../../nbs/02_features/00_layouts.ipynb #35159d48
 @dataclass(frozen=True)
 class Layout:
     "The columns of one model version, derived from the list of its blocks."
+
     version: str  # model version
     blocks: tuple[str, ...]  # names in BLOCKS, in column order
     min_history: int = 600  # bars from which a tail gives the same row as the whole history
 
     def _select(self, source=None) -> tuple[str, ...]:
-        return tuple(c for name in self.blocks for c in BLOCKS[name].columns if source in (None, BLOCKS[name].source))
+        return tuple(
+            c for name in self.blocks for c in BLOCKS[name].columns if source in (None, BLOCKS[name].source)
+        )
 
     @cached_property
     def columns(self) -> tuple[str, ...]:  # n_features names
@@ -92,7 +130,8 @@ class Layout:
         "Number of columns."
         return len(self.columns)
 
-    def obs_dim(self,
+    def obs_dim(
+        self,
         window: int = 100,  # bars in one observation
     ) -> int:  # window × n_features
         "Length of the flattened observation."
@@ -102,23 +141,41 @@ class Layout:
 _BASE = ("price_7", "intraday", "temporal", "markov", "extended", "multi_window")
 _REGIME = ("temporal", "markov", "reversal", "extended", "multi_window")
 
-LAYOUTS = {layout.version: layout for layout in (
-    Layout("2.3.0", _BASE),
-    Layout("2.4.0", _BASE + ("account",)),
-    Layout("2.5.0", _BASE + ("account",)),
-    Layout("2.6.0", _BASE + ("account",)),
-    Layout("2.7.0", _BASE + ("account", "position")),
-    Layout("5.3.0", ("price_7", "intraday", "temporal", "markov", "reversal", "extended", "multi_window", "account", "position", "regime_bars")),
-    Layout("5.5.0", ("price_6",) + _REGIME),
-    Layout("5.6.0", ("price_6",) + _REGIME + ("hourly_context",)),
-)}
+LAYOUTS = {
+    layout.version: layout
+    for layout in (
+        Layout("2.3.0", _BASE),
+        Layout("2.4.0", _BASE + ("account",)),
+        Layout("2.5.0", _BASE + ("account",)),
+        Layout("2.6.0", _BASE + ("account",)),
+        Layout("2.7.0", _BASE + ("account", "position")),
+        Layout(
+            "5.3.0",
+            (
+                "price_7",
+                "intraday",
+                "temporal",
+                "markov",
+                "reversal",
+                "extended",
+                "multi_window",
+                "account",
+                "position",
+                "regime_bars",
+            ),
+        ),
+        Layout("5.5.0", ("price_6",) + _REGIME),
+        Layout("5.6.0", ("price_6",) + _REGIME + ("hourly_context",)),
+    )
+}
 
 
 def get_layout(
     version: str,  # such as "5.6.0"
 ) -> Layout:
     "The layout of a version; an `InputError` names the nearest known version."
-    if version not in LAYOUTS: raise unknown_name("features.version", version, LAYOUTS)
+    if version not in LAYOUTS:
+        raise unknown_name("features.version", version, LAYOUTS)
     return LAYOUTS[version]
 
 # %% ../../nbs/02_features/00_layouts.ipynb #097ab9df
@@ -129,9 +186,12 @@ def get_target_features_from_obs_dim(
     "The feature count that belongs to an observation width; unknown widths are errors."
     known = sorted({layout.obs_dim(window): layout.n_features for layout in LAYOUTS.values()}.items())
     for width, n_features in known:
-        if width == obs_dim: return n_features
-    raise InputError(f"obs_dim: expected {', '.join(f'{w} ({n} columns)' for w, n in known)} for a window of {window} bars, was {obs_dim}; "
-                     "check the window, or the checkpoint's version")
+        if width == obs_dim:
+            return n_features
+    raise InputError(
+        f"obs_dim: expected {', '.join(f'{w} ({n} columns)' for w, n in known)} for a window of {window} bars, was {obs_dim}; "
+        "check the window, or the checkpoint's version"
+    )
 
 # %% ../../nbs/02_features/00_layouts.ipynb #1e40ffe6
 def layout_hash(

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../../nbs/02_features/01_regimes.ipynb #d95ff4d5
-TRANSITION_FLOOR = 0.01  # smallest probability of any transition: a filter that can always change its mind forgets its past
+TRANSITION_FLOOR = (
+    0.01  # smallest probability of any transition: a filter that can always change its mind forgets its past
+)
 
 
 @dataclass(frozen=True, eq=False)
 class MarkovChains:
     "Parameters of several three-state Gaussian Markov chains; states are ordered by mean."
+
     means: np.ndarray  # (chains, 3)
     variances: np.ndarray  # (chains, 3)
     transitions: np.ndarray  # (chains, 3, 3): from row to column; rows sum to one
@@ -49,10 +52,16 @@ def filter_chains(
 ) -> np.ndarray:  # (bars, chains, 3): probability of each state, given this bar and those before it
     "State probabilities of one unbroken stretch of bars, forward-filtered."
     deviations = np.sqrt(chains.variances)
-    within = np.clip(np.asarray(observations, float), chains.means[:, 0] - 3 * deviations[:, 0], chains.means[:, -1] + 3 * deviations[:, -1])
+    within = np.clip(
+        np.asarray(observations, float),
+        chains.means[:, 0] - 3 * deviations[:, 0],
+        chains.means[:, -1] + 3 * deviations[:, -1],
+    )
     likelihoods, _ = _likelihoods(chains.means, chains.variances, within)
     probabilities = np.empty(likelihoods.shape)
-    for chain, (transition, belief) in enumerate(zip(chains.transitions.tolist(), chains.stationary.tolist())):
+    for chain, (transition, belief) in enumerate(
+        zip(chains.transitions.tolist(), chains.stationary.tolist())
+    ):
         (a, b, c), (d, e, f), (g, h, i) = transition
         low, medium, high = belief  # before the first bar; one transition leaves it as it is
         rows = []
@@ -63,7 +72,8 @@ def filter_chains(
             total = x + y + z
             low, medium, high = x / total, y / total, z / total
             rows.append((low, medium, high))
-        if rows: probabilities[:, chain] = rows
+        if rows:
+            probabilities[:, chain] = rows
     return probabilities
 
 
@@ -104,7 +114,8 @@ def _chunks(observations, segment, length):
 
 def fit_chains(
     observations: np.ndarray,  # (bars, chains); NaN: no information
-    segment: np.ndarray | None = None,  # int (bars,): bars with different numbers are not neighbours; None: one stretch
+    segment: np.ndarray
+    | None = None,  # int (bars,): bars with different numbers are not neighbours; None: one stretch
     iterations: int = 200,  # at most
     tolerance: float = 1e-6,  # stop when the mean log-likelihood per bar gains less
     chunk: int = 64,  # bars in one chunk
@@ -113,11 +124,14 @@ def fit_chains(
     observations = np.asarray(observations, float)
     observations = np.where(np.isfinite(observations), observations, np.nan)
     bars, chains = observations.shape
-    x, first, last = _chunks(observations, np.zeros(bars, int) if segment is None else np.asarray(segment), chunk)  # (L, C, N), (N,), (N,)
+    x, first, last = _chunks(
+        observations, np.zeros(bars, int) if segment is None else np.asarray(segment), chunk
+    )  # (L, C, N), (N,), (N,)
     means, spread = np.zeros((chains, 3)), np.zeros((chains, 1))
     for c, column in enumerate(observations.T):
         seen = column[~np.isnan(column)]
-        if len(seen): means[c], spread[c] = np.quantile(seen, [1 / 6, 1 / 2, 5 / 6]), seen.var()
+        if len(seen):
+            means[c], spread[c] = np.quantile(seen, [1 / 6, 1 / 2, 5 / 6]), seen.var()
     floor = np.maximum(1e-3 * spread, 1e-8)
     variances = np.maximum(np.repeat(spread / 4, 3, axis=1), floor)
     transitions = np.tile(0.85 * np.eye(3) + 0.05, (chains, 1, 1))
@@ -128,7 +142,9 @@ def fit_chains(
     counted[0] &= ~first[:, None]
     length, n = len(x), x.shape[-1]
     forward = np.empty((length + 1, chains, n, 3))  # forward[t + 1]: belief after bar t of the chunk
-    backward = np.empty((length, chains, n, 3))  # backward[t]: likelihood of what follows bar t, up to a factor
+    backward = np.empty(
+        (length, chains, n, 3)
+    )  # backward[t]: likelihood of what follows bar t, up to a factor
     total = np.empty((length, chains, n, 1))
     from_before, from_after = np.full((chains, n, 3), 1 / 3), np.ones((chains, n, 3))
     score = np.full(chains, -np.inf)
@@ -142,7 +158,8 @@ def fit_chains(
             np.divide(joint, total[t], out=forward[t + 1])
         backward[-1] = np.where(last[:, None], 1.0, from_after)
         reverse = np.swapaxes(transitions, 1, 2)
-        for t in range(length - 1, 0, -1): np.divide(np.matmul(backward[t] * likelihood[t], reverse), total[t], out=backward[t - 1])
+        for t in range(length - 1, 0, -1):
+            np.divide(np.matmul(backward[t] * likelihood[t], reverse), total[t], out=backward[t - 1])
         from_before[:, 1:] = forward[-1][:, :-1]
         message = np.matmul(backward[0] * likelihood[0], reverse)
         from_after[:, :-1] = (message / message.sum(-1, keepdims=True))[:, 1:]
@@ -154,15 +171,28 @@ def fit_chains(
         occupied = weight > 1e-6  # a state that explains nothing stays where it is
         weight = np.where(occupied, weight, 1.0)
         means = np.where(occupied, (belief * value).sum((0, 2)) / weight, means)
-        variances = np.where(occupied, np.maximum((belief * (value - means[:, None]) ** 2).sum((0, 2)) / weight, floor), variances)
+        variances = np.where(
+            occupied,
+            np.maximum((belief * (value - means[:, None]) ** 2).sum((0, 2)) / weight, floor),
+            variances,
+        )
         ahead = backward * likelihood
         joint = (np.matmul(forward[:-1], transitions) * ahead).sum(-1, keepdims=True)
         pairs = np.einsum("lcni,lcnj->cij", forward[:-1], ahead * (counted / joint)) * transitions
         leaving = pairs.sum(-1, keepdims=True)
-        transitions = np.where(leaving > 1e-6, _floored(pairs / np.where(leaving > 1e-6, leaving, 1.0), TRANSITION_FLOOR), transitions)
+        transitions = np.where(
+            leaving > 1e-6,
+            _floored(pairs / np.where(leaving > 1e-6, leaving, 1.0), TRANSITION_FLOOR),
+            transitions,
+        )
 
         before, score = score, (np.log(total[..., 0]) + peak).sum((0, 2)) / np.maximum(known.sum((0, 2)), 1)
-        if np.all(np.abs(score - before) < tolerance): break
+        if np.all(np.abs(score - before) < tolerance):
+            break
     order = np.argsort(means, axis=1, kind="stable")
-    transitions = np.take_along_axis(np.take_along_axis(transitions, order[:, :, None], 1), order[:, None, :], 2)
-    return MarkovChains(np.take_along_axis(means, order, 1), np.take_along_axis(variances, order, 1), transitions)
+    transitions = np.take_along_axis(
+        np.take_along_axis(transitions, order[:, :, None], 1), order[:, None, :], 2
+    )
+    return MarkovChains(
+        np.take_along_axis(means, order, 1), np.take_along_axis(variances, order, 1), transitions
+    )

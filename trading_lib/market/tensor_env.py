@@ -24,7 +24,8 @@ _TRANSPARENT = (gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, gym.wrapper
 def _time_limit(env: gym.Env) -> gym.Env | None:
     "The wrapper that counts steps, if there is one."
     while isinstance(env, gym.Wrapper):
-        if isinstance(env, gym.wrappers.TimeLimit): return env
+        if isinstance(env, gym.wrappers.TimeLimit):
+            return env
         env = env.env
     return None
 
@@ -32,16 +33,24 @@ def _time_limit(env: gym.Env) -> gym.Env | None:
 def _state_is_known(env: gym.Env) -> bool:
     "Whether everything that the next step depends on can be read and put back."
     while isinstance(env, gym.Wrapper):
-        if not isinstance(env, _TRANSPARENT): return False
+        if not isinstance(env, _TRANSPARENT):
+            return False
         env = env.env
-    return hasattr(env, "load_state_dict") or type(env).__module__.startswith("gymnasium.envs.classic_control.")
+    return hasattr(env, "load_state_dict") or type(env).__module__.startswith(
+        "gymnasium.envs.classic_control."
+    )
 
 
 def _state_of(env: gym.Env) -> dict:
     "Plain numbers and tensors of one environment."
     inner, limit = env.unwrapped, _time_limit(env)
-    if hasattr(inner, "load_state_dict"): state = inner.state_dict()
-    else: state = {"state": torch.tensor(np.asarray(inner.state, dtype=np.float64)), "random": inner.np_random.bit_generator.state}
+    if hasattr(inner, "load_state_dict"):
+        state = inner.state_dict()
+    else:
+        state = {
+            "state": torch.tensor(np.asarray(inner.state, dtype=np.float64)),
+            "random": inner.np_random.bit_generator.state,
+        }
     return {"env": state, "elapsed": limit._elapsed_steps if limit else None}
 
 
@@ -49,56 +58,107 @@ def _restore(env: gym.Env, state: dict):
     "The inverse of `_state_of`."
     env.reset()  # wrappers want to have seen one
     inner, limit = env.unwrapped, _time_limit(env)
-    if hasattr(inner, "load_state_dict"): inner.load_state_dict(state["env"])
-    else: inner.state, inner.np_random.bit_generator.state = state["env"]["state"].numpy().copy(), state["env"]["random"]
-    if limit: limit._elapsed_steps = state["elapsed"]
+    if hasattr(inner, "load_state_dict"):
+        inner.load_state_dict(state["env"])
+    else:
+        inner.state, inner.np_random.bit_generator.state = (
+            state["env"]["state"].numpy().copy(),
+            state["env"]["random"],
+        )
+    if limit:
+        limit._elapsed_steps = state["elapsed"]
 
 # %% ../../nbs/03_env/07_tensor_env.ipynb #0d27f585
 class TensorEnv:
     "Gymnasium environments with flat observations and numbered actions, stepped together on tensors."
 
-    def __init__(self,
+    def __init__(
+        self,
         env,  # a VectorEnv that resets in the same step; or an id such as "CartPole-v1", or a function without arguments that makes one environment
         n_envs: int | None = None,  # how many of that id or function; a VectorEnv has its own number
-        device: str | torch.device = "cpu",  # where the tensors live; the environments themselves run on the CPU
+        device: str
+        | torch.device = "cpu",  # where the tensors live; the environments themselves run on the CPU
     ):
         if isinstance(env, VectorEnv):
             mode = env.metadata.get("autoreset_mode")
-            require(mode is AutoresetMode.SAME_STEP, f"TensorEnv: expected environments with autoreset_mode=AutoresetMode.SAME_STEP, was {mode}")
-            require(n_envs in (None, env.num_envs), f"TensorEnv: this VectorEnv has {env.num_envs} environments, n_envs was {n_envs}; leave it out")
+            require(
+                mode is AutoresetMode.SAME_STEP,
+                f"TensorEnv: expected environments with autoreset_mode=AutoresetMode.SAME_STEP, was {mode}",
+            )
+            require(
+                n_envs in (None, env.num_envs),
+                f"TensorEnv: this VectorEnv has {env.num_envs} environments, n_envs was {n_envs}; leave it out",
+            )
         else:
-            require(isinstance(env, str) or callable(env), f"TensorEnv: expected an id, a function that makes one environment, or a VectorEnv, was {env!r}")
-            require(isinstance(n_envs, (int, np.integer)) and n_envs >= 1, f"TensorEnv: n_envs: expected a whole number from 1, was {n_envs!r}")
-            try: env = SyncVectorEnv([partial(gym.make, env) if isinstance(env, str) else env] * int(n_envs), autoreset_mode=AutoresetMode.SAME_STEP)
-            except gym.error.Error as e: raise InputError(f"TensorEnv: {' '.join(str(e).split())}") from None
+            require(
+                isinstance(env, str) or callable(env),
+                f"TensorEnv: expected an id, a function that makes one environment, or a VectorEnv, was {env!r}",
+            )
+            require(
+                isinstance(n_envs, (int, np.integer)) and n_envs >= 1,
+                f"TensorEnv: n_envs: expected a whole number from 1, was {n_envs!r}",
+            )
+            try:
+                env = SyncVectorEnv(
+                    [partial(gym.make, env) if isinstance(env, str) else env] * int(n_envs),
+                    autoreset_mode=AutoresetMode.SAME_STEP,
+                )
+            except gym.error.Error as e:
+                raise InputError(f"TensorEnv: {' '.join(str(e).split())}") from None
         observations, actions = env.single_observation_space, env.single_action_space
-        require(isinstance(observations, gym.spaces.Box), f"TensorEnv: expected observations of a Box, was {observations}; flatten them with gymnasium.wrappers.FlattenObservation")
-        require(isinstance(actions, gym.spaces.Discrete), f"TensorEnv: expected Discrete actions, was {actions}")
+        require(
+            isinstance(observations, gym.spaces.Box),
+            f"TensorEnv: expected observations of a Box, was {observations}; flatten them with gymnasium.wrappers.FlattenObservation",
+        )
+        require(
+            isinstance(actions, gym.spaces.Discrete), f"TensorEnv: expected Discrete actions, was {actions}"
+        )
         self.env, self.device = env, torch.device(device)
-        self.n_envs, self.n_actions, self.obs_dim = env.num_envs, int(actions.n), int(np.prod(observations.shape))
+        self.n_envs, self.n_actions, self.obs_dim = (
+            env.num_envs,
+            int(actions.n),
+            int(np.prod(observations.shape)),
+        )
         self._first_action = int(actions.start)
         self.finished = []  # (step of the run, return, length) of each finished episode
-        if type(env) is SyncVectorEnv and all(map(_state_is_known, env.envs)): self.state_dict, self.load_state_dict = self._state_dict, self._load_state_dict
+        if type(env) is SyncVectorEnv and all(map(_state_is_known, env.envs)):
+            self.state_dict, self.load_state_dict = self._state_dict, self._load_state_dict
 
     def _tensor(self, values: np.ndarray) -> Tensor:  # (n, obs_dim) float32
-        return torch.tensor(np.asarray(values, dtype=np.float32).reshape(len(values), self.obs_dim), device=self.device)
+        return torch.tensor(
+            np.asarray(values, dtype=np.float32).reshape(len(values), self.obs_dim), device=self.device
+        )
 
-    def reset(self,
+    def reset(
+        self,
         seed: int | None = None,  # of the first environment; the others have the numbers that follow it
     ) -> Tensor:  # (n_envs, obs_dim) float32
         "Begin all episodes, and the count of steps."
-        self.finished, self.global_step, self._returns, self._lengths = [], 0, np.zeros(self.n_envs), np.zeros(self.n_envs, dtype=np.int64)
+        self.finished, self.global_step, self._returns, self._lengths = (
+            [],
+            0,
+            np.zeros(self.n_envs),
+            np.zeros(self.n_envs, dtype=np.int64),
+        )
         self._obs = self._tensor(self.env.reset(seed=seed)[0])
         return self._obs
 
-    def step(self,
+    def step(
+        self,
         actions: Tensor,  # (n_envs,) from 0
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict]:  # observations, rewards float32, terminated, truncated, infos with `final_obs` (n_envs, obs_dim)
+    ) -> tuple[
+        Tensor, Tensor, Tensor, Tensor, dict
+    ]:  # observations, rewards float32, terminated, truncated, infos with `final_obs` (n_envs, obs_dim)
         "One step of every environment."
         require(hasattr(self, "_obs"), "step: no episode has begun; call reset(seed) first")
         actions = torch.as_tensor(actions).cpu().numpy()
-        require(actions.shape == (self.n_envs,) and actions.dtype.kind in "iu" and 0 <= actions.min() and actions.max() < self.n_actions,
-                f"step: expected {self.n_envs} whole numbers from 0 to {self.n_actions - 1}, was {actions.tolist() if actions.size < 9 else f'{actions.dtype} of shape {actions.shape}'}")
+        require(
+            actions.shape == (self.n_envs,)
+            and actions.dtype.kind in "iu"
+            and 0 <= actions.min()
+            and actions.max() < self.n_actions,
+            f"step: expected {self.n_envs} whole numbers from 0 to {self.n_actions - 1}, was {actions.tolist() if actions.size < 9 else f'{actions.dtype} of shape {actions.shape}'}",
+        )
         obs, rewards, terminated, truncated, infos = self.env.step(actions + self._first_action)
         self._obs = final = self._tensor(obs)
         self.global_step += self.n_envs
@@ -108,24 +168,50 @@ class TensorEnv:
         if len(ended):
             final = self._obs.clone()
             final[ended] = self._tensor(np.stack(infos["final_obs"][ended].tolist()))
-            self.finished += [(self.global_step, float(self._returns[i]), int(self._lengths[i])) for i in ended]
+            self.finished += [
+                (self.global_step, float(self._returns[i]), int(self._lengths[i])) for i in ended
+            ]
             self._returns[ended], self._lengths[ended] = 0, 0
         on_device = lambda values, dtype: torch.tensor(values, dtype=dtype, device=self.device)
-        return self._obs, on_device(rewards, torch.float32), on_device(terminated, torch.bool), on_device(truncated, torch.bool), {"final_obs": final}
+        return (
+            self._obs,
+            on_device(rewards, torch.float32),
+            on_device(terminated, torch.bool),
+            on_device(truncated, torch.bool),
+            {"final_obs": final},
+        )
 
     def _state_dict(self) -> dict:
         "Everything that the next step depends on, as tensors and numbers."
-        if not hasattr(self, "_obs"): return {}
-        return {"envs": [_state_of(env) for env in self.env.envs], "obs": self._obs.clone(), "global_step": self.global_step, "finished": list(self.finished),
-                "returns": torch.tensor(self._returns), "lengths": torch.tensor(self._lengths)}
+        if not hasattr(self, "_obs"):
+            return {}
+        return {
+            "envs": [_state_of(env) for env in self.env.envs],
+            "obs": self._obs.clone(),
+            "global_step": self.global_step,
+            "finished": list(self.finished),
+            "returns": torch.tensor(self._returns),
+            "lengths": torch.tensor(self._lengths),
+        }
 
     def _load_state_dict(self, state: dict) -> Tensor:  # the observations that `state_dict` was taken at
         "Go on exactly where `state_dict` was taken."
         n = len(state.get("envs", ()))
-        require(n == self.n_envs, f"environment state: n_envs is {self.n_envs} here, the state is {f'of {n} environments' if n else 'empty'}")
-        for env, own in zip(self.env.envs, state["envs"]): _restore(env, own)
-        self._obs, self.global_step, self.finished = state["obs"].clone().to(self.device), state["global_step"], [tuple(row) for row in state["finished"]]
-        self._returns, self._lengths = state["returns"].cpu().numpy().copy(), state["lengths"].cpu().numpy().copy()
+        require(
+            n == self.n_envs,
+            f"environment state: n_envs is {self.n_envs} here, the state is {f'of {n} environments' if n else 'empty'}",
+        )
+        for env, own in zip(self.env.envs, state["envs"]):
+            _restore(env, own)
+        self._obs, self.global_step, self.finished = (
+            state["obs"].clone().to(self.device),
+            state["global_step"],
+            [tuple(row) for row in state["finished"]],
+        )
+        self._returns, self._lengths = (
+            state["returns"].cpu().numpy().copy(),
+            state["lengths"].cpu().numpy().copy(),
+        )
         return self._obs
 
 # %% ../../nbs/03_env/07_tensor_env.ipynb #ef96aaad
@@ -134,23 +220,35 @@ class CueRecall(gym.Env):
 
     metadata = {"render_modes": []}
 
-    def __init__(self,
+    def __init__(
+        self,
         n_cues: int = 4,  # cues, and actions
         delay: tuple[int, int] = (4, 8),  # fewest and most steps between the cue and the question
     ):
-        require(isinstance(n_cues, (int, np.integer)) and n_cues >= 2, f"CueRecall: n_cues: expected a whole number from 2, was {n_cues!r}")
-        require(len(delay) == 2 and 0 <= delay[0] <= delay[1], f"CueRecall: delay: expected fewest and most steps such as (4, 8), was {delay!r}")
+        require(
+            isinstance(n_cues, (int, np.integer)) and n_cues >= 2,
+            f"CueRecall: n_cues: expected a whole number from 2, was {n_cues!r}",
+        )
+        require(
+            len(delay) == 2 and 0 <= delay[0] <= delay[1],
+            f"CueRecall: delay: expected fewest and most steps such as (4, 8), was {delay!r}",
+        )
         self.n_cues, self.delay = int(n_cues), (int(delay[0]), int(delay[1]))
-        self.observation_space = gym.spaces.Box(-1.0, 1.0, (self.n_cues + 2,), dtype=np.float32)  # the cue as one of n, the question's flag, noise
+        self.observation_space = gym.spaces.Box(
+            -1.0, 1.0, (self.n_cues + 2,), dtype=np.float32
+        )  # the cue as one of n, the question's flag, noise
         self.action_space = gym.spaces.Discrete(self.n_cues)
 
     def _observe(self) -> np.ndarray:  # (n_cues + 2,) float32
         obs = np.zeros(self.n_cues + 2, dtype=np.float32)
-        if self._left > self._wait: obs[self._cue] = 1
+        if self._left > self._wait:
+            obs[self._cue] = 1
         obs[-2], obs[-1] = self._left == 0, self.np_random.uniform(-1, 1)
         return obs
 
-    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:  # observation, info
+    def reset(
+        self, *, seed: int | None = None, options: dict | None = None
+    ) -> tuple[np.ndarray, dict]:  # observation, info
         "Draw a cue and a delay; `options` may hold the `cue`."
         super().reset(seed=seed)
         drawn = self.np_random.integers(self.n_cues)  # drawn even where it is given: all else stays the same
@@ -159,7 +257,9 @@ class CueRecall(gym.Env):
         self._left = self._wait + 1  # steps until the question
         return self._observe(), {}
 
-    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict]:  # observation, reward, terminated, truncated, info
+    def step(
+        self, action: int
+    ) -> tuple[np.ndarray, float, bool, bool, dict]:  # observation, reward, terminated, truncated, info
         "Only the action at the question counts; it ends the episode."
         asked = self._left == 0
         self._left -= 1
@@ -167,7 +267,12 @@ class CueRecall(gym.Env):
 
     def state_dict(self) -> dict:
         "For an exact resume."
-        return {"cue": self._cue, "wait": self._wait, "left": self._left, "random": self.np_random.bit_generator.state}
+        return {
+            "cue": self._cue,
+            "wait": self._wait,
+            "left": self._left,
+            "random": self.np_random.bit_generator.state,
+        }
 
     def load_state_dict(self, state: dict):
         "Go on exactly where `state_dict` was taken."

@@ -24,9 +24,12 @@ _PREFIX, _LONGEST = "trading_lib-kernel-", 60
 
 
 def _is_alive(pid: int) -> bool:
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except OSError: pass  # somebody else's
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
     return True
 
 
@@ -35,39 +38,54 @@ def _remove_left(folder: Path):
     for left in folder.glob(f"{_PREFIX}*"):
         pid = left.name.removeprefix(_PREFIX).partition("-")[0]
         try:
-            if pid.isdigit() and left.stat().st_uid == os.getuid() and not _is_alive(int(pid)): shutil.rmtree(left, ignore_errors=True)
-        except OSError: pass  # another run is removing it
+            if pid.isdigit() and left.stat().st_uid == os.getuid() and not _is_alive(int(pid)):
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass  # another run is removing it
 
 
 @contextmanager
 def kernel_folder():  # yields its path
     "A private folder with a short path for the connection of one kernel."
     place = Path(tempfile.gettempdir())
-    if len(os.fsencode(place)) > _LONGEST: place = Path("/tmp")
+    if len(os.fsencode(place)) > _LONGEST:
+        place = Path("/tmp")
     try:
         _remove_left(place)
         folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
-    except OSError as e: raise InputError(f"{place}: no folder for a kernel's sockets can be made there ({e.strerror}); free some space, or set TMPDIR to a short path") from None
-    try: yield folder
-    finally: shutil.rmtree(folder, ignore_errors=True)
+    except OSError as e:
+        raise InputError(
+            f"{place}: no folder for a kernel's sockets can be made there ({e.strerror}); free some space, or set TMPDIR to a short path"
+        ) from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 # %% ../../nbs/09_pipeline/01_engine.ipynb #44ff73d2
 def _parent(pid: int) -> int | None:
     "Of any process; None: there is no such process."
-    if pid == os.getpid(): return os.getppid()
-    try: return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError: return None
+    if pid == os.getpid():
+        return os.getppid()
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
 
 
 def _started_by_dvc() -> tuple[int, int] | None:  # a process that DVC started, and DVC
     "Where we run as a stage of a pipeline."
-    if "DVC_STAGE" not in os.environ: return None
+    if "DVC_STAGE" not in os.environ:
+        return None
     pid = os.getpid()
     while True:
         parent = _parent(pid)
-        try: inner = b"DVC_STAGE=" in Path(f"/proc/{parent}/environ").read_bytes()
-        except OSError: inner = False
-        if not inner or not parent: return pid, parent or 0
+        try:
+            inner = b"DVC_STAGE=" in Path(f"/proc/{parent}/environ").read_bytes()
+        except OSError:
+            inner = False
+        if not inner or not parent:
+            return pid, parent or 0
         pid = parent
 
 
@@ -79,11 +97,16 @@ def _ends_with_dvc(stop: StopRequest):
     def watch():
         while not over.wait(0.5):
             if _parent(chain[0]) != chain[1]:
-                if not stop.requested: os.kill(os.getpid(), signal.SIGTERM)
+                if not stop.requested:
+                    os.kill(os.getpid(), signal.SIGTERM)
                 return
-    if chain is not None: threading.Thread(target=watch, daemon=True).start()
-    try: yield
-    finally: over.set()
+
+    if chain is not None:
+        threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 # %% ../../nbs/09_pipeline/01_engine.ipynb #927e1c65
 class _Over(Exception):
@@ -107,13 +130,17 @@ class _HandedOn(StopRequest):
 
     def tell(self, number: int):
         "Send the kernel a signal."
-        if self.kernel is None: return
-        try: os.kill(self.kernel, number)
-        except OSError: pass  # it has ended
+        if self.kernel is None:
+            return
+        try:
+            os.kill(self.kernel, number)
+        except OSError:
+            pass  # it has ended
 
     def between_cells(self, **cell):
         "A signal that came while no cell was running reached nobody."
-        if self.requested: raise _Over
+        if self.requested:
+            raise _Over
 
 # %% ../../nbs/09_pipeline/01_engine.ipynb #dd34c5a5
 def _careful(save):
@@ -121,17 +148,29 @@ def _careful(save):
     said = []
 
     def saved(*arguments, **named):
-        try: return save(*arguments, **named)
+        try:
+            return save(*arguments, **named)
         except OSError as e:
-            if not said: print(f"{e.filename or 'the executed notebook'}: cannot be written ({e.strerror}); the run goes on", file=sys.stderr)
+            if not said:
+                print(
+                    f"{e.filename or 'the executed notebook'}: cannot be written ({e.strerror}); the run goes on",
+                    file=sys.stderr,
+                )
             said.append(e)
+
     return saved
 
 
 def _last_words(notebook) -> str:
     "The error that ended a notebook, in one line."
-    errors = [o for cell in notebook.cells for o in cell.get("outputs", []) if o.get("output_type") == "error"]
-    return errors[-1].evalue if errors and errors[-1].ename == "InputError" else "interrupted; what was saved before is complete"
+    errors = [
+        o for cell in notebook.cells for o in cell.get("outputs", []) if o.get("output_type") == "error"
+    ]
+    return (
+        errors[-1].evalue
+        if errors and errors[-1].ename == "InputError"
+        else "interrupted; what was saved before is complete"
+    )
 
 
 @functools.cache
@@ -149,19 +188,40 @@ def _engine():
         def execute_managed_notebook(cls, nb_man, kernel_name, **settings):
             nb_man.save = _careful(nb_man.save)
             with _HandedOn() as stop, _ends_with_dvc(stop), kernel_folder() as folder:
+
                 class Manager(AsyncKernelManager):
                     async def _async_launch_kernel(self, *command, **named):
                         await super()._async_launch_kernel(*command, **named)
                         stop.kernel = self.provisioner.pid
-                private = Config({"KernelManager": {"transport": "ipc", "ip": str(folder / "k"), "connection_file": str(folder / "kernel.json")}})
+
+                private = Config(
+                    {
+                        "KernelManager": {
+                            "transport": "ipc",
+                            "ip": str(folder / "k"),
+                            "connection_file": str(folder / "kernel.json"),
+                        }
+                    }
+                )
                 private.merge(settings.pop("config", None) or {})
-                try: super().execute_managed_notebook(nb_man, kernel_name, **settings, config=private, kernel_manager_class=Manager, on_cell_start=stop.between_cells)
+                try:
+                    super().execute_managed_notebook(
+                        nb_man,
+                        kernel_name,
+                        **settings,
+                        config=private,
+                        kernel_manager_class=Manager,
+                        on_cell_start=stop.between_cells,
+                    )
                 except (_Over, DeadKernelError, RuntimeError):
-                    if not stop.requested: raise
+                    if not stop.requested:
+                        raise
             if stop.requested:
                 nb_man.notebook_complete()
-                try: print(_last_words(nb_man.nb), file=sys.stderr, flush=True)
-                except OSError: pass  # the terminal is gone
+                try:
+                    print(_last_words(nb_man.nb), file=sys.stderr, flush=True)
+                except OSError:
+                    pass  # the terminal is gone
                 raise SystemExit(stop.status)
             return nb_man.nb
 
@@ -170,10 +230,15 @@ def _engine():
 
 class _Later:
     "The engine, imported when it is needed."
+
     def __getattr__(self, name):
-        if name.startswith("__"): raise AttributeError(name)
+        if name.startswith("__"):
+            raise AttributeError(name)
         return getattr(_engine(), name)
 
 
 papermill_engine = _Later()
-if "papermill.engines" in sys.modules: sys.modules["papermill.engines"].papermill_engines.register(None, papermill_engine)  # papermill has asked for it: its default from now on
+if "papermill.engines" in sys.modules:
+    sys.modules["papermill.engines"].papermill_engines.register(
+        None, papermill_engine
+    )  # papermill has asked for it: its default from now on

@@ -30,18 +30,34 @@ from ..account import account_rules
 from ..backtest import run_backtest
 from ..checkpoint import library_versions
 from ..config import AccountConfig, require
-from ..env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, Obs, ObservationTable, layout_of, market_data, split_bounds
-from ..features import fit_features
-from ..evaluation.code_identity import package_closure
-from ..files import atomic_write
-from ..reporting.verdict import SIMULATED_PASS, judge
-from ..evaluation.lookahead import check_lookahead
-from ..metrics import block_bootstrap_interval, equity_returns, interval_says, interval_text, sharpe_moments, summarise_equity
-from ..reporting.pages import figure_bytes
 from ..data.simulation import simulate_market
-from ..training.config import COST_WARM_UP, NativePPOConfig
-from ..trainer import NativePPOTrainer, build_policy
+from trading_lib.env import (
+    GPUEnvConfig,
+    GPUVectorizedTradingEnv,
+    MarketData,
+    Obs,
+    ObservationTable,
+    layout_of,
+    market_data,
+    split_bounds,
+)
+from ..evaluation.code_identity import package_closure
+from ..evaluation.lookahead import check_lookahead
 from ..evaluation.replay import Run, Walked, decision_bars, walk_and_keep
+from ..features import fit_features
+from ..files import atomic_write
+from trading_lib.metrics import (
+    block_bootstrap_interval,
+    equity_returns,
+    interval_says,
+    interval_text,
+    sharpe_moments,
+    summarise_equity,
+)
+from ..reporting.pages import figure_bytes
+from ..reporting.verdict import SIMULATED_PASS, judge
+from ..trainer import NativePPOTrainer, build_policy
+from ..training.config import COST_WARM_UP, NativePPOConfig
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #823b1d63
 KINDS = ("edge", "martingale", "leak")
@@ -57,6 +73,7 @@ _FIRST_PATH, _PATHS_APART = 1_000_000, 1_000
 @dataclass(frozen=True)
 class ProofSettings:
     "Everything that shapes the proofs, beside the seeds and the number of paths."
+
     network_hidden_dims: tuple[int, ...] = (64, 32)  # widths of the hidden layers
     network_window: int = 32  # bars in one observation
     network_n_envs: int = 256  # accounts stepped together
@@ -68,7 +85,10 @@ class ProofSettings:
     edge_planted: float = 0.3  # drift in units of volatility per bar
     edge_start: str = "2023-01-01"  # of each seed's history
     edge_end: str = "2024-01-01"
-    edge_fractions: tuple[float, float] = (0.7, 0.15)  # of training and validation; the rest is the span that is never seen
+    edge_fractions: tuple[float, float] = (
+        0.7,
+        0.15,
+    )  # of training and validation; the rest is the span that is never seen
     edge_steps: int = 500_000  # environment steps of a training
     martingale_start: str = "2023-01-01"  # of each seed's history
     martingale_end: str = "2023-07-01"
@@ -81,21 +101,59 @@ class ProofSettings:
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #2d16b3ca
 def _history(kind: str, seed: int, settings: ProofSettings) -> tuple:
     "Bars, truth, the spans' bounds and the fit of the training span."
-    start, end, fractions = (getattr(settings, f"{'edge' if kind == 'edge' else 'martingale'}_{name}") for name in ("start", "end", "fractions"))
-    bars, truth = simulate_market(_SYMBOL, _TIMEFRAME, start, end, seed=_FIRST_SEED[kind] + seed, edge=settings.edge_planted if kind == "edge" else 0.0)
+    start, end, fractions = (
+        getattr(settings, f"{'edge' if kind == 'edge' else 'martingale'}_{name}")
+        for name in ("start", "end", "fractions")
+    )
+    bars, truth = simulate_market(
+        _SYMBOL,
+        _TIMEFRAME,
+        start,
+        end,
+        seed=_FIRST_SEED[kind] + seed,
+        edge=settings.edge_planted if kind == "edge" else 0.0,
+    )
     spans = split_bounds(len(bars), *fractions)
-    return bars, truth, spans, fit_features(bars.iloc[slice(*spans["train"])], _VERSION, _TIMEFRAME, _ASSET_CLASS)
+    return (
+        bars,
+        truth,
+        spans,
+        fit_features(bars.iloc[slice(*spans["train"])], _VERSION, _TIMEFRAME, _ASSET_CLASS),
+    )
 
 
-def _trained(market: MarketData, spans: dict, seed: int, steps: int, costs: str, settings: ProofSettings) -> NativePPOTrainer:
+def _trained(
+    market: MarketData, spans: dict, seed: int, steps: int, costs: str, settings: ProofSettings
+) -> NativePPOTrainer:
     "A trainer that has done its steps."
-    own = {name.removeprefix("network_"): value for name, value in asdict(settings).items() if name.startswith("network_")}
+    own = {
+        name.removeprefix("network_"): value
+        for name, value in asdict(settings).items()
+        if name.startswith("network_")
+    }
     window, episode_length = own.pop("window"), own.pop("episode_length")
-    env = GPUVectorizedTradingEnv(market.span(*spans["train"]), GPUEnvConfig(
-        n_envs=own["n_envs"], version=_VERSION, window=window, timeframe=_TIMEFRAME, asset_class=_ASSET_CLASS, episode_length=episode_length, reward_preset="equity",
-        account=AccountConfig(costs=costs)), device="cpu")
+    env = GPUVectorizedTradingEnv(
+        market.span(*spans["train"]),
+        GPUEnvConfig(
+            n_envs=own["n_envs"],
+            version=_VERSION,
+            window=window,
+            timeframe=_TIMEFRAME,
+            asset_class=_ASSET_CLASS,
+            episode_length=episode_length,
+            reward_preset="equity",
+            account=AccountConfig(costs=costs),
+        ),
+        device="cpu",
+    )
     updates = -(-steps // (own["n_envs"] * own["n_steps"]))
-    config = NativePPOConfig(**own, total_timesteps=steps, seed=seed, cost_warm_up=COST_WARM_UP, validation_interval=max(1, updates // 10))
+    config = NativePPOConfig(
+        **own,
+        total_timesteps=steps,
+        seed=seed,
+        cost_warm_up=COST_WARM_UP,
+        validation_interval=max(1, updates // 10),
+    )
     trainer = NativePPOTrainer(env, config, market.span(*spans["validation"]), None)
     trainer.train()
     return trainer
@@ -111,16 +169,42 @@ def prove_edge(
     market = market_data(bars, _VERSION, fit, _TIMEFRAME, _ASSET_CLASS, settings.network_window, _SYMBOL)
     trainer = _trained(market, spans, _FIRST_SEED["edge"] + seed, settings.edge_steps, "broker", settings)
     result = run_backtest(trainer.best, bars, start=spans["test"][0], truth=truth)
-    own, names = result.metrics, ("share_of_oracle", "total_return", "net_profit", "gross_profit", "costs", "exposure", "trades", "bars", "start", "end")
-    return {name: own[name] for name in names} | {"oracle": result.baselines["oracle"], "buy_and_hold": result.baselines["buy_and_hold"],
-            "buy_and_hold_at_exposure": result.baselines["buy_and_hold_at_exposure"], "moving_average_cross": result.baselines["moving_average_cross"], "chosen_update": trainer.best["update"], "updates": trainer.updates}
+    own, names = (
+        result.metrics,
+        (
+            "share_of_oracle",
+            "total_return",
+            "net_profit",
+            "gross_profit",
+            "costs",
+            "exposure",
+            "trades",
+            "bars",
+            "start",
+            "end",
+        ),
+    )
+    return {name: own[name] for name in names} | {
+        "oracle": result.baselines["oracle"],
+        "buy_and_hold": result.baselines["buy_and_hold"],
+        "buy_and_hold_at_exposure": result.baselines["buy_and_hold_at_exposure"],
+        "moving_average_cross": result.baselines["moving_average_cross"],
+        "chosen_update": trainer.best["update"],
+        "updates": trainer.updates,
+    }
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #a9ed6e79
 def _gross_profit(walked: Walked, market: MarketData) -> float:
     "Profit before costs, from the fills alone."
     opening, close = market.prices[0][walked.bar + 1], market.prices[3][walked.bar + 1]
-    arrived = np.diff(walked.held, prepend=0.0) - walked.exit_quantity - walked.settled_quantity  # of the orders: a fee in kind is a cost
-    spent = (arrived + walked.gap_quantity) @ opening + walked.inside_quantity @ walked.exit_price + walked.settled_quantity @ close
+    arrived = (
+        np.diff(walked.held, prepend=0.0) - walked.exit_quantity - walked.settled_quantity
+    )  # of the orders: a fee in kind is a cost
+    spent = (
+        (arrived + walked.gap_quantity) @ opening
+        + walked.inside_quantity @ walked.exit_price
+        + walked.settled_quantity @ close
+    )
     return float(walked.held[-1] * close[-1] - spent)
 
 
@@ -133,13 +217,25 @@ def _pooled_verdict(walks: list[tuple[Walked, MarketData]]) -> dict:
     first = walks[0][1].timestamp[walks[0][0].bar[0]]
     figures = summarise_equity(equity, np.append(first, moments), _TIMEFRAME, _ASSET_CLASS, profits)
     judged = judge(figures | {"moments": sharpe_moments(np.concatenate(returns))}, best=SIMULATED_PASS)
-    return {"verdict": judged["verdict"], "deflated_sharpe": judged["deflated_sharpe"]} | {name: figures[name] for name in ("fitness", "profit_factor", "consistency", "max_drawdown", "total_return")}
+    return {"verdict": judged["verdict"], "deflated_sharpe": judged["deflated_sharpe"]} | {
+        name: figures[name]
+        for name in ("fitness", "profit_factor", "consistency", "max_drawdown", "total_return")
+    }
 
 
 def _fresh_path(number: int, seed: int, settings: ProofSettings) -> pd.DataFrame:
     "A month that nobody has seen."
-    begin = pd.Timestamp(settings.martingale_paths_start) + pd.Timedelta(settings.martingale_path_days * number, "D")
-    return simulate_market(_SYMBOL, _TIMEFRAME, str(begin.date()), str((begin + pd.Timedelta(settings.martingale_path_days, "D")).date()), seed=seed, edge=0.0)[0]
+    begin = pd.Timestamp(settings.martingale_paths_start) + pd.Timedelta(
+        settings.martingale_path_days * number, "D"
+    )
+    return simulate_market(
+        _SYMBOL,
+        _TIMEFRAME,
+        str(begin.date()),
+        str((begin + pd.Timedelta(settings.martingale_path_days, "D")).date()),
+        seed=seed,
+        edge=0.0,
+    )[0]
 
 
 def prove_martingale(
@@ -159,17 +255,31 @@ def prove_martingale(
         return plant_leak(market, settings.leak_noise, noise_seed) if leak else market
 
     trainer = _trained(market_of(bars, number), spans, number, settings.martingale_steps, "zero", settings)
-    policy, rules, runs = build_policy(trainer.best), account_rules(AccountConfig(costs="broker"), _ASSET_CLASS), []
+    policy, rules, runs = (
+        build_policy(trainer.best),
+        account_rules(AccountConfig(costs="broker"), _ASSET_CLASS),
+        [],
+    )
     for path in range(paths):
         market = market_of(_fresh_path(path, first_path + path, settings), first_path + path)
         table, at = ObservationTable(market.features, _VERSION, window), decision_bars(market)
-        with torch.no_grad(): actions = policy.evaluate(policy.inputs(Obs(torch.as_tensor(at), torch.empty(len(at), 0)), table))[0].argmax(1)
+        with torch.no_grad():
+            actions = policy.evaluate(
+                policy.inputs(Obs(torch.as_tensor(at), torch.empty(len(at), 0)), table)
+            )[0].argmax(1)
         runs.append(Run(market, rules, actions))
     walked, account = walk_and_keep(runs)
     net = [float(w.equity[-1]) - _INITIAL for w in walked]
-    return {"gross": [_gross_profit(w, run.market) for w, run in zip(walked, runs)], "costs": [float((w.costs + w.settled_costs).sum()) for w in walked], "net": net,
-            "trades": account.trades.tolist(), "decisions": [len(w.bar) for w in walked], "pooled": _pooled_verdict([(w, run.market) for w, run in zip(walked, runs)]),
-            "chosen_update": trainer.best["update"], "updates": trainer.updates}
+    return {
+        "gross": [_gross_profit(w, run.market) for w, run in zip(walked, runs)],
+        "costs": [float((w.costs + w.settled_costs).sum()) for w in walked],
+        "net": net,
+        "trades": account.trades.tolist(),
+        "decisions": [len(w.bar) for w in walked],
+        "pooled": _pooled_verdict([(w, run.market) for w, run in zip(walked, runs)]),
+        "chosen_update": trainer.best["update"],
+        "updates": trainer.updates,
+    }
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #d096c69c
 _LEAKING = "returns"  # the column that the leak replaces
@@ -188,7 +298,9 @@ def plant_leak(
 ) -> MarketData:
     "The same market with a column that tells the next bar."
     table = market.features.copy()
-    table[:, list(layout_of(market.version).market_columns).index(_LEAKING)] = _told(market.prices[3], noise, seed)
+    table[:, list(layout_of(market.version).market_columns).index(_LEAKING)] = _told(
+        market.prices[3], noise, seed
+    )
     return replace(market, features=table)
 
 
@@ -204,8 +316,10 @@ def _leaking_feature():
         return columns
 
     features.BLOCK_FUNCTIONS["price_6"] = dishonest
-    try: yield
-    finally: features.BLOCK_FUNCTIONS["price_6"] = honest
+    try:
+        yield
+    finally:
+        features.BLOCK_FUNCTIONS["price_6"] = honest
 
 
 def prove_leak(
@@ -215,13 +329,19 @@ def prove_leak(
 ) -> dict:  # figures
     "Both checks on a market with a planted leak."
     settings = settings or ProofSettings()
-    bars = simulate_market(_SYMBOL, _TIMEFRAME, "2023-01-01", "2023-02-01", seed=_FIRST_SEED["leak"] + seed, edge=0.0)[0]
-    fit = fit_features(bars.iloc[:int(0.6 * len(bars))], _VERSION, _TIMEFRAME, _ASSET_CLASS)
+    bars = simulate_market(
+        _SYMBOL, _TIMEFRAME, "2023-01-01", "2023-02-01", seed=_FIRST_SEED["leak"] + seed, edge=0.0
+    )[0]
+    fit = fit_features(bars.iloc[: int(0.6 * len(bars))], _VERSION, _TIMEFRAME, _ASSET_CLASS)
     check = lambda: check_lookahead(bars, _VERSION, _TIMEFRAME, _ASSET_CLASS, cuts=4, refits=0, fit=fit)
     honest = check()
-    with _leaking_feature(): dishonest = check()
+    with _leaking_feature():
+        dishonest = check()
     named = lambda report: sorted({leak["column"] for leak in report.leaks})
-    return prove_martingale(seed, paths, settings, leak=True) | {"lookahead": {"honest": named(honest), "leaking": named(dishonest)}, "planted": _LEAKING}
+    return prove_martingale(seed, paths, settings, leak=True) | {
+        "lookahead": {"honest": named(honest), "leaking": named(dishonest)},
+        "planted": _LEAKING,
+    }
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #523bc1fb
 BANDS = {"edge_share": 0.30, "edge_seeds": 0.90, "level": 0.99, "books": 1e-9, "trades_per_path": 1.0}
@@ -230,73 +350,183 @@ _RESAMPLES = 5_000
 
 def _interval(values, level: float, n: int = _RESAMPLES) -> list[float]:
     "Of the mean, drawn value by value: each is a block of its own."
-    return list(block_bootstrap_interval(np.asarray(values), np.mean, level=level, block_length=1, n=n, seed=0))
+    return list(
+        block_bootstrap_interval(np.asarray(values), np.mean, level=level, block_length=1, n=n, seed=0)
+    )
 
 
 def _per_path(interval) -> str:
     "Of a profit in currency, where it says anything for an account of this size."
-    return f"{interval[0]:+.2f} to {interval[1]:+.2f}" if interval_says("profit", *(bound / _INITIAL for bound in interval)) else "too wide to say anything"
+    return (
+        f"{interval[0]:+.2f} to {interval[1]:+.2f}"
+        if interval_says("profit", *(bound / _INITIAL for bound in interval))
+        else "too wide to say anything"
+    )
 
 
 def _edge_summary(figures: list[dict]) -> tuple[dict, list[str]]:
     "Figures of the planted edge, and what is wrong."
-    returns, oracle, cross = (np.array([f[name] for f in figures]) for name in ("total_return", "oracle", "moving_average_cross"))
+    returns, oracle, cross = (
+        np.array([f[name] for f in figures]) for name in ("total_return", "oracle", "moving_average_cross")
+    )
     shares = [f["share_of_oracle"] for f in figures]
     known = [s for s in shares if s is not None]  # None where the oracle itself lost
-    require(len(known) >= 2, f"proofs: on {len(shares) - len(known)} of {len(shares)} histories the oracle itself earned nothing; use a longer history or a larger planted edge")
+    require(
+        len(known) >= 2,
+        f"proofs: on {len(shares) - len(known)} of {len(shares)} histories the oracle itself earned nothing; use a longer history or a larger planted edge",
+    )
+
     def pooled(of):  # interval of a share of the oracles' profit
         share = lambda seeds: of[seeds.astype(int)].sum() / oracle[seeds.astype(int)].sum()
-        return list(block_bootstrap_interval(np.arange(len(of)), share, level=0.95, block_length=1, n=_RESAMPLES, seed=0))
-    interval, cross_shares = pooled(returns), [None if f["share_of_oracle"] is None else float(f["moving_average_cross"] / f["oracle"]) for f in figures]
-    won = {"cash": float((returns > 0).mean()), "buy_and_hold_at_exposure": float((returns > [f["buy_and_hold_at_exposure"] for f in figures]).mean())}
+        return list(
+            block_bootstrap_interval(
+                np.arange(len(of)), share, level=0.95, block_length=1, n=_RESAMPLES, seed=0
+            )
+        )
+
+    interval, cross_shares = (
+        pooled(returns),
+        [
+            None if f["share_of_oracle"] is None else float(f["moving_average_cross"] / f["oracle"])
+            for f in figures
+        ],
+    )
+    won = {
+        "cash": float((returns > 0).mean()),
+        "buy_and_hold_at_exposure": float(
+            (returns > [f["buy_and_hold_at_exposure"] for f in figures]).mean()
+        ),
+    }
     failed = []
-    if not interval[0] >= BANDS["edge_share"]: failed.append(f"edge: the share of the oracles' profit has the 95 % interval {interval_text('share_of_oracle', *interval, '{:.1%}')}, expected a lower end of {BANDS['edge_share']:.0%} or more")
+    if not interval[0] >= BANDS["edge_share"]:
+        failed.append(
+            f"edge: the share of the oracles' profit has the 95 % interval {interval_text('share_of_oracle', *interval, '{:.1%}')}, expected a lower end of {BANDS['edge_share']:.0%} or more"
+        )
     for name, share in won.items():
-        if not share >= BANDS["edge_seeds"]: failed.append(f"edge: {share:.0%} of the seeds beat {name}, expected {BANDS['edge_seeds']:.0%} or more")
-    return {"seeds": len(figures), "share_of_oracle": float(returns.sum() / oracle.sum()), "interval_95": interval, "mean_of_shares": float(np.mean(known)), "mean_interval_95": _interval(known, 0.95), "median_share": float(np.median(known)),
-            "shares": shares, "seeds_that_beat": won,
-            "moving_average_cross": {"share_of_oracle": float(cross.sum() / oracle.sum()), "interval_95": pooled(cross), "shares": cross_shares, "seeds_that_beat_it": float((returns > cross).mean())}}, failed
+        if not share >= BANDS["edge_seeds"]:
+            failed.append(
+                f"edge: {share:.0%} of the seeds beat {name}, expected {BANDS['edge_seeds']:.0%} or more"
+            )
+    return {
+        "seeds": len(figures),
+        "share_of_oracle": float(returns.sum() / oracle.sum()),
+        "interval_95": interval,
+        "mean_of_shares": float(np.mean(known)),
+        "mean_interval_95": _interval(known, 0.95),
+        "median_share": float(np.median(known)),
+        "shares": shares,
+        "seeds_that_beat": won,
+        "moving_average_cross": {
+            "share_of_oracle": float(cross.sum() / oracle.sum()),
+            "interval_95": pooled(cross),
+            "shares": cross_shares,
+            "seeds_that_beat_it": float((returns > cross).mean()),
+        },
+    }, failed
 
 
 def _martingale_summary(figures: list[dict]) -> tuple[dict, list[str]]:
     "Figures of the martingale, and what is wrong."
     gross, costs, net = (np.concatenate([f[name] for f in figures]) for name in ("gross", "costs", "net"))
     low, high = interval = _interval(gross, BANDS["level"])
-    error, trades = float(np.abs(gross - costs - net).max()), float(np.concatenate([f["trades"] for f in figures]).mean())
+    error, trades = (
+        float(np.abs(gross - costs - net).max()),
+        float(np.concatenate([f["trades"] for f in figures]).mean()),
+    )
     verdicts = [f["pooled"]["verdict"] for f in figures]
     failed = []
-    if not low <= 0 <= high: failed.append(f"martingale: the pooled gross P&L has the {BANDS['level']:.0%} interval {_per_path(interval)} per path, expected one that contains 0")
-    if not error <= BANDS["books"]: failed.append(f"martingale: net differs from gross less costs by {error:.1e} on some path, expected {BANDS['books']:.0e} at most")
-    if SIMULATED_PASS in verdicts: failed.append(f"martingale: {verdicts.count(SIMULATED_PASS)} of {len(verdicts)} models pass every gate, expected none")
-    if not trades >= BANDS["trades_per_path"]: failed.append(f"martingale: {trades:.2f} trades per path, expected {BANDS['trades_per_path']:g} or more; agents that do not trade prove nothing")
-    return {"models": len(figures), "paths": len(gross), "gross_per_path": float(gross.mean()), "interval_99": interval, "interval_95": _interval(gross, 0.95), "costs_per_path": float(costs.mean()), "net_per_path": float(net.mean()),
-            "largest_error": error, "trades_per_path": trades, "verdicts": {name: verdicts.count(name) for name in sorted(set(verdicts))}}, failed
+    if not low <= 0 <= high:
+        failed.append(
+            f"martingale: the pooled gross P&L has the {BANDS['level']:.0%} interval {_per_path(interval)} per path, expected one that contains 0"
+        )
+    if not error <= BANDS["books"]:
+        failed.append(
+            f"martingale: net differs from gross less costs by {error:.1e} on some path, expected {BANDS['books']:.0e} at most"
+        )
+    if SIMULATED_PASS in verdicts:
+        failed.append(
+            f"martingale: {verdicts.count(SIMULATED_PASS)} of {len(verdicts)} models pass every gate, expected none"
+        )
+    if not trades >= BANDS["trades_per_path"]:
+        failed.append(
+            f"martingale: {trades:.2f} trades per path, expected {BANDS['trades_per_path']:g} or more; agents that do not trade prove nothing"
+        )
+    return {
+        "models": len(figures),
+        "paths": len(gross),
+        "gross_per_path": float(gross.mean()),
+        "interval_99": interval,
+        "interval_95": _interval(gross, 0.95),
+        "costs_per_path": float(costs.mean()),
+        "net_per_path": float(net.mean()),
+        "largest_error": error,
+        "trades_per_path": trades,
+        "verdicts": {name: verdicts.count(name) for name in sorted(set(verdicts))},
+    }, failed
 
 
 def _leak_summary(figures: list[dict], honest_high: float) -> tuple[dict, list[str]]:
     "Whether both checks found the leak, and what is wrong."
-    gross, looked, planted = np.concatenate([f["gross"] for f in figures]), [f["lookahead"] for f in figures], figures[0]["planted"]
+    gross, looked, planted = (
+        np.concatenate([f["gross"] for f in figures]),
+        [f["lookahead"] for f in figures],
+        figures[0]["planted"],
+    )
     low, high = interval = _interval(gross, BANDS["level"])
-    named = {kind: sorted({column for look in looked for column in look[kind]}) for kind in ("leaking", "honest")}
-    by_martingale, by_lookahead = low > max(0.0, honest_high), all(look["leaking"] == [planted] and not look["honest"] for look in looked)
+    named = {
+        kind: sorted({column for look in looked for column in look[kind]}) for kind in ("leaking", "honest")
+    }
+    by_martingale, by_lookahead = (
+        low > max(0.0, honest_high),
+        all(look["leaking"] == [planted] and not look["honest"] for look in looked),
+    )
     failed = []
-    if not by_martingale: failed.append(f"leak: not found by the martingale: its gross P&L has the {BANDS['level']:.0%} interval {_per_path(interval)} per path, expected one above 0 and above the honest {honest_high:+.2f}")
-    if not by_lookahead: failed.append(f"leak: not found by the lookahead check: it names {named['leaking']} with the leak and {named['honest']} without, expected ['{planted}'] and [] for each of {len(looked)} models")
+    if not by_martingale:
+        failed.append(
+            f"leak: not found by the martingale: its gross P&L has the {BANDS['level']:.0%} interval {_per_path(interval)} per path, expected one above 0 and above the honest {honest_high:+.2f}"
+        )
+    if not by_lookahead:
+        failed.append(
+            f"leak: not found by the lookahead check: it names {named['leaking']} with the leak and {named['honest']} without, expected ['{planted}'] and [] for each of {len(looked)} models"
+        )
     error = float(gross.std(ddof=1) / np.sqrt(len(gross)))
-    return {"models": len(figures), "paths": len(gross), "found_by_martingale": bool(by_martingale), "found_by_lookahead": bool(by_lookahead), "gross_per_path": float(gross.mean()), "interval_99": interval, "standard_errors": float(gross.mean() / error) if error else 0.0,
-            "verdicts": [f["pooled"]["verdict"] for f in figures], "named": named["leaking"]}, failed
+    return {
+        "models": len(figures),
+        "paths": len(gross),
+        "found_by_martingale": bool(by_martingale),
+        "found_by_lookahead": bool(by_lookahead),
+        "gross_per_path": float(gross.mean()),
+        "interval_99": interval,
+        "standard_errors": float(gross.mean() / error) if error else 0.0,
+        "verdicts": [f["pooled"]["verdict"] for f in figures],
+        "named": named["leaking"],
+    }, failed
 
 
 def summarise_proofs(
     results: list[dict],  # contents of the JSON files, of all three kinds
 ) -> dict:  # passed, failed (sentences), edge, martingale, leak, bands
     "Do the bands hold?"
-    of = {kind: [r["figures"] for r in sorted(results, key=lambda r: r["seed"]) if r["kind"] == kind] for kind in KINDS}
-    for kind, least in (("edge", 2), ("martingale", 2), ("leak", 1)): require(len(of[kind]) >= least, f"proofs: expected results of {least} or more seeds of kind {kind}, was {len(of[kind])}")
+    of = {
+        kind: [r["figures"] for r in sorted(results, key=lambda r: r["seed"]) if r["kind"] == kind]
+        for kind in KINDS
+    }
+    for kind, least in (("edge", 2), ("martingale", 2), ("leak", 1)):
+        require(
+            len(of[kind]) >= least,
+            f"proofs: expected results of {least} or more seeds of kind {kind}, was {len(of[kind])}",
+        )
     edge, martingale = _edge_summary(of["edge"]), _martingale_summary(of["martingale"])
     leak = _leak_summary(of["leak"], martingale[0]["interval_99"][1])
     failed = edge[1] + martingale[1] + leak[1]
-    return {"passed": not failed, "failed": failed, "edge": edge[0], "martingale": martingale[0], "leak": leak[0], "bands": BANDS}
+    return {
+        "passed": not failed,
+        "failed": failed,
+        "edge": edge[0],
+        "martingale": martingale[0],
+        "leak": leak[0],
+        "bands": BANDS,
+    }
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #2d2fd6a4
 def _sources() -> dict[str, bytes]:  # module -> source
@@ -307,27 +537,50 @@ def _sources() -> dict[str, bytes]:  # module -> source
 def code_hash() -> str:  # 64 hexadecimal digits
     "Of all code that takes part in the proofs."
     digest = hashlib.sha256()
-    for name, source in sorted(_sources().items()): digest.update(f"{name} {len(source)}\n".encode() + source)
+    for name, source in sorted(_sources().items()):
+        digest.update(f"{name} {len(source)}\n".encode() + source)
     return digest.hexdigest()
 
 
-_FIELDS_OF = {"edge": ("network", "edge"), "martingale": ("network", "martingale"), "leak": ("network", "martingale", "leak")}
+_FIELDS_OF = {
+    "edge": ("network", "edge"),
+    "martingale": ("network", "martingale"),
+    "leak": ("network", "martingale", "leak"),
+}
 _LIBRARIES = ("python", "torch", "numpy", "pandas", "TA-Lib")
 
 
 def _described(kind: str, seed: int, paths: int, settings: ProofSettings, code: str) -> dict:
     "What a result file says of itself, before its figures."
     versions = library_versions()
-    own = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items() if name.partition("_")[0] in _FIELDS_OF[kind]}
-    said = {"kind": kind, "seed": seed, "settings": own | ({} if kind == "edge" else {"paths": paths}), "libraries": {name: versions[name] for name in _LIBRARIES}, "code": code}
+    own = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in asdict(settings).items()
+        if name.partition("_")[0] in _FIELDS_OF[kind]
+    }
+    said = {
+        "kind": kind,
+        "seed": seed,
+        "settings": own | ({} if kind == "edge" else {"paths": paths}),
+        "libraries": {name: versions[name] for name in _LIBRARIES},
+        "code": code,
+    }
     return said | {"identity": hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()}
 
 
 def _finished(path: Path, described: dict) -> dict | None:
     "The result in a file, if it is the one that is asked for."
-    try: result = json.loads(path.read_text())
-    except (OSError, ValueError): return None
-    return result if isinstance(result, dict) and result.get("identity") == described["identity"] and "figures" in result else None
+    try:
+        result = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return (
+        result
+        if isinstance(result, dict)
+        and result.get("identity") == described["identity"]
+        and "figures" in result
+        else None
+    )
 
 
 def _do(path: Path, described: dict, paths: int, settings: ProofSettings) -> dict:
@@ -335,9 +588,19 @@ def _do(path: Path, described: dict, paths: int, settings: ProofSettings) -> dic
     kind, seed, threads = described["kind"], described["seed"], torch.get_num_threads()
     wall, processor = time.perf_counter(), time.process_time()
     torch.set_num_threads(1)  # the order of a sum must not depend on the machine
-    try: figures = prove_edge(seed, settings) if kind == "edge" else (prove_leak if kind == "leak" else prove_martingale)(seed, paths, settings)
-    finally: torch.set_num_threads(threads)
-    result = described | {"figures": figures, "processor_seconds": round(time.process_time() - processor, 2), "seconds": round(time.perf_counter() - wall, 2)}
+    try:
+        figures = (
+            prove_edge(seed, settings)
+            if kind == "edge"
+            else (prove_leak if kind == "leak" else prove_martingale)(seed, paths, settings)
+        )
+    finally:
+        torch.set_num_threads(threads)
+    result = described | {
+        "figures": figures,
+        "processor_seconds": round(time.process_time() - processor, 2),
+        "seconds": round(time.perf_counter() - wall, 2),
+    }
     atomic_write(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
     return result
 
@@ -347,27 +610,33 @@ _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 def _end_with_parent():
     "A worker does not outlive the process it works for."
+
     def wait():
         multiprocessing.parent_process().join()
         os._exit(1)
+
     threading.Thread(target=wait, daemon=True).start()
 
 
 def _results(jobs: list[tuple], workers: int):  # yields them as they are done
     "Do jobs, here or in several processes."
     if workers == 1:
-        for job in jobs: yield _do(*job)
+        for job in jobs:
+            yield _do(*job)
         return
     before = {name: os.environ.get(name) for name in _THREADS}
     os.environ.update({name: "1" for name in _THREADS})
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _end_with_parent)
     try:
-        for future in as_completed([pool.submit(_do, *job) for job in jobs]): yield future.result()
+        for future in as_completed([pool.submit(_do, *job) for job in jobs]):
+            yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
         for name, value in before.items():
-            if value is None: os.environ.pop(name, None)
-            else: os.environ[name] = value
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #c55d0b6b
 def _line(result: dict) -> str:
@@ -377,23 +646,31 @@ def _line(result: dict) -> str:
         text = f"{'  none' if f['share_of_oracle'] is None else format(f['share_of_oracle'], '6.1%')} of the oracle's profit, the moving-average cross {f['moving_average_cross'] / f['oracle']:6.1%}; net {f['net_profit']:+8.2f} = gross {f['gross_profit']:+8.2f} - costs {f['costs']:7.2f}; buy-and-hold at its exposure {f['buy_and_hold_at_exposure']:+.2%}"
     else:
         text = f"per path gross {np.mean(f['gross']):+7.2f}, costs {np.mean(f['costs']):6.2f}, net {np.mean(f['net']):+7.2f}; {np.mean(f['trades']):5.1f} trades; {f['pooled']['verdict']}"
-        if result["kind"] == "leak": text += f"; lookahead names {', '.join(f['lookahead']['leaking']) or 'nothing'}"
+        if result["kind"] == "leak":
+            text += f"; lookahead names {', '.join(f['lookahead']['leaking']) or 'nothing'}"
     return f"{name}  {text}  | {result['processor_seconds']:.1f} s of one core"
 
 
 def _summary_lines(summary: dict) -> list[str]:
     "The summary as people read it."
     e, m, k = (summary[kind] for kind in KINDS)
-    x, share = e["moving_average_cross"], lambda interval: interval_text("share_of_oracle", *interval, "{:.1%}")
+    x, share = (
+        e["moving_average_cross"],
+        lambda interval: interval_text("share_of_oracle", *interval, "{:.1%}"),
+    )
     found = lambda yes: "found" if yes else "NOT FOUND"
-    return [f"Planted edge: {e['seeds']} seeds, together {e['share_of_oracle']:.1%} of the oracles' profit (95 % interval {share(e['interval_95'])}), a moving-average cross without any training {x['share_of_oracle']:.1%} ({share(x['interval_95'])}); "
-            f"mean of the shares {e['mean_of_shares']:.1%} ({share(e['mean_interval_95'])}), median {e['median_share']:.1%}; "
-            f"{e['seeds_that_beat']['cash']:.0%} of the seeds beat cash, {e['seeds_that_beat']['buy_and_hold_at_exposure']:.0%} buy-and-hold at their own exposure, {x['seeds_that_beat_it']:.0%} the cross",
-            f"Martingale: {m['models']} models, {m['paths']} paths, {m['trades_per_path']:.1f} trades on each; per path gross {m['gross_per_path']:+.2f} (99 % interval {_per_path(m['interval_99'])}), "
-            f"costs {m['costs_per_path']:.2f}, net {m['net_per_path']:+.2f}; net = gross - costs to {m['largest_error']:.0e}; " + ", ".join(f"{n} {name}" for name, n in m["verdicts"].items()),
-            f"Leak: {found(k['found_by_martingale'])} by the martingale ({k['models']} models, {k['paths']} paths; gross {k['gross_per_path']:+.2f} per path, 99 % interval {_per_path(k['interval_99'])}, {k['standard_errors']:.1f} standard errors from 0), "
-            f"{found(k['found_by_lookahead'])} by the lookahead check (names {', '.join(k['named']) or 'nothing'})",
-            *(f"FAILED: {sentence}" for sentence in summary["failed"]), "All proofs hold." if summary["passed"] else "The proofs do not hold."]
+    return [
+        f"Planted edge: {e['seeds']} seeds, together {e['share_of_oracle']:.1%} of the oracles' profit (95 % interval {share(e['interval_95'])}), a moving-average cross without any training {x['share_of_oracle']:.1%} ({share(x['interval_95'])}); "
+        f"mean of the shares {e['mean_of_shares']:.1%} ({share(e['mean_interval_95'])}), median {e['median_share']:.1%}; "
+        f"{e['seeds_that_beat']['cash']:.0%} of the seeds beat cash, {e['seeds_that_beat']['buy_and_hold_at_exposure']:.0%} buy-and-hold at their own exposure, {x['seeds_that_beat_it']:.0%} the cross",
+        f"Martingale: {m['models']} models, {m['paths']} paths, {m['trades_per_path']:.1f} trades on each; per path gross {m['gross_per_path']:+.2f} (99 % interval {_per_path(m['interval_99'])}), "
+        f"costs {m['costs_per_path']:.2f}, net {m['net_per_path']:+.2f}; net = gross - costs to {m['largest_error']:.0e}; "
+        + ", ".join(f"{n} {name}" for name, n in m["verdicts"].items()),
+        f"Leak: {found(k['found_by_martingale'])} by the martingale ({k['models']} models, {k['paths']} paths; gross {k['gross_per_path']:+.2f} per path, 99 % interval {_per_path(k['interval_99'])}, {k['standard_errors']:.1f} standard errors from 0), "
+        f"{found(k['found_by_lookahead'])} by the lookahead check (names {', '.join(k['named']) or 'nothing'})",
+        *(f"FAILED: {sentence}" for sentence in summary["failed"]),
+        "All proofs hold." if summary["passed"] else "The proofs do not hold.",
+    ]
 
 
 def plot_proofs(
@@ -402,24 +679,63 @@ def plot_proofs(
 ) -> Figure:
     "Shares of the oracle's profit by seed; gross P&L of every model on the martingale, and of the one with the leak."
     of = {kind: sorted((r for r in results if r["kind"] == kind), key=lambda r: r["seed"]) for kind in KINDS}
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.25), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 4.2), width_ratios=(1, 1.25), layout="constrained"
+    )
     e, m = summary["edge"], summary["martingale"]
     x, seeds = e["moving_average_cross"], np.array([r["seed"] for r in of["edge"]])
     left.bar(seeds - 0.2, [100 * (s or 0) for s in e["shares"]], color="#0b5394", width=0.4)
     left.bar(seeds + 0.2, [100 * (s or 0) for s in x["shares"]], color="#999999", width=0.4)
     left.axhspan(*(100 * x for x in e["interval_95"]), color="#e69138", alpha=0.3, lw=0)
-    left.axhline(100 * e["share_of_oracle"], color="#e69138", lw=1.5, label=f"agents together {e['share_of_oracle']:.0%}, 95 % interval {interval_text('share_of_oracle', *e['interval_95'], '{:.0%}')}")
-    left.axhline(100 * x["share_of_oracle"], color="#666666", lw=1.5, ls="--", label=f"moving-average cross together {x['share_of_oracle']:.0%}")
-    for axis in (left, right): axis.xaxis.get_major_locator().set_params(integer=True)
-    left.set_xlabel("seed"); left.set_ylabel("share of the oracle's profit, %"); left.set_title("planted edge", loc="left", fontsize=10); left.legend(fontsize=8, loc="upper right")
+    left.axhline(
+        100 * e["share_of_oracle"],
+        color="#e69138",
+        lw=1.5,
+        label=f"agents together {e['share_of_oracle']:.0%}, 95 % interval {interval_text('share_of_oracle', *e['interval_95'], '{:.0%}')}",
+    )
+    left.axhline(
+        100 * x["share_of_oracle"],
+        color="#666666",
+        lw=1.5,
+        ls="--",
+        label=f"moving-average cross together {x['share_of_oracle']:.0%}",
+    )
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    left.set_xlabel("seed")
+    left.set_ylabel("share of the oracle's profit, %")
+    left.set_title("planted edge", loc="left", fontsize=10)
+    left.legend(fontsize=8, loc="upper right")
     for r in of["martingale"] + of["leak"]:
         gross, leaks = np.array(r["figures"]["gross"]), r["kind"] == "leak"
-        place, colour, (low, high) = len(of["martingale"]) + 1 + r["seed"] if leaks else r["seed"], "#a61c00" if leaks else "#0b5394", _interval(gross, BANDS["level"], 2000)
+        place, colour, (low, high) = (
+            len(of["martingale"]) + 1 + r["seed"] if leaks else r["seed"],
+            "#a61c00" if leaks else "#0b5394",
+            _interval(gross, BANDS["level"], 2000),
+        )
         right.plot([place, place], [low, high], color=colour, lw=1.5)
-        right.plot(place, gross.mean(), "o", ms=4, color=colour, label="with a planted leak" if leaks and r["seed"] == 0 else None)
-    right.axhspan(*m["interval_99"], color="#e69138", alpha=0.4, lw=0, label=f"all {m['paths']} paths, 99 % interval {_per_path(m['interval_99'])}")
-    right.set_xlabel("model (99 % interval of each)"); right.set_ylabel("gross P&L per path"); right.set_title(f"martingale; accounts of {_INITIAL:,.0f}", loc="left", fontsize=10); right.legend(fontsize=8, loc="upper left")
-    for axis in (left, right): axis.axhline(0, color="#222", lw=0.8); axis.grid(alpha=0.25)
+        right.plot(
+            place,
+            gross.mean(),
+            "o",
+            ms=4,
+            color=colour,
+            label="with a planted leak" if leaks and r["seed"] == 0 else None,
+        )
+    right.axhspan(
+        *m["interval_99"],
+        color="#e69138",
+        alpha=0.4,
+        lw=0,
+        label=f"all {m['paths']} paths, 99 % interval {_per_path(m['interval_99'])}",
+    )
+    right.set_xlabel("model (99 % interval of each)")
+    right.set_ylabel("gross P&L per path")
+    right.set_title(f"martingale; accounts of {_INITIAL:,.0f}", loc="left", fontsize=10)
+    right.legend(fontsize=8, loc="upper left")
+    for axis in (left, right):
+        axis.axhline(0, color="#222", lw=0.8)
+        axis.grid(alpha=0.25)
     return figure
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #6690d5ee
@@ -432,23 +748,54 @@ def prove(
     settings: ProofSettings | None = None,  # None: the defaults
 ) -> dict:  # passed, failed (sentences), edge, martingale, leak, bands, …: also in summary.json
     "Run all proofs, or what is missing of them, and say whether they hold."
-    require(isinstance(seeds, int) and 2 <= seeds <= _SEEDS_APART, f"prove: expected 2 to {_SEEDS_APART:,} seeds, was {seeds!r}; an interval needs several")
-    require(isinstance(paths, int) and 2 <= paths <= _PATHS_APART, f"prove: expected 2 to {_PATHS_APART:,} paths, was {paths!r}")
-    require(workers is None or isinstance(workers, int) and workers >= 1, f"prove: expected 1 or more workers, was {workers!r}")
-    folder, settings, progress, began = Path(folder), settings or ProofSettings(), progress or (lambda line: None), time.perf_counter()
+    require(
+        isinstance(seeds, int) and 2 <= seeds <= _SEEDS_APART,
+        f"prove: expected 2 to {_SEEDS_APART:,} seeds, was {seeds!r}; an interval needs several",
+    )
+    require(
+        isinstance(paths, int) and 2 <= paths <= _PATHS_APART,
+        f"prove: expected 2 to {_PATHS_APART:,} paths, was {paths!r}",
+    )
+    require(
+        workers is None or isinstance(workers, int) and workers >= 1,
+        f"prove: expected 1 or more workers, was {workers!r}",
+    )
+    folder, settings, progress, began = (
+        Path(folder),
+        settings or ProofSettings(),
+        progress or (lambda line: None),
+        time.perf_counter(),
+    )
     code, results, jobs = code_hash(), [], []
-    for kind, seed in [(kind, seed) for kind, models in (("edge", seeds), ("martingale", seeds), ("leak", min(seeds, LEAK_MODELS))) for seed in range(models)]:
+    for kind, seed in [
+        (kind, seed)
+        for kind, models in (("edge", seeds), ("martingale", seeds), ("leak", min(seeds, LEAK_MODELS)))
+        for seed in range(models)
+    ]:
         path, described = folder / f"{kind}-{seed:02d}.json", _described(kind, seed, paths, settings, code)
-        if result := _finished(path, described): results.append(result)
-        else: jobs.append((path, described, paths, settings))
-    if results: progress(f"{len(results)} of {len(results) + len(jobs)} results are there already")
+        if result := _finished(path, described):
+            results.append(result)
+        else:
+            jobs.append((path, described, paths, settings))
+    if results:
+        progress(f"{len(results)} of {len(results) + len(jobs)} results are there already")
     for result in _results(jobs, min(workers or os.cpu_count() or 1, max(1, len(jobs)))):
         results.append(result)
         progress(_line(result))
     times = [r["processor_seconds"] for r in results]
-    summary = summarise_proofs(results) | {"seeds": seeds, "paths": paths, "code": code, "processor_seconds": round(sum(times), 2), "slowest_seed_seconds": max(times), "seconds": round(time.perf_counter() - began, 2)}
+    summary = summarise_proofs(results) | {
+        "seeds": seeds,
+        "paths": paths,
+        "code": code,
+        "processor_seconds": round(sum(times), 2),
+        "slowest_seed_seconds": max(times),
+        "seconds": round(time.perf_counter() - began, 2),
+    }
     atomic_write(folder / "proofs.png", figure_bytes(plot_proofs(results, summary)))
     atomic_write(folder / "summary.json", json.dumps(summary, indent=1, allow_nan=False) + "\n")
-    for line in _summary_lines(summary): progress(line)
-    progress(f"{summary['processor_seconds']:,.0f} s of one core in all, {max(times):.1f} s for the slowest seed; {folder / 'summary.json'}, {folder / 'proofs.png'}")
+    for line in _summary_lines(summary):
+        progress(line)
+    progress(
+        f"{summary['processor_seconds']:,.0f} s of one core in all, {max(times):.1f} s for the slowest seed; {folder / 'summary.json'}, {folder / 'proofs.png'}"
+    )
     return summary

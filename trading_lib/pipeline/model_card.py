@@ -17,9 +17,10 @@ import torch
 
 from ..checkpoint import _count_parameters, flat_facts
 from ..config import require
-from ..files import atomic_write, markdown as _plain
-from ..metrics import TRADE_FIGURES, too_few_trades
 from ..data.simulation import simulated_bars
+from ..files import atomic_write
+from ..files import markdown as _plain
+from ..metrics import TRADE_FIGURES, too_few_trades
 from ..training.config import training_budget
 from ..version import declared_version, policy_matrices, policy_widths
 
@@ -55,25 +56,52 @@ def _budget(content: dict) -> dict:
     train, env = (content.get("config", {}).get(name, {}) for name in ("train", "env"))
     step, update, steps = content.get("global_step"), content.get("update"), train.get("total_timesteps")
     accounts = train.get("n_envs") or env.get("n_envs")
-    per_update = accounts * train["n_steps"] if accounts and train.get("n_steps") else step / update if step and update else None
+    per_update = (
+        accounts * train["n_steps"]
+        if accounts and train.get("n_steps")
+        else step / update
+        if step and update
+        else None
+    )
     updates = math.ceil(steps / per_update) if steps and per_update else None
     interval = train.get("validation_interval")
-    looks = lambda n: n // interval + (n == updates and n % interval > 0) if interval and n is not None else None
-    return {"step": step, "steps": steps, "update": update, "updates": updates, "looks": looks(update), "all_looks": looks(updates)}
+    looks = lambda n: (
+        n // interval + (n == updates and n % interval > 0) if interval and n is not None else None
+    )
+    return {
+        "step": step,
+        "steps": steps,
+        "update": update,
+        "updates": updates,
+        "looks": looks(update),
+        "all_looks": looks(updates),
+    }
 
 
 def _source(data: dict) -> str | None:
     "Simulated or real, where the checkpoint knows it."
-    if data.get("source") is None: return None
-    if data["source"] != "simulated" and simulated_bars(data.get("symbol"), data): return f"simulated market, by the name of its bars, from {data['source']}"
-    details = ", ".join(f"{name} {data[name]}" for name in ("recipe", "edge", "seed", "feed", "adjustment") if data.get(name) is not None)
-    return ("simulated market" if data["source"] == "simulated" else f"real market, from {data['source']}") + (f" ({details})" if details else "")
+    if data.get("source") is None:
+        return None
+    if data["source"] != "simulated" and simulated_bars(data.get("symbol"), data):
+        return f"simulated market, by the name of its bars, from {data['source']}"
+    details = ", ".join(
+        f"{name} {data[name]}"
+        for name in ("recipe", "edge", "seed", "feed", "adjustment")
+        if data.get(name) is not None
+    )
+    return (
+        "simulated market" if data["source"] == "simulated" else f"real market, from {data['source']}"
+    ) + (f" ({details})" if details else "")
 
 
 def _worth(metrics: dict, name: str) -> str | None:
     "What to say instead of a figure of too few trades."
     part, _, figure = name.rpartition(".")
-    return too_few_trades((metrics.get(part) or {}).get("trades")) if figure in TRADE_FIGURES and isinstance(metrics.get(part), dict) else None
+    return (
+        too_few_trades((metrics.get(part) or {}).get("trades"))
+        if figure in TRADE_FIGURES and isinstance(metrics.get(part), dict)
+        else None
+    )
 
 
 def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
@@ -81,16 +109,36 @@ def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
     update, updates, looks, all_looks = (budget[name] for name in ("update", "updates", "looks", "all_looks"))
     costs = content.get("config", {}).get("env", {}).get("account", {}).get("costs")
     simulated = simulated_bars(data.get("symbol"), data)
-    source = {None: "Whether its bars are simulated or real is not recorded."} if not simulated else {data.get("source"): "Its market is simulated: nothing here says anything about any real market."}
-    said = ["Validation chose it, on one span, among the checkpoints of its run: " + ("how many is not recorded." if looks is None else f"{_counted(looks)} looked at up to this one, {_counted(all_looks)} in the whole run.")
-            + " The best of many looks better than it is; only bars that neither training nor validation has seen can judge it." if chosen else "No validation figures belong to this checkpoint: validation did not choose it."]
-    if updates and update is not None and update < updates: said.append(f"It is the policy of update {update:,} of {updates:,}, not of the end of the run.")
+    source = (
+        {None: "Whether its bars are simulated or real is not recorded."}
+        if not simulated
+        else {
+            data.get("source"): "Its market is simulated: nothing here says anything about any real market."
+        }
+    )
+    said = [
+        "Validation chose it, on one span, among the checkpoints of its run: "
+        + (
+            "how many is not recorded."
+            if looks is None
+            else f"{_counted(looks)} looked at up to this one, {_counted(all_looks)} in the whole run."
+        )
+        + " The best of many looks better than it is; only bars that neither training nor validation has seen can judge it."
+        if chosen
+        else "No validation figures belong to this checkpoint: validation did not choose it."
+    ]
+    if updates and update is not None and update < updates:
+        said.append(f"It is the policy of update {update:,} of {updates:,}, not of the end of the run.")
     training = training_budget(content)
-    if training["smoke"]: said.append(f"It is a smoke test: {_plain(training['said'])}.")
-    if not data: return said
-    return said + [f"It was trained on {_plain(data.get('symbol') or 'one symbol')} {_plain(data.get('timeframe') or 'bars')} alone; other markets and other timeframes were not tested.",
-                   source.get(data.get("source"), "One span of one market is an anecdote; other times may differ."),
-                   f"Fills are simulated, at the next bar's open{f' with the cost preset {_plain(costs)}' if costs else ''}; no order of it was ever filled by a broker."]
+    if training["smoke"]:
+        said.append(f"It is a smoke test: {_plain(training['said'])}.")
+    if not data:
+        return said
+    return said + [
+        f"It was trained on {_plain(data.get('symbol') or 'one symbol')} {_plain(data.get('timeframe') or 'bars')} alone; other markets and other timeframes were not tested.",
+        source.get(data.get("source"), "One span of one market is an anecdote; other times may differ."),
+        f"Fills are simulated, at the next bar's open{f' with the cost preset {_plain(costs)}' if costs else ''}; no order of it was ever filled by a broker.",
+    ]
 
 
 def model_card(
@@ -99,35 +147,101 @@ def model_card(
     name: str = "model.pt",  # of the checkpoint's file, for the commands that use it
 ) -> str:  # markdown
     "What a checkpoint is, how it was made, what it showed, and what it was not tested for."
-    config, data, metrics, state, git = (content.get(part) or {} for part in ("config", "data", "metrics", "policy_state_dict", "git"))
+    config, data, metrics, state, git = (
+        content.get(part) or {} for part in ("config", "data", "metrics", "policy_state_dict", "git")
+    )
     budget, spans, version = _budget(content), data.get("spans") or {}, declared_version(content)
     subject = " ".join(str(data[part]) for part in ("symbol", "timeframe") if data.get(part))
     widths, meanings = policy_widths(content) or (None, None), content.get("action_meanings") or {}
-    inputs, actions = (_counted(content.get(part, width)) for part, width in zip(("policy_obs_dim", "policy_n_actions"), widths))
-    parameters, updates = _counted(_count_parameters(state) if state else None), _counted(budget["update"], budget["updates"])
-    span = lambda of, names=("first", "last"): " to ".join(str(of[n]) for n in names) if of and all(n in of for n in names) else None
+    inputs, actions = (
+        _counted(content.get(part, width))
+        for part, width in zip(("policy_obs_dim", "policy_n_actions"), widths)
+    )
+    parameters, updates = (
+        _counted(_count_parameters(state) if state else None),
+        _counted(budget["update"], budget["updates"]),
+    )
+    span = lambda of, names=("first", "last"): (
+        " to ".join(str(of[n]) for n in names) if of and all(n in of for n in names) else None
+    )
     commit = git.get("commit") and git["commit"] + (", with uncommitted changes" if git.get("dirty") else "")
     use = [f"trading-lib inspect {shlex.quote(name)}"]
-    if data.get("symbol"): use += [f"trading-lib backtest {shlex.quote(data['symbol'])} --model {shlex.quote(name)}", f"trading-lib trials {shlex.quote(data['symbol'])}  # what else was tried on it"]
+    if data.get("symbol"):
+        use += [
+            f"trading-lib backtest {shlex.quote(data['symbol'])} --model {shlex.quote(name)}",
+            f"trading-lib trials {shlex.quote(data['symbol'])}  # what else was tried on it",
+        ]
     known = lambda rows: [(what, value if value is not None else "not recorded") for what, value in rows]
     sections = {
         f"{_plain(subject) + ': ' if subject else ''}a PPO policy{', of a simulated market' * simulated_bars(data.get('symbol'), data)}": f"A policy trained with PPO{f' to trade {_plain(subject)} bars' if subject else ''}{f', for the observation layout {_plain(version)}' if version else ''}: "
-                                                                    f"{inputs} inputs, {actions} actions, {parameters} parameters, after update {updates}.",
+        f"{inputs} inputs, {actions} actions, {parameters} parameters, after update {updates}.",
         "Command": _code(command),
-        "Budget": _table(("what", "done"), [("environment steps", _counted(budget["step"], budget["steps"])), ("updates", updates), ("looks of the validation", _counted(budget["looks"], budget["all_looks"]))]),
-        "Network": _table(("what", "value"), [("inputs", inputs), *((f"weights of {layer}", f"{columns:,} → {rows:,}") for layer, (rows, columns) in policy_matrices(content).items()),
-                                              ("actions", ": ".join([actions, *([", ".join(map(str, meanings.values()))] if meanings else [])])),
-                                              ("parameters", parameters), ("SHA-256 of the weights", _fingerprint(state) if state else "not recorded")]),
-        "Data": _table(("what", "value"), known([("symbol", data.get("symbol")), ("timeframe", data.get("timeframe")), ("asset class", data.get("asset_class")), ("source", _source(data)), ("bars", _counted(data.get("bars"))),
-                                                 ("span of the bars", span(data, ("start", "end"))), ("SHA-256 of the bars", data.get("sha256")), ("training span", span(spans.get("train"))), ("validation span", span(spans.get("validation")))])
-                       ) if data else "The environment was no market; there is no data to record.",
-        "Results on the validation span": _table(("figure", "value"), [(n, _worth(metrics, n) or (f"{v:.6g}" if isinstance(v, float) else v)) for n, v in flat_facts(metrics).items()]) if metrics else "None: this checkpoint was not validated.",
-        "Parameters": _table(("parameter", "value"), flat_facts(config).items()) if config else "Not recorded.",
-        "Made with": _table(("what", "version"), known([("git commit", commit), *(content.get("libraries") or {}).items()])),
+        "Budget": _table(
+            ("what", "done"),
+            [
+                ("environment steps", _counted(budget["step"], budget["steps"])),
+                ("updates", updates),
+                ("looks of the validation", _counted(budget["looks"], budget["all_looks"])),
+            ],
+        ),
+        "Network": _table(
+            ("what", "value"),
+            [
+                ("inputs", inputs),
+                *(
+                    (f"weights of {layer}", f"{columns:,} → {rows:,}")
+                    for layer, (rows, columns) in policy_matrices(content).items()
+                ),
+                (
+                    "actions",
+                    ": ".join([actions, *([", ".join(map(str, meanings.values()))] if meanings else [])]),
+                ),
+                ("parameters", parameters),
+                ("SHA-256 of the weights", _fingerprint(state) if state else "not recorded"),
+            ],
+        ),
+        "Data": _table(
+            ("what", "value"),
+            known(
+                [
+                    ("symbol", data.get("symbol")),
+                    ("timeframe", data.get("timeframe")),
+                    ("asset class", data.get("asset_class")),
+                    ("source", _source(data)),
+                    ("bars", _counted(data.get("bars"))),
+                    ("span of the bars", span(data, ("start", "end"))),
+                    ("SHA-256 of the bars", data.get("sha256")),
+                    ("training span", span(spans.get("train"))),
+                    ("validation span", span(spans.get("validation"))),
+                ]
+            ),
+        )
+        if data
+        else "The environment was no market; there is no data to record.",
+        "Results on the validation span": _table(
+            ("figure", "value"),
+            [
+                (n, _worth(metrics, n) or (f"{v:.6g}" if isinstance(v, float) else v))
+                for n, v in flat_facts(metrics).items()
+            ],
+        )
+        if metrics
+        else "None: this checkpoint was not validated.",
+        "Parameters": _table(("parameter", "value"), flat_facts(config).items())
+        if config
+        else "Not recorded.",
+        "Made with": _table(
+            ("what", "version"), known([("git commit", commit), *(content.get("libraries") or {}).items()])
+        ),
         "How to use it": f"{'In this folder, inside a project that has prepared these bars:' if data else 'In this folder:'}\n\n{_code(chr(10).join(use))}",
         "Limits": "\n".join(f"- {line}" for line in _limits(content, budget, data, bool(metrics))),
     }
-    return "\n\n".join(f"{'##' if i else '#'} {title}\n\n{text}" for i, (title, text) in enumerate(sections.items())) + "\n"
+    return (
+        "\n\n".join(
+            f"{'##' if i else '#'} {title}\n\n{text}" for i, (title, text) in enumerate(sections.items())
+        )
+        + "\n"
+    )
 
 
 def write_model_card(
@@ -137,5 +251,8 @@ def write_model_card(
 ) -> Path:  # the card: the same name with .md
     "Write the card beside its checkpoint."
     path = Path(path_of_checkpoint)
-    require(path.suffix != ".md", f"{path}: is the name of a card; expected that of its checkpoint, such as {path.with_suffix('.pt')}")
+    require(
+        path.suffix != ".md",
+        f"{path}: is the name of a card; expected that of its checkpoint, such as {path.with_suffix('.pt')}",
+    )
     return atomic_write(path.with_suffix(".md"), model_card(content, command, path.name))

@@ -33,9 +33,12 @@ def _two_updates(trainer) -> str:
 
 
 def _one_validation(trainer) -> str:
-    if trainer.validation is None: return "no validation span"
+    if trainer.validation is None:
+        return "no validation span"
     figures = trainer.validation.run(trainer.policy)
-    return f"{len(trainer.validation.bars):,} bars, return {figures['return']:+.2%}, {figures['trades']} trades"
+    return (
+        f"{len(trainer.validation.bars):,} bars, return {figures['return']:+.2%}, {figures['trades']} trades"
+    )
 
 
 def _saved_and_loaded(trainer, folder: Path, fresh) -> str:
@@ -44,20 +47,36 @@ def _saved_and_loaded(trainer, folder: Path, fresh) -> str:
     other = fresh()
     other.restore(content, "the checkpoint just written")
     again = save_checkpoint(other.content(), folder / "again.pt")
-    require(path.read_bytes() == again.read_bytes(), "a checkpoint that was loaded and saved again has other bytes; a resumed run would not be the same run")
+    require(
+        path.read_bytes() == again.read_bytes(),
+        "a checkpoint that was loaded and saved again has other bytes; a resumed run would not be the same run",
+    )
     return f"{path.stat().st_size / 1e6:.1f} MB, identical after a round trip"
 
 
 def _same_observations(trainer, bars) -> str:
     market, table = trainer.env.market, trainer.table
     at = trainer.env.decision_bars[np.linspace(0, len(trainer.env.decision_bars) - 1, _BARS).astype(int)]
-    live = InferenceObservationBuilder(market.version, market.fit, market.timeframe, market.asset_class, market.window, trainer.env.config.account)
+    live = InferenceObservationBuilder(
+        market.version,
+        market.fit,
+        market.timeframe,
+        market.asset_class,
+        market.window,
+        trainer.env.config.account,
+    )
     fresh = AccountState.initial(trainer.env.rules)
     own = trainer.env._own_columns(fresh)[:1]
-    trained = table.materialise(Obs(torch.as_tensor(at, device=table.features.device), own.expand(len(at), -1)))
+    trained = table.materialise(
+        Obs(torch.as_tensor(at, device=table.features.device), own.expand(len(at), -1))
+    )
     largest = 0.0
-    for i, row in zip(at, trained.cpu().numpy()): largest = max(largest, float(np.abs(live.build(bars.iloc[:i + 1], fresh).reshape(-1) - row).max()))
-    require(largest <= _TOLERANCE, f"observations of training and of live trading differ by {largest:.2g}; prepare the data again (`trading-lib stage prepare`)")
+    for i, row in zip(at, trained.cpu().numpy()):
+        largest = max(largest, float(np.abs(live.build(bars.iloc[: i + 1], fresh).reshape(-1) - row).max()))
+    require(
+        largest <= _TOLERANCE,
+        f"observations of training and of live trading differ by {largest:.2g}; prepare the data again (`trading-lib stage prepare`)",
+    )
     return f"{_BARS} bars, largest difference {largest:.1g}"
 
 
@@ -68,19 +87,36 @@ def preflight(
 ) -> list[tuple[str, float, str]]:  # check, seconds, what it found
     "Try everything once; the first thing that does not work is an `InputError` that names it."
     trainer, found = None, []
+
     def made():
         nonlocal trainer
         trainer = fresh()
         return f"{sum(p.numel() for p in trainer.policy.parameters()):,} parameters"
+
     with tempfile.TemporaryDirectory() as folder:
-        checks = [("make", made), (f"{_UPDATES} updates", lambda: _two_updates(trainer)), ("validation", lambda: _one_validation(trainer)), ("save and load", lambda: _saved_and_loaded(trainer, Path(folder), fresh)),
-                  ("observations", lambda: _same_observations(trainer, bars) if bars is not None and trainer.table is not None else "no bars to compare with"),
-                  ("memory", lambda: memory_text(memory_in_use(trainer.device) or 0) + " in use")]
+        checks = [
+            ("make", made),
+            (f"{_UPDATES} updates", lambda: _two_updates(trainer)),
+            ("validation", lambda: _one_validation(trainer)),
+            ("save and load", lambda: _saved_and_loaded(trainer, Path(folder), fresh)),
+            (
+                "observations",
+                lambda: (
+                    _same_observations(trainer, bars)
+                    if bars is not None and trainer.table is not None
+                    else "no bars to compare with"
+                ),
+            ),
+            ("memory", lambda: memory_text(memory_in_use(trainer.device) or 0) + " in use"),
+        ]
         for name, check in checks:
             began = time.perf_counter()
-            try: said = check()
-            except InputError as e: raise InputError(f"preflight: {name}: {e}") from None
-            except Exception as e: raise InputError(f"preflight: {name}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+            try:
+                said = check()
+            except InputError as e:
+                raise InputError(f"preflight: {name}: {e}") from None
+            except Exception as e:
+                raise InputError(f"preflight: {name}: {type(e).__name__}: {' '.join(str(e).split())}") from e
             found.append((name, time.perf_counter() - began, said))
             say(f"preflight: {name:14} {found[-1][1]:6.1f} s  {said}")
     return found

@@ -18,39 +18,69 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..bars import asset_class_of, write_bars
-from ..config import InputError, Parameters, check_notebook_parameters, check_symbol, convert, home_path, load_parameters, project_root, require
+from trading_lib.config import (
+    InputError,
+    Parameters,
+    check_notebook_parameters,
+    check_symbol,
+    convert,
+    home_path,
+    load_parameters,
+    project_root,
+    require,
+)
+from ..data.simulation import check_simulated_name
+from ..data.user_files import find_file, link_own_file
 from ..env import MarketData, market_data, split_bounds
 from ..features import fit_features
 from ..files import atomic_write, unwritable
-from ..data.user_files import find_file, link_own_file
-from ..data.simulation import check_simulated_name
 from ..sources import load_with_report, simulate_market
 
 # %% ../../nbs/09_pipeline/02_project.ipynb #47eb81cb
 @dataclass(frozen=True)
 class Artefacts:
     "Paths of everything that is made for one symbol and bar length."
+
     root: Path  # the project, or another folder to write to
     name: str  # {symbol}_{timeframe}
 
     @property
-    def own_file(self) -> Path: return self.root / "data" / "own_files" / self.name  # a link to it
+    def own_file(self) -> Path:
+        return self.root / "data" / "own_files" / self.name  # a link to it
+
     @property
-    def bars(self) -> Path: return self.root / "data" / f"{self.name}.parquet"
+    def bars(self) -> Path:
+        return self.root / "data" / f"{self.name}.parquet"
+
     @property
-    def market(self) -> Path: return self.root / "data" / f"{self.name}.npz"
+    def market(self) -> Path:
+        return self.root / "data" / f"{self.name}.npz"
+
     @property
-    def model(self) -> Path: return self.root / "models" / f"{self.name}.pt"
+    def model(self) -> Path:
+        return self.root / "models" / f"{self.name}.pt"
+
     @property
-    def last_model(self) -> Path: return self.root / "models" / f"{self.name}_last.pt"
+    def last_model(self) -> Path:
+        return self.root / "models" / f"{self.name}_last.pt"
+
     @property
-    def kept(self) -> Path: return self.root / "models" / "kept" / self.name  # every complete training's model; nothing here is overwritten
+    def kept(self) -> Path:
+        return (
+            self.root / "models" / "kept" / self.name
+        )  # every complete training's model; nothing here is overwritten
+
     @property
-    def own_report(self) -> Path: return self.report / "own"  # of the command line's trainings; the rest is the pipeline's
+    def own_report(self) -> Path:
+        return self.report / "own"  # of the command line's trainings; the rest is the pipeline's
+
     @property
-    def report(self) -> Path: return self.root / "reports" / self.name
+    def report(self) -> Path:
+        return self.root / "reports" / self.name
+
     @property
-    def deploy(self) -> Path: return self.root / "models" / f"{self.name}_deploy.zip"
+    def deploy(self) -> Path:
+        return self.root / "models" / f"{self.name}_deploy.zip"
 
 
 def artefacts(
@@ -59,18 +89,30 @@ def artefacts(
     out_dir: str | Path | None = None,  # None: the project
 ) -> Artefacts:
     "The paths of one symbol's artefacts. Every command and stage asks here, so a name that a simulated market may not have ends here."
-    if parameters.data.source == "simulated": check_simulated_name(symbol)
-    return Artefacts(home_path(out_dir) if out_dir else project_root(), f"{check_symbol(symbol)}_{parameters.data.timeframe}")
+    if parameters.data.source == "simulated":
+        check_simulated_name(symbol)
+    return Artefacts(
+        home_path(out_dir) if out_dir else project_root(),
+        f"{check_symbol(symbol)}_{parameters.data.timeframe}",
+    )
 
 
-_OWN_PARAMETERS = {"symbol": str | int | None, "out_dir": str | None, "resume": bool | None}  # of notebooks, and of no section of params.yaml
+_OWN_PARAMETERS = {
+    "symbol": str | int | None,
+    "out_dir": str | None,
+    "resume": bool | None,
+}  # of notebooks, and of no section of params.yaml
 
 
 def kept_models(
     paths: Artefacts,
 ) -> list[Path]:  # the newest first
     "The models of complete trainings, whoever began them."
-    found = [path for path in paths.kept.glob("*.pt") if re.fullmatch(r"[0-9a-f]{8}\.pt", path.name)] if paths.kept.is_dir() else []
+    found = (
+        [path for path in paths.kept.glob("*.pt") if re.fullmatch(r"[0-9a-f]{8}\.pt", path.name)]
+        if paths.kept.is_dir()
+        else []
+    )
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
 
@@ -79,7 +121,8 @@ def newest_model(
 ) -> Path:  # where the pipeline's would be, if there is none at all
     "The model that came last: of a complete training, or of the pipeline, which DVC may have brought back."
     newest, pipeline = kept_models(paths)[:1], paths.model
-    if not newest or pipeline.exists() and pipeline.stat().st_mtime_ns >= newest[0].stat().st_mtime_ns: return pipeline
+    if not newest or pipeline.exists() and pipeline.stat().st_mtime_ns >= newest[0].stat().st_mtime_ns:
+        return pipeline
     return newest[0]
 
 
@@ -89,11 +132,15 @@ def stage_parameters(
 ) -> tuple[Parameters, str, Artefacts]:  # checked parameters, the symbol, the paths
     "Read params.yaml, apply what papermill injected, refuse what nobody knows; pictures look the same whatever a person's matplotlibrc says."
     import matplotlib
+
     matplotlib.rcdefaults()
     values = check_notebook_parameters(namespace, ["symbol", "out_dir", *dotted])
     parameters = load_parameters(**{name: values[short] for short, name in dotted.items() if name})
-    for name in values.keys() & _OWN_PARAMETERS.keys(): values[name] = namespace[name] = convert(_OWN_PARAMETERS[name], values[name], name)
-    symbol = parameters.symbols[0] if values["symbol"] is None else parameters.listed(str(values["symbol"]))  # papermill makes a number of 1810
+    for name in values.keys() & _OWN_PARAMETERS.keys():
+        values[name] = namespace[name] = convert(_OWN_PARAMETERS[name], values[name], name)
+    symbol = (
+        parameters.symbols[0] if values["symbol"] is None else parameters.listed(str(values["symbol"]))
+    )  # papermill makes a number of 1810
     return parameters, symbol, artefacts(parameters, symbol, values["out_dir"])
 
 
@@ -104,8 +151,13 @@ def stage_command(
 ) -> str:
     "The command that runs a stage again as it was run, for a model's card."
     given = {parameter: value for parameter, value in given.items() if value is not None}
-    if not given: return f"trading-lib stage {name} --symbol {symbol}"
-    values = [word for parameter, value in ({"symbol": symbol} | given).items() for word in ("-p", parameter, str(value))]
+    if not given:
+        return f"trading-lib stage {name} --symbol {symbol}"
+    values = [
+        word
+        for parameter, value in ({"symbol": symbol} | given).items()
+        for word in ("-p", parameter, str(value))
+    ]
     return shlex.join(["papermill", f"nbs/{name}.ipynb", f"models/runs/{name}.ipynb", *values])
 
 # %% ../../nbs/09_pipeline/02_project.ipynb #b3a3c0e2
@@ -115,7 +167,12 @@ def source_facts(
 ) -> dict:  # what a report says about where the bars come from
     "Provenance of the bars in plain values."
     d = parameters.data
-    return {"source": d.source, "symbol": symbol, "timeframe": d.timeframe} | {name: getattr(d, name) for name in {"simulated": ("edge", "seed", "recipe"), "alpaca": ("feed", "adjustment")}.get(d.source, ())}
+    return {"source": d.source, "symbol": symbol, "timeframe": d.timeframe} | {
+        name: getattr(d, name)
+        for name in {"simulated": ("edge", "seed", "recipe"), "alpaca": ("feed", "adjustment")}.get(
+            d.source, ()
+        )
+    }
 
 
 def asset_class_for(
@@ -133,9 +190,15 @@ def kept_folder(
     "A folder that git does not keep; a copy of the project that DVC makes for an experiment has none, and uses that of the project it was made from."
     root, path = root or project_root(), home_path(path)
     parts = root.parts
-    homes = [Path(*parts[:i]) for i in range(len(parts)) if parts[i:i + 3] == (".dvc", "tmp", "exps")]
+    homes = [Path(*parts[:i]) for i in range(len(parts)) if parts[i : i + 3] == (".dvc", "tmp", "exps")]
     places = [home / path for home in (root, *homes)]
-    filled = [place for place in places if place.is_file() or place.is_dir() and any(not inside.name.startswith(".") for inside in place.iterdir())]
+    filled = [
+        place
+        for place in places
+        if place.is_file()
+        or place.is_dir()
+        and any(not inside.name.startswith(".") for inside in place.iterdir())
+    ]
     return (filled or places[1:] or places)[0]
 
 
@@ -145,8 +208,25 @@ def source_options(
 ) -> dict:  # options of `load_bars`
     "The data section as a source takes it."
     d = parameters.data
-    as_they_are = ("start", "end", "seed", "edge", "recipe", "timezone", "labels", "price_scale", "columns", "feed", "adjustment")
-    return {name: getattr(d, name) for name in as_they_are} | dict(path=str(kept_folder(d.path)), cache=str(kept_folder(d.cache)), asset_class=d.asset_class(symbol), allow_steps=d.steps(symbol))
+    as_they_are = (
+        "start",
+        "end",
+        "seed",
+        "edge",
+        "recipe",
+        "timezone",
+        "labels",
+        "price_scale",
+        "columns",
+        "feed",
+        "adjustment",
+    )
+    return {name: getattr(d, name) for name in as_they_are} | dict(
+        path=str(kept_folder(d.path)),
+        cache=str(kept_folder(d.cache)),
+        asset_class=d.asset_class(symbol),
+        allow_steps=d.steps(symbol),
+    )
 
 
 def find_symbol(
@@ -156,7 +236,16 @@ def find_symbol(
 ) -> Path | None:  # the file; None: bars come from elsewhere
     "Let DVC see the file that holds a symbol's bars, if it is one of the person's own."
     own = parameters.data.source == "files"
-    file = find_file(kept_folder(parameters.data.path), symbol, parameters.data.timeframe, asset_class_for(parameters, symbol)) if own else None
+    file = (
+        find_file(
+            kept_folder(parameters.data.path),
+            symbol,
+            parameters.data.timeframe,
+            asset_class_for(parameters, symbol),
+        )
+        if own
+        else None
+    )
     link_own_file(paths.own_file, file)
     return file
 
@@ -168,19 +257,51 @@ def prepare_symbol(
 ) -> tuple:  # bars, MarketData, report
     "Load, check, fit, build the table, write."
     d, asset_class = parameters.data, asset_class_for(parameters, symbol)
-    require(d.source != "files" or len(parameters.symbols) == 1 or not kept_folder(d.path).is_file(),
-            f"data.path: {d.path} is one file, and symbols lists {', '.join(parameters.symbols)}; set it to the folder that holds a file for each of them")
+    require(
+        d.source != "files" or len(parameters.symbols) == 1 or not kept_folder(d.path).is_file(),
+        f"data.path: {d.path} is one file, and symbols lists {', '.join(parameters.symbols)}; set it to the folder that holds a file for each of them",
+    )
     bars, report = load_with_report(symbol, d.timeframe, d.source, **source_options(parameters, symbol))
     spans = split_bounds(len(bars), d.train_fraction, d.validation_fraction)
     has, window = spans["train"][1], parameters.features.window
     needed = max(700, window + 600)
-    smaller = f", or a features.window of at most {has - 600}" if has >= 700 else ""  # a smaller one helps no more below 100
-    require(has >= needed, f"{symbol}: {len(bars)} bars leave {has} for training; a window of {window} and its warm-up need {needed}; use more history or a shorter bar{smaller}")
-    fit = fit_features(bars.iloc[slice(*spans["train"])], parameters.features.version, d.timeframe, asset_class)
-    market, facts = market_data(bars, parameters.features.version, fit, d.timeframe, asset_class, parameters.features.window, symbol), source_facts(parameters, symbol)
-    market = replace(market, fingerprint=market.fingerprint | {name: value for name, value in facts.items() if name not in ("symbol", "timeframe")})  # goes into checkpoints
-    report = {**facts, "asset_class": asset_class, "fingerprint": market.fingerprint, "checks": report,
-              "spans": {name: {"first": str(bars.index[a]), "last": str(bars.index[b - 1]), "bars": b - a} for name, (a, b) in spans.items()}}
+    smaller = (
+        f", or a features.window of at most {has - 600}" if has >= 700 else ""
+    )  # a smaller one helps no more below 100
+    require(
+        has >= needed,
+        f"{symbol}: {len(bars)} bars leave {has} for training; a window of {window} and its warm-up need {needed}; use more history or a shorter bar{smaller}",
+    )
+    fit = fit_features(
+        bars.iloc[slice(*spans["train"])], parameters.features.version, d.timeframe, asset_class
+    )
+    market, facts = (
+        market_data(
+            bars,
+            parameters.features.version,
+            fit,
+            d.timeframe,
+            asset_class,
+            parameters.features.window,
+            symbol,
+        ),
+        source_facts(parameters, symbol),
+    )
+    market = replace(
+        market,
+        fingerprint=market.fingerprint
+        | {name: value for name, value in facts.items() if name not in ("symbol", "timeframe")},
+    )  # goes into checkpoints
+    report = {
+        **facts,
+        "asset_class": asset_class,
+        "fingerprint": market.fingerprint,
+        "checks": report,
+        "spans": {
+            name: {"first": str(bars.index[a]), "last": str(bars.index[b - 1]), "bars": b - a}
+            for name, (a, b) in spans.items()
+        },
+    }
     write_bars(bars, paths.bars)
     market.save(paths.market)
     atomic_write(paths.report / "data.json", json.dumps(report, indent=1, default=str) + "\n")
@@ -193,15 +314,28 @@ def prepared_market(
     paths: Artefacts,
 ) -> MarketData:
     "The market data of a symbol; prepared now if that has not been done."
-    if not paths.market.exists(): return prepare_symbol(parameters, symbol, paths)[1]
+    if not paths.market.exists():
+        return prepare_symbol(parameters, symbol, paths)[1]
     market = MarketData.load(paths.market)
-    for name, value in (("features.version", parameters.features.version), ("features.window", parameters.features.window)):
+    for name, value in (
+        ("features.version", parameters.features.version),
+        ("features.window", parameters.features.window),
+    ):
         found = getattr(market, name.split(".")[1])
-        require(found == value, f"{paths.market}: was prepared with {name} {found}, params.yaml says {value}; run the prepare stage again")
+        require(
+            found == value,
+            f"{paths.market}: was prepared with {name} {found}, params.yaml says {value}; run the prepare stage again",
+        )
     found = market.fingerprint.get("source", parameters.data.source)
-    require(found == parameters.data.source, f"{paths.market}: was prepared with data.source {found}, params.yaml says {parameters.data.source}; run the prepare stage again")
+    require(
+        found == parameters.data.source,
+        f"{paths.market}: was prepared with data.source {found}, params.yaml says {parameters.data.source}; run the prepare stage again",
+    )
     asset_class = asset_class_for(parameters, symbol)
-    require(market.asset_class == asset_class, f"{paths.market}: was prepared as {market.asset_class}, and {symbol} is {asset_class}; run the prepare stage again")
+    require(
+        market.asset_class == asset_class,
+        f"{paths.market}: was prepared as {market.asset_class}, and {symbol} is {asset_class}; run the prepare stage again",
+    )
     return market
 
 
@@ -211,18 +345,47 @@ def market_truth(
 ):  # DataFrame, or None for real bars
     "The planted truth of a simulated market, made again from its seed."
     d = parameters.data
-    if d.source != "simulated": return None
+    if d.source != "simulated":
+        return None
     options = {name: value for name, value in dict(start=d.start, end=d.end).items() if value is not None}
-    return simulate_market(symbol, d.timeframe, seed=d.seed, edge=d.edge, asset_class=asset_class_for(parameters, symbol), recipe=d.recipe, **options)[1]
+    return simulate_market(
+        symbol,
+        d.timeframe,
+        seed=d.seed,
+        edge=d.edge,
+        asset_class=asset_class_for(parameters, symbol),
+        recipe=d.recipe,
+        **options,
+    )[1]
 
 # %% ../../nbs/09_pipeline/02_project.ipynb #1a7c4d52
 _COMPARED = {  # stage -> its file, and name -> where the figure stands in it; * is whatever the key is
     "train": ("train.json", {"validation_score": "validation_score"}),
-    "backtest": ("metrics.json", {"total_return": "agent.total_return", "buy_and_hold": "baselines.buy_and_hold", "moving_average_cross": "baselines.moving_average_cross", "sharpe": "agent.sharpe",
-                                  "max_drawdown": "agent.max_drawdown", "profit_factor": "agent.profit_factor", "trades": "agent.trades"}),
+    "backtest": (
+        "metrics.json",
+        {
+            "total_return": "agent.total_return",
+            "buy_and_hold": "baselines.buy_and_hold",
+            "moving_average_cross": "baselines.moving_average_cross",
+            "sharpe": "agent.sharpe",
+            "max_drawdown": "agent.max_drawdown",
+            "profit_factor": "agent.profit_factor",
+            "trades": "agent.trades",
+        },
+    ),
     "report": ("verdict.json", {"verdict": "verdict", "deflated_sharpe": "deflated_sharpe"}),
-    "walk_forward": ("walk_forward.json", {"walk_forward_return": "metrics.*.total_return", "walk_forward_sharpe": "metrics.*.sharpe"}),
-    "seeds": ("seeds.json", {"seeds_sharpe": "validation.sharpe.mean", "seeds_sharpe_low": "validation.sharpe.interval_95.low", "seeds_sharpe_high": "validation.sharpe.interval_95.high"}),
+    "walk_forward": (
+        "walk_forward.json",
+        {"walk_forward_return": "metrics.*.total_return", "walk_forward_sharpe": "metrics.*.sharpe"},
+    ),
+    "seeds": (
+        "seeds.json",
+        {
+            "seeds_sharpe": "validation.sharpe.mean",
+            "seeds_sharpe_low": "validation.sharpe.interval_95.low",
+            "seeds_sharpe_high": "validation.sharpe.interval_95.high",
+        },
+    ),
 }
 
 
@@ -235,7 +398,8 @@ def write_compared(
     whole, found = json.loads((paths.report / file).read_text(encoding="utf-8")), {}
     for name, place in places.items():
         value = whole
-        for key in place.split("."): value = next(iter(value.values())) if key == "*" else value[key]
+        for key in place.split("."):
+            value = next(iter(value.values())) if key == "*" else value[key]
         found[name] = value
     return atomic_write(paths.report / "compared" / f"{stage}.json", json.dumps(found, indent=1) + "\n")
 
@@ -253,19 +417,32 @@ def _notebook_output(record) -> bool:
 def _plain_kernel():
     "The kernel of a stage is the interpreter that runs it, whatever kernels a person has, and reads no startup files of a person's."
     folder = project_root() / "models" / "runs" / ".kernel"
-    spec = {"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3",
+        "language": "python",
+    }
     atomic_write(folder / "kernels" / "python3" / "kernel.json", json.dumps(spec))
     others = os.environ.get("JUPYTER_PATH")
-    wanted = {"PYTHONSTARTUP": None, "IPYTHONDIR": str(folder / "ipython"), "JUPYTER_PATH": os.pathsep.join([str(folder), *([others] if others else [])])}
+    wanted = {
+        "PYTHONSTARTUP": None,
+        "IPYTHONDIR": str(folder / "ipython"),
+        "JUPYTER_PATH": os.pathsep.join([str(folder), *([others] if others else [])]),
+    }
     before = {name: os.environ.get(name) for name in wanted}
 
     def put(values):
         for name, value in values.items():
-            if value is None: os.environ.pop(name, None)
-            else: os.environ[name] = value
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
     put(wanted)
-    try: yield
-    finally: put(before)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 @_plain_kernel()
@@ -276,16 +453,20 @@ def run_stage(
 ) -> Path:  # the executed notebook
     "Run a stage's notebook through papermill; bad input is raised as an `InputError`, and a signal ends the process with its status once the notebook has saved."
     import logging
+
     import papermill
     from papermill.engines import papermill_engines
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
+
     from trading_lib.pipeline.engine import papermill_engine
 
     root, symbol = project_root(), check_symbol(symbol)
     output = root / "models" / "runs" / f"{stage}-{symbol}.ipynb"
     papermill_engines.register("trading_lib", papermill_engine)
-    os.environ.setdefault("TRADING_LIB_PROGRESS", "lines")  # of the notebook's kernel: what it shows goes into a log
+    os.environ.setdefault(
+        "TRADING_LIB_PROGRESS", "lines"
+    )  # of the notebook's kernel: what it shows goes into a log
     logger = logging.getLogger("papermill")
     logger.setLevel(logging.INFO)
     if not logger.handlers:  # lines of the notebook as they come, and nothing of papermill's own
@@ -293,13 +474,25 @@ def run_stage(
         shown.addFilter(_notebook_output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        papermill.execute_notebook(root / "nbs" / f"{stage}.ipynb", output, dict(symbol=symbol, **parameters), cwd=root, kernel_name="python3", language="python", log_output=True, progress_bar=False, engine_name="trading_lib",
-                                   # the interrupt that precedes a kernel's shutdown is no error of the person's
-                                   config=Config({"NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}}))
+        papermill.execute_notebook(
+            root / "nbs" / f"{stage}.ipynb",
+            output,
+            dict(symbol=symbol, **parameters),
+            cwd=root,
+            kernel_name="python3",
+            language="python",
+            log_output=True,
+            progress_bar=False,
+            engine_name="trading_lib",
+            # the interrupt that precedes a kernel's shutdown is no error of the person's
+            config=Config({"NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}}),
+        )
     except PapermillExecutionError as e:
-        if e.ename == "InputError": raise InputError(e.evalue) from None
+        if e.ename == "InputError":
+            raise InputError(e.evalue) from None
         raise
-    except OSError as e: raise unwritable(e.filename or output, e) from None
+    except OSError as e:
+        raise unwritable(e.filename or output, e) from None
     return output
 
 
@@ -310,7 +503,11 @@ def hold(
 
     A checkout, and with it `dvc exp run`, deletes files that DVC wrote and that have not been touched since, if they belong to no stage any more. These are touched.
     """
-    made = [*(paths.root / "data").glob(f"{paths.name}.*"), *(paths.root / "models").glob(f"{paths.name}*"), *paths.report.rglob("*")]
+    made = [
+        *(paths.root / "data").glob(f"{paths.name}.*"),
+        *(paths.root / "models").glob(f"{paths.name}*"),
+        *paths.report.rglob("*"),
+    ]
     for path in filter(Path.is_file, made):
         facts = path.stat()
         os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns + 1_000_000))
@@ -329,5 +526,9 @@ def summary(
             lines.append(f"{symbol}: no backtest yet; run `dvc repro`")
             continue
         said = json.loads((paths.report / "verdict.json").read_text())
-        lines += [f"Report: {paths.report / 'report.html'}", f"Verdict: {said['verdict']}. {said['headline']}", *(f"  {reason}" for reason in said["reasons"])]
+        lines += [
+            f"Report: {paths.report / 'report.html'}",
+            f"Verdict: {said['verdict']}. {said['headline']}",
+            *(f"  {reason}" for reason in said["reasons"]),
+        ]
     return lines

@@ -11,16 +11,16 @@ import os
 
 import numpy as np
 
-from ..ledger import check_ledger
 from ..config import Parameters, project_root, require
 from ..env import split_bounds
 from ..files import atomic_write
+from ..ledger import check_ledger
 from ..metrics import interval_says, interval_text
 from .project import Artefacts, prepared_market
-from ..training.progress import Unharmed, progress_for
-from ..seeds import SeedsTrainer, mean_interval
 from .stopping import StopRequest
 from .train import enter_trials, make_trainer
+from ..seeds import SeedsTrainer, mean_interval
+from ..training.progress import Unharmed, progress_for
 
 # %% ../../nbs/09_pipeline/06_seed_study.ipynb #a0388801
 # metric of the validation -> how it is shown
@@ -31,12 +31,28 @@ def seeds_table(
     trainer: SeedsTrainer,  # after `train`
 ) -> str:
     "A line for each seed, their mean and its 95 % interval."
-    results, line = trainer.results(*_SHOWN), lambda name, cells: f"{name:>22}" + "".join(f"{cell:>22}" for cell in cells)
+    results, line = (
+        trainer.results(*_SHOWN),
+        lambda name, cells: f"{name:>22}" + "".join(f"{cell:>22}" for cell in cells),
+    )
     shown = lambda values: [text.format(value) for text, value in zip(_SHOWN.values(), values)]
     rows = [line("seed, best update", [name.replace("_", " ") for name in _SHOWN])]
-    rows += [line(f"{seed}, {best['update']}", shown(results[name]["seeds"][k] for name in _SHOWN)) for k, (seed, best) in enumerate(zip(trainer.seeds, trainer.bests))]
+    rows += [
+        line(f"{seed}, {best['update']}", shown(results[name]["seeds"][k] for name in _SHOWN))
+        for k, (seed, best) in enumerate(zip(trainer.seeds, trainer.bests))
+    ]
     rows.append(line("mean", shown(results[name]["mean"] for name in _SHOWN)))
-    rows.append(line("95 % interval", [interval_text(name, *results[name]["interval_95"].values(), text, results[name]["mean"]).removesuffix(" to say anything") for name, text in _SHOWN.items()]))
+    rows.append(
+        line(
+            "95 % interval",
+            [
+                interval_text(
+                    name, *results[name]["interval_95"].values(), text, results[name]["mean"]
+                ).removesuffix(" to say anything")
+                for name, text in _SHOWN.items()
+            ],
+        )
+    )
     return "\n".join(rows)
 
 
@@ -46,13 +62,32 @@ def plot_seeds(
     "Validation Sharpe ratio of each seed in the course of its training, their mean, and the 95 % interval of that."
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 3.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    axes, seen = figure.subplots(), np.array([[(row["timesteps"], row["validation_sharpe"]) for row in history if "validation_sharpe" in row] for history in trainer.histories])
+    axes, seen = (
+        figure.subplots(),
+        np.array(
+            [
+                [
+                    (row["timesteps"], row["validation_sharpe"])
+                    for row in history
+                    if "validation_sharpe" in row
+                ]
+                for history in trainer.histories
+            ]
+        ),
+    )
     steps, sharpe = seen[0, :, 0] / 1e6, seen[:, :, 1]
     # a band that says nothing is not drawn
-    low, high = np.array([bounds if interval_says("sharpe", *bounds) else (np.nan, np.nan) for bounds in map(mean_interval, sharpe.T)]).T
-    for k, row in enumerate(sharpe): axes.plot(steps, row, color="0.75", linewidth=1, label="a seed" if k == 0 else None)
+    low, high = np.array(
+        [
+            bounds if interval_says("sharpe", *bounds) else (np.nan, np.nan)
+            for bounds in map(mean_interval, sharpe.T)
+        ]
+    ).T
+    for k, row in enumerate(sharpe):
+        axes.plot(steps, row, color="0.75", linewidth=1, label="a seed" if k == 0 else None)
     axes.plot(steps, sharpe.mean(0), color="tab:blue", label=f"mean of {len(sharpe)}")
     axes.fill_between(steps, low, high, color="tab:blue", alpha=0.2, label="95 % interval of the mean")
     axes.set_xlabel("million steps of each seed")
@@ -71,38 +106,82 @@ def train_seeds(
     own: bool = False,  # write beside the pipeline's study, and leave that as it is
 ) -> SeedsTrainer:
     "Train them, print what they reached, and write seeds.json and seeds.png into the symbol's report; a signal ends it after the present update."
-    require(int(os.environ.get("WORLD_SIZE", 1)) == 1, "seeds: several at once are trained by one process; start it without torchrun")
+    require(
+        int(os.environ.get("WORLD_SIZE", 1)) == 1,
+        "seeds: several at once are trained by one process; start it without torchrun",
+    )
     market = prepared_market(parameters, symbol, paths)
-    spans = split_bounds(len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction)
-    trainer = make_trainer(parameters, market, spans["train"], spans["validation"], Unharmed(progress_for(progress)), seeds=seeds)
+    spans = split_bounds(
+        len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction
+    )
+    trainer = make_trainer(
+        parameters, market, spans["train"], spans["validation"], Unharmed(progress_for(progress)), seeds=seeds
+    )
     say = trainer.progress.say
-    say(f"{symbol}, seeds {', '.join(map(str, trainer.seeds))} at once. What follows is of each seed; memory is that of all together, and no checkpoints are written\n{trainer.description}")
+    say(
+        f"{symbol}, seeds {', '.join(map(str, trainer.seeds))} at once. What follows is of each seed; memory is that of all together, and no checkpoints are written\n{trainer.description}"
+    )
     check_ledger(project_root(), symbol)
     files = [(paths.own_report if own else paths.report) / name for name in ("seeds.json", "seeds.png")]
     _put_aside(files, say)
     try:
-        with StopRequest(say) as stop: trainer.train(stop=lambda: stop.requested)
+        with StopRequest(say) as stop:
+            trainer.train(stop=lambda: stop.requested)
         trainer.exit_status = stop.status or 0
-        if all(trainer.bests): _write_study(trainer, symbol, files, say)
-        else: say("stopped before the first validation: there is nothing to show")
-    finally: enter_trials(trainer)  # what was looked at counts, whatever ended it
+        if all(trainer.bests):
+            _write_study(trainer, symbol, files, say)
+        else:
+            say("stopped before the first validation: there is nothing to show")
+    finally:
+        enter_trials(trainer)  # what was looked at counts, whatever ended it
     return trainer
 
 
 def _put_aside(files: list, say):
     "An earlier study is not shown as this one's, and not lost."
-    if not files[0].exists(): return
+    if not files[0].exists():
+        return
     number = next(n for n in range(1, 10**6) if not files[0].with_name(f"seeds.{n}.json").exists())
     for path in files:
-        if path.exists(): path.rename(path.with_name(f"seeds.{number}{path.suffix}"))
-    say(f"an earlier study was there: put aside as {files[0].with_name(f'seeds.{number}.json')}; nothing reads it, and it may be deleted")
+        if path.exists():
+            path.rename(path.with_name(f"seeds.{number}{path.suffix}"))
+    say(
+        f"an earlier study was there: put aside as {files[0].with_name(f'seeds.{number}.json')}; nothing reads it, and it may be deleted"
+    )
 
 
 def _write_study(trainer: SeedsTrainer, symbol: str, files: list, say):
     "What the seeds reached, as a table, a file and a picture."
-    if trainer.update < trainer.updates: say(f"stopped after update {trainer.update} of {trainer.updates}: what follows is of an unfinished study")
-    course = [[{name: row[name] for name in ("update", "timesteps", "validation_return", "validation_sharpe", "validation_score")} for row in history if "validation_score" in row] for history in trainer.histories]
-    content = {"symbol": symbol, "seeds": trainer.seeds, "updates": trainer.update, "of": trainer.updates, "best_updates": [best["update"] for best in trainer.bests], "validation": trainer.results(*_SHOWN), "course": course}
+    if trainer.update < trainer.updates:
+        say(
+            f"stopped after update {trainer.update} of {trainer.updates}: what follows is of an unfinished study"
+        )
+    course = [
+        [
+            {
+                name: row[name]
+                for name in (
+                    "update",
+                    "timesteps",
+                    "validation_return",
+                    "validation_sharpe",
+                    "validation_score",
+                )
+            }
+            for row in history
+            if "validation_score" in row
+        ]
+        for history in trainer.histories
+    ]
+    content = {
+        "symbol": symbol,
+        "seeds": trainer.seeds,
+        "updates": trainer.update,
+        "of": trainer.updates,
+        "best_updates": [best["update"] for best in trainer.bests],
+        "validation": trainer.results(*_SHOWN),
+        "course": course,
+    }
     say(f"{seeds_table(trainer)}\nvalidation span, which chose them")
     atomic_write(files[0], json.dumps(content, indent=1) + "\n")
     plot_seeds(trainer).savefig(files[1], metadata={"Software": None})

@@ -21,7 +21,8 @@ _TOGETHER = 1.0  # seconds in which two signals that no person sends are one
 class StopRequest:
     "Inside `with`, the first SIGINT, SIGTERM or SIGHUP sets `requested`, and `signal` to which one it was; the second quits at once."
 
-    def __init__(self,
+    def __init__(
+        self,
         say=print,  # called with one line at the first signal, from another thread
     ):
         self.say, self.requested, self.signal = say, False, None
@@ -40,30 +41,42 @@ class StopRequest:
         self._telling.start()
         for number in _SIGNALS:
             before = signal.getsignal(number)
-            if before is signal.SIG_IGN: continue
+            if before is signal.SIG_IGN:
+                continue
             # read before the handler is in place: from then on a signal may come at any time
-            if isinstance(getattr(before, "__self__", None), StopRequest): self._outer = before.__self__
-            try: self._before[number] = signal.signal(number, self._receive)
-            except ValueError: break  # not the main thread
-        if self._outer and self._outer.requested: self._mark(self._outer.signal)
+            if isinstance(getattr(before, "__self__", None), StopRequest):
+                self._outer = before.__self__
+            try:
+                self._before[number] = signal.signal(number, self._receive)
+            except ValueError:
+                break  # not the main thread
+        if self._outer and self._outer.requested:
+            self._mark(self._outer.signal)
         return self
 
     def __exit__(self, *error):
         self._restore()
         os.write(self._pipe[1], b".")  # nothing to tell: the thread may go
-        self._telling.join(10 if error[0] is None else 1)  # a terminal that is held (Ctrl+S) must not hold us for ever
-        for end in self._pipe: os.close(end)
+        self._telling.join(
+            10 if error[0] is None else 1
+        )  # a terminal that is held (Ctrl+S) must not hold us for ever
+        for end in self._pipe:
+            os.close(end)
         self._telling = None
 
     def _restore(self):
         "Put the handlers of before back."
-        for number, before in self._before.items(): signal.signal(number, signal.SIG_DFL if before is None else before)  # None: it was not set from Python
+        for number, before in self._before.items():
+            signal.signal(
+                number, signal.SIG_DFL if before is None else before
+            )  # None: it was not set from Python
         self._before = {}
 
     def _receive(self, number: int, frame):
         "The handler."
         if self.requested:
-            if number == signal.SIGINT or time.monotonic() - self._since >= _TOGETHER: self._insist(number)
+            if number == signal.SIGINT or time.monotonic() - self._since >= _TOGETHER:
+                self._insist(number)
             return
         self._mark(signal.Signals(number))
         os.write(self._pipe[1], b"!")
@@ -75,10 +88,13 @@ class StopRequest:
 
     def _mark(self, number: signal.Signals):
         self.requested, self.signal, self._since = True, number, time.monotonic()
-        if self._outer and not self._outer.requested: self._outer._mark(number)
+        if self._outer and not self._outer.requested:
+            self._outer._mark(number)
 
     def _tell(self, reading: int):
         "Wait for the first signal or the end, whichever comes first."
         # a signal that this thread took would not wake the main one from a sleep
-        if hasattr(signal, "pthread_sigmask"): signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
-        if os.read(reading, 1) == b"!": self.say(f"{self.signal.name}: the iteration is being finished; a second one quits at once")
+        if hasattr(signal, "pthread_sigmask"):
+            signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        if os.read(reading, 1) == b"!":
+            self.say(f"{self.signal.name}: the iteration is being finished; a second one quits at once")

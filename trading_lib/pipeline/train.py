@@ -22,32 +22,58 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..ledger import add_trials, check_ledger, ledger_path, ledger_summary, read_trials, record_trials, run_trials
 from ..bars import read_bars
 from ..checkpoint import load_checkpoint, save_checkpoint
 from ..config import InputError, Parameters, project_root, require
-from ..reporting.figures import Curves
-from ..training.distributed import join_processes, processes
-from ..env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, column_order, layout_of, split_bounds
+from ..data.simulation import simulated_bars
+from trading_lib.env import (
+    GPUEnvConfig,
+    GPUVectorizedTradingEnv,
+    MarketData,
+    column_order,
+    layout_of,
+    split_bounds,
+)
 from ..files import atomic_write, sha256_of_file
-from ..training.memory import RolloutShape, memory_limit, memory_text
+from trading_lib.ledger import (
+    add_trials,
+    check_ledger,
+    ledger_path,
+    ledger_summary,
+    read_trials,
+    record_trials,
+    run_trials,
+)
 from .model_card import write_model_card
-from .project import Artefacts, kept_models, prepared_market
 from .preflight import preflight
+from .project import Artefacts, kept_models, prepared_market
+from .stopping import StopRequest
+from ..reporting.figures import Curves
+from ..seeds import SeedsTrainer
+from ..trainer import NativePPOTrainer
+from trading_lib.training.config import (
+    budget_warnings,
+    describe,
+    fit_config,
+    get_auto_config,
+    memory_of,
+    resolve_device,
+)
+from ..training.distributed import join_processes, processes
+from ..training.memory import RolloutShape, memory_limit, memory_text
 from ..training.progress import Unharmed, progress_for
 from ..training.run_folder import RunFolder
-from ..seeds import SeedsTrainer
-from ..data.simulation import simulated_bars
-from .stopping import StopRequest
-from ..training.config import budget_warnings, describe, fit_config, get_auto_config, memory_of, resolve_device
-from ..trainer import NativePPOTrainer
 from ..version import MODEL_SPECS
 
 # %% ../../nbs/09_pipeline/05_train.ipynb #403424f4
 def _device(name: str) -> torch.device:
     "The device of this process: `torchrun` starts one for each GPU."
     device = resolve_device(name)
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" and "LOCAL_RANK" in os.environ else device
+    return (
+        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ
+        else device
+    )
 
 
 def rollout_shape(
@@ -55,7 +81,12 @@ def rollout_shape(
 ) -> RolloutShape:
     "What memory depends on: our rollouts store an index and the account's columns."
     layout, order = layout_of(market.version), column_order(market.version)
-    return RolloutShape(market.window * layout.n_features, MODEL_SPECS[market.version].n_actions, len(layout.account_columns), market.window * len(order.windowed) + len(order.broadcast))
+    return RolloutShape(
+        market.window * layout.n_features,
+        MODEL_SPECS[market.version].n_actions,
+        len(layout.account_columns),
+        market.window * len(order.windowed) + len(order.broadcast),
+    )
 
 
 def make_trainer(
@@ -69,18 +100,45 @@ def make_trainer(
 ) -> NativePPOTrainer:  # or SeedsTrainer
     "Hardware tier, mode and overrides as params.yaml says; the environment stands on the training span."
     p, shape, device = parameters, rollout_shape(market), _device(parameters.train.device)
-    config = get_auto_config(training_mode=p.train.mode, device=device, asset_class=market.asset_class, modes=p.modes, episode_length=p.env.episode_length, **p.train.overrides())
+    config = get_auto_config(
+        training_mode=p.train.mode,
+        device=device,
+        asset_class=market.asset_class,
+        modes=p.modes,
+        episode_length=p.env.episode_length,
+        **p.train.overrides(),
+    )
     limit = memory_limit(device, p.train.max_vram_gpu0, p.train.max_vram_gpu1)
     config, warnings = fit_config(config, shape, limit, modes=p.modes)
     warnings = [*budget_warnings(p.train.mode, market.asset_class, p.modes), *warnings]
     if seeds is not None:
         together = seeds * memory_of(config, shape).total
-        require(limit is None or together <= limit, f"seeds: {seeds} at once would take {memory_text(together)}, and {memory_text(limit or 0)} may be used; take fewer seeds, or fewer environments")
-    env = GPUVectorizedTradingEnv(market.span(*train), GPUEnvConfig(
-        n_envs=max(1, seeds or 1) * config.n_envs, version=market.version, window=market.window, timeframe=market.timeframe, asset_class=market.asset_class,
-        episode_length=p.env.episode_length, reward_preset=p.env.reward_preset, reward_weights=p.env.reward_weights, account=p.account), device=device)
-    trainer = NativePPOTrainer(env, config, market.span(*validation), progress, folder) if seeds is None else SeedsTrainer(env, config, seeds, market.span(*validation), progress)
-    if seeds is not None: warnings = [*warnings, f"memory of all {seeds} seeds: {memory_text(together)}"]
+        require(
+            limit is None or together <= limit,
+            f"seeds: {seeds} at once would take {memory_text(together)}, and {memory_text(limit or 0)} may be used; take fewer seeds, or fewer environments",
+        )
+    env = GPUVectorizedTradingEnv(
+        market.span(*train),
+        GPUEnvConfig(
+            n_envs=max(1, seeds or 1) * config.n_envs,
+            version=market.version,
+            window=market.window,
+            timeframe=market.timeframe,
+            asset_class=market.asset_class,
+            episode_length=p.env.episode_length,
+            reward_preset=p.env.reward_preset,
+            reward_weights=p.env.reward_weights,
+            account=p.account,
+        ),
+        device=device,
+    )
+    trainer = (
+        NativePPOTrainer(env, config, market.span(*validation), progress, folder)
+        if seeds is None
+        else SeedsTrainer(env, config, seeds, market.span(*validation), progress)
+    )
+    if seeds is not None:
+        warnings = [*warnings, f"memory of all {seeds} seeds: {memory_text(together)}"]
     trainer.description = describe(config, device, shape, limit=limit, warnings=warnings)
     return trainer
 
@@ -91,8 +149,24 @@ def training_trials(
     "Every validated checkpoint of a run, as the ledger has it."
     market, validation = trainer.env.market, trainer.validation.env.market
     moment = lambda bar: str(np.datetime64(int(market.timestamp[bar]), "ns").astype("datetime64[s]"))
-    parameters = {"train": asdict(trainer.config), "env": asdict(replace(trainer.env.config, n_envs=trainer.accounts)), "trained_on": [moment(market.start), moment(market.stop - 1)]}
-    return [trial for seed, rows in trainer.validations_by_seed() for trial in run_trials(market.symbol, market.timeframe, market.fingerprint, (moment(validation.start), moment(validation.stop - 1)), parameters, seed, rows)]
+    parameters = {
+        "train": asdict(trainer.config),
+        "env": asdict(replace(trainer.env.config, n_envs=trainer.accounts)),
+        "trained_on": [moment(market.start), moment(market.stop - 1)],
+    }
+    return [
+        trial
+        for seed, rows in trainer.validations_by_seed()
+        for trial in run_trials(
+            market.symbol,
+            market.timeframe,
+            market.fingerprint,
+            (moment(validation.start), moment(validation.stop - 1)),
+            parameters,
+            seed,
+            rows,
+        )
+    ]
 
 
 def record_training(
@@ -116,23 +190,31 @@ def _make_room(
 ):
     "What the next `resume` would take for the newest of this run, and is not, is put aside."
     folder, say = trainer.folder, trainer.progress.say
-    if trainer.rank: return
+    if trainer.rank:
+        return
     if checkpoint is not None and checkpoint.resolve().parent == folder.path.resolve():
         aside = folder.put_aside(after=trainer.update)
-        if aside is not None: say(f"what came after update {trainer.update}: put aside as {aside}")
+        if aside is not None:
+            say(f"what came after update {trainer.update}: put aside as {aside}")
         return
     aside = folder.put_aside()
     if aside is not None:
         every = sorted(folder.path.parent.glob(f"{glob.escape(folder.path.name)}.[0-9]*"))
         size = sum(file.stat().st_size for one in every for file in one.iterdir())
-        say(f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with it); what is put aside as {folder.path}.1 and so on, {memory_text(size)} by now, may be deleted")
-    if checkpoint is not None and trainer.best is not None: folder.save_best(trainer.best)
+        say(
+            f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with it); what is put aside as {folder.path}.1 and so on, {memory_text(size)} by now, may be deleted"
+        )
+    if checkpoint is not None and trainer.best is not None:
+        folder.save_best(trainer.best)
 
 
 def _check_unfinished(trainer: NativePPOTrainer, name: str):
     "There is something left to do, or at least to write."
     over = trainer.update >= trainer.updates or trainer.ended is not None
-    require(not over or trainer.best is not None, f"{name}: is of the end of its run, update {trainer.update} of {trainer.updates}, and the best policy is not beside it: there is nothing to go on with; give a larger budget, or train anew")
+    require(
+        not over or trainer.best is not None,
+        f"{name}: is of the end of its run, update {trainer.update} of {trainer.updates}, and the best policy is not beside it: there is nothing to go on with; give a larger budget, or train anew",
+    )
 
 
 class _Beside(RunFolder):
@@ -140,35 +222,51 @@ class _Beside(RunFolder):
 
     def __init__(self, checkpoint: Path):
         super().__init__(checkpoint.parent)
-        self._finished = checkpoint.with_name(checkpoint.name.replace("_last.pt", ".pt")) if checkpoint.name.endswith("_last.pt") else None
+        self._finished = (
+            checkpoint.with_name(checkpoint.name.replace("_last.pt", ".pt"))
+            if checkpoint.name.endswith("_last.pt")
+            else None
+        )
 
     def best(self, update, say=print) -> dict | None:
         found = super().best(update, say)
-        if found is not None or update is None or self._finished is None or not self._finished.exists(): return found
+        if found is not None or update is None or self._finished is None or not self._finished.exists():
+            return found
         content = load_checkpoint(self._finished)
         return content if content.get("update") == update else None
 
 
 def resume(
     trainer: NativePPOTrainer,  # that has not trained yet, with a folder
-    checkpoint: str | Path | None = None,  # go on from this file; None: from the newest good one in the folder
+    checkpoint: str
+    | Path
+    | None = None,  # go on from this file; None: from the newest good one in the folder
 ) -> bool:  # whether there was one
     "Go on from a checkpoint. One of another network is no reason to stop where nobody asked for that very file."
     say = trainer.progress.say
     if checkpoint is not None:
         content = load_checkpoint(checkpoint, map_location=trainer.device)
-        over = content.get("update", 0) >= trainer.updates or content.get("ended") is not None  # of a run that is complete there is nothing to go on with
-        trainer.restore(content, str(checkpoint), RunFolder(Path(checkpoint).parent) if over else _Beside(Path(checkpoint)))
+        over = (
+            content.get("update", 0) >= trainer.updates or content.get("ended") is not None
+        )  # of a run that is complete there is nothing to go on with
+        trainer.restore(
+            content,
+            str(checkpoint),
+            RunFolder(Path(checkpoint).parent) if over else _Beside(Path(checkpoint)),
+        )
         _check_unfinished(trainer, str(checkpoint))
         _make_room(trainer, Path(checkpoint))
         say(f"going on from {checkpoint}, after update {trainer.update} of {trainer.updates}")
         return True
     found = trainer.folder.newest_good(say, trainer.check_parts)
-    if found is None: say(f"resume: no checkpoint in {trainer.folder.path}")
+    if found is None:
+        say(f"resume: no checkpoint in {trainer.folder.path}")
     else:
         path, content = found
-        try: trainer.restore(content, str(path))
-        except InputError as e: say(f"resume: {e}; starting fresh")
+        try:
+            trainer.restore(content, str(path))
+        except InputError as e:
+            say(f"resume: {e}; starting fresh")
         else:
             _check_unfinished(trainer, str(path))
             say(f"going on from {path}, after update {trainer.update} of {trainer.updates}")
@@ -180,9 +278,11 @@ def run_until_stopped(
     command: str,  # that trained it, for the model card
 ) -> Path | None:  # the checkpoint of a run that was stopped; None: the run is complete
     "Train; a signal ends it after the present update, and everything is kept."
-    with StopRequest(trainer.progress.say) as stop: trainer.train(stop=lambda: stop.requested)
+    with StopRequest(trainer.progress.say) as stop:
+        trainer.train(stop=lambda: stop.requested)
     trainer.exit_status = stop.status or 0
-    if trainer.ended is not None or trainer.update >= trainer.updates: return None
+    if trainer.ended is not None or trainer.update >= trainer.updates:
+        return None
     content, trainer.exit_status = trainer.content(), stop.status or 143  # another process of ours was asked
     return trainer.folder.path if trainer.rank else _save_state(trainer, content, command)
 
@@ -190,25 +290,36 @@ def run_until_stopped(
 def _save_state(trainer: NativePPOTrainer, content: dict, command: str) -> Path:
     "Write everything that the next update depends on: into the run's folder, or where there is room."
     folder, now = trainer.folder, datetime.now()
-    try: path = folder.save_interrupted(content, now)
-    except OSError as e:
-        try: folder = RunFolder(tempfile.mkdtemp(prefix=f"trading_lib-{folder.path.name}-"))
-        except OSError: raise e from None
-        trainer.progress.say(f"{e}; the run is saved in {folder.path} instead")
-        if trainer.best is not None: folder.save_best(trainer.best)
+    try:
         path = folder.save_interrupted(content, now)
-    try: write_model_card(path, content, command)
-    except OSError as e: trainer.progress.say(f"{e}; the checkpoint is whole without its card")
+    except OSError as e:
+        try:
+            folder = RunFolder(tempfile.mkdtemp(prefix=f"trading_lib-{folder.path.name}-"))
+        except OSError:
+            raise e from None
+        trainer.progress.say(f"{e}; the run is saved in {folder.path} instead")
+        if trainer.best is not None:
+            folder.save_best(trainer.best)
+        path = folder.save_interrupted(content, now)
+    try:
+        write_model_card(path, content, command)
+    except OSError as e:
+        trainer.progress.say(f"{e}; the checkpoint is whole without its card")
     return path
 
 
 def _how_to_go_on(trainer: NativePPOTrainer, symbol: str, path: Path) -> str:
-    return f"`trading-lib train {symbol} " + ("--resume`" if path.parent == trainer.folder.path else f"--checkpoint {path}`")
+    return f"`trading-lib train {symbol} " + (
+        "--resume`" if path.parent == trainer.folder.path else f"--checkpoint {path}`"
+    )
 
 # %% ../../nbs/09_pipeline/05_train.ipynb #503030e8
 def _keep_model(paths: Artefacts, best: dict, last: dict, command: str) -> Path:
     "Best policy, last one and card under a name of their own."
-    new, newest = (save_checkpoint(content, paths.kept / f"new{end}.pt") for content, end in ((best, ""), (last, "_last")))
+    new, newest = (
+        save_checkpoint(content, paths.kept / f"new{end}.pt")
+        for content, end in ((best, ""), (last, "_last"))
+    )
     name = hashlib.sha256((sha256_of_file(new) + sha256_of_file(newest)).encode()).hexdigest()[:8]
     newest.replace(paths.kept / f"{name}_last.pt")
     model = new.replace(paths.kept / f"{name}.pt")
@@ -218,13 +329,23 @@ def _keep_model(paths: Artefacts, best: dict, last: dict, command: str) -> Path:
 
 def _keep_earlier(paths: Artefacts, say):
     "A model that another one is about to replace is kept, if it is not already."
-    if not paths.model.exists(): return
+    if not paths.model.exists():
+        return
     digest = sha256_of_file(paths.model)
-    if any(path.stat().st_size == paths.model.stat().st_size and sha256_of_file(path) == digest for path in kept_models(paths)): return
+    if any(
+        path.stat().st_size == paths.model.stat().st_size and sha256_of_file(path) == digest
+        for path in kept_models(paths)
+    ):
+        return
     kept = paths.kept / f"{digest[:8]}.pt"
     kept.parent.mkdir(parents=True, exist_ok=True)
-    for path, copy in ((paths.last_model, kept.with_name(f"{kept.stem}_last.pt")), (paths.model.with_suffix(".md"), kept.with_suffix(".md")), (paths.model, kept)):
-        if path.exists(): atomic_write(copy, path.read_bytes())
+    for path, copy in (
+        (paths.last_model, kept.with_name(f"{kept.stem}_last.pt")),
+        (paths.model.with_suffix(".md"), kept.with_suffix(".md")),
+        (paths.model, kept),
+    ):
+        if path.exists():
+            atomic_write(copy, path.read_bytes())
     say(f"{paths.model}: the model that was there is kept as {kept}")
 
 
@@ -235,8 +356,20 @@ def _write_course(trainer: NativePPOTrainer, report: Path) -> dict:  # what is i
     text = lambda value: "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
     lines = [",".join(names), *(",".join(text(row.get(name)) for name in names) for row in history)]
     finite = lambda figures: {name: v if math.isfinite(v) else None for name, v in figures.items()}
-    figures = {"best_update": best["update"], "updates": trainer.updates, "timesteps": trainer.global_step, "parameters": sum(p.numel() for p in trainer.policy.state_dict().values()) - sum(b.numel() for b in trainer.policy.buffers()),
-               "validation_score": trainer.best_score, "ended_early": trainer.ended, "best": finite(best["metrics"]["validation"]), "last": {name: history[-1][name] for name in ("reward", "entropy", "explained_variance", "kl", "clip_fraction")}}
+    figures = {
+        "best_update": best["update"],
+        "updates": trainer.updates,
+        "timesteps": trainer.global_step,
+        "parameters": sum(p.numel() for p in trainer.policy.state_dict().values())
+        - sum(b.numel() for b in trainer.policy.buffers()),
+        "validation_score": trainer.best_score,
+        "ended_early": trainer.ended,
+        "best": finite(best["metrics"]["validation"]),
+        "last": {
+            name: history[-1][name]
+            for name in ("reward", "entropy", "explained_variance", "kl", "clip_fraction")
+        },
+    }
     atomic_write(report / "train.csv", "\n".join(lines) + "\n")
     atomic_write(report / "train.json", json.dumps(figures, indent=1, default=float, allow_nan=False) + "\n")
     return figures
@@ -260,17 +393,28 @@ def finish_training(
             write_model_card(path, its, command)
     # the machine may go away: what was written must be readable
     last = model.with_name(f"{model.stem}_last.pt")
-    if load_checkpoint(model)["update"] != best["update"] or load_checkpoint(last)["global_step"] != trainer.global_step: raise InputError(f"{model}: what was written is not what is read; is another run writing there?")
-    try: _write_course(trainer, paths.own_report if own else paths.report)
+    if (
+        load_checkpoint(model)["update"] != best["update"]
+        or load_checkpoint(last)["global_step"] != trainer.global_step
+    ):
+        raise InputError(f"{model}: what was written is not what is read; is another run writing there?")
+    try:
+        _write_course(trainer, paths.own_report if own else paths.report)
     except OSError as e:
         say(f"{e}; the model is saved all the same")
     trainer.folder.finished()
     every = kept_models(paths)
     size = sum(path.stat().st_size for path in paths.kept.iterdir())
     simulated = simulated_bars(content["data"]["symbol"], content["data"])
-    say(f"saved {model}: the policy of update {best['update']}, {'simulated ' * simulated}validation Sharpe {best['metrics']['validation']['sharpe']:+.2f}")
-    if model != kept: say(f"kept as {kept} too, where no later run replaces it")
-    if len(every) > 1: say(f"{len(every)} models are kept in {paths.kept}, {memory_text(size)}: `trading-lib models` lists them; those that nobody needs may be deleted")
+    say(
+        f"saved {model}: the policy of update {best['update']}, {'simulated ' * simulated}validation Sharpe {best['metrics']['validation']['sharpe']:+.2f}"
+    )
+    if model != kept:
+        say(f"kept as {kept} too, where no later run replaces it")
+    if len(every) > 1:
+        say(
+            f"{len(every)} models are kept in {paths.kept}, {memory_text(size)}: `trading-lib models` lists them; those that nobody needs may be deleted"
+        )
     return model
 
 
@@ -278,8 +422,14 @@ def _check_room(trainer: NativePPOTrainer, paths: Artefacts):
     "What a run will write fits on the disk now: not after hours."
     folder = next(folder for folder in (paths.kept, *paths.kept.parents) if folder.exists())
     weights = sum(p.numel() * p.element_size() for p in trainer.policy.parameters())
-    needed, free = 5 * 3 * weights, shutil.disk_usage(folder).free  # two checkpoints, the best, the model twice; two moments to a weight
-    require(free > needed, f"{folder}: {memory_text(free)} free on its disk; a run of this network writes about {memory_text(needed)}: free some space, or take a smaller network")
+    needed, free = (
+        5 * 3 * weights,
+        shutil.disk_usage(folder).free,
+    )  # two checkpoints, the best, the model twice; two moments to a weight
+    require(
+        free > needed,
+        f"{folder}: {memory_text(free)} free on its disk; a run of this network writes about {memory_text(needed)}: free some space, or take a smaller network",
+    )
 
 
 def train_symbol(
@@ -291,34 +441,61 @@ def train_symbol(
     checkpoint: str | Path | None = None,  # go on from this one
     progress: str | None = None,  # a key of PROGRESS; None: what suits whoever is looking
     own: bool = False,  # leave the pipeline's model and report as they are, and the model in `paths.kept` alone
-) -> tuple[NativePPOTrainer, Path | None]:  # the trainer; the checkpoint of a run that was stopped, None where it is complete
+) -> tuple[
+    NativePPOTrainer, Path | None
+]:  # the trainer; the checkpoint of a run that was stopped, None where it is complete
     "Train one symbol and leave its model, or a checkpoint to go on from."
     join_processes(_device(parameters.train.device))
     alone = processes()[0] == 0  # the others write and say nothing
     folder = RunFolder(paths.root / "models" / "runs" / paths.name, parameters.train.keep_checkpoints or 3)
-    with folder.alone() if alone else nullcontext(): return _train_alone(parameters, symbol, paths, command, resumes, checkpoint, progress, own, folder, alone)
+    with folder.alone() if alone else nullcontext():
+        return _train_alone(
+            parameters, symbol, paths, command, resumes, checkpoint, progress, own, folder, alone
+        )
 
 
 def _train_alone(parameters, symbol, paths, command, resumes, checkpoint, progress, own, folder, alone):
     market = prepared_market(parameters, symbol, paths)
-    spans = split_bounds(len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction)
-    fresh = lambda progress=None, folder=None: make_trainer(parameters, market, spans["train"], spans["validation"], progress, folder)
-    trainer = fresh(Unharmed(Curves(progress_for(progress), (paths.own_report if own else paths.report) / "live")) if alone else None, folder)
+    spans = split_bounds(
+        len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction
+    )
+    fresh = lambda progress=None, folder=None: make_trainer(
+        parameters, market, spans["train"], spans["validation"], progress, folder
+    )
+    trainer = fresh(
+        Unharmed(Curves(progress_for(progress), (paths.own_report if own else paths.report) / "live"))
+        if alone
+        else None,
+        folder,
+    )
     folder.say = say = trainer.progress.say
     if alone:
         check_ledger(project_root(), symbol)
         _check_room(trainer, paths)
     say(f"{symbol}\n{trainer.description}")
     going_on = resume(trainer, checkpoint) if resumes or checkpoint is not None else False
-    if resumes and not going_on: require(folder.newest_good(lambda line: None, trainer.check_parts) is not None, f"{symbol}: there is nothing to resume in {folder.path}" + _what_there_is(paths) + "; train without --resume to begin afresh")
-    if not going_on: _make_room(trainer, None)
-    if trainer.config.mode not in ("quick_test", "custom") and not going_on and trainer.world == 1: preflight(fresh, read_bars(paths.bars) if paths.bars.exists() else None, say)
+    if resumes and not going_on:
+        require(
+            folder.newest_good(lambda line: None, trainer.check_parts) is not None,
+            f"{symbol}: there is nothing to resume in {folder.path}"
+            + _what_there_is(paths)
+            + "; train without --resume to begin afresh",
+        )
+    if not going_on:
+        _make_room(trainer, None)
+    if trainer.config.mode not in ("quick_test", "custom") and not going_on and trainer.world == 1:
+        preflight(fresh, read_bars(paths.bars) if paths.bars.exists() else None, say)
     try:
         stopped = run_until_stopped(trainer, command)
-        if stopped is None: _finish(trainer, symbol, paths, command, own, alone)
+        if stopped is None:
+            _finish(trainer, symbol, paths, command, own, alone)
     finally:
-        if alone: enter_trials(trainer)  # an interrupted run has looked at checkpoints too
-    if stopped is not None: say(f"stopped after update {trainer.update} of {trainer.updates}; saved {stopped}; go on with {_how_to_go_on(trainer, symbol, stopped)}")
+        if alone:
+            enter_trials(trainer)  # an interrupted run has looked at checkpoints too
+    if stopped is not None:
+        say(
+            f"stopped after update {trainer.update} of {trainer.updates}; saved {stopped}; go on with {_how_to_go_on(trainer, symbol, stopped)}"
+        )
     return trainer, stopped
 
 
@@ -326,18 +503,25 @@ def _what_there_is(paths: Artefacts) -> str:
     "What a person who wants to go on may have meant."
     aside = sorted(paths.root.glob(f"models/runs/{glob.escape(paths.name)}.[0-9]*/*.pt"))
     finished = kept_models(paths)[:1]
-    said = ([f"put aside earlier: {aside[-1]} (--checkpoint goes on from it)"] if aside else []) + [f"the last complete run left {path} (--checkpoint {path.with_name(path.stem + '_last.pt')} with a larger budget extends it)" for path in finished]
+    said = ([f"put aside earlier: {aside[-1]} (--checkpoint goes on from it)"] if aside else []) + [
+        f"the last complete run left {path} (--checkpoint {path.with_name(path.stem + '_last.pt')} with a larger budget extends it)"
+        for path in finished
+    ]
     return "".join(f"; {one}" for one in said)
 
 
 def _finish(trainer: NativePPOTrainer, symbol: str, paths: Artefacts, command: str, own: bool, alone: bool):
     "Write what a complete run leaves; where there is no room, something to go on from."
     content = trainer.content()  # of all processes together
-    if not alone: return
-    try: finish_training(trainer, content, paths, command, own)
+    if not alone:
+        return
+    try:
+        finish_training(trainer, content, paths, command, own)
     except OSError as e:
         path = _save_state(trainer, content, command)
-        raise InputError(f"{e}; the run is complete, and its state saved as {path}: free some space, then {_how_to_go_on(trainer, symbol, path)} writes the model") from None
+        raise InputError(
+            f"{e}; the run is complete, and its state saved as {path}: free some space, then {_how_to_go_on(trainer, symbol, path)} writes the model"
+        ) from None
 
 
 def train_fold(
@@ -349,7 +533,12 @@ def train_fold(
     check_ledger(project_root(), market.symbol)
     trainer = make_trainer(parameters, market, fold.train, fold.validation)
     try:
-        with StopRequest(trainer.progress.say) as stop: trainer.train(stop=lambda: stop.requested)
-    finally: enter_trials(trainer)  # an interrupted run has looked at checkpoints too
-    require(not stop.requested, f"walk_forward: was stopped in fold {fold.number}, after update {trainer.update} of {trainer.updates}; folds that are complete are kept, run it again for the rest")
+        with StopRequest(trainer.progress.say) as stop:
+            trainer.train(stop=lambda: stop.requested)
+    finally:
+        enter_trials(trainer)  # an interrupted run has looked at checkpoints too
+    require(
+        not stop.requested,
+        f"walk_forward: was stopped in fold {fold.number}, after update {trainer.update} of {trainer.updates}; folds that are complete are kept, run it again for the rest",
+    )
     return trainer.best

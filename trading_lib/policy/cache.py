@@ -21,25 +21,44 @@ _UNKNOWN = -1
 class BarAnswers:
     "What networks that see nothing of an account say at each bar: looked at once, all at first, or when an account first comes near it."
 
-    def __init__(self,
-        networks: list[NativeActorCritic],  # one, or several that answer for equally many accounts each, one group after another
+    def __init__(
+        self,
+        networks: list[
+            NativeActorCritic
+        ],  # one, or several that answer for equally many accounts each, one group after another
         inputs: FoldedInputs,  # without account columns
         bars: range,  # at which they may act
         chunk: int = 8192,  # bars at a time
-        ends: Callable[[], Tensor] | None = None,  # gives the bars (n,) at which the accounts' present episodes end; None: all bars are looked at now
+        ends: Callable[[], Tensor]
+        | None = None,  # gives the bars (n,) at which the accounts' present episodes end; None: all bars are looked at now
     ):
-        self._networks, self._inputs, self._first, self._chunk, self._ends, like = networks, inputs, bars.start, chunk, ends, networks[0].actor_head.weight
-        self._logits, self._values = (torch.empty(0, *shape, dtype=like.dtype, device=like.device) for shape in ((networks[0].n_actions,), ()))
-        self._known, self._row = 0, torch.full((len(networks), len(bars)), _UNKNOWN, dtype=torch.int32, device=like.device)  # answers; the row of each network's answer at each bar
+        self._networks, self._inputs, self._first, self._chunk, self._ends, like = (
+            networks,
+            inputs,
+            bars.start,
+            chunk,
+            ends,
+            networks[0].actor_head.weight,
+        )
+        self._logits, self._values = (
+            torch.empty(0, *shape, dtype=like.dtype, device=like.device)
+            for shape in ((networks[0].n_actions,), ())
+        )
+        self._known, self._row = (
+            0,
+            torch.full((len(networks), len(bars)), _UNKNOWN, dtype=torch.int32, device=like.device),
+        )  # answers; the row of each network's answer at each bar
         if ends is None:
-            for k in range(len(networks)): self._look_at(k, torch.arange(len(bars), device=like.device))
+            for k in range(len(networks)):
+                self._look_at(k, torch.arange(len(bars), device=like.device))
 
     @staticmethod
     def bytes(network: NativeActorCritic, bars: range, seen: int) -> int:
         "Memory that one network's answers take at most where so many of the bars are looked at: they may have twice the room that they need."
         return 4 * (len(bars) + min(2 * seen, len(bars)) * (network.n_actions + 1))
 
-    def __call__(self,
+    def __call__(
+        self,
         obs: Obs,
         left: int = 0,  # steps that follow this one in the rollout
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
@@ -54,29 +73,43 @@ class BarAnswers:
     def _come_to(self, place: Tensor, new: Tensor, left: int):
         "Look at the bars of accounts of whose bar nothing is known, and at those that they will come to."
         network, now = new.nonzero()[:, 0], place[new]
-        ahead = ((self._ends() - self._first).view(new.shape)[new] - now).clamp(0, left) if left else torch.zeros_like(now)
+        ahead = (
+            ((self._ends() - self._first).view(new.shape)[new] - now).clamp(0, left)
+            if left
+            else torch.zeros_like(now)
+        )
         step, wanted = torch.arange(int(ahead.max()) + 1), torch.zeros_like(self._row, dtype=torch.bool)
         there = step <= ahead[:, None]
         wanted[network[:, None].expand_as(there)[there], (now[:, None] + step)[there]] = True
-        for k, rows in enumerate(wanted & (self._row == _UNKNOWN)): self._look_at(k, rows.nonzero().squeeze(1))
+        for k, rows in enumerate(wanted & (self._row == _UNKNOWN)):
+            self._look_at(k, rows.nonzero().squeeze(1))
 
     @torch.no_grad()
     def _look_at(self, k: int, bars: Tensor):
         "Let a network answer at these bars, from 0."
-        if not len(bars): return
+        if not len(bars):
+            return
         known, self._known = self._known, self._known + len(bars)
-        if self._known > len(self._values):  # twice the room each time: few copies, however often somebody comes to new bars
+        if self._known > len(
+            self._values
+        ):  # twice the room each time: few copies, however often somebody comes to new bars
             room = min(max(self._known, 2 * known), self._row.numel()) - known
-            self._logits, self._values = (torch.cat([v[:known], v.new_empty(room, *v.shape[1:])]) for v in (self._logits, self._values))
+            self._logits, self._values = (
+                torch.cat([v[:known], v.new_empty(room, *v.shape[1:])]) for v in (self._logits, self._values)
+            )
         rows = torch.arange(known, self._known, device=bars.device)
         self._row[k, bars] = rows.int()
-        for some, where in zip(bars.split(self._chunk), rows.split(self._chunk)): self._logits[where], self._values[where] = self._networks[k].evaluate(self._inputs.market(some + self._first))
+        for some, where in zip(bars.split(self._chunk), rows.split(self._chunk)):
+            self._logits[where], self._values[where] = self._networks[k].evaluate(
+                self._inputs.market(some + self._first)
+            )
 
 # %% ../../nbs/05_policy/05_cache.ipynb #680396bf
 class BarProducts:
     "What the first layers make of the market at each bar; the rest is computed for each account as it acts."
 
-    def __init__(self,
+    def __init__(
+        self,
         policy: NativeActorCritic,
         inputs: FoldedInputs,  # with account columns
         bars: range,  # at which it may act
@@ -86,20 +119,30 @@ class BarProducts:
         layers = [trunk[0] for trunk in policy._trunks()]
         chunks = torch.arange(bars.start, bars.stop, device=layers[0].bias.device).split(chunk)
         with torch.no_grad(), torch.autocast(layers[0].bias.device.type, enabled=False):
-            weight, bias = (torch.cat([v.to(inputs.dtype).float() for v in values]) for values in ([m.weight for m in layers], [m.bias for m in layers]))
-            self._products, self._account_weight = weight.new_empty(len(bars), len(bias)), weight[:, -inputs.n_account:].t().contiguous()
-            for rows, out in zip(chunks, self._products.split(chunk)): torch.addmm(bias, inputs.market(rows).float(), weight[:, :-inputs.n_account].t(), out=out)
+            weight, bias = (
+                torch.cat([v.to(inputs.dtype).float() for v in values])
+                for values in ([m.weight for m in layers], [m.bias for m in layers])
+            )
+            self._products, self._account_weight = (
+                weight.new_empty(len(bars), len(bias)),
+                weight[:, -inputs.n_account :].t().contiguous(),
+            )
+            for rows, out in zip(chunks, self._products.split(chunk)):
+                torch.addmm(bias, inputs.market(rows).float(), weight[:, : -inputs.n_account].t(), out=out)
 
     @staticmethod
     def bytes(policy: NativeActorCritic, bars: range) -> int:
         "Memory that the products at so many bars take."
         return 4 * len(bars) * policy.hidden_dims[0] * len(policy._trunks())
 
-    def __call__(self,
+    def __call__(
+        self,
         obs: Obs,
         left: int = 0,  # of no use here
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "`policy.evaluate`, to rounding."
         with torch.autocast(obs.index.device.type, enabled=False):
-            first = self._products.index_select(0, obs.index - self._first).addmm_(self._inputs.account(obs).float(), self._account_weight)
+            first = self._products.index_select(0, obs.index - self._first).addmm_(
+                self._inputs.account(obs).float(), self._account_weight
+            )
         return self._policy.from_products(first)

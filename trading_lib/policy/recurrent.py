@@ -20,32 +20,57 @@ from ..networks import FoldsInputs, InputLayout, _linear
 # %% ../../nbs/05_policy/03_recurrent.ipynb #80f3d000
 def _encoder(obs_dim: int, hidden_dim: int, dropout: float) -> nn.Sequential:
     "Linear, ReLU, layer normalisation and dropout, twice."
-    return nn.Sequential(*(m for width in (obs_dim, hidden_dim) for m in (_linear(width, hidden_dim, math.sqrt(2)), nn.ReLU(), nn.LayerNorm(hidden_dim), nn.Dropout(dropout))))
+    return nn.Sequential(
+        *(
+            m
+            for width in (obs_dim, hidden_dim)
+            for m in (
+                _linear(width, hidden_dim, math.sqrt(2)),
+                nn.ReLU(),
+                nn.LayerNorm(hidden_dim),
+                nn.Dropout(dropout),
+            )
+        )
+    )
 
 
 def _gru(hidden_dim: int, n_layers: int, dropout: float) -> nn.GRU:
     "Each gate's weights orthogonal, biases zero."
     gru = nn.GRU(hidden_dim, hidden_dim, n_layers, dropout=dropout)
     for parameter in gru.parameters():
-        if parameter.ndim == 1: nn.init.zeros_(parameter)
+        if parameter.ndim == 1:
+            nn.init.zeros_(parameter)
         else:
-            for gate in parameter.detach().chunk(3): nn.init.orthogonal_(gate)
+            for gate in parameter.detach().chunk(3):
+                nn.init.orthogonal_(gate)
     return gru
 
 
 def _head(hidden_dim: int, name: str, outputs: int, gain: float) -> nn.Sequential:
     "Linear, ReLU, layer normalisation, and a last layer that is named after what it gives."
     half = hidden_dim // 2
-    return nn.Sequential(OrderedDict([("hidden", _linear(hidden_dim, half, math.sqrt(2))), ("relu", nn.ReLU()), ("norm", nn.LayerNorm(half)), (name, _linear(half, outputs, gain))]))
+    return nn.Sequential(
+        OrderedDict(
+            [
+                ("hidden", _linear(hidden_dim, half, math.sqrt(2))),
+                ("relu", nn.ReLU()),
+                ("norm", nn.LayerNorm(half)),
+                (name, _linear(half, outputs, gain)),
+            ]
+        )
+    )
 
 # %% ../../nbs/05_policy/03_recurrent.ipynb #4cbe63b8
 class EpisodePieces(NamedTuple):
     "Steps cut at the starts of episodes, and each piece into chunks whose lengths are powers of two."
+
     chunks: list  # (length, which pieces have a chunk of it), the longest first
     source: Tensor  # (T × n,) steps in the order in which they are read: chunk length by chunk length, step by step
     place: Tensor  # (T × n,) the inverse: when each step is read
     account: Tensor  # (pieces,) whose each one is
-    fresh: Tensor  # (pieces,) bool: it begins an episode; else it goes on from the state before the first step
+    fresh: (
+        Tensor  # (pieces,) bool: it begins an episode; else it goes on from the state before the first step
+    )
     last: Tensor  # (n,) the piece that ends each account's sequence
 
 
@@ -53,39 +78,57 @@ def episode_pieces(
     starts: Tensor,  # (T, n) bool: the observation is the first of its episode
 ) -> EpisodePieces:
     "Cut every account's steps where an episode starts."
-    (n_steps, n), device, starts = starts.shape, starts.device, starts.cpu()  # the numbers of pieces decide what is launched
+    (n_steps, n), device, starts = (
+        starts.shape,
+        starts.device,
+        starts.cpu(),
+    )  # the numbers of pieces decide what is launched
     cuts = starts.clone()
     cuts[0] = True  # a piece begins there, though perhaps no episode
     account, begin = cuts.t().nonzero(as_tuple=True)  # of each piece, account by account
     length = (account * n_steps + begin).diff(append=torch.tensor([n_steps * n]))
     chunks, source = [], []
-    for size in (2 ** k for k in reversed(range(n_steps.bit_length()))):
+    for size in (2**k for k in reversed(range(n_steps.bit_length()))):
         which = (length & size).nonzero().squeeze(1)
-        if not len(which): continue
+        if not len(which):
+            continue
         first = begin[which] + length[which] // (2 * size) * (2 * size)  # longer chunks come before
         chunks.append((size, which.to(device)))
         source.append(((first + torch.arange(size)[:, None]) * n + account[which]).flatten())
     source = torch.cat(source)
     last = account.bincount().cumsum(0) - 1
-    return EpisodePieces(chunks, *(v.to(device) for v in (source, source.argsort(), account, starts[begin, account], last)))
+    return EpisodePieces(
+        chunks, *(v.to(device) for v in (source, source.argsort(), account, starts[begin, account], last))
+    )
 
 # %% ../../nbs/05_policy/03_recurrent.ipynb #86b1b9f2
 class RecurrentActorCritic(FoldsInputs, nn.Module):
     "Actor and critic with a memory: an encoder, gated recurrent units, an actor head of logits and a critic head of values."
 
-    def __init__(self,
+    def __init__(
+        self,
         obs_dim: int,  # width of the flat observation
         n_actions: int,
         hidden_dim: int = 256,  # width of the encoder and of the state
         n_gru_layers: int = 2,
         dropout: float = 0.1,  # in training mode, which PPO never uses
-        layout: InputLayout | None = None,  # None: the observation is plain numbers, nothing is folded or scaled
+        layout: InputLayout
+        | None = None,  # None: the observation is plain numbers, nothing is folded or scaled
     ):
         super().__init__()
         for name, value, least in (("hidden_dim", hidden_dim, 2), ("n_gru_layers", n_gru_layers, 1)):
-            require(int(value) == value and value >= least, f"{name}: expected a whole number of {least} or more, was {value!r}")
+            require(
+                int(value) == value and value >= least,
+                f"{name}: expected a whole number of {least} or more, was {value!r}",
+            )
         require(0 <= dropout < 1, f"dropout: expected 0 or more and less than 1, was {dropout!r}")
-        self.obs_dim, self.n_actions, self.hidden_dim, self.hidden_dims, self.n_gru_layers = obs_dim, n_actions, hidden_dim, (hidden_dim,), n_gru_layers
+        self.obs_dim, self.n_actions, self.hidden_dim, self.hidden_dims, self.n_gru_layers = (
+            obs_dim,
+            n_actions,
+            hidden_dim,
+            (hidden_dim,),
+            n_gru_layers,
+        )
         self._recurrent_dropout = dropout if n_gru_layers > 1 else 0.0  # it lies between layers
         self.encoder = _encoder(obs_dim, hidden_dim, dropout)
         self.gru = _gru(hidden_dim, n_gru_layers, self._recurrent_dropout)
@@ -93,9 +136,12 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
         self.critic_head = _head(hidden_dim, "value", 1, 1.0)
         self._fold(layout)
         first = self.encoder[0]
-        self._input_width = first.windowed_weight.shape[1] + first.broadcast_weight.shape[1] if self.folds else obs_dim
+        self._input_width = (
+            first.windowed_weight.shape[1] + first.broadcast_weight.shape[1] if self.folds else obs_dim
+        )
 
-    def _trunks(self): return [self.encoder]
+    def _trunks(self):
+        return [self.encoder]
 
     def train(self, mode: bool = True):
         "Dropout follows the mode; the GRU itself stays in training mode, without which cuDNN computes no gradients."
@@ -106,34 +152,48 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
 
     # -- parts -----------------------------------------------------------------------------------------------------
 
-    def _encode(self, x: Tensor) -> Tensor: return self.encoder(rows_in_few_sizes(x))[:len(x)].to(self.critic_head.value.weight.dtype)
+    def _encode(self, x: Tensor) -> Tensor:
+        return self.encoder(rows_in_few_sizes(x))[: len(x)].to(self.critic_head.value.weight.dtype)
 
     def _remember(self, encoded: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         "The recurrence, in the weights' own precision."
-        with torch.autocast(state.device.type, enabled=False): return self.gru(encoded, state)
+        with torch.autocast(state.device.type, enabled=False):
+            return self.gru(encoded, state)
 
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         # bf16 products come back in the weights' own precision
         rows, n = rows_in_few_sizes(hidden), len(hidden)
-        return self.actor_head(rows)[:n].to(hidden.dtype), self.critic_head(rows)[:n].to(hidden.dtype).squeeze(-1)
+        return self.actor_head(rows)[:n].to(hidden.dtype), self.critic_head(rows)[:n].to(
+            hidden.dtype
+        ).squeeze(-1)
 
     def _check(self, x: Tensor, state: Tensor, n_dims: int):
         words = {2: "(accounts, inputs)", 3: "(steps, accounts, inputs)"}[n_dims]
-        require(x.ndim == n_dims and x.shape[-1] == self._input_width and x.numel() > 0, f"x: expected shape {words} with {self._input_width} inputs, as `inputs` returns them, was {tuple(x.shape)}")
+        require(
+            x.ndim == n_dims and x.shape[-1] == self._input_width and x.numel() > 0,
+            f"x: expected shape {words} with {self._input_width} inputs, as `inputs` returns them, was {tuple(x.shape)}",
+        )
         expected = (self.n_gru_layers, x.shape[-2], self.hidden_dim)
-        require(tuple(state.shape) == expected, f"state: expected shape (layers, accounts, hidden) = {expected}, was {tuple(state.shape)}; begin with `initial_state`")
+        require(
+            tuple(state.shape) == expected,
+            f"state: expected shape (layers, accounts, hidden) = {expected}, was {tuple(state.shape)}; begin with `initial_state`",
+        )
 
     # -- use -------------------------------------------------------------------------------------------------------
 
-    def initial_state(self,
+    def initial_state(
+        self,
         n: int,  # accounts
         device: str | torch.device | None = None,  # None: the policy's
     ) -> Tensor:  # (n_gru_layers, n, hidden_dim)
         "What is remembered before the first observation: nothing."
         like = self.critic_head.value.weight
-        return torch.zeros(self.n_gru_layers, n, self.hidden_dim, device=device or like.device, dtype=like.dtype)
+        return torch.zeros(
+            self.n_gru_layers, n, self.hidden_dim, device=device or like.device, dtype=like.dtype
+        )
 
-    def evaluate_step(self,
+    def evaluate_step(
+        self,
         x: Tensor,  # (n, width) what `inputs` returned
         state: Tensor,  # (n_gru_layers, n, hidden_dim) before the observation; zero where it is the first of its episode
     ) -> tuple[Tensor, Tensor, Tensor]:  # logits (n, n_actions), values (n,), state after the observation
@@ -142,23 +202,34 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
         hidden, state = self._remember(self._encode(x)[None], state)
         return *self._heads(hidden[0]), state
 
-    def evaluate_sequences(self,
+    def evaluate_sequences(
+        self,
         x: Tensor,  # (T, n, width) what `inputs` returned, step by step
         state: Tensor,  # (n_gru_layers, n, hidden_dim) before the first step
         starts: Tensor,  # (T, n) bool: the observation is the first of its episode, the state before it is zero
     ) -> tuple[Tensor, Tensor, Tensor]:  # logits (T, n, n_actions), values (T, n), state after the last step
         "Policy and value of whole sequences at once, as `evaluate_step` would give them step by step."
         self._check(x, state, 3)
-        require(starts.shape == x.shape[:2] and starts.dtype == torch.bool, f"starts: expected bool of shape {tuple(x.shape[:2])}, was {str(starts.dtype).removeprefix('torch.')} of shape {tuple(starts.shape)}")
+        require(
+            starts.shape == x.shape[:2] and starts.dtype == torch.bool,
+            f"starts: expected bool of shape {tuple(x.shape[:2])}, was {str(starts.dtype).removeprefix('torch.')} of shape {tuple(starts.shape)}",
+        )
         pieces = episode_pieces(starts)
         # inputs need no gradient, so they are put in order before the encoder; what is put back in order is narrow
         encoded = self._encode(x.flatten(0, 1).index_select(0, pieces.source))
         memory, hidden = state.index_select(1, pieces.account).masked_fill(pieces.fresh[:, None], 0.0), []
-        for (length, which), chunk in zip(pieces.chunks, encoded.split([length * len(which) for length, which in pieces.chunks])):
-            out, after = self._remember(chunk.unflatten(0, (length, len(which))), memory.index_select(1, which))
+        for (length, which), chunk in zip(
+            pieces.chunks, encoded.split([length * len(which) for length, which in pieces.chunks])
+        ):
+            out, after = self._remember(
+                chunk.unflatten(0, (length, len(which))), memory.index_select(1, which)
+            )
             memory = memory.index_copy(1, which, after)
             hidden.append(out.flatten(0, 1))
-        logits, values = (out.index_select(0, pieces.place).unflatten(0, starts.shape) for out in self._heads(torch.cat(hidden)))
+        logits, values = (
+            out.index_select(0, pieces.place).unflatten(0, starts.shape)
+            for out in self._heads(torch.cat(hidden))
+        )
         return logits, values, memory.index_select(1, pieces.last)
 
 # %% ../../nbs/05_policy/03_recurrent.ipynb #b60b0e53
@@ -171,6 +242,16 @@ def estimate_recurrent(
     "Parameters of `RecurrentActorCritic`, counted without building it. A checkpoint holds weights and two Adam moments: 12 bytes each."
     linear, norm, half = lambda a, b: a * b + b, lambda width: 2 * width, hidden_dim // 2
     head = lambda outputs: linear(hidden_dim, half) + norm(half) + linear(half, outputs)
-    layers = {"encoder": linear(obs_dim, hidden_dim) + linear(hidden_dim, hidden_dim) + 2 * norm(hidden_dim), "gru": n_gru_layers * 6 * linear(hidden_dim, hidden_dim), "actor_head": head(n_actions), "critic_head": head(1)}
+    layers = {
+        "encoder": linear(obs_dim, hidden_dim) + linear(hidden_dim, hidden_dim) + 2 * norm(hidden_dim),
+        "gru": n_gru_layers * 6 * linear(hidden_dim, hidden_dim),
+        "actor_head": head(n_actions),
+        "critic_head": head(1),
+    }
     total = sum(layers.values())
-    return {"parameters": total, "layers": layers, "first_layer_share": linear(obs_dim, hidden_dim) / total, "checkpoint_bytes": 12 * total}
+    return {
+        "parameters": total,
+        "layers": layers,
+        "first_layer_share": linear(obs_dim, hidden_dim) / total,
+        "checkpoint_bytes": 12 * total,
+    }

@@ -11,42 +11,66 @@ from pathlib import Path
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #9d0c0fb8
 # what is drawn: of every update, and of those that were validated
-CURVES = ("reward", "entropy", "explained_variance", "kl", "clip_fraction", "learning_rate",
-          "validation_return", "validation_sharpe", "validation_max_drawdown", "validation_composite", "validation_score")
+CURVES = (
+    "reward",
+    "entropy",
+    "explained_variance",
+    "kl",
+    "clip_fraction",
+    "learning_rate",
+    "validation_return",
+    "validation_sharpe",
+    "validation_max_drawdown",
+    "validation_composite",
+    "validation_score",
+)
 
 
 class Curves:
     "Another way of showing progress, and beside it DVCLive's files: they depend on the run alone, whether it was interrupted or not. Curves that cannot be written are said once, and end no run."
 
-    def __init__(self,
+    def __init__(
+        self,
         shown,  # like `trainer.Lines`
         folder: str | Path,  # replaced when a run begins
-    ): self._shown, self._folder, self._live = shown, Path(folder), None
+    ):
+        self._shown, self._folder, self._live = shown, Path(folder), None
 
-    def __getattr__(self, name): return getattr(self._shown, name)
+    def __getattr__(self, name):
+        return getattr(self._shown, name)
 
     def start(self, trainer):
         self._careful(self._begin, trainer)
         self._shown.start(trainer)
 
     def updated(self, trainer, row: dict):
-        if self._live is not None: self._careful(self._log, row)
+        if self._live is not None:
+            self._careful(self._log, row)
         self._shown.updated(trainer, row)
 
     def _careful(self, write, what):
-        try: write(what)
+        try:
+            write(what)
         except Exception as e:  # whatever a disk, or another library, may raise
             self._live = None
-            self._shown.say(f"{self._folder}: training curves cannot be written ({getattr(e, 'strerror', None) or e}); the run goes on without them")
+            self._shown.say(
+                f"{self._folder}: training curves cannot be written ({getattr(e, 'strerror', None) or e}); the run goes on without them"
+            )
 
     def _begin(self, trainer):
         from dvclive import Live
-        if self._folder.exists(): shutil.rmtree(self._folder)
-        self._live = Live(str(self._folder), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False)
-        for row in trainer.history: self._log(row)
+
+        if self._folder.exists():
+            shutil.rmtree(self._folder)
+        self._live = Live(
+            str(self._folder), save_dvc_exp=False, dvcyaml=None, report=None, monitor_system=False
+        )
+        for row in trainer.history:
+            self._log(row)
 
     def _log(self, row: dict):
         self._live.step = row["update"]
         for name in CURVES:
-            if name in row: self._live.log_metric(name, float(row[name]))
+            if name in row:
+                self._live.log_metric(name, float(row[name]))
         self._live.make_summary()

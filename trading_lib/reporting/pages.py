@@ -20,12 +20,26 @@ from matplotlib.figure import Figure
 
 from ..backtest import BacktestResult
 from ..files import atomic_write
-from .verdict import SIMULATED_PASS, VERDICTS, assess, better_baselines, is_simulated
 from ..metrics import TRADE_FIGURES, interval_text, too_few_trades
+from .verdict import SIMULATED_PASS, VERDICTS, assess, better_baselines, is_simulated
 
 # %% ../../nbs/08_reporting/02_pages.ipynb #5a660acc
-_COLOURS = {"agent": "#0b5394", "buy_and_hold": "#999999", "buy_and_hold_at_exposure": "#e69138", "cash": "#cccccc", "price": "#444444", "long": "#38761d", "short": "#a61c00", "exit": "#000000"}
-_LABELS = {"agent": "agent", "buy_and_hold": "buy and hold", "buy_and_hold_at_exposure": "buy and hold at the agent's exposure", "cash": "cash"}
+_COLOURS = {
+    "agent": "#0b5394",
+    "buy_and_hold": "#999999",
+    "buy_and_hold_at_exposure": "#e69138",
+    "cash": "#cccccc",
+    "price": "#444444",
+    "long": "#38761d",
+    "short": "#a61c00",
+    "exit": "#000000",
+}
+_LABELS = {
+    "agent": "agent",
+    "buy_and_hold": "buy and hold",
+    "buy_and_hold_at_exposure": "buy and hold at the agent's exposure",
+    "cash": "cash",
+}
 
 
 def picture_text(
@@ -40,7 +54,9 @@ def plot_backtest(
     title: str = "",  # says on what data; empty: the symbol
 ) -> Figure:
     "Price with trades, equity against buy-and-hold and cash, drawdown, position."
-    figure, axes = plt.subplots(4, 1, figsize=(12, 11), sharex=True, height_ratios=[3, 3, 1.3, 1.3], layout="constrained")
+    figure, axes = plt.subplots(
+        4, 1, figsize=(12, 11), sharex=True, height_ratios=[3, 3, 1.3, 1.3], layout="constrained"
+    )
     # a line across hours without trading would draw prices that never were: bars are numbered, and dates are labels
     x, times = np.arange(len(result.equity)), result.equity.index
     at = lambda stamps: np.searchsorted(times, pd.DatetimeIndex(stamps))
@@ -48,33 +64,83 @@ def plot_backtest(
     prices.plot(x, result.price, color=_COLOURS["price"], lw=0.7)
     for side, marker in (("long", "^"), ("short", "v")):
         rows = result.trades[result.trades["side"] == side]
-        if len(rows): prices.scatter(at(rows["entry_time"]), rows["entry_price"], marker=marker, s=26, color=_COLOURS[side], label=f"{side} entry ({len(rows)})", zorder=3)
+        if len(rows):
+            prices.scatter(
+                at(rows["entry_time"]),
+                rows["entry_price"],
+                marker=marker,
+                s=26,
+                color=_COLOURS[side],
+                label=f"{side} entry ({len(rows)})",
+                zorder=3,
+            )
     closed = result.trades[result.trades["exit"] != "still open"]
-    if len(closed): prices.scatter(at(closed["exit_time"]), closed["exit_price"], marker="x", s=18, lw=0.8, color=_COLOURS["exit"], label=f"exit ({len(closed)})", zorder=3)
-    if len(result.trades): prices.legend(loc="best", fontsize=8)
+    if len(closed):
+        prices.scatter(
+            at(closed["exit_time"]),
+            closed["exit_price"],
+            marker="x",
+            s=18,
+            lw=0.8,
+            color=_COLOURS["exit"],
+            label=f"exit ({len(closed)})",
+            zorder=3,
+        )
+    if len(result.trades):
+        prices.legend(loc="best", fontsize=8)
     prices.set_ylabel("price")
     for name in ("cash", "buy_and_hold", "buy_and_hold_at_exposure", "agent"):
-        money.plot(x, result.curves[name], color=_COLOURS[name], lw=1.6 if name == "agent" else 1.0, label=f"{_LABELS[name]} {result.curves[name].iloc[-1] / result.curves[name].iloc[0] - 1:+.1%}")
-    money.set_ylabel("account"); money.legend(loc="best", fontsize=8)
+        money.plot(
+            x,
+            result.curves[name],
+            color=_COLOURS[name],
+            lw=1.6 if name == "agent" else 1.0,
+            label=f"{_LABELS[name]} {result.curves[name].iloc[-1] / result.curves[name].iloc[0] - 1:+.1%}",
+        )
+    money.set_ylabel("account")
+    money.legend(loc="best", fontsize=8)
     drop = result.equity / result.equity.cummax() - 1
-    falls.fill_between(x, 100 * drop, 0, color=_COLOURS["short"], alpha=0.5, lw=0); falls.set_ylabel("drawdown, %")
-    holds.fill_between(x, 100 * result.position, 0, color=_COLOURS["agent"], alpha=0.5, lw=0, step="post"); holds.set_ylabel("position, %")
+    falls.fill_between(x, 100 * drop, 0, color=_COLOURS["short"], alpha=0.5, lw=0)
+    falls.set_ylabel("drawdown, %")
+    holds.fill_between(x, 100 * result.position, 0, color=_COLOURS["agent"], alpha=0.5, lw=0, step="post")
+    holds.set_ylabel("position, %")
     ticks = np.linspace(0, len(x) - 1, min(9, len(x))).astype(int)
     holds.set_xticks(ticks, [times[i].strftime("%Y-%m-%d") for i in ticks])
-    for axis in axes: axis.grid(alpha=0.25); axis.margins(x=0.01)
+    for axis in axes:
+        axis.grid(alpha=0.25)
+        axis.margins(x=0.01)
     prices.set_title(picture_text(title or result.symbol), loc="left", fontsize=10)
     return figure
 
 # %% ../../nbs/08_reporting/02_pages.ipynb #73dd3948
 # figure -> (label, how it is written)
 _FIGURES = {
-    "total_return": ("total return", "{:+.2%}"), "annual_return": ("annual return", "{:+.2%}"), "volatility": ("volatility, annual", "{:.2%}"), "sharpe": ("Sharpe ratio", "{:.2f}"),
-    "sortino": ("Sortino ratio", "{:.2f}"), "calmar": ("Calmar ratio", "{:.2f}"), "max_drawdown": ("largest drawdown", "{:.2%}"), "drawdown_days": ("longest drawdown, days", "{:.0f}"),
-    "profit_factor": ("profit factor", "{:.2f}"), "win_rate": ("share of winning trades", "{:.1%}"), "average_win": ("average win", "{:.2f}"), "average_loss": ("average loss", "{:.2f}"),
-    "trades": ("trades, flat to flat", "{}"), "open_trades": ("still open at the end", "{}"), "orders": ("orders filled", "{}"), "hold_share": ("bars without an order", "{:.1%}"),
-    "exposure": ("average exposure", "{:.1%}"), "correlation_with_holding": ("correlation of returns with buy and hold", "{:+.2f}"), "turnover": ("turnover, times the account", "{:.1f}"), "gross_profit": ("profit before costs", "{:+.2f}"), "costs": ("costs", "{:.2f}"),
-    "net_profit": ("profit after costs", "{:+.2f}"), "break_even_cost_bps": ("break-even cost, bp of traded value", "{:.1f}"), "consistency": ("share of profitable weeks (of ten parts, below eight weeks)", "{:.0%}"),
-    "percentile_among_random": ("percentile among its own time-shifted copies", "{:.0f}"), "share_of_oracle": ("share of the oracle's profit", "{:.0%}"),
+    "total_return": ("total return", "{:+.2%}"),
+    "annual_return": ("annual return", "{:+.2%}"),
+    "volatility": ("volatility, annual", "{:.2%}"),
+    "sharpe": ("Sharpe ratio", "{:.2f}"),
+    "sortino": ("Sortino ratio", "{:.2f}"),
+    "calmar": ("Calmar ratio", "{:.2f}"),
+    "max_drawdown": ("largest drawdown", "{:.2%}"),
+    "drawdown_days": ("longest drawdown, days", "{:.0f}"),
+    "profit_factor": ("profit factor", "{:.2f}"),
+    "win_rate": ("share of winning trades", "{:.1%}"),
+    "average_win": ("average win", "{:.2f}"),
+    "average_loss": ("average loss", "{:.2f}"),
+    "trades": ("trades, flat to flat", "{}"),
+    "open_trades": ("still open at the end", "{}"),
+    "orders": ("orders filled", "{}"),
+    "hold_share": ("bars without an order", "{:.1%}"),
+    "exposure": ("average exposure", "{:.1%}"),
+    "correlation_with_holding": ("correlation of returns with buy and hold", "{:+.2f}"),
+    "turnover": ("turnover, times the account", "{:.1f}"),
+    "gross_profit": ("profit before costs", "{:+.2f}"),
+    "costs": ("costs", "{:.2f}"),
+    "net_profit": ("profit after costs", "{:+.2f}"),
+    "break_even_cost_bps": ("break-even cost, bp of traded value", "{:.1f}"),
+    "consistency": ("share of profitable weeks (of ten parts, below eight weeks)", "{:.0%}"),
+    "percentile_among_random": ("percentile among its own time-shifted copies", "{:.0f}"),
+    "share_of_oracle": ("share of the oracle's profit", "{:.0%}"),
 }
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1000px;margin:2rem auto;padding:0 1rem;color:#222}table{border-collapse:collapse;margin:.5rem 0 1.5rem}
 td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top;border-bottom:1px solid #eee;font-size:14px}td+td{font-variant-numeric:tabular-nums}
@@ -92,7 +158,11 @@ def _figure(figures: dict, name: str, form: str) -> str:
 
 
 def _table(rows) -> str:
-    return "<table>" + "".join(f"<tr><td>{html.escape(str(a))}</td><td>{html.escape(str(b))}</td></tr>" for a, b in rows) + "</table>"
+    return (
+        "<table>"
+        + "".join(f"<tr><td>{html.escape(str(a))}</td><td>{html.escape(str(b))}</td></tr>" for a, b in rows)
+        + "</table>"
+    )
 
 
 def describe_source(
@@ -105,16 +175,28 @@ def describe_source(
         return f"A simulated market{read}. This says nothing about any real market."
     if data.get("source") == "simulated":
         edge = data.get("edge")
-        kind = "a martingale: there is nothing to learn" if edge == 0 else f"with a planted edge of {edge} (drift in units of volatility per bar)"
+        kind = (
+            "a martingale: there is nothing to learn"
+            if edge == 0
+            else f"with a planted edge of {edge} (drift in units of volatility per bar)"
+        )
         return f"Simulated market, {kind}; seed {data.get('seed')}. This says nothing about any real market."
     told = [f"{name} {data[name]}" for name in ("feed", "adjustment") if data.get(name)]
-    return f"Bars from {', '.join([data['source'], *told])}." if data.get("source") else "Bars that were given as a table; where they come from is not known."
+    return (
+        f"Bars from {', '.join([data['source'], *told])}."
+        if data.get("source")
+        else "Bars that were given as a table; where they come from is not known."
+    )
 
 
 def _rows(header: tuple, rows) -> str:
     "A table with a header; the first column names the row."
     cells = lambda tag, row: "".join(f"<{tag}>{html.escape(str(c))}</{tag}>" for c in row)
-    return f"<table><tr>{cells('th', header)}</tr>" + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows) + "</table>"
+    return (
+        f"<table><tr>{cells('th', header)}</tr>"
+        + "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
+        + "</table>"
+    )
 
 
 def _image(figure: Figure, alt: str) -> str:
@@ -135,7 +217,13 @@ def figure_bytes(
 def title_of(result: BacktestResult) -> str:
     "On what, in a few words."
     p = result.provenance
-    kind = "simulated bars" if is_simulated(result) else "real bars" if p.get("data", {}).get("source") else "bars"
+    kind = (
+        "simulated bars"
+        if is_simulated(result)
+        else "real bars"
+        if p.get("data", {}).get("source")
+        else "bars"
+    )
     return f"{p['symbol']} {p['timeframe']}: {kind}, {p['span'][0][:10]} to {p['span'][1][:10]}"
 
 
@@ -144,12 +232,31 @@ def plot_stress(
 ) -> Figure:
     "Return under every stress, and by the size of the account."
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.2), layout="constrained")
-    names, returns = [row["name"] for row in result.stress], [100 * row["total_return"] for row in result.stress]
-    left.barh(names[::-1], returns[::-1], color=[_COLOURS["long"] if r > 0 else _COLOURS["short"] for r in returns[::-1]])
-    left.axvline(0, color="#222", lw=0.8); left.set_xlabel("return, %"); left.set_title("the same decisions under stress", loc="left", fontsize=10)
-    right.plot([row["initial"] for row in result.capacity], [100 * row["total_return"] for row in result.capacity], "o-", color=_COLOURS["agent"])
-    right.axhline(0, color="#222", lw=0.8); right.set_xscale("log"); right.set_xlabel("size of the account"); right.set_ylabel("return, %"); right.set_title("the same decisions with more money", loc="left", fontsize=10)
-    for axis in (left, right): axis.grid(alpha=0.25)
+    names, returns = (
+        [row["name"] for row in result.stress],
+        [100 * row["total_return"] for row in result.stress],
+    )
+    left.barh(
+        names[::-1],
+        returns[::-1],
+        color=[_COLOURS["long"] if r > 0 else _COLOURS["short"] for r in returns[::-1]],
+    )
+    left.axvline(0, color="#222", lw=0.8)
+    left.set_xlabel("return, %")
+    left.set_title("the same decisions under stress", loc="left", fontsize=10)
+    right.plot(
+        [row["initial"] for row in result.capacity],
+        [100 * row["total_return"] for row in result.capacity],
+        "o-",
+        color=_COLOURS["agent"],
+    )
+    right.axhline(0, color="#222", lw=0.8)
+    right.set_xscale("log")
+    right.set_xlabel("size of the account")
+    right.set_ylabel("return, %")
+    right.set_title("the same decisions with more money", loc="left", fontsize=10)
+    for axis in (left, right):
+        axis.grid(alpha=0.25)
     return figure
 
 
@@ -157,12 +264,35 @@ def _judgement(said: dict) -> str:
     "The verdict, what failed, and what it was chosen from."
     trials, luck = said["trials"], said["luck"]
     tried = f"{trials['n_trials']} trial{'s' * (trials['n_trials'] > 1)} (symbols: {trials['n_symbols']}, runs: {trials['n_runs']}, checkpoints looked at: {trials['n_checkpoints']}). {trials['counted']}"
-    rows = [("tried so far", tried), ("deflated Sharpe ratio", f"{said['deflated_sharpe']:.3f}: the probability that the true Sharpe ratio exceeds what the best of so many worthless trials would show")]
-    if luck.get("deflated_sharpe_of_spread") is not None: rows.append(("… with the trials' own spread", f"{luck['deflated_sharpe_of_spread']:.3f}"))
-    if luck: rows.append(("probability of backtest overfitting", f"{luck['overfitting_probability']:.2f} over {luck['overfitting_trials']} trials and {luck['overfitting_days']} days of validation" if luck["overfitting_probability"] is not None else f"not known: {luck['overfitting_reason']}"))
-    colour = {"APPROVED": "approved", SIMULATED_PASS: "review", "REVIEW": "review"}.get(said["verdict"], "drop")
-    meaning = VERDICTS.get(said["verdict"], "of another version of this library") + (", on simulated bars" if said.get("simulated") and said["verdict"] != SIMULATED_PASS else "")
-    return (f'<div class="gate {colour}"><p class="verdict"><b>{html.escape(str(said["verdict"]))}</b>: {html.escape(meaning)}.</p><ul>' + "".join(f"<li>{html.escape(str(r))}</li>" for r in said["reasons"]) + f"</ul></div>{_table(rows)}")
+    rows = [
+        ("tried so far", tried),
+        (
+            "deflated Sharpe ratio",
+            f"{said['deflated_sharpe']:.3f}: the probability that the true Sharpe ratio exceeds what the best of so many worthless trials would show",
+        ),
+    ]
+    if luck.get("deflated_sharpe_of_spread") is not None:
+        rows.append(("… with the trials' own spread", f"{luck['deflated_sharpe_of_spread']:.3f}"))
+    if luck:
+        rows.append(
+            (
+                "probability of backtest overfitting",
+                f"{luck['overfitting_probability']:.2f} over {luck['overfitting_trials']} trials and {luck['overfitting_days']} days of validation"
+                if luck["overfitting_probability"] is not None
+                else f"not known: {luck['overfitting_reason']}",
+            )
+        )
+    colour = {"APPROVED": "approved", SIMULATED_PASS: "review", "REVIEW": "review"}.get(
+        said["verdict"], "drop"
+    )
+    meaning = VERDICTS.get(said["verdict"], "of another version of this library") + (
+        ", on simulated bars" if said.get("simulated") and said["verdict"] != SIMULATED_PASS else ""
+    )
+    return (
+        f'<div class="gate {colour}"><p class="verdict"><b>{html.escape(str(said["verdict"]))}</b>: {html.escape(meaning)}.</p><ul>'
+        + "".join(f"<li>{html.escape(str(r))}</li>" for r in said["reasons"])
+        + f"</ul></div>{_table(rows)}"
+    )
 
 
 def render_report(
@@ -171,33 +301,84 @@ def render_report(
 ) -> str:  # HTML, pictures included
     "One self-contained page: verdict, data, pictures, figures, baselines, stress, costs."
     said = said or assess(result)
-    p, m, better = result.provenance, result.metrics, better_baselines(result.metrics["total_return"], result.baselines)
+    p, m, better = (
+        result.provenance,
+        result.metrics,
+        better_baselines(result.metrics["total_return"], result.baselines),
+    )
     data = p.get("data", {})
     simulated = is_simulated(result)
     figures = [(label, _figure(m, name, form)) for name, (label, form) in _FIGURES.items() if name in m]
-    for name, (label, form) in (("total_return", ("total return, 95 % interval", "{:+.2%}")), ("sharpe", ("Sharpe ratio, 95 % interval", "{:.2f}"))):
-        if name in m.get("intervals", {}): figures.append((label, interval_text(name, *m["intervals"][name].values(), form, m[name])))
+    for name, (label, form) in (
+        ("total_return", ("total return, 95 % interval", "{:+.2%}")),
+        ("sharpe", ("Sharpe ratio, 95 % interval", "{:.2f}")),
+    ):
+        if name in m.get("intervals", {}):
+            figures.append((label, interval_text(name, *m["intervals"][name].values(), form, m[name])))
     half = (len(figures) + 1) // 2
-    span = [("span of the backtest", f"{p['span'][0][:16]} to {p['span'][1][:16]} UTC, {m['bars']} bars" + {True: " that training never saw", False: ", of which training has seen some", None: ""}[p.get("unseen")]),
-            ("all bars", f"{p['bars']['bars']} from {p['bars']['start']} to {p['bars']['end']}"), ("fingerprint of the bars", p["bars"]["sha256"]), ("layout", p["version"])]
-    baselines = [(name.replace("_", " "), f"{value:+.2%}" + (", better than the agent" if name in better else "")) for name, value in result.baselines.items()]
+    span = [
+        (
+            "span of the backtest",
+            f"{p['span'][0][:16]} to {p['span'][1][:16]} UTC, {m['bars']} bars"
+            + {True: " that training never saw", False: ", of which training has seen some", None: ""}[
+                p.get("unseen")
+            ],
+        ),
+        ("all bars", f"{p['bars']['bars']} from {p['bars']['start']} to {p['bars']['end']}"),
+        ("fingerprint of the bars", p["bars"]["sha256"]),
+        ("layout", p["version"]),
+    ]
+    baselines = [
+        (name.replace("_", " "), f"{value:+.2%}" + (", better than the agent" if name in better else ""))
+        for name, value in result.baselines.items()
+    ]
     costs = [(name, f"{value:.2f}") for name, value in result.costs.items()]
-    stress = [(row["name"], f"{row['total_return']:+.2%}", f"{row['net_profit']:+.2f}", f"{row['costs']:.2f}", f"{row['sharpe']:.2f}", f"{row['max_drawdown']:.2%}", _figure(row, "profit_factor", "{:.2f}"), row["trades"], said["stress"][row["name"]])
-              for row in result.stress]
-    capacity = [(f"{row['initial']:,.0f}", f"{row['total_return']:+.2%}", f"{row['costs'] / row['initial']:.2%}", row["trades"]) for row in result.capacity]
-    probes = [(kind, _written(f["information_coefficient"], "{:+.3f}"), _written(f["r_squared"], "{:+.4f}"), f"{result.baselines[kind]:+.2%}") for kind, f in p.get("probes", {}).items()]
+    stress = [
+        (
+            row["name"],
+            f"{row['total_return']:+.2%}",
+            f"{row['net_profit']:+.2f}",
+            f"{row['costs']:.2f}",
+            f"{row['sharpe']:.2f}",
+            f"{row['max_drawdown']:.2%}",
+            _figure(row, "profit_factor", "{:.2f}"),
+            row["trades"],
+            said["stress"][row["name"]],
+        )
+        for row in result.stress
+    ]
+    capacity = [
+        (
+            f"{row['initial']:,.0f}",
+            f"{row['total_return']:+.2%}",
+            f"{row['costs'] / row['initial']:.2%}",
+            row["trades"],
+        )
+        for row in result.capacity
+    ]
+    probes = [
+        (
+            kind,
+            _written(f["information_coefficient"], "{:+.3f}"),
+            _written(f["r_squared"], "{:+.4f}"),
+            f"{result.baselines[kind]:+.2%}",
+        )
+        for kind, f in p.get("probes", {}).items()
+    ]
+    found = _rows(("", "information coefficient", "R²", "return"), probes)
+    supervised = f"<div><h2>What supervised learning finds</h2>{found}</div>" if probes else ""
     title = f"{p['symbol']} {p['timeframe']} backtest{', simulated' if simulated else ''}"
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
-<h1>{html.escape(title)}</h1><p class="source{' simulated' if simulated else ''}"><b>{'Simulated data' if simulated else 'Real data' if data.get('source') else 'Data of unknown origin'}.</b> {html.escape(describe_source(data, simulated))}</p>
-<p class="verdict">{html.escape(said['headline'])}</p>{_judgement(said)}
+<h1>{html.escape(title)}</h1><p class="source{" simulated" if simulated else ""}"><b>{"Simulated data" if simulated else "Real data" if data.get("source") else "Data of unknown origin"}.</b> {html.escape(describe_source(data, simulated))}</p>
+<p class="verdict">{html.escape(said["headline"])}</p>{_judgement(said)}
 {_image(plot_backtest(result, title_of(result)), "price with trades, equity, drawdown, position")}
 <h2>Figures, after costs</h2><div class="columns">{_table(figures[:half])}{_table(figures[half:])}</div>
 <div class="columns"><div><h2>Return of the baselines</h2>{_table(baselines)}</div><div><h2>Costs by component</h2>{_table(costs)}</div></div>
 <h2>Under stress</h2>{_image(plot_stress(result), "return under stress and by size of the account")}
 {_rows(("", "return", "net", "costs", "Sharpe", "drawdown", "profit factor", "trades", "verdict"), stress)}
 <div class="columns"><div><h2>With more money</h2>{_rows(("account", "return", "costs", "trades"), capacity)}</div>
-{f'<div><h2>What supervised learning finds</h2>{_rows(("", "information coefficient", "R²", "return"), probes)}</div>' if probes else ''}</div>
-<h2>On what</h2>{_table(span + list(p.get('model', {}).items()))}
+{supervised}</div>
+<h2>On what</h2>{_table(span + list(p.get("model", {}).items()))}
 <p>Orders are decided at a bar's close and fill at the next bar's open. The time-shifted copies do what the agent did, at other moments: what is left of its profit
 there is luck and drift. Under stress the decisions are the same, unless the layout shows the account. One span of one symbol is an anecdote, not evidence.</p></body></html>
 """
@@ -208,11 +389,31 @@ def comparison_table(
     said: list[dict],  # what `assess` says of each
 ) -> str:  # lines of equal length
     "Many symbols, one line each: what an agent did, what it must beat, and the verdict."
-    columns = {"symbol": lambda r, s: r.symbol, "bars": lambda r, s: r.metrics["bars"], "return": lambda r, s: f"{r.metrics['total_return']:+.2%}", "at 2× costs": lambda r, s: f"{r.stress[2]['total_return']:+.2%}",
-               "buy and hold": lambda r, s: f"{r.baselines['buy_and_hold']:+.2%}", "at exposure": lambda r, s: f"{r.baselines['buy_and_hold_at_exposure']:+.2%}", "Sharpe": lambda r, s: f"{r.metrics['sharpe']:.2f}",
-               "drawdown": lambda r, s: f"{r.metrics['max_drawdown']:.2%}", "trades": lambda r, s: r.metrics["trades"], "market": lambda r, s: "simulated" if is_simulated(r) else "real" if r.provenance.get("data", {}).get("source") else "unknown", "cost bp": lambda r, s: _written(r.metrics["cost_bps"], "{:.1f}"),
-               "break-even bp": lambda r, s: _written(r.metrics["break_even_cost_bps"], "{:.1f}"), "percentile": lambda r, s: _written(r.metrics.get("percentile_among_random"), "{:.0f}"), "verdict": lambda r, s: s["verdict"]}
-    return pd.DataFrame([{name: f(r, s) for name, f in columns.items()} for r, s in zip(results, said)]).to_string(index=False)
+    columns = {
+        "symbol": lambda r, s: r.symbol,
+        "bars": lambda r, s: r.metrics["bars"],
+        "return": lambda r, s: f"{r.metrics['total_return']:+.2%}",
+        "at 2× costs": lambda r, s: f"{r.stress[2]['total_return']:+.2%}",
+        "buy and hold": lambda r, s: f"{r.baselines['buy_and_hold']:+.2%}",
+        "at exposure": lambda r, s: f"{r.baselines['buy_and_hold_at_exposure']:+.2%}",
+        "Sharpe": lambda r, s: f"{r.metrics['sharpe']:.2f}",
+        "drawdown": lambda r, s: f"{r.metrics['max_drawdown']:.2%}",
+        "trades": lambda r, s: r.metrics["trades"],
+        "market": lambda r, s: (
+            "simulated"
+            if is_simulated(r)
+            else "real"
+            if r.provenance.get("data", {}).get("source")
+            else "unknown"
+        ),
+        "cost bp": lambda r, s: _written(r.metrics["cost_bps"], "{:.1f}"),
+        "break-even bp": lambda r, s: _written(r.metrics["break_even_cost_bps"], "{:.1f}"),
+        "percentile": lambda r, s: _written(r.metrics.get("percentile_among_random"), "{:.0f}"),
+        "verdict": lambda r, s: s["verdict"],
+    }
+    return pd.DataFrame(
+        [{name: f(r, s) for name, f in columns.items()} for r, s in zip(results, said)]
+    ).to_string(index=False)
 
 # %% ../../nbs/08_reporting/02_pages.ipynb #6d0ace15
 def write_report(
@@ -222,5 +423,8 @@ def write_report(
 ) -> dict[str, Path]:  # name -> file
     "verdict.json and report.html."
     said = said or assess(result)
-    contents = {"verdict.json": json.dumps(said, indent=1, allow_nan=False) + "\n", "report.html": render_report(result, said)}
+    contents = {
+        "verdict.json": json.dumps(said, indent=1, allow_nan=False) + "\n",
+        "report.html": render_report(result, said),
+    }
     return {name: atomic_write(Path(folder) / name, content) for name, content in contents.items()}

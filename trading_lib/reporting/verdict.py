@@ -11,14 +11,20 @@ import math
 
 import numpy as np
 
-from ..ledger import ledger_summary, luck_adjusted
 from ..backtest import BacktestResult
-from ..metrics import assess_model_quality, deflated_sharpe_ratio, equity_returns, too_few_trades
 from ..data.simulation import simulated_bars
+from ..ledger import ledger_summary, luck_adjusted
+from ..metrics import assess_model_quality, deflated_sharpe_ratio, equity_returns, too_few_trades
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #d1aa2335
-_BASELINES = {"buy_and_hold": "buy-and-hold", "buy_and_hold_at_exposure": "buy-and-hold at its own exposure", "moving_average_cross": "the moving-average cross", "ridge": "ridge regression",
-              "boosting": "gradient boosting", "time_shifted_copies_median": "half of its own time-shifted copies"}
+_BASELINES = {
+    "buy_and_hold": "buy-and-hold",
+    "buy_and_hold_at_exposure": "buy-and-hold at its own exposure",
+    "moving_average_cross": "the moving-average cross",
+    "ridge": "ridge regression",
+    "boosting": "gradient boosting",
+    "time_shifted_copies_median": "half of its own time-shifted copies",
+}
 _NO_RIVALS = ("cash", "oracle")  # what everybody has, and what nobody can
 
 
@@ -34,7 +40,11 @@ def better_baselines(
     baselines: dict,  # name -> return over the same span
 ) -> dict[str, float]:  # name -> return, the best first
     "The simple things that did better."
-    return {name: value for name, value in sorted(baselines.items(), key=lambda item: -item[1]) if name not in _NO_RIVALS and value > agent}
+    return {
+        name: value
+        for name, value in sorted(baselines.items(), key=lambda item: -item[1])
+        if name not in _NO_RIVALS and value > agent
+    }
 
 
 def is_simulated(
@@ -43,7 +53,9 @@ def is_simulated(
 ) -> bool:
     "Whether its bars are simulated: by what is known of their source, else by the name, which no other market has."
     p = result.provenance
-    return bool(p.get("simulated")) or simulated_bars(p.get("symbol"), p.get("data") if data is None else data)
+    return bool(p.get("simulated")) or simulated_bars(
+        p.get("symbol"), p.get("data") if data is None else data
+    )
 
 
 def headline(
@@ -52,14 +64,28 @@ def headline(
     "What it earned after costs, and which of the simple things it beats."
     r, b, exposed = result.metrics["total_return"], result.baselines, result.metrics["exposure"]
     stated = {"cash": 0.0} | {name: value for name, value in b.items() if name not in _NO_RIVALS}
-    figure = lambda name: "" if name in ("cash", "buy_and_hold", "buy_and_hold_at_exposure") else f" {stated[name]:+.2%}"  # the others' are in the line already
-    won, lost = ([baseline_name(name) + figure(name) for name, value in stated.items() if (r > value) is w] for w in (True, False))
+    figure = lambda name: (
+        "" if name in ("cash", "buy_and_hold", "buy_and_hold_at_exposure") else f" {stated[name]:+.2%}"
+    )  # the others' are in the line already
+    won, lost = (
+        [baseline_name(name) + figure(name) for name, value in stated.items() if (r > value) is w]
+        for w in (True, False)
+    )
     share, kind = result.metrics.get("share_of_oracle"), " simulated" if is_simulated(result) else ""
-    return (f"{result.symbol}: agent {r:+.2%} after costs over {result.metrics['bars']}{' unseen' if result.provenance.get('unseen') else ''}{kind} bars; cash +0.00%, buy-and-hold {b['buy_and_hold']:+.2%}, "
-            f"at the agent's exposure of {exposed:.1%} {b['buy_and_hold_at_exposure']:+.2%}"
-            + (f", oracle {b['oracle']:+.2%}" + (f" (the agent has {share:.0%} of it)" if share is not None else "") if "oracle" in b else "")
-            + (". It made no trade" if not result.metrics["orders"] else "") + (f". Beats {', '.join(won)}" if won else "") + (f". Does not beat {', '.join(lost)}" if lost else "") + ".")
-
+    return (
+        f"{result.symbol}: agent {r:+.2%} after costs over {result.metrics['bars']}{' unseen' if result.provenance.get('unseen') else ''}{kind} bars; cash +0.00%, buy-and-hold {b['buy_and_hold']:+.2%}, "
+        f"at the agent's exposure of {exposed:.1%} {b['buy_and_hold_at_exposure']:+.2%}"
+        + (
+            f", oracle {b['oracle']:+.2%}"
+            + (f" (the agent has {share:.0%} of it)" if share is not None else "")
+            if "oracle" in b
+            else ""
+        )
+        + (". It made no trade" if not result.metrics["orders"] else "")
+        + (f". Beats {', '.join(won)}" if won else "")
+        + (f". Does not beat {', '.join(lost)}" if lost else "")
+        + "."
+    )
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #3da6b453
 SIMULATED_PASS, SMOKE_TEST = "SIMULATED PASS", "SMOKE TEST"
@@ -83,12 +109,29 @@ def limits_of(
     result: BacktestResult,
 ) -> list[tuple[str, str]]:  # verdict that it cannot be better than, and why
     "What no figure can make up for."
-    p, m, better = result.provenance, result.metrics, better_baselines(result.metrics["total_return"], result.baselines)
+    p, m, better = (
+        result.provenance,
+        result.metrics,
+        better_baselines(result.metrics["total_return"], result.baselines),
+    )
     training, few = p.get("training", {}), too_few_trades(m["trades"])
-    found = [(SMOKE_TEST, training.get("said") if training.get("smoke") else None),
-             ("DROP", "unseen bars are needed, and the model was trained or chosen on some of these" if p.get("unseen") is False else None),
-             ("REVIEW", f"simple baselines did better than its {m['total_return']:+.2%}: " + ", ".join(f"{baseline_name(name)} {value:+.2%}" for name, value in better.items()) if better else None),
-             ("REVIEW", f"{few}: what it earned may be one lucky hit" if few and m["orders"] else None)]
+    found = [
+        (SMOKE_TEST, training.get("said") if training.get("smoke") else None),
+        (
+            "DROP",
+            "unseen bars are needed, and the model was trained or chosen on some of these"
+            if p.get("unseen") is False
+            else None,
+        ),
+        (
+            "REVIEW",
+            f"simple baselines did better than its {m['total_return']:+.2%}: "
+            + ", ".join(f"{baseline_name(name)} {value:+.2%}" for name, value in better.items())
+            if better
+            else None,
+        ),
+        ("REVIEW", f"{few}: what it earned may be one lucky hit" if few and m["orders"] else None),
+    ]
     return [(verdict, why) for verdict, why in found if why]
 
 
@@ -100,7 +143,10 @@ def judge(
 ) -> dict:  # verdict, fitness, failed, flags, deflated_sharpe, n_trials
     "The verdict of the gates after the number of trials is discounted."
     deflated = deflated_sharpe_ratio(figures["moments"], n_trials)
-    return assess_model_quality(figures | {"deflated_sharpe": deflated}, history, best) | {"deflated_sharpe": deflated, "n_trials": n_trials}
+    return assess_model_quality(figures | {"deflated_sharpe": deflated}, history, best) | {
+        "deflated_sharpe": deflated,
+        "n_trials": n_trials,
+    }
 
 
 def judge_stress(
@@ -110,19 +156,31 @@ def judge_stress(
     limits=(),  # verdicts that it cannot be better than, whatever it earned
 ) -> tuple[dict, list[str]]:  # name of the stress -> verdict; sentences where a verdict turns
     "The gate under every stress."
-    verdicts = {row["name"]: worst_verdict(judge(row, n_trials, best=best)["verdict"], *limits) for row in result.stress}
+    verdicts = {
+        row["name"]: worst_verdict(judge(row, n_trials, best=best)["verdict"], *limits)
+        for row in result.stress
+    }
     base = verdicts["as it is"]
-    return verdicts, [f"The verdict turns from {base} to {v} with {name}." for name, v in verdicts.items() if v != base and name != "no costs"]
+    return verdicts, [
+        f"The verdict turns from {base} to {v} with {name}."
+        for name, v in verdicts.items()
+        if v != base and name != "no costs"
+    ]
 
 
 def capacity_limit(
     result: BacktestResult,
 ) -> float | None:  # account value; inf: beyond the largest that was tried; None: there is no profit to lose
     "The account size at which half of the return is gone, interpolated between the sizes that were tried."
-    sizes, returns = np.array([row["initial"] for row in result.capacity]), np.array([row["total_return"] for row in result.capacity])
-    if returns[0] <= 0: return None
+    sizes, returns = (
+        np.array([row["initial"] for row in result.capacity]),
+        np.array([row["total_return"] for row in result.capacity]),
+    )
+    if returns[0] <= 0:
+        return None
     below = np.flatnonzero(returns < returns[0] / 2)
-    if not len(below): return math.inf
+    if not len(below):
+        return math.inf
     k = int(below[0])
     share = (returns[k - 1] - returns[0] / 2) / (returns[k - 1] - returns[k])
     return float(np.exp(np.log(sizes[k - 1]) + share * np.log(sizes[k] / sizes[k - 1])))
@@ -130,10 +188,19 @@ def capacity_limit(
 # %% ../../nbs/08_reporting/00_verdict.ipynb #e9d14683
 def _capacity_sentence(result: BacktestResult, limit: float) -> str:
     "How much money it could carry, and where the figures end."
-    if math.isfinite(limit): return f"Half of the return is gone with an account of {limit:,.0f}."
-    ends, left = result.provenance.get("capacity_ends"), f"More than half of the return is left with an account of {result.capacity[-1]['initial']:,.0f}"
-    if ends is None: return left + "."
-    share = "fill in a bar without any volume" if ends["volume_share"] is None else f"be {ends['volume_share']:.0%} of all that traded in its bar"
+    if math.isfinite(limit):
+        return f"Half of the return is gone with an account of {limit:,.0f}."
+    ends, left = (
+        result.provenance.get("capacity_ends"),
+        f"More than half of the return is left with an account of {result.capacity[-1]['initial']:,.0f}",
+    )
+    if ends is None:
+        return left + "."
+    share = (
+        "fill in a bar without any volume"
+        if ends["volume_share"] is None
+        else f"be {ends['volume_share']:.0%} of all that traded in its bar"
+    )
     return f"{left}; of {ends['initial']:,.0f} an order would {share}, where {ends['volume_limit']:.0%} is the most, so larger ones are not shown."
 
 
@@ -147,8 +214,16 @@ def _counted(trials, chosen: dict) -> tuple[int, str]:
     symbols = len({t["symbol"] for t in trials})
     ledger = f"{n} trial{'s' * (n != 1)} of {symbols} symbol{'s' * (symbols != 1)} in the project's ledgers"
     recorded = f"{seen} validation{'s' * (seen != 1)} that the model's checkpoint records"
-    if not n: return max(1, seen), f"No ledger was found: the {recorded} {'is' if seen == 1 else 'are'} counted." if seen else "No ledger was found, and no validations in the model: it is judged as the only thing that was tried."
-    return n + missing, f"It is discounted for {ledger}" + (f", and for {missing} of the {recorded}: the ledger lacks them." if missing else ".")
+    if not n:
+        return (
+            max(1, seen),
+            f"No ledger was found: the {recorded} {'is' if seen == 1 else 'are'} counted."
+            if seen
+            else "No ledger was found, and no validations in the model: it is judged as the only thing that was tried.",
+        )
+    return n + missing, f"It is discounted for {ledger}" + (
+        f", and for {missing} of the {recorded}: the ledger lacks them." if missing else "."
+    )
 
 
 def assess(
@@ -163,24 +238,72 @@ def assess(
     judged = judge(result.metrics, n_trials, history, best)
     verdict = worst_verdict(judged["verdict"], *(v for v, _ in limits))
     # a gate says something about bars to come, where nothing forbids it
-    failed = {gate: [why for v, why in limits if worst_verdict(gate, v) != gate] + judged["failed"].get(gate, []) for gate in (best, "REVIEW")}
+    failed = {
+        gate: [why for v, why in limits if worst_verdict(gate, v) != gate] + judged["failed"].get(gate, [])
+        for gate in (best, "REVIEW")
+    }
     failed = {gate: why for gate, why in failed.items() if why}
     stress, turns = judge_stress(result, n_trials, best, [v for v, _ in limits])
     limit = capacity_limit(result)
     sentences = [*turns, counted]
     if result.metrics["break_even_cost_bps"] is not None:
         bearable = result.metrics["break_even_cost_bps"]
-        sentences.append(f"It paid {result.metrics['cost_bps']:.1f} basis points of traded value; " + (f"at {bearable:.1f} nothing would be left." if bearable > 0 else "without any costs it would have lost money as well."))
-    if result.provenance.get("unseen") is False: sentences.insert(0, f"No evidence: the model was trained or chosen on bars up to {result.provenance['seen_to'][:16]}, and this span begins at {result.provenance['span'][0][:16]}.")
-    if result.metrics["orders_below_one_share"]: sentences.append(f"{result.metrics['orders_below_one_share']} orders to open a short were too small for a whole share; a larger account would have placed them.")
+        sentences.append(
+            f"It paid {result.metrics['cost_bps']:.1f} basis points of traded value; "
+            + (
+                f"at {bearable:.1f} nothing would be left."
+                if bearable > 0
+                else "without any costs it would have lost money as well."
+            )
+        )
+    if result.provenance.get("unseen") is False:
+        sentences.insert(
+            0,
+            f"No evidence: the model was trained or chosen on bars up to {result.provenance['seen_to'][:16]}, and this span begins at {result.provenance['span'][0][:16]}.",
+        )
+    if result.metrics["orders_below_one_share"]:
+        sentences.append(
+            f"{result.metrics['orders_below_one_share']} orders to open a short were too small for a whole share; a larger account would have placed them."
+        )
     alike = result.metrics["correlation_with_holding"]
-    if alike is not None and alike > _HOLDING: sentences.append(f"It holds more than it trades: the correlation of its returns with buy-and-hold is {alike:.2f}.")
-    if limit is not None and result.provenance.get("has_volume", True): sentences.append(_capacity_sentence(result, limit))
-    if not result.provenance.get("has_volume", True): sentences.append("These bars have no volume: no order was charged an impact, and nobody knows how large an account could be.")
-    luck = luck_adjusted(equity_returns(result.equity.to_numpy()), list(trials), result.provenance["timeframe"], result.provenance["bars"]["sha256"]) if trials else {}
+    if alike is not None and alike > _HOLDING:
+        sentences.append(
+            f"It holds more than it trades: the correlation of its returns with buy-and-hold is {alike:.2f}."
+        )
+    if limit is not None and result.provenance.get("has_volume", True):
+        sentences.append(_capacity_sentence(result, limit))
+    if not result.provenance.get("has_volume", True):
+        sentences.append(
+            "These bars have no volume: no order was charged an impact, and nobody knows how large an account could be."
+        )
+    luck = (
+        luck_adjusted(
+            equity_returns(result.equity.to_numpy()),
+            list(trials),
+            result.provenance["timeframe"],
+            result.provenance["bars"]["sha256"],
+        )
+        if trials
+        else {}
+    )
     training = result.provenance.get("training", {})
-    if training.get("said") and not training["smoke"]: sentences.append(f"{training['said'][0].upper()}{training['said'][1:]}.")
+    if training.get("said") and not training["smoke"]:
+        sentences.append(f"{training['said'][0].upper()}{training['said'][1:]}.")
     reasons = failed.get("REVIEW" if verdict == "DROP" else best, []) + judged["flags"] + sentences
-    return {"verdict": verdict, "simulated": best == SIMULATED_PASS, "headline": headline(result), "reasons": reasons, "failed": failed, "flags": judged["flags"], "fitness": judged["fitness"], "deflated_sharpe": judged["deflated_sharpe"],
-            "trials": summary | {"n_trials": n_trials, "n_symbols": len({t["symbol"] for t in trials}), "counted": counted}, "luck": luck, "stress": stress, "sentences": sentences, "capacity": limit if limit is None or math.isfinite(limit) else None,
-            "model_sha256": result.provenance.get("model_sha256")}
+    return {
+        "verdict": verdict,
+        "simulated": best == SIMULATED_PASS,
+        "headline": headline(result),
+        "reasons": reasons,
+        "failed": failed,
+        "flags": judged["flags"],
+        "fitness": judged["fitness"],
+        "deflated_sharpe": judged["deflated_sharpe"],
+        "trials": summary
+        | {"n_trials": n_trials, "n_symbols": len({t["symbol"] for t in trials}), "counted": counted},
+        "luck": luck,
+        "stress": stress,
+        "sentences": sentences,
+        "capacity": limit if limit is None or math.isfinite(limit) else None,
+        "model_sha256": result.provenance.get("model_sha256"),
+    }

@@ -17,10 +17,26 @@ from typing import ClassVar, Literal
 
 import torch
 
-from ..config import MODES, PEAK_TIMESTEPS, InputError, ModeParameters, checked, require, unknown_name
-from .memory import BYTES_PER_PARAMETER, MemoryUse, RolloutShape, device_cap, fit_to_memory, memory_text, memory_use
+from trading_lib.config import (
+    MODES,
+    PEAK_TIMESTEPS,
+    InputError,
+    ModeParameters,
+    checked,
+    require,
+    unknown_name,
+)
 from ..networks import estimate_model
 from ..policy.recurrent import estimate_recurrent
+from trading_lib.training.memory import (
+    BYTES_PER_PARAMETER,
+    MemoryUse,
+    RolloutShape,
+    device_cap,
+    fit_to_memory,
+    memory_text,
+    memory_use,
+)
 
 # %% ../../nbs/06_training/01_config.ipynb #40a12720
 # critic-only epochs where they are not given, with separate optimizers and for recurrent policies
@@ -31,6 +47,7 @@ CRITIC_EPOCHS = 4
 @dataclass(frozen=True)
 class NativePPOConfig:
     "Everything that shapes a training run."
+
     network: Literal["mlp", "gru"] = "mlp"  # gru: a recurrent policy
     hidden_dims: tuple[int, ...] = (256, 128, 64)  # mlp: widths of the hidden layers
     shared_trunk: bool = True  # mlp: one trunk for actor and critic
@@ -41,10 +58,14 @@ class NativePPOConfig:
     n_steps: int = 128  # steps of each per rollout
     minibatch_size: int = 2048  # samples per gradient step; the last, partial one counts; more than a rollout: the whole rollout
     n_epochs: int | None = None  # passes over a rollout; None: 10, recurrent 4
-    critic_epochs: int | None = None  # further passes that train the value alone; None: 4 with separate optimizers or gru, else 0
+    critic_epochs: int | None = (
+        None  # further passes that train the value alone; None: 4 with separate optimizers or gru, else 0
+    )
     total_timesteps: int = 1_000_000  # environment steps in all
     learning_rate: float = 3e-4  # peak of the schedule
-    warmup_fraction: float = 0.05  # of the updates, in which it rises from a tenth of its peak; at least one update; 0: none
+    warmup_fraction: float = (
+        0.05  # of the updates, in which it rises from a tenth of its peak; at least one update; 0: none
+    )
     min_lr_fraction: float = 0.01  # of its peak, to which it falls in the end
     separate_optimizers: bool = False  # one for the value head, one for everything else
     critic_learning_rate: float = 9e-4  # of the value head, where optimizers are separate
@@ -73,27 +94,68 @@ class NativePPOConfig:
     mode: str = "custom"  # what the run is for
     mode_timesteps: int | None = None  # what that mode stands for on this hardware; None: not known
 
-    decided_by: ClassVar[dict[str, str]] = {}  # field -> who decided it; not a setting, so neither compared nor saved
+    decided_by: ClassVar[
+        dict[str, str]
+    ] = {}  # field -> who decided it; not a setting, so neither compared nor saved
 
     def __post_init__(self):
-        if self.n_epochs is None: object.__setattr__(self, "n_epochs", 4 if self.network == "gru" else 10)
-        require(all(h > 0 for h in self.hidden_dims), f"NativePPOConfig.hidden_dims: expected widths above 0, was {list(self.hidden_dims)}")
+        if self.n_epochs is None:
+            object.__setattr__(self, "n_epochs", 4 if self.network == "gru" else 10)
+        require(
+            all(h > 0 for h in self.hidden_dims),
+            f"NativePPOConfig.hidden_dims: expected widths above 0, was {list(self.hidden_dims)}",
+        )
         numbers = lambda *names: ((name, getattr(self, name)) for name in names)
-        for name, value in numbers("n_gru_layers", "n_steps", "minibatch_size", "n_epochs", "total_timesteps", "learning_rate", "critic_learning_rate", "clip_range", "max_grad_norm", "validation_interval", "keep_checkpoints", "max_drawdown_threshold"):
+        for name, value in numbers(
+            "n_gru_layers",
+            "n_steps",
+            "minibatch_size",
+            "n_epochs",
+            "total_timesteps",
+            "learning_rate",
+            "critic_learning_rate",
+            "clip_range",
+            "max_grad_norm",
+            "validation_interval",
+            "keep_checkpoints",
+            "max_drawdown_threshold",
+        ):
             require(value > 0, f"NativePPOConfig.{name}: expected more than 0, was {value}")
         for name, value in numbers("n_envs", "value_clip_range", "target_kl", "patience", "mode_timesteps"):
-            require(value is None or value > 0, f"NativePPOConfig.{name}: expected more than 0 or null, was {value}")
-        for name, value in numbers("seed", "checkpoint_interval", "entropy_coefficient", "value_coefficient", "drawdown_penalty_weight"):
+            require(
+                value is None or value > 0,
+                f"NativePPOConfig.{name}: expected more than 0 or null, was {value}",
+            )
+        for name, value in numbers(
+            "seed",
+            "checkpoint_interval",
+            "entropy_coefficient",
+            "value_coefficient",
+            "drawdown_penalty_weight",
+        ):
             require(value >= 0, f"NativePPOConfig.{name}: expected 0 or more, was {value}")
-        for name, value in numbers("gamma", "gae_lambda", "cost_warm_up", "warmup_fraction", "min_lr_fraction"): require(0 <= value <= 1, f"NativePPOConfig.{name}: expected 0 to 1, was {value}")
-        require(0 <= self.dropout < 1, f"NativePPOConfig.dropout: expected 0 or more and less than 1, was {self.dropout}")
-        require(self.gru_hidden_dim >= 2, f"NativePPOConfig.gru_hidden_dim: expected 2 or more, was {self.gru_hidden_dim}")
-        require(self.critic_epochs is None or self.critic_epochs >= 0, f"NativePPOConfig.critic_epochs: expected 0 or more or null, was {self.critic_epochs}")
+        for name, value in numbers(
+            "gamma", "gae_lambda", "cost_warm_up", "warmup_fraction", "min_lr_fraction"
+        ):
+            require(0 <= value <= 1, f"NativePPOConfig.{name}: expected 0 to 1, was {value}")
+        require(
+            0 <= self.dropout < 1,
+            f"NativePPOConfig.dropout: expected 0 or more and less than 1, was {self.dropout}",
+        )
+        require(
+            self.gru_hidden_dim >= 2,
+            f"NativePPOConfig.gru_hidden_dim: expected 2 or more, was {self.gru_hidden_dim}",
+        )
+        require(
+            self.critic_epochs is None or self.critic_epochs >= 0,
+            f"NativePPOConfig.critic_epochs: expected 0 or more or null, was {self.critic_epochs}",
+        )
 
     @property
     def critic_epochs_in_force(self) -> int:
         "Critic-only epochs after the joint ones."
-        if self.critic_epochs is not None: return self.critic_epochs
+        if self.critic_epochs is not None:
+            return self.critic_epochs
         return CRITIC_EPOCHS if self.separate_optimizers or self.network == "gru" else 0
 
     @property
@@ -101,12 +163,16 @@ class NativePPOConfig:
         "What a recurrent policy remembers of each account; None: nothing."
         return (self.n_gru_layers, self.gru_hidden_dim) if self.network == "gru" else None
 
-    def n_updates(self,
+    def n_updates(
+        self,
         n_envs: int | None = None,  # of the environment; None: the configured ones
     ) -> int:
         "Rollouts that make up the budget; the last one may go beyond it."
         n_envs = n_envs or self.n_envs
-        require(n_envs is not None, "NativePPOConfig.n_envs: is null, and the number of updates depends on it; give the environment's")
+        require(
+            n_envs is not None,
+            "NativePPOConfig.n_envs: is null, and the number of updates depends on it; give the environment's",
+        )
         return math.ceil(self.total_timesteps / (n_envs * self.n_steps))
 
 
@@ -120,7 +186,9 @@ def is_due(
 # %% ../../nbs/06_training/01_config.ipynb #bb2f05aa
 # tier -> what suits the hardware
 TIERS = {
-    "h200": dict(hidden_dims=(1024, 512, 256), n_envs=2048, n_steps=512, minibatch_size=8192, amp=True, compile=True),
+    "h200": dict(
+        hidden_dims=(1024, 512, 256), n_envs=2048, n_steps=512, minibatch_size=8192, amp=True, compile=True
+    ),
     "a100-80": dict(hidden_dims=(1024, 512, 256), n_envs=2048, n_steps=512, minibatch_size=8192, amp=True),
     "a100-40": dict(hidden_dims=(1024, 512, 256), n_envs=1024, n_steps=512, minibatch_size=4096, amp=True),
     "high": dict(hidden_dims=(512, 256, 128), n_envs=1024, n_steps=512, minibatch_size=4096, amp=True),
@@ -140,9 +208,12 @@ def tier_of(
     gigabytes: float = 0.0,  # its memory, 10⁹ bytes
 ) -> str:  # a key of TIERS
     "Name the tier of a GPU."
-    if name is None: return "cpu"
-    if re.search(r"h[12]00\b", name.lower()): return "h200"
-    if re.search(r"\ba100\b", name.lower()): return "a100-80" if gigabytes > 60 else "a100-40"
+    if name is None:
+        return "cpu"
+    if re.search(r"h[12]00\b", name.lower()):
+        return "h200"
+    if re.search(r"\ba100\b", name.lower()):
+        return "a100-80" if gigabytes > 60 else "a100-40"
     return "high" if gigabytes >= 40 else "medium" if gigabytes >= 20 else "low"
 
 
@@ -150,10 +221,16 @@ def resolve_device(
     device: str | torch.device | None = None,  # None or "auto": the first GPU, else the CPU
 ) -> torch.device:
     "The device to use, or an error that says which there are."
-    if device in (None, "auto"): return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: chosen = torch.device(device)
-    except RuntimeError: raise InputError(f"train.device: expected auto, cpu, cuda or cuda:1, was {device!r}") from None
-    require(chosen.type != "cuda" or torch.cuda.is_available(), f"train.device: {device} was asked for, but torch sees no GPU here; use cpu or auto")
+    if device in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError:
+        raise InputError(f"train.device: expected auto, cpu, cuda or cuda:1, was {device!r}") from None
+    require(
+        chosen.type != "cuda" or torch.cuda.is_available(),
+        f"train.device: {device} was asked for, but torch sees no GPU here; use cpu or auto",
+    )
     return chosen
 
 
@@ -162,14 +239,18 @@ def hardware_tier(
 ) -> str:  # a key of TIERS
     "Name the tier of a device."
     device = resolve_device(device)
-    if device.type != "cuda": return "cpu"
+    if device.type != "cuda":
+        return "cpu"
     properties = torch.cuda.get_device_properties(device)
     return tier_of(properties.name, properties.total_memory / 1e9)
 
 
 def _has_bf16_matrix_instructions() -> bool:
     "bf16 pays on a CPU only where the chip multiplies it natively; elsewhere it is emulated and slower."
-    return any(getattr(torch.cpu, name, lambda: False)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(
+        getattr(torch.cpu, name, lambda: False)()
+        for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    )
 
 # %% ../../nbs/06_training/01_config.ipynb #809c8102
 # share of a mode's steps that the cpu tier makes: quick_test ends in two minutes on two cores
@@ -200,8 +281,10 @@ def _on_tier(steps: int, tier: str) -> int:
 
 
 def _mode(training_mode: str, asset_class: str, modes: dict[str, ModeParameters]) -> ModeParameters:
-    if asset_class not in PEAK_TIMESTEPS: raise unknown_name("asset class", asset_class, PEAK_TIMESTEPS)
-    if training_mode not in modes: raise unknown_name("train.mode", training_mode, modes)
+    if asset_class not in PEAK_TIMESTEPS:
+        raise unknown_name("asset class", asset_class, PEAK_TIMESTEPS)
+    if training_mode not in modes:
+        raise unknown_name("train.mode", training_mode, modes)
     return replace(modes[training_mode], total_timesteps=modes[training_mode].steps(asset_class))
 
 
@@ -211,9 +294,15 @@ def budget_warnings(
     modes: dict[str, ModeParameters] | None = None,  # None: the project's own
 ) -> list[str]:  # lines
     "Whether a mode's budget is known to be too much for an asset class."
-    steps, limit = _mode(training_mode, asset_class, MODES | (modes or {})).total_timesteps, OVERTRAINED_TIMESTEPS.get(asset_class, math.inf)
-    if steps < limit: return []
-    return [f"mode {training_mode}: {asset_class} agents peak at {_short(PEAK_TIMESTEPS[asset_class] // 2)} to {_short(PEAK_TIMESTEPS[asset_class])} steps and overtrade at {_short(limit)}; `auto` has the budget that suits {asset_class}"]
+    steps, limit = (
+        _mode(training_mode, asset_class, MODES | (modes or {})).total_timesteps,
+        OVERTRAINED_TIMESTEPS.get(asset_class, math.inf),
+    )
+    if steps < limit:
+        return []
+    return [
+        f"mode {training_mode}: {asset_class} agents peak at {_short(PEAK_TIMESTEPS[asset_class] // 2)} to {_short(PEAK_TIMESTEPS[asset_class])} steps and overtrade at {_short(limit)}; `auto` has the budget that suits {asset_class}"
+    ]
 
 
 def get_auto_config(
@@ -234,31 +323,68 @@ def get_auto_config(
 ) -> NativePPOConfig:
     "Hardware tier first, then the mode's budget, then explicit overrides."
     modes = MODES | (modes or {})
-    mode, explicit = _mode(training_mode, asset_class, modes), {name: value for name, value in (overrides | {"network": network}).items() if value is not None}
-    if tier is None: tier = hardware_tier(device)
-    elif tier not in TIERS: raise unknown_name("tier", tier, TIERS)
+    mode, explicit = (
+        _mode(training_mode, asset_class, modes),
+        {name: value for name, value in (overrides | {"network": network}).items() if value is not None},
+    )
+    if tier is None:
+        tier = hardware_tier(device)
+    elif tier not in TIERS:
+        raise unknown_name("tier", tier, TIERS)
     require(not (high_vram and low_vram), "train: high_vram and low_vram were both asked for; choose one")
-    for name, value in (("episodes", episodes), ("iterations", iterations), ("episode_length", episode_length)):
-        require(value is None or (isinstance(value, (int, float)) and value == int(value) > 0), f"train.{name}: expected a whole number above 0, was {value!r}")
+    for name, value in (
+        ("episodes", episodes),
+        ("iterations", iterations),
+        ("episode_length", episode_length),
+    ):
+        require(
+            value is None or (isinstance(value, (int, float)) and value == int(value) > 0),
+            f"train.{name}: expected a whole number above 0, was {value!r}",
+        )
 
     values, by = {"tier": tier, "mode": training_mode}, {}
-    def decide(who, **given): values.update(given); by.update(dict.fromkeys(given, who))
+
+    def decide(who, **given):
+        values.update(given)
+        by.update(dict.fromkeys(given, who))
+
     decide(f"tier {tier}", **TIERS[tier])
-    if tier == "cpu": decide("this chip", amp=_has_bf16_matrix_instructions())
-    if high_vram or low_vram: decide("high VRAM" if high_vram else "low VRAM", **(HIGH_VRAM if high_vram else LOW_VRAM))
-    elif explicit.get("network") == "gru" and tier != "cpu": decide("recurrent start", **RECURRENT_START)
+    if tier == "cpu":
+        decide("this chip", amp=_has_bf16_matrix_instructions())
+    if high_vram or low_vram:
+        decide("high VRAM" if high_vram else "low VRAM", **(HIGH_VRAM if high_vram else LOW_VRAM))
+    elif explicit.get("network") == "gru" and tier != "cpu":
+        decide("recurrent start", **RECURRENT_START)
     decide("project", cost_warm_up=COST_WARM_UP)
     asked_by = f"mode {training_mode}" + (f", {asset_class}" if training_mode == "auto" else "")
     values["mode_timesteps"] = _on_tier(mode.total_timesteps, tier)
-    decide(f"{asked_by}: {CPU_STEP_SHARE:.0%} of {_short(mode.total_timesteps)} on a CPU" if tier == "cpu" else asked_by, total_timesteps=values["mode_timesteps"])
+    decide(
+        f"{asked_by}: {CPU_STEP_SHARE:.0%} of {_short(mode.total_timesteps)} on a CPU"
+        if tier == "cpu"
+        else asked_by,
+        total_timesteps=values["mode_timesteps"],
+    )
     decide("you", **explicit)
     sizes = NativePPOConfig(**values)  # names and numbers must be sound before anything is derived from them
-    if total_timesteps is not None: decide("you", total_timesteps=total_timesteps)
-    elif episodes is not None: decide(f"you: {int(episodes):,} episodes of {int(episode_length):,}", total_timesteps=int(episodes * episode_length))
-    elif iterations is not None: decide(f"you: {int(iterations):,} iterations", total_timesteps=int(iterations * sizes.n_envs * sizes.n_steps))
+    if total_timesteps is not None:
+        decide("you", total_timesteps=total_timesteps)
+    elif episodes is not None:
+        decide(
+            f"you: {int(episodes):,} episodes of {int(episode_length):,}",
+            total_timesteps=int(episodes * episode_length),
+        )
+    elif iterations is not None:
+        decide(
+            f"you: {int(iterations):,} iterations",
+            total_timesteps=int(iterations * sizes.n_envs * sizes.n_steps),
+        )
     updates = NativePPOConfig(**values).n_updates()
-    for name, value in (("validation_interval", interval_in_force(mode.validation_interval, updates)), ("checkpoint_interval", mode.checkpoint_interval)):
-        if name not in explicit: decide(asked_by, **{name: value})
+    for name, value in (
+        ("validation_interval", interval_in_force(mode.validation_interval, updates)),
+        ("checkpoint_interval", mode.checkpoint_interval),
+    ):
+        if name not in explicit:
+            decide(asked_by, **{name: value})
     return _decided(NativePPOConfig(**values), by)
 
 
@@ -267,10 +393,14 @@ def get_a100_config(
 ) -> NativePPOConfig:
     "What suits an A100 of that memory."
     require(vram_gb in (40, 80), f"get_a100_config: expected 40 or 80 GB, was {vram_gb}")
-    return NativePPOConfig(**{**TIERS[f"a100-{vram_gb}"], "hidden_dims": {80: (1024, 512, 256), 40: (512, 256, 128)}[vram_gb]}, tier=f"a100-{vram_gb}")
+    return NativePPOConfig(
+        **{**TIERS[f"a100-{vram_gb}"], "hidden_dims": {80: (1024, 512, 256), 40: (512, 256, 128)}[vram_gb]},
+        tier=f"a100-{vram_gb}",
+    )
 
 
-def _short(n: float) -> str: return f"{n / 1e6:,.4g} M" if n >= 1e6 else f"{n:,.0f}"
+def _short(n: float) -> str:
+    return f"{n / 1e6:,.4g} M" if n >= 1e6 else f"{n:,.0f}"
 
 # %% ../../nbs/06_training/01_config.ipynb #96fc1e1f
 def layer_widths(
@@ -278,9 +408,18 @@ def layer_widths(
     n_actions: int,
 ) -> tuple[int, ...]:  # of everything behind the inputs
     "How wide each layer is whose outputs are kept for the gradients."
-    if config.network == "mlp": return (*config.hidden_dims, *(() if config.shared_trunk else config.hidden_dims), n_actions, 1)
+    if config.network == "mlp":
+        return (*config.hidden_dims, *(() if config.shared_trunk else config.hidden_dims), n_actions, 1)
     width = config.gru_hidden_dim
-    return (width, width, *(4 * width for _ in range(config.n_gru_layers)), width // 2, width // 2, n_actions, 1)  # encoder, three gates and the state of each layer, heads
+    return (
+        width,
+        width,
+        *(4 * width for _ in range(config.n_gru_layers)),
+        width // 2,
+        width // 2,
+        n_actions,
+        1,
+    )  # encoder, three gates and the state of each layer, heads
 
 
 def parameters_of(
@@ -289,13 +428,19 @@ def parameters_of(
     n_actions: int,
 ) -> int:
     "Parameters of the configured network, counted without building it."
-    if config.network == "gru": return estimate_recurrent(inputs, n_actions, config.gru_hidden_dim, config.n_gru_layers)["parameters"]
+    if config.network == "gru":
+        return estimate_recurrent(inputs, n_actions, config.gru_hidden_dim, config.n_gru_layers)["parameters"]
     return estimate_model(inputs, config.hidden_dims, n_actions, config.shared_trunk)["parameters"]
 
 
 def _model(config: NativePPOConfig, shape: RolloutShape) -> dict:
     "What memory depends on in the network."
-    return dict(model_bytes=BYTES_PER_PARAMETER * parameters_of(config, shape.inputs, shape.n_actions), inputs=shape.inputs, widths=layer_widths(config, shape.n_actions), state=config.state_shape)
+    return dict(
+        model_bytes=BYTES_PER_PARAMETER * parameters_of(config, shape.inputs, shape.n_actions),
+        inputs=shape.inputs,
+        widths=layer_widths(config, shape.n_actions),
+        state=config.state_shape,
+    )
 
 
 def memory_of(
@@ -304,25 +449,45 @@ def memory_of(
     n_envs: int | None = None,  # None: the configured ones
 ) -> MemoryUse:
     "Predict what a run takes."
-    return memory_use(n_envs or config.n_envs, config.n_steps, config.minibatch_size, shape.fields, **_model(config, shape))
+    return memory_use(
+        n_envs or config.n_envs, config.n_steps, config.minibatch_size, shape.fields, **_model(config, shape)
+    )
 
 
 def fit_config(
     config: NativePPOConfig,
     shape: RolloutShape,  # of the environment
     limit: int | None,  # bytes, of `memory_limit`; None: unknown
-    n_envs: int | None = None,  # of an environment that stands already; None: the configured ones, which may be cut
+    n_envs: int
+    | None = None,  # of an environment that stands already; None: the configured ones, which may be cut
     modes: dict[str, ModeParameters] | None = None,  # None: the project's own
 ) -> tuple[NativePPOConfig, list[str]]:  # and one line for each thing that was cut
     "Cut a configuration down to what fits into memory. The budget in steps stays, so smaller rollouts make more updates."
     modes, fixed, envs = MODES | (modes or {}), n_envs is not None, n_envs or config.n_envs
-    fit = fit_to_memory(envs, config.n_steps, config.minibatch_size, shape.fields, limit, **_model(config, shape), fixed_envs=fixed)
-    if not fit.warnings: return config, []
-    cut = {name: getattr(fit, name) for name in ("n_steps", "minibatch_size") if getattr(fit, name) != getattr(config, name)}
-    if not fixed and fit.n_envs != config.n_envs: cut["n_envs"] = fit.n_envs
+    fit = fit_to_memory(
+        envs,
+        config.n_steps,
+        config.minibatch_size,
+        shape.fields,
+        limit,
+        **_model(config, shape),
+        fixed_envs=fixed,
+    )
+    if not fit.warnings:
+        return config, []
+    cut = {
+        name: getattr(fit, name)
+        for name in ("n_steps", "minibatch_size")
+        if getattr(fit, name) != getattr(config, name)
+    }
+    if not fixed and fit.n_envs != config.n_envs:
+        cut["n_envs"] = fit.n_envs
     by = config.decided_by | dict.fromkeys(cut, "memory")
     mode = modes.get(config.mode)
-    if mode and by.get("validation_interval", "").startswith("mode "): cut["validation_interval"] = interval_in_force(mode.validation_interval, replace(config, **cut).n_updates(envs if fixed else None))
+    if mode and by.get("validation_interval", "").startswith("mode "):
+        cut["validation_interval"] = interval_in_force(
+            mode.validation_interval, replace(config, **cut).n_updates(envs if fixed else None)
+        )
     return _decided(replace(config, **cut), by), fit.warnings
 
 # %% ../../nbs/06_training/01_config.ipynb #b82a8371
@@ -336,45 +501,113 @@ def describe(
     warnings: list[str] = (),  # of `fit_config`
 ) -> str:  # some ten lines
     "What was decided, and by whom: tier, mode, memory or you."
-    envs, who = n_envs or config.n_envs, lambda *names: ", ".join(dict.fromkeys(config.decided_by.get(name, "default" if config.decided_by else "given") for name in names))
-    if parameters is None and shape is not None: parameters = parameters_of(config, shape.obs_dim, shape.n_actions)
-    layers = "-".join(map(str, config.hidden_dims)) + (", shared trunk" if config.shared_trunk else ", two trunks") if config.network == "mlp" else f"{config.n_gru_layers} × {config.gru_hidden_dim}"
+    envs, who = (
+        n_envs or config.n_envs,
+        lambda *names: ", ".join(
+            dict.fromkeys(
+                config.decided_by.get(name, "default" if config.decided_by else "given") for name in names
+            )
+        ),
+    )
+    if parameters is None and shape is not None:
+        parameters = parameters_of(config, shape.obs_dim, shape.n_actions)
+    layers = (
+        "-".join(map(str, config.hidden_dims)) + (", shared trunk" if config.shared_trunk else ", two trunks")
+        if config.network == "mlp"
+        else f"{config.n_gru_layers} × {config.gru_hidden_dim}"
+    )
     network = f"{config.network} {layers}" + (f", {parameters:,} parameters" if parameters else "")
     rollout = envs * config.n_steps if envs else None
     batches = f", {math.ceil(rollout / config.minibatch_size):,} to a rollout" if rollout else ""
     epochs, critic = f"{config.n_epochs}", config.critic_epochs_in_force
-    rates = f"{config.learning_rate:g}" + (f", value head {config.critic_learning_rate:g}" if config.separate_optimizers else "")
-    stops = [text for text, on in ((f"recovery beyond {config.max_drawdown_threshold:.0%} drawdown", config.recovery), (f"end beyond {config.max_drawdown_threshold:.0%} drawdown", config.early_stop),
-                                   (f"after {config.patience} validations without a better score", config.patience)) if on]
-    rows = [("device", _device_text(device), "") if device is not None else None,
-            ("tier", config.tier, ""), ("mode", config.mode, ""),
-            ("network", network, who("hidden_dims" if config.network == "mlp" else "network")),
-            ("environments", f"{envs:,} × {config.n_steps:,} steps = {rollout:,} samples" if envs else f"{config.n_steps:,} steps", who("n_envs", "n_steps")),
-            ("minibatch", f"{config.minibatch_size:,}{batches}", who("minibatch_size")),
-            ("epochs", epochs + (f", then {critic} of the critic alone" if critic else ""), who("n_epochs", "critic_epochs") if critic else who("n_epochs")),
-            ("precision", (config.amp_dtype if config.amp else "float32") + (", compiled" if config.compile else ""), who("amp", "compile")),
-            ("learning rate", rates, who("learning_rate")),
-            ("budget", f"{_short(config.total_timesteps)} steps" + (f", {config.n_updates(envs):,} updates" if envs else ""), who("total_timesteps")),
-            ("validation", f"every {config.validation_interval:,} updates", who("validation_interval")),
-            ("checkpoints", f"every {config.checkpoint_interval:,} updates, the newest {config.keep_checkpoints} kept" if config.checkpoint_interval else "the best and the last only", who("checkpoint_interval")),
-            ("stopping", "; ".join(stops), who("recovery", "early_stop", "patience")) if stops else None,
-            ("memory", "predicted " + str(memory_of(config, shape, envs)) + (f"; {memory_text(limit)} may be used" if limit else ""), "") if shape is not None and envs else None]
+    rates = f"{config.learning_rate:g}" + (
+        f", value head {config.critic_learning_rate:g}" if config.separate_optimizers else ""
+    )
+    stops = [
+        text
+        for text, on in (
+            (f"recovery beyond {config.max_drawdown_threshold:.0%} drawdown", config.recovery),
+            (f"end beyond {config.max_drawdown_threshold:.0%} drawdown", config.early_stop),
+            (f"after {config.patience} validations without a better score", config.patience),
+        )
+        if on
+    ]
+    rows = [
+        ("device", _device_text(device), "") if device is not None else None,
+        ("tier", config.tier, ""),
+        ("mode", config.mode, ""),
+        ("network", network, who("hidden_dims" if config.network == "mlp" else "network")),
+        (
+            "environments",
+            f"{envs:,} × {config.n_steps:,} steps = {rollout:,} samples"
+            if envs
+            else f"{config.n_steps:,} steps",
+            who("n_envs", "n_steps"),
+        ),
+        ("minibatch", f"{config.minibatch_size:,}{batches}", who("minibatch_size")),
+        (
+            "epochs",
+            epochs + (f", then {critic} of the critic alone" if critic else ""),
+            who("n_epochs", "critic_epochs") if critic else who("n_epochs"),
+        ),
+        (
+            "precision",
+            (config.amp_dtype if config.amp else "float32") + (", compiled" if config.compile else ""),
+            who("amp", "compile"),
+        ),
+        ("learning rate", rates, who("learning_rate")),
+        (
+            "budget",
+            f"{_short(config.total_timesteps)} steps"
+            + (f", {config.n_updates(envs):,} updates" if envs else ""),
+            who("total_timesteps"),
+        ),
+        ("validation", f"every {config.validation_interval:,} updates", who("validation_interval")),
+        (
+            "checkpoints",
+            f"every {config.checkpoint_interval:,} updates, the newest {config.keep_checkpoints} kept"
+            if config.checkpoint_interval
+            else "the best and the last only",
+            who("checkpoint_interval"),
+        ),
+        ("stopping", "; ".join(stops), who("recovery", "early_stop", "patience")) if stops else None,
+        (
+            "memory",
+            "predicted "
+            + str(memory_of(config, shape, envs))
+            + (f"; {memory_text(limit)} may be used" if limit else ""),
+            "",
+        )
+        if shape is not None and envs
+        else None,
+    ]
     rows = [row for row in rows if row]
     width = min(max(len(row[1]) for row in rows if row[2]), 60)
     lines = [f"{name:14}{value:{width}}  {by}".rstrip() for name, value, by in rows]
-    if envs and rollout > config.total_timesteps: lines.append(f"note: one rollout is {_short(rollout)} steps, more than the whole budget of {_short(config.total_timesteps)}; use fewer environments or steps, or a longer mode")
+    if envs and rollout > config.total_timesteps:
+        lines.append(
+            f"note: one rollout is {_short(rollout)} steps, more than the whole budget of {_short(config.total_timesteps)}; use fewer environments or steps, or a longer mode"
+        )
     return "\n".join([*lines, *(f"note: {line}" for line in warnings)])
 
 
 def _device_text(device) -> str:
     device = resolve_device(device)
-    if device.type != "cuda": return f"{device.type}, {torch.get_num_threads()} threads"
+    if device.type != "cuda":
+        return f"{device.type}, {torch.get_num_threads()} threads"
     properties = torch.cuda.get_device_properties(device)
     return f"{properties.name}, {memory_text(properties.total_memory)} ({device})"
 
 # %% ../../nbs/06_training/01_config.ipynb #7364c6ac
 # devices that a configuration can be planned for: name of the GPU and its gigabytes
-DEVICES = {"H200": ("NVIDIA H200", 150.8), "A100-80": ("NVIDIA A100-SXM4-80GB", 85.1), "A100-40": ("NVIDIA A100-SXM4-40GB", 42.3), "24 GB": ("NVIDIA GeForce RTX 4090", 25.4), "16 GB": ("Tesla T4", 15.8), "CPU": (None, 0.0)}
+DEVICES = {
+    "H200": ("NVIDIA H200", 150.8),
+    "A100-80": ("NVIDIA A100-SXM4-80GB", 85.1),
+    "A100-40": ("NVIDIA A100-SXM4-40GB", 42.3),
+    "24 GB": ("NVIDIA GeForce RTX 4090", 25.4),
+    "16 GB": ("Tesla T4", 15.8),
+    "CPU": (None, 0.0),
+}
 
 
 def config_rows(
@@ -388,10 +621,33 @@ def config_rows(
     for label, (name, gigabytes) in devices.items():
         limit = device_cap(0, int(1e9 * gigabytes)) if name else None
         for mode in MODES | (modes or {}):
-            c, warnings = fit_config(get_auto_config(training_mode=mode, tier=tier_of(name, gigabytes), modes=modes, **arguments), shape, limit, modes=modes)
-            rows.append({"device": label, "tier": c.tier, "network": "-".join(map(str, c.hidden_dims)) if c.network == "mlp" else f"{c.n_gru_layers} × {c.gru_hidden_dim}", "environments": c.n_envs, "steps": c.n_steps, "minibatch": c.minibatch_size,
-                         "precision": c.amp_dtype if c.amp else "float32", "compiled": c.compile, "mode": mode, "timesteps": c.total_timesteps, "updates": c.n_updates(), "validation": c.validation_interval, "checkpoints": c.checkpoint_interval,
-                         "memory": memory_of(c, shape).total, "warnings": warnings})
+            c, warnings = fit_config(
+                get_auto_config(training_mode=mode, tier=tier_of(name, gigabytes), modes=modes, **arguments),
+                shape,
+                limit,
+                modes=modes,
+            )
+            rows.append(
+                {
+                    "device": label,
+                    "tier": c.tier,
+                    "network": "-".join(map(str, c.hidden_dims))
+                    if c.network == "mlp"
+                    else f"{c.n_gru_layers} × {c.gru_hidden_dim}",
+                    "environments": c.n_envs,
+                    "steps": c.n_steps,
+                    "minibatch": c.minibatch_size,
+                    "precision": c.amp_dtype if c.amp else "float32",
+                    "compiled": c.compile,
+                    "mode": mode,
+                    "timesteps": c.total_timesteps,
+                    "updates": c.n_updates(),
+                    "validation": c.validation_interval,
+                    "checkpoints": c.checkpoint_interval,
+                    "memory": memory_of(c, shape).total,
+                    "warnings": warnings,
+                }
+            )
     return rows
 
 
@@ -403,9 +659,15 @@ def config_table(
     for r in config_rows(**arguments):
         if r["device"] != seen:
             seen = r["device"]
-            lines += [*([""] if lines else []), f"{seen}: tier {r['tier']}, {r['network']}, {r['environments']:,} × {r['steps']:,} steps, minibatch {r['minibatch']:,}, {r['precision']}{', compiled' if r['compiled'] else ''}, memory {memory_text(r['memory'])}",
-                      *(f"  {line}" for line in r["warnings"])]
-        lines.append(f"  {r['mode']:12}{_short(r['timesteps']):>8} steps {r['updates']:>5,} updates, validated every {r['validation']:>3}, " + (f"saved every {r['checkpoints']}" if r["checkpoints"] else "saved at the end"))
+            lines += [
+                *([""] if lines else []),
+                f"{seen}: tier {r['tier']}, {r['network']}, {r['environments']:,} × {r['steps']:,} steps, minibatch {r['minibatch']:,}, {r['precision']}{', compiled' if r['compiled'] else ''}, memory {memory_text(r['memory'])}",
+                *(f"  {line}" for line in r["warnings"]),
+            ]
+        lines.append(
+            f"  {r['mode']:12}{_short(r['timesteps']):>8} steps {r['updates']:>5,} updates, validated every {r['validation']:>3}, "
+            + (f"saved every {r['checkpoints']}" if r["checkpoints"] else "saved at the end")
+        )
     return "\n".join(lines)
 
 # %% ../../nbs/06_training/01_config.ipynb #fe70d12e
@@ -414,22 +676,38 @@ SMOKE_MODE = "quick_test"  # whatever it earns, it is no evidence
 
 def training_budget(
     content: dict,  # of a checkpoint
-) -> dict:  # mode, tier, steps, budget, smoke (True, False; None: not known) and a sentence where it is not False
+) -> (
+    dict
+):  # mode, tier, steps, budget, smoke (True, False; None: not known) and a sentence where it is not False
     "How much training a checkpoint comes from, and whether that is what its mode stands for."
     config, run = content.get("config") or {}, content.get("run") or {}
     train, env = config.get("train") or {}, config.get("env") or {}
     mode, tier = train.get("mode"), train.get("tier")
     named = MODES[mode].total_timesteps if mode in MODES else None
-    if isinstance(named, dict): named = named.get(env.get("asset_class"))
+    if isinstance(named, dict):
+        named = named.get(env.get("asset_class"))
     known = [steps for steps in (named and _on_tier(named, tier), train.get("mode_timesteps")) if steps]
     # a project may call a small budget "standard": the name is held to what it means everywhere
     budget = max(known, default=None)
     # of an older checkpoint only the plan is known, and the run cannot have gone beyond it
     steps = run.get("steps", train.get("total_timesteps") or content.get("global_step"))
-    smoke = True if mode == SMOKE_MODE or None not in (steps, budget) and steps < budget else None if budget is None or "steps" not in run else False
-    count = "an unknown number of" if steps is None else f"{steps:,}" if "steps" in run else f"at most {steps:,}"
-    said = (f"mode {mode}, {count} steps: shows that the machinery runs, and says nothing about the strategy" if smoke and mode == SMOKE_MODE
-            else f"trained for {count} of the {budget:,} steps that mode {mode} stands for on tier {tier}" if smoke
-            else f"how much training its mode ({mode or 'not recorded'}) stands for is not known; it was trained for {count} steps" if smoke is None else None)
+    smoke = (
+        True
+        if mode == SMOKE_MODE or None not in (steps, budget) and steps < budget
+        else None
+        if budget is None or "steps" not in run
+        else False
+    )
+    count = (
+        "an unknown number of" if steps is None else f"{steps:,}" if "steps" in run else f"at most {steps:,}"
+    )
+    said = (
+        f"mode {mode}, {count} steps: shows that the machinery runs, and says nothing about the strategy"
+        if smoke and mode == SMOKE_MODE
+        else f"trained for {count} of the {budget:,} steps that mode {mode} stands for on tier {tier}"
+        if smoke
+        else f"how much training its mode ({mode or 'not recorded'}) stands for is not known; it was trained for {count} steps"
+        if smoke is None
+        else None
+    )
     return {"mode": mode, "tier": tier, "steps": steps, "budget": budget, "smoke": smoke, "said": said}
-

@@ -17,17 +17,24 @@ from ..config import require
 # %% ../../nbs/06_training/03_distributed.ipynb #54b16c62
 def processes() -> tuple[int, int]:  # this one's number from 0, and how many there are
     "Where this process stands among those that train together."
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    )
 
 
 def join_processes(
     device: torch.device,  # of this process
 ) -> bool:  # whether there are others
     "Join the others where `torchrun` started this process; gloo on CPUs, nccl on GPUs."
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ: return False
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return False
     if not dist.is_initialized():
-        require(dist.is_available(), "torchrun: this torch was built without torch.distributed; train in one process")
-        if device.type == "cuda": torch.cuda.set_device(device)  # what is gathered goes over this one
+        require(
+            dist.is_available(),
+            "torchrun: this torch was built without torch.distributed; train in one process",
+        )
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # what is gathered goes over this one
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_world_size() > 1
 
@@ -47,7 +54,8 @@ def gathered(
 ) -> list:  # one of each process
     "Everybody's value, in the order of the processes."
     count = processes()[1]
-    if count == 1: return [value]
+    if count == 1:
+        return [value]
     out = [None] * count
     dist.all_gather_object(out, value)
     return out
@@ -59,5 +67,6 @@ def of_first(
     "What the first process has made."
     rank, count = processes()
     box = [make() if rank == 0 else None]
-    if count > 1: dist.broadcast_object_list(box, src=0)
+    if count > 1:
+        dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -26,16 +26,29 @@ def sample_fields(
 ) -> dict[str, tuple[torch.dtype, int]]:  # name -> type, and how many of a sample; 0: a single number
     "What is stored of every step of every environment."
     require(n_actions >= 1, f"n_actions: expected 1 or more, was {n_actions}")
-    require(dense_floats >= 0 and (dense_floats > 0 or indexed), f"dense_floats: expected more than 0, or 0 where observations are indexed, was {dense_floats}")
-    fields = {"index": (torch.int64, 0), "dense": (torch.float32, dense_floats), "action": (torch.int64, 0), "log_probability": (torch.float32, 0), "value": (torch.float32, 0),
-              "reward": (torch.float32, 0), "ended": (torch.uint8, 0),  # 0: goes on, 1: terminated, 2: truncated
-              "logits": (torch.float32, n_actions)}
-    if not indexed: del fields["index"]
-    if not dense_floats: del fields["dense"]
+    require(
+        dense_floats >= 0 and (dense_floats > 0 or indexed),
+        f"dense_floats: expected more than 0, or 0 where observations are indexed, was {dense_floats}",
+    )
+    fields = {
+        "index": (torch.int64, 0),
+        "dense": (torch.float32, dense_floats),
+        "action": (torch.int64, 0),
+        "log_probability": (torch.float32, 0),
+        "value": (torch.float32, 0),
+        "reward": (torch.float32, 0),
+        "ended": (torch.uint8, 0),  # 0: goes on, 1: terminated, 2: truncated
+        "logits": (torch.float32, n_actions),
+    }
+    if not indexed:
+        del fields["index"]
+    if not dense_floats:
+        del fields["dense"]
     return fields
 
 
-def _bytes(fields: dict[str, tuple[torch.dtype, int]]) -> int: return sum(dtype.itemsize * (width or 1) for dtype, width in fields.values())
+def _bytes(fields: dict[str, tuple[torch.dtype, int]]) -> int:
+    return sum(dtype.itemsize * (width or 1) for dtype, width in fields.values())
 
 
 def sample_bytes(
@@ -79,10 +92,18 @@ def allocate_rollout(
 ) -> dict[str, Tensor]:  # name -> (n_steps, n_envs[, width]); state: (layers, n_envs, width)
     "Buffers of a rollout, to be filled; allocated once and used for every update."
     try:
-        buffers = {name: torch.empty((n_steps, n_envs, width) if width else (n_steps, n_envs), dtype=dtype, device=device) for name, (dtype, width) in fields.items()}
-        if state: buffers["state"] = torch.empty((state[0], n_envs, state[1]), device=device)
+        buffers = {
+            name: torch.empty(
+                (n_steps, n_envs, width) if width else (n_steps, n_envs), dtype=dtype, device=device
+            )
+            for name, (dtype, width) in fields.items()
+        }
+        if state:
+            buffers["state"] = torch.empty((state[0], n_envs, state[1]), device=device)
     except RuntimeError:  # torch's words for it differ from device to device
-        raise InputError(f"rollout: {memory_text(buffer_bytes(n_envs, n_steps, fields, state))} for {n_envs:,} environments × {n_steps:,} steps are not to be had on {device}; use fewer of either") from None
+        raise InputError(
+            f"rollout: {memory_text(buffer_bytes(n_envs, n_steps, fields, state))} for {n_envs:,} environments × {n_steps:,} steps are not to be had on {device}; use fewer of either"
+        ) from None
     return buffers
 
 
@@ -90,16 +111,27 @@ def memory_text(
     n: int,  # bytes
 ) -> str:
     "Bytes as a person reads them: 1 GB is 10⁹ bytes."
-    return f"{n / 1e9:,.0f} GB" if n >= 99.95e9 else f"{n / 1e9:.1f} GB" if n >= 0.9995e9 else f"{n / 1e6:.0f} MB" if n >= 0.95e6 else f"{n / 1e3:.0f} kB"
+    return (
+        f"{n / 1e9:,.0f} GB"
+        if n >= 99.95e9
+        else f"{n / 1e9:.1f} GB"
+        if n >= 0.9995e9
+        else f"{n / 1e6:.0f} MB"
+        if n >= 0.95e6
+        else f"{n / 1e3:.0f} kB"
+    )
 
 # %% ../../nbs/06_training/00_memory.ipynb #250903b3
 def memory_in_use(
     device: str | torch.device = "cpu",
 ) -> int | None:  # bytes; None: this system does not say
     "What the process holds there: on a GPU all that PyTorch has reserved, which is what others cannot have."
-    if torch.device(device).type == "cuda": return torch.cuda.memory_reserved(device)
-    try: return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError): return None
+    if torch.device(device).type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 # %% ../../nbs/06_training/00_memory.ipynb #52a91a57
 BYTES_PER_PARAMETER = 20  # weight, gradient, two moments, and a copy while gradients are made
@@ -108,22 +140,31 @@ BYTES_PER_PARAMETER = 20  # weight, gradient, two moments, and a copy while grad
 @dataclass(frozen=True)
 class RolloutShape:
     "What memory depends on in an environment and the way a policy reads it."
+
     obs_dim: int  # width of the flat observation
     n_actions: int
-    own_columns: int | None = None  # numbers stored beside an index into a table; None: whole observations are stored
+    own_columns: int | None = (
+        None  # numbers stored beside an index into a table; None: whole observations are stored
+    )
     folded_inputs: int | None = None  # what the first layer reads; None: the whole observation
 
     @property
     def fields(self) -> dict:  # of `sample_fields`
         "What is stored of a sample."
-        return sample_fields(self.obs_dim, self.n_actions) if self.own_columns is None else sample_fields(self.own_columns, self.n_actions, indexed=True)
+        return (
+            sample_fields(self.obs_dim, self.n_actions)
+            if self.own_columns is None
+            else sample_fields(self.own_columns, self.n_actions, indexed=True)
+        )
 
     @property
-    def inputs(self) -> int: return self.obs_dim if self.folded_inputs is None else self.folded_inputs
+    def inputs(self) -> int:
+        return self.obs_dim if self.folded_inputs is None else self.folded_inputs
 
 
 class MemoryUse(NamedTuple):
     "Predicted bytes, by what takes them."
+
     rollout: int  # buffers, and what is computed from them
     step: int  # one step of all environments
     minibatch: int  # activations of one minibatch
@@ -150,8 +191,16 @@ def memory_use(
     number_bytes: int = 4,  # of an activation
 ) -> MemoryUse:
     "Predict what a training run takes."
-    step, minibatch = 3 * n_envs * max(inputs, *widths, 0), min(minibatch_size, n_envs * n_steps) * (inputs + 3 * sum(widths))
-    return MemoryUse(rollout_bytes(n_envs, n_steps, fields, state), step * number_bytes, minibatch * number_bytes, model_bytes)
+    step, minibatch = (
+        3 * n_envs * max(inputs, *widths, 0),
+        min(minibatch_size, n_envs * n_steps) * (inputs + 3 * sum(widths)),
+    )
+    return MemoryUse(
+        rollout_bytes(n_envs, n_steps, fields, state),
+        step * number_bytes,
+        minibatch * number_bytes,
+        model_bytes,
+    )
 
 # %% ../../nbs/06_training/00_memory.ipynb #8892ef33
 def device_cap(
@@ -161,18 +210,30 @@ def device_cap(
     max_vram_gpu1: float = 20,  # GB that may be used of each other one
 ) -> int:
     "Bytes that may be used of a GPU."
-    for name, gigabytes in (("max_vram_gpu0", max_vram_gpu0), ("max_vram_gpu1", max_vram_gpu1)): require(gigabytes > 0, f"train.{name}: expected more than 0 GB, was {gigabytes}")
+    for name, gigabytes in (("max_vram_gpu0", max_vram_gpu0), ("max_vram_gpu1", max_vram_gpu1)):
+        require(gigabytes > 0, f"train.{name}: expected more than 0 GB, was {gigabytes}")
     return min(int(1e9 * (max_vram_gpu0 if index == 0 else max_vram_gpu1)), free)
 
 
 def _available_ram() -> int | None:
     "Bytes of memory that programs may still take; of a container's limit where that is less."
-    try: available = next(1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    try:
+        available = next(
+            1024 * int(line.split()[1])
+            for line in Path("/proc/meminfo").read_text().splitlines()
+            if line.startswith("MemAvailable")
+        )
     except (OSError, StopIteration):
-        try: available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: what is built in
-        except (AttributeError, ValueError, OSError): return None
-    try: return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError): return available  # no container, or one without a limit
+        try:
+            available = os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+                "SC_PAGE_SIZE"
+            )  # not Linux: what is built in
+        except (AttributeError, ValueError, OSError):
+            return None
+    try:
+        return min(available, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):
+        return available  # no container, or one without a limit
 
 
 def memory_limit(
@@ -191,6 +252,7 @@ def memory_limit(
 # %% ../../nbs/06_training/00_memory.ipynb #33f8a9ee
 class Fit(NamedTuple):
     "Sizes that fit, and what was changed for it."
+
     n_envs: int
     n_steps: int
     minibatch_size: int
@@ -211,18 +273,38 @@ def fit_to_memory(
 ) -> Fit:
     "Halve environments, steps or minibatch until the run fits into memory."
     asked = {"n_envs": n_envs, "n_steps": n_steps, "minibatch_size": minibatch_size}
-    for name, value in asked.items(): require(value >= 1, f"train.{name}: expected 1 or more, was {value}")
-    use = lambda sizes: memory_use(**sizes, fields=fields, model_bytes=model_bytes, inputs=inputs, widths=widths, state=state)
+    for name, value in asked.items():
+        require(value >= 1, f"train.{name}: expected 1 or more, was {value}")
+    use = lambda sizes: memory_use(
+        **sizes, fields=fields, model_bytes=model_bytes, inputs=inputs, widths=widths, state=state
+    )
     first, fits = use(asked), dict(asked, minibatch_size=min(minibatch_size, n_envs * n_steps))
     while limit is not None and (now := use(fits)).total > limit:
-        if now.minibatch > max(now.rollout, now.step) and fits["minibatch_size"] > 1: name = "minibatch_size"
-        elif fits["n_envs"] > 1 and fits["n_envs"] >= fits["n_steps"] and not fixed_envs: name = "n_envs"
-        elif fits["n_steps"] > 1: name = "n_steps"
-        else: raise InputError(f"memory: the model takes {memory_text(now.model)}, {fits['n_envs']:,} environments and one step {memory_text(now.total - now.model)}, and {memory_text(limit)} may be used; choose a smaller network or allow more")
+        if now.minibatch > max(now.rollout, now.step) and fits["minibatch_size"] > 1:
+            name = "minibatch_size"
+        elif fits["n_envs"] > 1 and fits["n_envs"] >= fits["n_steps"] and not fixed_envs:
+            name = "n_envs"
+        elif fits["n_steps"] > 1:
+            name = "n_steps"
+        else:
+            raise InputError(
+                f"memory: the model takes {memory_text(now.model)}, {fits['n_envs']:,} environments and one step {memory_text(now.total - now.model)}, and {memory_text(limit)} may be used; choose a smaller network or allow more"
+            )
         fits[name] //= 2
         fits["minibatch_size"] = min(fits["minibatch_size"], fits["n_envs"] * fits["n_steps"])
     samples, same_rollout = n_envs * n_steps, (fits["n_envs"], fits["n_steps"]) == (n_envs, n_steps)
     if same_rollout and fits["minibatch_size"] == samples < minibatch_size:
-        return Fit(**fits, warnings=[f"minibatch_size: {minibatch_size:,} is more than the {samples:,} samples of a rollout ({n_envs:,} environments × {n_steps:,} steps); all of them are one minibatch"])
-    return Fit(**fits, warnings=[f"{name}: {value:,} would take {memory_text(first.total)} with the rest as asked, and {memory_text(limit)} may be used; {fits[name]:,} is used instead ({memory_text(use(fits).total)} in all)"
-                                 for name, value in asked.items() if fits[name] != value])
+        return Fit(
+            **fits,
+            warnings=[
+                f"minibatch_size: {minibatch_size:,} is more than the {samples:,} samples of a rollout ({n_envs:,} environments × {n_steps:,} steps); all of them are one minibatch"
+            ],
+        )
+    return Fit(
+        **fits,
+        warnings=[
+            f"{name}: {value:,} would take {memory_text(first.total)} with the rest as asked, and {memory_text(limit)} may be used; {fits[name]:,} is used instead ({memory_text(use(fits).total)} in all)"
+            for name, value in asked.items()
+            if fits[name] != value
+        ],
+    )

@@ -28,9 +28,12 @@ def learning_rate_at(
 ) -> float:
     "Linear warm-up from peak/10, then cosine down to a share of the peak."
     warm_up = max(int(warmup_fraction * updates), warmup_fraction > 0)
-    if update < warm_up: return peak * (0.1 + 0.9 * update / warm_up)
+    if update < warm_up:
+        return peak * (0.1 + 0.9 * update / warm_up)
     progress = (update - warm_up) / max(1, updates - 1 - warm_up)
-    return peak * (min_lr_fraction + (1 - min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return peak * (
+        min_lr_fraction + (1 - min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    )
 
 # %% ../../nbs/06_training/02_ppo.ipynb #5053ed04
 def generalized_advantages(
@@ -44,7 +47,11 @@ def generalized_advantages(
 ) -> Tensor:  # (steps, n)
     "Schulman et al. 2015, 'High-dimensional continuous control using generalized advantage estimation', equation 16."
     delta = rewards + gamma * next_values * (~terminated) - values
-    carry, advantages, running = gamma * gae_lambda * (~done), torch.empty_like(delta), torch.zeros_like(delta[0])
+    carry, advantages, running = (
+        gamma * gae_lambda * (~done),
+        torch.empty_like(delta),
+        torch.zeros_like(delta[0]),
+    )
     for t in range(len(delta) - 1, -1, -1):
         running = delta[t] + carry[t] * running
         advantages[t] = running
@@ -53,6 +60,7 @@ def generalized_advantages(
 # %% ../../nbs/06_training/02_ppo.ipynb #14cc4026
 class Minibatch(NamedTuple):
     "Samples of a rollout that are learnt from together."
+
     samples: Tensor  # (n,) their places in the rollout
     groups: Tensor | None = None  # (k,) the different groups among them; None: they are not looked at
     place: Tensor | None = None  # (n,) of which of these each sample is
@@ -76,18 +84,36 @@ def whole_groups(
 ) -> Iterator[list[Minibatch]]:  # once per epoch: minibatches that cover every sample once
     "`minibatches` of shuffled groups instead of shuffled samples: only where a minibatch is full is a group divided between two."
     n, ranges = len(group), [(begin, min(begin + size, len(group))) for begin in range(0, len(group), size)]
-    counts = torch.zeros(n_groups, dtype=torch.int64, device=group.device).scatter_add_(0, group, torch.ones_like(group))
+    counts = torch.zeros(n_groups, dtype=torch.int64, device=group.device).scatter_add_(
+        0, group, torch.ones_like(group)
+    )
     present, order = counts.nonzero().squeeze(1), group.argsort(stable=True)
     counts = counts[present]
     first_sample = counts.cumsum(0) - counts
-    shuffled = torch.stack([torch.randperm(len(present), generator=generator, device=generator.device) for _ in range(epochs)])
+    shuffled = torch.stack(
+        [torch.randperm(len(present), generator=generator, device=generator.device) for _ in range(epochs)]
+    )
     ends = counts[shuffled].cumsum(1)
     # which group each minibatch begins in, and which it ends in: one answer to wait for, however many epochs
-    edges = torch.tensor([[begin, end - 1] for begin, end in ranges], device=group.device).view(1, -1).expand(epochs, -1).contiguous()
-    for of_epoch, end, edge in zip(shuffled, ends, torch.searchsorted(ends, edges, right=True).view(epochs, -1, 2).cpu().tolist()):
-        place = torch.arange(len(present), device=group.device).repeat_interleave(counts[of_epoch], output_size=n)
-        samples = order[(first_sample[of_epoch] - (end - counts[of_epoch]))[place] + torch.arange(n, device=group.device)]
-        yield [Minibatch(samples[begin:stop], present[of_epoch[first:last + 1]], place[begin:stop] - first) for (begin, stop), (first, last) in zip(ranges, edge)]
+    edges = (
+        torch.tensor([[begin, end - 1] for begin, end in ranges], device=group.device)
+        .view(1, -1)
+        .expand(epochs, -1)
+        .contiguous()
+    )
+    for of_epoch, end, edge in zip(
+        shuffled, ends, torch.searchsorted(ends, edges, right=True).view(epochs, -1, 2).cpu().tolist()
+    ):
+        place = torch.arange(len(present), device=group.device).repeat_interleave(
+            counts[of_epoch], output_size=n
+        )
+        samples = order[
+            (first_sample[of_epoch] - (end - counts[of_epoch]))[place] + torch.arange(n, device=group.device)
+        ]
+        yield [
+            Minibatch(samples[begin:stop], present[of_epoch[first : last + 1]], place[begin:stop] - first)
+            for (begin, stop), (first, last) in zip(ranges, edge)
+        ]
 
 # %% ../../nbs/06_training/02_ppo.ipynb #9a65d3ec
 def normalised(
@@ -105,14 +131,17 @@ def value_loss(
 ) -> Tensor:  # ()
     "Mean squared error, the larger of clipped and unclipped."
     squared = (value - target) ** 2
-    if clip_range is not None: squared = torch.maximum(squared, (old + (value - old).clamp(-clip_range, clip_range) - target) ** 2)
+    if clip_range is not None:
+        squared = torch.maximum(squared, (old + (value - old).clamp(-clip_range, clip_range) - target) ** 2)
     return squared.mean()
 
 
 def plain_ppo_loss(
     logits: Tensor,  # (n, actions) now
     value: Tensor,  # (n,) now
-    data: dict[str, Tensor],  # of the same n samples: action, log_probability, logits (normalised: all log-probabilities), value, advantage (normalised), return
+    data: dict[
+        str, Tensor
+    ],  # of the same n samples: action, log_probability, logits (normalised: all log-probabilities), value, advantage (normalised), return
     config,  # clip_range, value_clip_range, value_coefficient
     entropy_coefficient: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (), and what to watch
@@ -120,13 +149,25 @@ def plain_ppo_loss(
     log_probabilities = F.log_softmax(logits, 1)
     ratio = (log_probabilities.gather(1, data["action"][:, None]).squeeze(1) - data["log_probability"]).exp()
     advantage = data["advantage"]
-    policy_loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * advantage).mean()
-    of_value, entropy = value_loss(value, data["value"], data["return"], config.value_clip_range), -(log_probabilities.exp() * log_probabilities).sum(1).mean()
+    policy_loss = -torch.minimum(
+        ratio * advantage, ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * advantage
+    ).mean()
+    of_value, entropy = (
+        value_loss(value, data["value"], data["return"], config.value_clip_range),
+        -(log_probabilities.exp() * log_probabilities).sum(1).mean(),
+    )
     with torch.no_grad():
         before = data["logits"]
-        watch = {"policy_loss": policy_loss, "value_loss": of_value, "entropy": entropy, "kl": (before.exp() * (before - log_probabilities)).sum(1).mean(),
-                 "clip_fraction": ((ratio - 1).abs() > config.clip_range).float().mean()}
-    return policy_loss + config.value_coefficient * of_value - entropy_coefficient * entropy, {name: v.detach() for name, v in watch.items()}
+        watch = {
+            "policy_loss": policy_loss,
+            "value_loss": of_value,
+            "entropy": entropy,
+            "kl": (before.exp() * (before - log_probabilities)).sum(1).mean(),
+            "clip_fraction": ((ratio - 1).abs() > config.clip_range).float().mean(),
+        }
+    return policy_loss + config.value_coefficient * of_value - entropy_coefficient * entropy, {
+        name: v.detach() for name, v in watch.items()
+    }
 
 # %% ../../nbs/06_training/02_ppo.ipynb #c1557fe9
 class _CompiledLoss(torch.autograd.Function):
@@ -134,7 +175,15 @@ class _CompiledLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(context, logits, value, data, config, entropy_coefficient):
-        means, *gradients = cpu_kernels.loss_and_gradients(logits.contiguous(), value.contiguous(), data, config.clip_range, config.value_clip_range, config.value_coefficient, entropy_coefficient)
+        means, *gradients = cpu_kernels.loss_and_gradients(
+            logits.contiguous(),
+            value.contiguous(),
+            data,
+            config.clip_range,
+            config.value_clip_range,
+            config.value_coefficient,
+            entropy_coefficient,
+        )
         context.save_for_backward(*gradients)
         context.mark_non_differentiable(means)
         return means[0] + config.value_coefficient * means[1] - entropy_coefficient * means[2], means
@@ -149,7 +198,12 @@ _WATCHED = ("policy_loss", "value_loss", "entropy", "kl", "clip_fraction")
 
 
 def _is_compiled(logits: Tensor) -> bool:
-    return logits.device.type == "cpu" and logits.dtype == torch.float32 and not torch.compiler.is_compiling() and cpu_kernels.available()
+    return (
+        logits.device.type == "cpu"
+        and logits.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and cpu_kernels.available()
+    )
 
 
 def ppo_loss(
@@ -160,7 +214,8 @@ def ppo_loss(
     entropy_coefficient: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (), and what to watch
     "`plain_ppo_loss`, in one pass where that is compiled."
-    if not _is_compiled(logits): return plain_ppo_loss(logits, value, data, config, entropy_coefficient)
+    if not _is_compiled(logits):
+        return plain_ppo_loss(logits, value, data, config, entropy_coefficient)
     loss, means = _CompiledLoss.apply(logits, value, data, config, entropy_coefficient)
     return loss, dict(zip(_WATCHED, means.unbind()))
 
@@ -173,6 +228,12 @@ def ppo_losses(
     entropy_coefficient: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (networks,), and what to watch of each
     "`ppo_loss` of several networks."
-    if not _is_compiled(logits): return torch.vmap(lambda *own: plain_ppo_loss(*own, config, entropy_coefficient))(logits, value, data)
-    losses, watch = zip(*(ppo_loss(*own, {name: of_all[k] for name, of_all in data.items()}, config, entropy_coefficient) for k, own in enumerate(zip(logits, value))))
+    if not _is_compiled(logits):
+        return torch.vmap(lambda *own: plain_ppo_loss(*own, config, entropy_coefficient))(logits, value, data)
+    losses, watch = zip(
+        *(
+            ppo_loss(*own, {name: of_all[k] for name, of_all in data.items()}, config, entropy_coefficient)
+            for k, own in enumerate(zip(logits, value))
+        )
+    )
     return torch.stack(losses), {name: torch.stack([own[name] for own in watch]) for name in _WATCHED}

@@ -18,17 +18,23 @@ from ..trainer import Lines
 class Unharmed:
     "Another way of showing progress that cannot end a run: what nobody can see any more (a closed pipe, a full disk, a terminal that is gone) is not shown."
 
-    def __init__(self, shown): self._shown = shown  # like `trainer.Lines`
+    def __init__(self, shown):
+        self._shown = shown  # like `trainer.Lines`
 
     def __getattr__(self, name):
         shown = getattr(self._shown, name)
-        if not callable(shown): return shown
+        if not callable(shown):
+            return shown
 
         def show(*arguments):
-            try: return shown(*arguments)
-            except OSError: return None
+            try:
+                return shown(*arguments)
+            except OSError:
+                return None
             except ValueError as e:
-                if "closed" not in str(e): raise  # a stream that is closed says so like this
+                if "closed" not in str(e):
+                    raise  # a stream that is closed says so like this
+
         return show
 
 
@@ -36,7 +42,8 @@ class Quiet(Lines):
     "A line for each validation, and nothing else."
 
     def updated(self, trainer, row: dict):
-        if "validation_score" in row or trainer.update == trainer.updates: self.say(self.line(trainer, row))
+        if "validation_score" in row or trainer.update == trainer.updates:
+            self.say(self.line(trainer, row))
 
 
 class Verbose(Lines):
@@ -44,8 +51,10 @@ class Verbose(Lines):
 
     def updated(self, trainer, row: dict):
         self.say(self.line(trainer, row))
-        self.say(f"    rollout: return {row['return_mean']:+.3f}, value {row['value_mean']:+.3f} | advantage {row['advantage_mean']:+.3f} ± {row['advantage_deviation']:.3f} | "
-                 f"loss {row['policy_loss']:+.4f}, value {row['value_loss']:.4f} | kl {row['kl']:.4f}, clipped {row['clip_fraction']:.1%} | learning rate {row['learning_rate']:.2g}")
+        self.say(
+            f"    rollout: return {row['return_mean']:+.3f}, value {row['value_mean']:+.3f} | advantage {row['advantage_mean']:+.3f} ± {row['advantage_deviation']:.3f} | "
+            f"loss {row['policy_loss']:+.4f}, value {row['value_loss']:.4f} | kl {row['kl']:.4f}, clipped {row['clip_fraction']:.1%} | learning rate {row['learning_rate']:.2g}"
+        )
 
 # %% ../../nbs/06_training/10_progress.ipynb #ac5cffb9
 _COLOURS = {"green": 32, "yellow": 33, "red": 31}  # of a terminal
@@ -56,32 +65,54 @@ class Bars(Lines):
 
     def __init__(self, stream=None):  # None: standard error
         from tqdm import tqdm
+
         self._stream, self._tqdm, self._run, self._phase = stream or sys.stderr, tqdm, None, None
         super().__init__(lambda line: tqdm.write(line, file=self._stream))
 
     def start(self, trainer):
         super().start(trainer)
         self._close()
-        self._run = self._tqdm(total=trainer.updates, initial=trainer.update, desc="updates", unit="update", file=self._stream, dynamic_ncols=True)
+        self._run = self._tqdm(
+            total=trainer.updates,
+            initial=trainer.update,
+            desc="updates",
+            unit="update",
+            file=self._stream,
+            dynamic_ncols=True,
+        )
 
     def phase(self, name: str, done: int, total: int):
-        if self._phase is None: self._phase = self._tqdm(total=total, desc=name, leave=False, position=1, file=self._stream, dynamic_ncols=True)
+        if self._phase is None:
+            self._phase = self._tqdm(
+                total=total, desc=name, leave=False, position=1, file=self._stream, dynamic_ncols=True
+            )
         if done <= self._phase.n:  # another phase has begun
             self._phase.set_description_str(name, refresh=False)
             self._phase.reset(total)
         self._phase.update(done - self._phase.n)
 
     def updated(self, trainer, row: dict):
-        self._run.set_postfix_str(f"{(trainer.global_step - self._first_step) / (time.perf_counter() - self._began):,.0f} steps/s, reward {row['reward']:+.4f}", refresh=False)
+        self._run.set_postfix_str(
+            f"{(trainer.global_step - self._first_step) / (time.perf_counter() - self._began):,.0f} steps/s, reward {row['reward']:+.4f}",
+            refresh=False,
+        )
         self._run.update(trainer.update - self._run.n)
-        if "validation_score" in row: self.say(self.line(trainer, row))
-        if trainer.update == trainer.updates or trainer.ended: self._close()
+        if "validation_score" in row:
+            self.say(self.line(trainer, row))
+        if trainer.update == trainer.updates or trainer.ended:
+            self._close()
 
-    def score(self, value: float) -> str: return f"\033[{_COLOURS[score_colour(value)]}m{value:+.0f}\033[0m" if self._stream.isatty() else super().score(value)
+    def score(self, value: float) -> str:
+        return (
+            f"\033[{_COLOURS[score_colour(value)]}m{value:+.0f}\033[0m"
+            if self._stream.isatty()
+            else super().score(value)
+        )
 
     def _close(self):
         for bar in (self._phase, self._run):
-            if bar is not None: bar.close()
+            if bar is not None:
+                bar.close()
         self._run = self._phase = None
 
 
@@ -92,12 +123,21 @@ class Cell(Lines):
 
     def __init__(self):
         from IPython.display import display
-        self._lines, self._display, self._handle, self._shown, self._head, self._now = [], display, None, 0.0, "", ""
+
+        self._lines, self._display, self._handle, self._shown, self._head, self._now = (
+            [],
+            display,
+            None,
+            0.0,
+            "",
+            "",
+        )
         super().__init__(self._keep)
 
     def _keep(self, line: str):
-        if not self._head: return print(line)  # no run yet: this stays as it is
-        self._lines = [*self._lines, line][-self._SHOWN:]
+        if not self._head:
+            return print(line)  # no run yet: this stays as it is
+        self._lines = [*self._lines, line][-self._SHOWN :]
         self._show(True)
 
     def start(self, trainer):
@@ -108,8 +148,14 @@ class Cell(Lines):
     def _bar(self, trainer) -> str:
         done = round(30 * trainer.update / trainer.updates)
         passed, made = time.perf_counter() - self._began, trainer.global_step - self._first_step
-        left = f", {passed / made * (trainer.updates * trainer.global_step / max(trainer.update, 1) - trainer.global_step) / 60:.1f} minutes left" if made and trainer.update < trainer.updates else ""
-        return f"[{'#' * done}{'.' * (30 - done)}] update {trainer.update}/{trainer.updates}" + (f", {made / passed:,.0f} steps/s{left}" if made else "")
+        left = (
+            f", {passed / made * (trainer.updates * trainer.global_step / max(trainer.update, 1) - trainer.global_step) / 60:.1f} minutes left"
+            if made and trainer.update < trainer.updates
+            else ""
+        )
+        return f"[{'#' * done}{'.' * (30 - done)}] update {trainer.update}/{trainer.updates}" + (
+            f", {made / passed:,.0f} steps/s{left}" if made else ""
+        )
 
     def phase(self, name: str, done: int, total: int):
         self._now = f"{name} {done}/{total}"
@@ -117,32 +163,52 @@ class Cell(Lines):
 
     def updated(self, trainer, row: dict):
         self._head, self._now = self._bar(trainer), ""
-        if "validation_score" in row or trainer.update == trainer.updates: self._keep(self.line(trainer, row))
-        else: self._show(trainer.update == trainer.updates)
+        if "validation_score" in row or trainer.update == trainer.updates:
+            self._keep(self.line(trainer, row))
+        else:
+            self._show(trainer.update == trainer.updates)
 
     def _show(self, now: bool):
-        if not now and time.perf_counter() - self._shown < self._SECONDS: return
-        self._shown, text = time.perf_counter(), "\n".join([f"{self._head}  {self._now}".rstrip(), *self._lines])
-        if self._handle is None: self._handle = self._display(_Text(text), display_id=True)
-        else: self._handle.update(_Text(text))
+        if not now and time.perf_counter() - self._shown < self._SECONDS:
+            return
+        self._shown, text = (
+            time.perf_counter(),
+            "\n".join([f"{self._head}  {self._now}".rstrip(), *self._lines]),
+        )
+        if self._handle is None:
+            self._handle = self._display(_Text(text), display_id=True)
+        else:
+            self._handle.update(_Text(text))
 
 
 class _Text:
     "Plain text as a notebook's output."
-    def __init__(self, text: str): self.text = text
-    def __repr__(self): return self.text
+
+    def __init__(self, text: str):
+        self.text = text
+
+    def __repr__(self):
+        return self.text
 
 # %% ../../nbs/06_training/10_progress.ipynb #6895119b
 PROGRESS = {"bars": Bars, "cell": Cell, "lines": Lines, "quiet": Quiet, "verbose": Verbose}
 
 
 def progress_for(
-    kind: str | None = None,  # a key of PROGRESS; None: the environment variable TRADING_LIB_PROGRESS, else what suits whoever is looking
+    kind: str
+    | None = None,  # a key of PROGRESS; None: the environment variable TRADING_LIB_PROGRESS, else what suits whoever is looking
 ) -> Lines:
     "The right way to show progress here."
     kind = kind or os.environ.get("TRADING_LIB_PROGRESS")
     if not kind:
         shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        kind = "cell" if shell is not None and hasattr(shell, "kernel") else "bars" if sys.stderr.isatty() else "lines"
-    if kind not in PROGRESS: raise InputError(f"TRADING_LIB_PROGRESS: expected one of {', '.join(PROGRESS)}, was {kind!r}")
+        kind = (
+            "cell"
+            if shell is not None and hasattr(shell, "kernel")
+            else "bars"
+            if sys.stderr.isatty()
+            else "lines"
+        )
+    if kind not in PROGRESS:
+        raise InputError(f"TRADING_LIB_PROGRESS: expected one of {', '.join(PROGRESS)}, was {kind!r}")
     return PROGRESS[kind]()

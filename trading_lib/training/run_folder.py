@@ -28,29 +28,38 @@ def _glance(
 ) -> dict:  # update, best_update; empty: the file says nothing that can be read
     "Which update a checkpoint is of, and which best policy belongs to it, without reading its tensors or verifying it."
     try:
-        with zipfile.ZipFile(path) as archive: unpacked = sum(record.file_size for record in archive.infolist())
-        if unpacked > path.stat().st_size: return {}  # packed records, which no checkpoint has, may unpack to more than there is memory
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(record.file_size for record in archive.infolist())
+        if unpacked > path.stat().st_size:
+            return {}  # packed records, which no checkpoint has, may unpack to more than there is memory
         content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         return {name: content[name] for name in ("update", "best_update") if type(content.get(name)) is int}
-    except Exception: return {}  # damaged; `load_checkpoint` knows how to say it
+    except Exception:
+        return {}  # damaged; `load_checkpoint` knows how to say it
 
 # %% ../../nbs/06_training/07_run_folder.ipynb #c44cd111
 _NUMBER = r"_(\d{6}|[1-9]\d{6,})\.pt"
 _NUMBERED, _BEST = re.compile("checkpoint" + _NUMBER), re.compile("best" + _NUMBER)
 _INTERRUPTED = re.compile(r"model_interrupted_\d{8}_\d{6}(_\d+)?\.pt")
-_TEMPORARY = re.compile(rf"\.({_NUMBERED.pattern}|{_BEST.pattern}|{_INTERRUPTED.pattern})\.\w+\.tmp")  # of a writer who was killed
+_TEMPORARY = re.compile(
+    rf"\.({_NUMBERED.pattern}|{_BEST.pattern}|{_INTERRUPTED.pattern})\.\w+\.tmp"
+)  # of a writer who was killed
 
 
 def _update(content: dict) -> int:
     "The update that a content is of."
     update = content.get("update")
-    require(type(update) is int and update >= 0, f"run folder: expected content['update'] to be a whole number of 0 or more, was {update!r}")
+    require(
+        type(update) is int and update >= 0,
+        f"run folder: expected content['update'] to be a whole number of 0 or more, was {update!r}",
+    )
     return update
 
 
 def _remove(path: Path):
     "Delete a checkpoint and its card; the card first, for without its checkpoint nobody would come back for it."
-    if _NUMBERED.fullmatch(path.name) or _BEST.fullmatch(path.name) or _INTERRUPTED.fullmatch(path.name): path.with_suffix(".md").unlink(missing_ok=True)
+    if _NUMBERED.fullmatch(path.name) or _BEST.fullmatch(path.name) or _INTERRUPTED.fullmatch(path.name):
+        path.with_suffix(".md").unlink(missing_ok=True)
     path.unlink(missing_ok=True)
 
 
@@ -60,70 +69,98 @@ _WAIT = 10  # seconds; whoever was asked to stop may still be saving
 class RunFolder:
     "The checkpoints of one training run; one process writes, any number may look."
 
-    def __init__(self,
+    def __init__(
+        self,
         path: str | Path,  # the folder; made when something is saved
         keep: int = 3,  # numbered checkpoints that are kept
     ):
-        require(type(keep) is int and keep >= 1, f"run folder: expected to keep 1 or more numbered checkpoints, was {keep!r}")
+        require(
+            type(keep) is int and keep >= 1,
+            f"run folder: expected to keep 1 or more numbered checkpoints, was {keep!r}",
+        )
         self.path, self.keep = Path(path), keep
         self.say = print  # called with a line where something could not be written
         self._unwritten = None  # the best policy, where there was no room for it
 
     @contextmanager
-    def alone(self,
+    def alone(
+        self,
         wait: float = _WAIT,  # seconds to wait for another one to end
     ):
         "Inside `with` no other process trains here; a second one is refused."
         import fcntl  # not on every system; reading a module must not fail there
+
         lock = self.path.with_name(f"{self.path.name}.lock")  # beside the folder, which may be put aside
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             held = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as e: raise unwritable(lock, e) from None
+        except OSError as e:
+            raise unwritable(lock, e) from None
         try:
             until = time.monotonic() + wait
             while True:
-                try: fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError: pass
-                else: break
+                try:
+                    fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    pass
+                else:
+                    break
                 who = os.pread(held, 20, 0).decode(errors="replace").strip() or "unknown"
-                require(time.monotonic() < until, f"{self.path}: another training is going on there (process {who}); wait for its end, or end it, and try again")
+                require(
+                    time.monotonic() < until,
+                    f"{self.path}: another training is going on there (process {who}); wait for its end, or end it, and try again",
+                )
                 time.sleep(0.1)
-            try: os.pwrite(held, f"{os.getpid():<20}".encode(), 0)
-            except OSError: pass  # no room for a number: the lock is held all the same
-            try: yield
-            finally: os.ftruncate(held, 0)  # nobody holds it now: it names no process, and is the same bytes after every run
-        finally: os.close(held)
+            try:
+                os.pwrite(held, f"{os.getpid():<20}".encode(), 0)
+            except OSError:
+                pass  # no room for a number: the lock is held all the same
+            try:
+                yield
+            finally:
+                os.ftruncate(
+                    held, 0
+                )  # nobody holds it now: it names no process, and is the same bytes after every run
+        finally:
+            os.close(held)
 
     # -- saving ----------------------------------------------------------------------------------------------------
 
     def _written(self, content: dict, path: Path) -> Path | None:
         "The file, or None where there is no room for it: said, and no reason to end a run."
-        try: return save_checkpoint(content, path)
-        except OSError as e: self.say(f"{e}; the run goes on, and tries again at its next checkpoint")
+        try:
+            return save_checkpoint(content, path)
+        except OSError as e:
+            self.say(f"{e}; the run goes on, and tries again at its next checkpoint")
 
     def save(self, content: dict) -> Path | None:  # None: there was no room, and nothing has changed
         "Write a numbered checkpoint, then delete those that are too old."
         update = _update(content)
-        if self._unwritten is not None: self.save_best(self._unwritten)
+        if self._unwritten is not None:
+            self.save_best(self._unwritten)
         path = self._written(content, self.path / f"checkpoint_{update:06d}.pt")
-        if path is None: return None
+        if path is None:
+            return None
         # those of later updates are of a run that this one left behind: not older, and not ours to judge
         earlier = [file for number, file in self._numbers(_NUMBERED) if number <= update]
-        for file in earlier[:-self.keep]: _remove(file)
+        for file in earlier[: -self.keep]:
+            _remove(file)
         self._remove_unneeded_bests(content)
         return path
 
-    def save_interrupted(self,
+    def save_interrupted(
+        self,
         content: dict,
         now: datetime,  # part of the name
     ) -> Path:
         "Write the state of a run that was stopped; an earlier one is never overwritten."
         _update(content)
-        if self._unwritten is not None: self.save_best(self._unwritten)
+        if self._unwritten is not None:
+            self.save_best(self._unwritten)
         name = f"model_interrupted_{now:%Y%m%d_%H%M%S}"
         path, times = self.path / f"{name}.pt", 1
-        while path.exists(): path, times = self.path / f"{name}_{times + 1}.pt", times + 1
+        while path.exists():
+            path, times = self.path / f"{name}_{times + 1}.pt", times + 1
         return save_checkpoint(content, path)
 
     def save_best(self, content: dict) -> Path | None:  # None: there was no room; the next save tries again
@@ -131,13 +168,15 @@ class RunFolder:
         update = _update(content)
         path = self._written(content, self._best_path(update))
         self._unwritten = content if path is None else None
-        if path is None: return None
+        if path is None:
+            return None
         self._remove_unneeded_bests(content, update)
         return path
 
     # -- finding ---------------------------------------------------------------------------------------------------
 
-    def newest_good(self,
+    def newest_good(
+        self,
         say=print,  # called with a line for each file that is skipped
         check=lambda content, path: None,  # raises an `InputError` where a run cannot go on from a content
     ) -> tuple[Path, dict] | None:  # the file and its content; None: there is nothing to go on from
@@ -145,39 +184,58 @@ class RunFolder:
         for path in self._resumable():
             try:
                 content = load_checkpoint(path)
-                require(type(content.get("update")) is int, f"{path}: does not say which update it is of; expected the checkpoint of a training run")
+                require(
+                    type(content.get("update")) is int,
+                    f"{path}: does not say which update it is of; expected the checkpoint of a training run",
+                )
                 check(content, str(path))
                 return path, content
-            except InputError as e: say(f"skipped: {e}")
+            except InputError as e:
+                say(f"skipped: {e}")
         return None
 
-    def best(self,
+    def best(
+        self,
         update: int | None,  # `best_update` of the content that a run goes on from
         say=print,  # called with a line where the file is damaged
     ) -> dict | None:  # None: there is none, or it is damaged
         "The best policy that was found at an update."
         path = None if update is None else self._best_path(update)
-        if path is None or not path.exists(): return None
-        try: return load_checkpoint(path)
-        except InputError as e: say(f"skipped: {e}")
+        if path is None or not path.exists():
+            return None
+        try:
+            return load_checkpoint(path)
+        except InputError as e:
+            say(f"skipped: {e}")
 
     # -- giving way ------------------------------------------------------------------------------------------------
 
-    def put_aside(self,
+    def put_aside(
+        self,
         after: int | None = None,  # only what is of later updates than this one; None: everything
     ) -> Path | None:  # the folder where it is now; None: there was nothing
         "Make room for another course of the run; what was there gets a folder with a number beside this one, and nothing is lost."
-        leaving = [path for path in self._resumable() if after is None or _glance(path).get("update", -1) > after]
-        if not leaving: return None
-        aside = next(folder for n in range(1, 10**6) if not (folder := self.path.with_name(f"{self.path.name}.{n}")).exists())
-        if after is None: return self.path.rename(aside)
+        leaving = [
+            path for path in self._resumable() if after is None or _glance(path).get("update", -1) > after
+        ]
+        if not leaving:
+            return None
+        aside = next(
+            folder
+            for n in range(1, 10**6)
+            if not (folder := self.path.with_name(f"{self.path.name}.{n}")).exists()
+        )
+        if after is None:
+            return self.path.rename(aside)
         aside.mkdir()
         bests = {_glance(path).get("best_update") for path in leaving}
         for number, file in self._numbers(_BEST):  # before what refers to it
-            if number in bests: shutil.copy2(file, aside / file.name)
+            if number in bests:
+                shutil.copy2(file, aside / file.name)
         for path in reversed(leaving):
             for file in (path.with_suffix(".md"), path):
-                if file.exists(): file.rename(aside / file.name)
+                if file.exists():
+                    file.rename(aside / file.name)
         return aside
 
     # -- tidying up ------------------------------------------------------------------------------------------------
@@ -185,29 +243,44 @@ class RunFolder:
     def finished(self):
         "The run is complete and its outcome is written elsewhere: delete what was there to go on from."
         # oldest first, and a checkpoint before the best policy that it refers to: a kill must leave something whole or nothing
-        for path in [*reversed(self._resumable()), *(file for _, file in self._numbers(_BEST)), *self._files(_TEMPORARY)]: _remove(path)
+        for path in [
+            *reversed(self._resumable()),
+            *(file for _, file in self._numbers(_BEST)),
+            *self._files(_TEMPORARY),
+        ]:
+            _remove(path)
 
     def _files(self, name: re.Pattern) -> list[Path]:
         "Files of that kind."
-        return sorted(p for p in self.path.iterdir() if name.fullmatch(p.name) and p.is_file()) if self.path.is_dir() else []
+        return (
+            sorted(p for p in self.path.iterdir() if name.fullmatch(p.name) and p.is_file())
+            if self.path.is_dir()
+            else []
+        )
 
     def _numbers(self, name: re.Pattern) -> list[tuple[int, Path]]:
         "Files of that kind with their numbers, in their order."
         return sorted((int(name.fullmatch(p.name)[1]), p) for p in self._files(name))
 
-    def _best_path(self, update: int) -> Path: return self.path / f"best_{update:06d}.pt"
+    def _best_path(self, update: int) -> Path:
+        return self.path / f"best_{update:06d}.pt"
 
     def _resumable(self) -> list[Path]:
         "Everything that a run could go on from, newest first; what cannot be read comes before, so that it is named."
         found = []
         for path in self._files(_NUMBERED) + self._files(_INTERRUPTED):
-            try: found.append((_glance(path).get("update", math.inf), path.stat().st_mtime_ns, path))
-            except FileNotFoundError: pass  # its run has just tidied up
+            try:
+                found.append((_glance(path).get("update", math.inf), path.stat().st_mtime_ns, path))
+            except FileNotFoundError:
+                pass  # its run has just tidied up
         return [path for *_, path in sorted(found, reverse=True)]
 
     def _remove_unneeded_bests(self, *newest):
         "Delete every best policy that neither the newest content nor any file in the folder refers to."
-        needed = {n for n in newest if isinstance(n, int)} | {n.get("best_update") for n in newest if isinstance(n, dict)}
+        needed = {n for n in newest if isinstance(n, int)} | {
+            n.get("best_update") for n in newest if isinstance(n, dict)
+        }
         needed |= {_glance(path).get("best_update") for path in self._resumable()}
         for number, file in self._numbers(_BEST):
-            if number not in needed: _remove(file)
+            if number not in needed:
+                _remove(file)

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..policy.cache import BarAnswers
 from ..env import GPUVectorizedTradingEnv, MarketData
 from ..metrics import consistency, fitness, max_drawdown, profit_factor, sharpe_ratio, skewness
 from ..networks import FoldedInputs, finite_logits
+from ..policy.cache import BarAnswers
 
 # %% ../../nbs/06_training/05_validation.ipynb #440024e1
 _RUN_LENGTH = 512  # bars of one account's run
@@ -30,62 +30,114 @@ def runs_through(
     "Cut every bar of a span at which a decision may be made into runs."
     bars = env.decision_bars
     stretches = np.split(bars, np.flatnonzero(np.diff(bars) != 1) + 1)
-    pieces = [s[i:i + (length or len(s))] for s in stretches for i in range(0, len(s), length or len(s))]
+    pieces = [s[i : i + (length or len(s))] for s in stretches for i in range(0, len(s), length or len(s))]
     return np.array([p[0] for p in pieces]), np.array([p[-1] + 1 for p in pieces])
 
 
 class Validation:
     "A span and a policy's performance on it."
 
-    def __init__(self,
+    def __init__(
+        self,
         market: MarketData,  # bounded to the span
         config,  # GPUEnvConfig of the training environment
         device: torch.device,
         policies: int = 1,  # that play side by side, each on accounts of its own
     ):
         self.starts, self.ends = runs_through(GPUVectorizedTradingEnv(market, replace(config, n_envs=1)))
-        self.env, self.policies = GPUVectorizedTradingEnv(market, replace(config, n_envs=policies * len(self.starts)), device=device), policies
-        self.bars = np.concatenate([np.arange(a, b) for a, b in zip(self.starts, self.ends)]) + 1  # at whose closes the returns are known, in time order
+        self.env, self.policies = (
+            GPUVectorizedTradingEnv(
+                market, replace(config, n_envs=policies * len(self.starts)), device=device
+            ),
+            policies,
+        )
+        self.bars = (
+            np.concatenate([np.arange(a, b) for a, b in zip(self.starts, self.ends)]) + 1
+        )  # at whose closes the returns are known, in time order
         years = (market.timestamp[market.stop - 1] - market.timestamp[market.start]) / 1e9 / (365.25 * 86_400)
-        self.periods_per_year = (market.stop - market.start) / years  # bars of this very span: no calendar needed here
+        self.periods_per_year = (
+            market.stop - market.start
+        ) / years  # bars of this very span: no calendar needed here
 
     def run(self, policy) -> dict[str, float]:
         "Metrics of the most probable actions over the span, after costs."
         return self.summarise(self.play(policy))
 
-    def play(self,
+    def play(
+        self,
         policy,  # NativeActorCritic or RecurrentActorCritic
-    ) -> dict[str, np.ndarray]:  # per bar: return, held, reward, order, and each component of the reward; per trade: profit; per run: run_return
+    ) -> dict[
+        str, np.ndarray
+    ]:  # per bar: return, held, reward, order, and each component of the reward; per trade: profit; per run: run_return
         "What the most probable actions did, in time order."
         return self.play_each(policy)[0]
 
     @torch.no_grad()
-    def play_each(self,
+    def play_each(
+        self,
         policy,  # that answers for the accounts of each of its networks, one group after another
     ) -> list[dict[str, np.ndarray]]:  # of each network, as `play`
         "What each of several networks did."
         env, starts, ends = self.env, *(np.tile(bars, self.policies) for bars in (self.starts, self.ends))
         length = torch.as_tensor(ends - starts, device=env.device)
-        obs, state, act, steps = env.reset_at_index(starts, ends), policy.initial_state(env.n_envs, env.device), self._acting(policy), []
+        obs, state, act, steps = (
+            env.reset_at_index(starts, ends),
+            policy.initial_state(env.n_envs, env.device),
+            self._acting(policy),
+            [],
+        )
         for _ in range(int((ends - starts).max())):
             logits, state = act(obs, state)
             obs, reward, terminated, _, infos = env.step_index(logits.argmax(1))
             account, fills = infos["account"], infos["fills"]
             # noted as it is, and looked at when all is played
-            steps.append((account.equity, infos["decision_equity"], account.position_value, reward, fills.quantity, fills.trade_closed, fills.trade_profit, infos["reward_components"], terminated, logits.sum(1)))
-        equity, before, position, reward, quantity, closed, profit, components, bankrupt, sums = (torch.stack(column, 1) for column in zip(*steps))  # (runs, steps)
+            steps.append(
+                (
+                    account.equity,
+                    infos["decision_equity"],
+                    account.position_value,
+                    reward,
+                    fills.quantity,
+                    fills.trade_closed,
+                    fills.trade_profit,
+                    infos["reward_components"],
+                    terminated,
+                    logits.sum(1),
+                )
+            )
+        equity, before, position, reward, quantity, closed, profit, components, bankrupt, sums = (
+            torch.stack(column, 1) for column in zip(*steps)
+        )  # (runs, steps)
         self._check_finite(sums, length)
-        active, step_return = torch.arange(len(steps), device=env.device) < length[:, None], equity / before - 1
-        alive = bankrupt.cumsum(1) - bankrupt.long() == 0  # nobody comes back from bankruptcy: what the environment begins after it is another account
+        active, step_return = (
+            torch.arange(len(steps), device=env.device) < length[:, None],
+            equity / before - 1,
+        )
+        alive = (
+            bankrupt.cumsum(1) - bankrupt.long() == 0
+        )  # nobody comes back from bankruptcy: what the environment begins after it is another account
         of_policies = lambda x: x.cpu().chunk(self.policies)
-        in_order = lambda values, mask: [own[m].numpy().astype(np.float64) for own, m in zip(of_policies(values), of_policies(mask))]  # run by run
+        in_order = lambda values, mask: [
+            own[m].numpy().astype(np.float64) for own, m in zip(of_policies(values), of_policies(mask))
+        ]  # run by run
         # runs are chained: more than all of it nobody can lose there
-        rows = {"return": step_return.clamp(min=-1), "held": torch.where(bankrupt, 0.0, (position / equity).abs()), "reward": reward, "order": quantity != 0} | dict(zip(env.reward_names, components.unbind(2)))
-        played = {name: in_order(torch.where(alive, values, 0), active) for name, values in rows.items()} | {"profit": in_order(profit, active & alive & closed)}
-        played["run_return"] = [own.numpy() - 1 for own in of_policies(torch.where(active & alive, 1 + step_return, 1.0).prod(1))]
+        rows = {
+            "return": step_return.clamp(min=-1),
+            "held": torch.where(bankrupt, 0.0, (position / equity).abs()),
+            "reward": reward,
+            "order": quantity != 0,
+        } | dict(zip(env.reward_names, components.unbind(2)))
+        played = {name: in_order(torch.where(alive, values, 0), active) for name, values in rows.items()} | {
+            "profit": in_order(profit, active & alive & closed)
+        }
+        played["run_return"] = [
+            own.numpy() - 1 for own in of_policies(torch.where(active & alive, 1 + step_return, 1.0).prod(1))
+        ]
         return [dict(zip(played, own)) for own in zip(*played.values())]
 
-    def _check_finite(self, sums: Tensor, length: Tensor):  # (runs, steps) of logits; (runs,) steps that count
+    def _check_finite(
+        self, sums: Tensor, length: Tensor
+    ):  # (runs, steps) of logits; (runs,) steps that count
         "A sum is finite where all of its logits are: no bar may be answered by the first action because nothing is known."
         run, step = (torch.arange(sums.shape[1], device=sums.device) < length[:, None]).nonzero(as_tuple=True)
         first = torch.as_tensor(np.tile(self.starts, self.policies), device=sums.device)
@@ -93,25 +145,56 @@ class Validation:
 
     def _acting(self, policy):  # called with an observation and a state; logits, state
         "A policy that sees nothing of its account looks at every bar before it plays."
-        env, alone = self.env, lambda obs, state: policy.evaluate_step(policy.inputs(obs, env.table), state)[::2]
+        env, alone = (
+            self.env,
+            lambda obs, state: policy.evaluate_step(policy.inputs(obs, env.table), state)[::2],
+        )
         networks = policy.networks() if hasattr(policy, "networks") else []
-        if env.table.n_account or not networks or not networks[0].folds: return alone
-        answers = BarAnswers(networks, FoldedInputs(networks[0], env.table), range(int(self.starts.min()), int(self.ends.max()) + 1), _BARS)
+        if env.table.n_account or not networks or not networks[0].folds:
+            return alone
+        answers = BarAnswers(
+            networks,
+            FoldedInputs(networks[0], env.table),
+            range(int(self.starts.min()), int(self.ends.max()) + 1),
+            _BARS,
+        )
         return lambda obs, state: (answers(obs)[0], state)
 
     def summarise(self, played: dict[str, np.ndarray]) -> dict[str, float]:
         "The figures of what was played."
-        returns, profits, moments = played["return"], played["profit"], self.env.market.timestamp[np.append(self.bars[0] - 1, self.bars)]
+        returns, profits, moments = (
+            played["return"],
+            played["profit"],
+            self.env.market.timestamp[np.append(self.bars[0] - 1, self.bars)],
+        )
         equity, reward = np.concatenate([[1.0], np.cumprod(1 + returns)]), played["reward"]
         factor, steady, drawdown = profit_factor(profits), consistency(equity, moments), max_drawdown(equity)
-        return {"return": float(equity[-1] - 1), "sharpe": float(sharpe_ratio(returns, self.periods_per_year)), "max_drawdown": float(drawdown), "exposure": float(played["held"].mean()),
-                "hold_share": float(1 - played["order"].mean()), "trades": int(len(profits)), "win_rate": float((profits > 0).mean()) if len(profits) else 0.0,
-                "profit_factor": factor, "consistency": steady, "fitness": fitness(factor, steady, drawdown), "run_return": float(played["run_return"].mean()),
-                "reward": float(reward.mean()), "reward_deviation": float(reward.std()), "reward_magnitude": float(np.abs(reward).mean()), "reward_skew": float(skewness(reward)),
-                **{f"reward_{name}": float(played[name].mean()) for name in self.env.reward_names}}
+        return {
+            "return": float(equity[-1] - 1),
+            "sharpe": float(sharpe_ratio(returns, self.periods_per_year)),
+            "max_drawdown": float(drawdown),
+            "exposure": float(played["held"].mean()),
+            "hold_share": float(1 - played["order"].mean()),
+            "trades": int(len(profits)),
+            "win_rate": float((profits > 0).mean()) if len(profits) else 0.0,
+            "profit_factor": factor,
+            "consistency": steady,
+            "fitness": fitness(factor, steady, drawdown),
+            "run_return": float(played["run_return"].mean()),
+            "reward": float(reward.mean()),
+            "reward_deviation": float(reward.std()),
+            "reward_magnitude": float(np.abs(reward).mean()),
+            "reward_skew": float(skewness(reward)),
+            **{f"reward_{name}": float(played[name].mean()) for name in self.env.reward_names},
+        }
 
     def daily(self, played: dict[str, np.ndarray]) -> dict:  # sharpe_per_bar, bars, days, returns
         "Returns by day (UTC): what a ledger of trials keeps."
         day, returns = self.env.market.timestamp[self.bars] // _DAY, played["return"]
         days, first = np.unique(day, return_index=True)
-        return {"sharpe_per_bar": sharpe_ratio(returns), "bars": len(returns), "days": [str(np.datetime64(int(d), "D")) for d in days], "returns": (np.multiply.reduceat(1 + np.maximum(returns, -1), first) - 1).tolist()}
+        return {
+            "sharpe_per_bar": sharpe_ratio(returns),
+            "bars": len(returns),
+            "days": [str(np.datetime64(int(d), "D")) for d in days],
+            "returns": (np.multiply.reduceat(1 + np.maximum(returns, -1), first) - 1).tolist(),
+        }
