@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import log_softmax
 
-from trading_lib.training.ppo import generalized_advantages, minibatches, normalised
+from trading_lib.training.ppo import generalized_advantages, minibatches, normalize
 
 
 class DenseEnv:
@@ -136,7 +136,7 @@ class SingleFilePPO:
         for _ in range(n_epochs):
             for batch in minibatches(len(data["action"]), s["minibatch_size"], self.random):
                 logits, value = self.network(data["obs"][batch])
-                log_probabilities, advantage = log_softmax(logits, 1), normalised(data["advantage"][batch])
+                log_probabilities, advantage = log_softmax(logits, 1), normalize(data["advantage"][batch])
                 ratio = (
                     log_probabilities.gather(1, data["action"][batch][:, None]).squeeze(1)
                     - data["log_probability"][batch]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TIMEFRAMES', 'COLUMNS', 'ASSET_CLASSES', 'REFUSED', 'REPAIRED', 'REPORTED', 'OUT_OF_SESSION', 'timeframe_name',
-           'timeframe_seconds', 'AssetClass', 'asset_class_of', 'shown', 'listed', 'moment', 'expected_labels',
+           'timeframe_seconds', 'AssetClass', 'asset_class_of', 'shown', 'listed', 'parse_time', 'expected_labels',
            'bars_per_year', 'BarClock', 'bar_clock', 'validate_bars', 'resample_bars', 'fingerprint', 'write_bars',
            'parquet_table', 'read_bars']
 
@@ -164,7 +164,7 @@ def _when(ns: int) -> str:
     return pd.Timestamp(int(ns), tz="UTC").strftime("%Y-%m-%d %H:%MZ")
 
 
-def moment(
+def parse_time(
     value,  # text, date or Timestamp; without a zone it is UTC
     name: str = "time",  # for messages
 ) -> pd.Timestamp:  # in UTC
@@ -211,7 +211,7 @@ def expected_labels(
 ) -> pd.DatetimeIndex:  # labels (bar starts) in UTC
     "Every bar that the calendar allows for in [start, end)."
     seconds, calendar = timeframe_seconds(timeframe), _asset(asset_class).calendar
-    length, low, high = seconds * _SECOND, moment(start).value, moment(end).value
+    length, low, high = seconds * _SECOND, parse_time(start).value, parse_time(end).value
     require(low < high, f"start and end: expected start before end, were {start} and {end}")
     if calendar is None:
         label = np.arange(-(-low // length) * length, high, length)
@@ -238,7 +238,7 @@ def bars_per_year(
 ) -> float:  # bars in a year
     "Bars in an average year, counted on the calendar over the whole years that [start, end) touches; crypto: 365 full days."
     seconds, calendar = timeframe_seconds(timeframe), _asset(asset_class).calendar
-    start, end = moment(start), moment(end)
+    start, end = parse_time(start), parse_time(end)
     require(start < end, f"start and end: expected start before end, were {start} and {end}")
     if calendar is None:
         return 365.0 * _DAY / (seconds * _SECOND)
@@ -775,7 +775,7 @@ def _let_pass(allow_steps, day: np.ndarray) -> np.ndarray:
         isinstance(dates, (list, tuple, set)),
         f"allow_steps: expected true, false or dates such as [2002-10-16], was {shown(allow_steps)!r}",
     )
-    return np.isin(day, [moment(date, "allow_steps").value // _DAY for date in dates])
+    return np.isin(day, [parse_time(date, "allow_steps").value // _DAY for date in dates])
 
 
 def _findings(
@@ -922,7 +922,7 @@ def validate_bars(
     label, values = label[~again], {k: v[~again] for k, v in values.items()}
 
     _check_grid(label, seconds, asset_class)
-    present = (pd.Timestamp.now("UTC") if now is None else moment(now)).value
+    present = (pd.Timestamp.now("UTC") if now is None else parse_time(now)).value
     _refuse_where("bar in the future", label > present, label, lambda i: f"starts after {_when(present)}")
     kinds = _find_out_of_session(label, seconds, asset)
     outside = _outside_volumes(label, values["volume"], kinds, seconds, asset)

@@ -262,9 +262,9 @@ def _edge(bars, text, name: str, default: int) -> int:
     "Number of the first bar at or after a day that was given."
     import numpy as np
 
-    from trading_lib.bars import moment
+    from trading_lib.bars import parse_time
 
-    return default if text is None else int(np.searchsorted(bars.index, moment(text, name)))
+    return default if text is None else int(np.searchsorted(bars.index, parse_time(text, name)))
 
 
 def _with_probes(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REWARD_COMPONENTS', 'MarketData', 'layout_of', 'split_bounds', 'market_data', 'bar_table', 'next_bar',
            'decision_span', 'Obs', 'ColumnOrder', 'column_order', 'ObservationTable', 'RewardPreset', 'reward_preset',
-           'StepFacts', 'GPUEnvConfig', 'Moved', 'begun_afresh', 'step_function', 'GPUVectorizedTradingEnv']
+           'StepFacts', 'GPUEnvConfig', 'StepResult', 'reset_where', 'step_function', 'GPUVectorizedTradingEnv']
 
 # %% ../nbs/03_env/04_env.ipynb #7dbcf709
 import inspect
@@ -546,7 +546,7 @@ class GPUEnvConfig:
         layout_of(self.version)
 
 # %% ../nbs/03_env/04_env.ipynb #d65a6d21
-class Moved(NamedTuple):
+class StepResult(NamedTuple):
     "Accounts one bar later, before any restart; tensors of shape (n,)."
 
     bar: Tensor
@@ -565,7 +565,7 @@ class Moved(NamedTuple):
     decision_equity: Tensor  # when the action was taken
 
 
-def begun_afresh(
+def reset_where(
     renew: Tensor | None,  # (n,) bool: whose last episode is over; None: nobody's
     fresh: AccountState,  # one account
     account: AccountState,
@@ -613,8 +613,8 @@ def step_function(
         oldest,
         mean_return,
         mean_square,
-    ) -> Moved:
-        before, tally, mean_return, mean_square = begun_afresh(
+    ) -> StepResult:
+        before, tally, mean_return, mean_square = reset_where(
             renew, fresh, before, tally, mean_return, mean_square
         )
         row, (direction, size, is_close) = (
@@ -656,7 +656,7 @@ def step_function(
             )
         bar, terminated = bar + 1, after.equity <= 0
         done = (bar >= end) | terminated
-        return Moved(
+        return StepResult(
             bar,
             after,
             fills,
@@ -678,7 +678,7 @@ def step_function(
     # a loop over accounts writes numbers as whole vectors, what is true or false one by one: that is left to the end
     compiled_advance = _compiled(lambda *arguments: _flags(advance(*arguments), torch.Tensor.float))
 
-    def checked_advance(market, meanings, rules, actions, *rest) -> Moved:
+    def checked_advance(market, meanings, rules, actions, *rest) -> StepResult:
         if actions.device.type == "cpu":
             lowest, highest = map(int, torch.aminmax(actions))
             require(
@@ -719,7 +719,7 @@ def _compiled(function):
     return call
 
 
-def _flags(moved: Moved, convert) -> Moved:
+def _flags(moved: StepResult, convert) -> StepResult:
     "All that is true or false, converted."
     fills = moved.fills
     return moved._replace(
@@ -932,7 +932,7 @@ class GPUVectorizedTradingEnv:
     @property
     def account(self) -> AccountState:
         "Each account as the next step finds it."
-        self._account, self._tally, self._mean_return, self._mean_square = begun_afresh(
+        self._account, self._tally, self._mean_return, self._mean_square = reset_where(
             None if self._renew is self._nobody else self._renew,
             self._fresh,
             self._account,

@@ -25,7 +25,7 @@ from .networks import FoldedLinear, NativeActorCritic, parameter_groups
 from .trainer import NativePPOTrainer
 from .training.config import NativePPOConfig
 from .training.distributed import processes
-from .training.ppo import Minibatch, normalised, ppo_losses
+from .training.ppo import Minibatch, normalize, ppo_losses
 from .training.validation import Validation
 
 # %% ../nbs/06_training/09_seeds.ipynb #a2d65583
@@ -360,7 +360,7 @@ class SeedsTrainer(NativePPOTrainer):
             name: data[name].index_select(0, batch.samples).unflatten(0, (n, -1))
             for name in ("action", "log_probability", "logits", "value", "advantage", "return")
         }
-        own["advantage"] = torch.vmap(normalised)(own["advantage"])
+        own["advantage"] = torch.vmap(normalize)(own["advantage"])
         answers = (x.unflatten(0, (n, -1)) for x in self._batch_forward(self._forward, data, batch))
         loss, watch = ppo_losses(*answers, own, self.config, entropy_coefficient)
         return loss.sum(), watch  # a sum: no network's gradient depends on how many there are

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from .bars import asset_class_of, moment, path_symbol, timeframe_name, validate_bars
+from .bars import asset_class_of, parse_time, path_symbol, timeframe_name, validate_bars
 from .config import InputError, project_root, require, unknown_name
 from trading_lib.data.simulation import (
     SIMULATED_END,
@@ -100,11 +100,11 @@ def _from_alpaca(symbol: str, timeframe: str, asset_class: str, options: dict):
             url=url,
             progress=progress,
         )
-        told = said["server_time"] and moment(said["server_time"])
+        told = said["server_time"] and parse_time(said["server_time"])
         return bars[symbol]
 
     kept_back = _KEPT_BACK if feed == "sip" else pd.Timedelta(0)  # asking for them would be refused
-    now = moment(options["now"], "now") if options["now"] is not None else pd.Timestamp.now("UTC")
+    now = parse_time(options["now"], "now") if options["now"] is not None else pd.Timestamp.now("UTC")
     raw, _ = cached_bars(
         options["cache"],
         symbol,
@@ -193,7 +193,7 @@ def load_with_report(
     asset_class = options["asset_class"] or asset_class_of(symbol)
     if options["start"] is not None and options["end"] is not None:
         require(
-            moment(options["start"], "start") < moment(options["end"], "end"),
+            parse_time(options["start"], "start") < parse_time(options["end"], "end"),
             f"start and end: expected start before end, were {options['start']} and {options['end']}",
         )
     raw, facts, checks = SOURCES[source](symbol, timeframe, asset_class, options)

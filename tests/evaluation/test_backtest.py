@@ -26,7 +26,7 @@ from trading_lib.builder import BacktestObservationBuilder
 from trading_lib.config import InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.evaluation.baselines import buy_and_hold, moving_average_actions, oracle_actions, shifted
-from trading_lib.evaluation.replay import Run, decision_bars, walk, walk_and_keep
+from trading_lib.evaluation.replay import Run, decision_bars, replay, walk_and_keep
 from trading_lib.features import fit_features
 from trading_lib.networks import NativeActorCritic
 from trading_lib.policy.recurrent import RecurrentActorCritic
@@ -163,7 +163,7 @@ def test_a_walk_of_many_is_many_slow_accounts(asset_class, version):
     )
     actions = torch.from_numpy(random_list((119, 5), 1, n_actions))
     slow = [ScalarAccount.of(BROKER[asset_class], asset_class, torch_root) for _ in range(5)]
-    steps = list(walk(runs_of(market, BROKER[asset_class], actions)))
+    steps = list(replay(runs_of(market, BROKER[asset_class], actions)))
     assert [int(s.bar[0]) for s in steps] == at.tolist() and all(
         bool(s.active.all()) and s.settlement is None for s in steps
     )
@@ -246,18 +246,18 @@ def test_a_bankrupt_account_stays_bankrupt():
     at = decision_bars(market)
     orders = torch.from_numpy(np.where(at < 14, SELL_75, 0))
     own = lambda account, i: [float(getattr(account, f.name)[i]) for f in fields(AccountState)]
-    alone = list(walk(runs_of(market, config, orders[:, None])))
+    alone = list(replay(runs_of(market, config, orders[:, None])))
     assert int(alone[-1].bar[0]) == 19 and float(alone[-1].account.equity[0]) == -400
     lists = torch.stack(
         [orders, torch.from_numpy(np.where(at < 14, BUY_75, 0)), torch.from_numpy(random_list(len(at)))], 1
     )
-    steps = list(walk(runs_of(market, config, lists)))
+    steps = list(replay(runs_of(market, config, lists)))
     assert int(steps[-1].bar[1]) == 68 and any(step.settlement for step in steps)
     for step in steps:
         assert bool(step.active[0]) == (step.bar[1] <= 19)
         if step.bar[1] >= 19:
             assert own(step.account, 0) == own(alone[-1].account, 0), int(step.bar[1])
-    others = list(walk(runs_of(market, config, lists[:, 1:])))
+    others = list(replay(runs_of(market, config, lists[:, 1:])))
     assert [own(step.account, 1) for step in steps] == [own(step.account, 0) for step in others], (
         "the others do not notice"
     )

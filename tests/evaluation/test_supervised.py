@@ -16,8 +16,8 @@ from trading_lib.data.simulation import simulate_market
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, decision_span, market_data, split_bounds
 from trading_lib.evaluation.supervised import (
     PROBES,
-    Probe,
-    fit_probe,
+    SupervisedBaseline,
+    fit_supervised,
     probe_actions,
     probe_features,
     probe_figures,
@@ -60,7 +60,7 @@ def market_of(symbol, edge, seed=5):
 @functools.cache
 def probe_of(symbol, edge, kind, account, seed=5):
     spans = spans_of(symbol)
-    return fit_probe(market_of(symbol, edge, seed), spans["train"], spans["validation"], account, kind)
+    return fit_supervised(market_of(symbol, edge, seed), spans["train"], spans["validation"], account, kind)
 
 
 def span_for_test(symbol, edge, seed=5):
@@ -118,7 +118,7 @@ def rule(forecast, held, entry, exit, allow_short, buy, sell, leave_long, leave_
     return sell if allow_short and forecast < -entry else HOLD
 
 
-def same(a: Probe, b: Probe, market, bars):
+def same(a: SupervisedBaseline, b: SupervisedBaseline, market, bars):
     "Two probes are one, to the last bit."
     return (a.setting, a.rows, a.target_mean, a.entry, a.exit, a.candidates, a.skill) == (
         b.setting,
@@ -204,7 +204,7 @@ def test_targets_stop_before_gaps_span_ends_and_orders_that_cannot_fill():
     volatility[last_of_session] = np.nan  # the unit of a target whose order could not fill
     broken = replace(gapped, prices=prices, volatility=volatility)
     for kind in reversed(PROBES):
-        whole, other = (fit_probe(m, train, validation, BROKER, kind) for m in (gapped, broken))
+        whole, other = (fit_supervised(m, train, validation, BROKER, kind) for m in (gapped, broken))
         assert same(whole, other, gapped, np.arange(*spans["test"]))
         assert whole.rows == sum(
             (gapped.can_decide & gapped.can_fill)[t] and segment[t + 4] == segment[t]
@@ -214,7 +214,7 @@ def test_targets_stop_before_gaps_span_ends_and_orders_that_cannot_fill():
     inside[3, train[1] - 1] *= 1.01  # the last close that a target may read
     assert not same(
         whole,
-        fit_probe(replace(gapped, prices=inside), train, validation, BROKER, kind),
+        fit_supervised(replace(gapped, prices=inside), train, validation, BROKER, kind),
         gapped,
         np.arange(*spans["test"]),
     )
@@ -412,7 +412,7 @@ def test_a_leak_is_exploited_without_measure(kind):
     features[:, list(LAYOUTS["5.6.0"].market_columns).index("stoch_k")] = known / market.volatility.clip(1e-5)
     leaking = replace(market, features=features)
     probe, test = (
-        fit_probe(leaking, spans["train"], spans["validation"], BROKER, kind),
+        fit_supervised(leaking, spans["train"], spans["validation"], BROKER, kind),
         leaking.span(*spans["test"]),
     )
     bars = np.flatnonzero(decision_span(test)[0])
@@ -444,7 +444,7 @@ def test_later_bars_change_neither_the_fit_nor_earlier_actions(kind):
         other = changed_after(cut)
         assert not np.array_equal(other.features[rest], market.features[rest])
         refitted, known = (
-            fit_probe(other, spans["train"], spans["validation"], BROKER, kind),
+            fit_supervised(other, spans["train"], spans["validation"], BROKER, kind),
             np.arange(spans["validation"][0], cut + 1),
         )
         assert same(probe, refitted, market, rest) and np.array_equal(
@@ -459,7 +459,7 @@ def test_the_same_seed_gives_the_same_probe():
     for kind in PROBES:
         assert same(
             probe_of("SIM-USD", 0.2, kind, BROKER),
-            fit_probe(market, spans["train"], spans["validation"], BROKER, kind, seed=0),
+            fit_supervised(market, spans["train"], spans["validation"], BROKER, kind, seed=0),
             market,
             np.arange(*spans["test"]),
         )
@@ -470,7 +470,7 @@ def test_a_long_history_is_thinned_evenly(monkeypatch):
     monkeypatch.setattr("trading_lib.evaluation.supervised._ROWS", 3000)
     usable = np.flatnonzero(decision_span(market.span(*spans["train"]), 4)[0])
     every = -(-len(usable) // 3000)
-    probe = fit_probe(market, spans["train"], spans["validation"], FREE, "ridge")
+    probe = fit_supervised(market, spans["train"], spans["validation"], FREE, "ridge")
     assert (
         every == 3
         and probe.rows == len(usable[::3])
@@ -495,7 +495,7 @@ def test_actions_are_the_rule_applied_to_the_environments_own_account(symbol, ve
     )
     test = market.span(3300, 4000)
     bars = np.flatnonzero(decision_span(test)[0])
-    probe = replace(fit_probe(market, (0, 2500), (2500, 3300), BROKER, "ridge"), entry=0.2, exit=-0.1)
+    probe = replace(fit_supervised(market, (0, 2500), (2500, 3300), BROKER, "ridge"), entry=0.2, exit=-0.1)
     actions, short = probe_actions(probe, test, bars), symbol == "SIMA"
     buy, sell = {"5.6.0": (3, 6), "2.7.0": (3, 6), "2.3.0": (1, 2)}[version]
     leave_long, leave_short = (CLOSE, CLOSE) if version == "5.6.0" else (sell, buy)
@@ -626,7 +626,7 @@ def test_a_probe_trades_if_it_can_foretell_and_if_that_pays():
 def test_bad_input_is_one_line(change, words):
     given = dict(train=(0, 8064), validation=(8064, 9792), account=BROKER, kind="ridge", horizon=4) | change
     with pytest.raises(InputError, match=words) as error:
-        fit_probe(market_of("SIM-USD", 0.0), **given)
+        fit_supervised(market_of("SIM-USD", 0.0), **given)
     assert "\n" not in str(error.value)
 
 
@@ -660,7 +660,7 @@ def test_real_bars(real_bars_folder, asset_class, symbol):
     test = market.span(*spans["test"])
     decisions = np.flatnonzero(decision_span(test)[0])
     for kind in PROBES:
-        probe = fit_probe(market, spans["train"], spans["validation"], BROKER, kind)
+        probe = fit_supervised(market, spans["train"], spans["validation"], BROKER, kind)
         figures = probe_figures(probe, test, decisions)
         print(symbol, kind, figures)
         assert (

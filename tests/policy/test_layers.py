@@ -17,7 +17,7 @@ from trading_lib.kernels.layers import _medium_is_exact, fast_products, fuses, h
 from trading_lib.networks import NativeActorCritic
 from trading_lib.policy.recurrent import RecurrentActorCritic
 from trading_lib.trainer import NativePPOTrainer
-from trading_lib.training.ppo import Minibatch, whole_groups
+from trading_lib.training.ppo import Minibatch, group_minibatches
 
 WIDTHS = [(1, 1, 1), (7, 355, 64), (300, 64, 5), (513, 33, 17)]
 
@@ -248,7 +248,7 @@ def test_whole_groups_stay_together(size):
     random = torch.Generator().manual_seed(2)
     group = torch.randint(200, (2000,), generator=random) * 3 // 2
     epochs, again = (
-        [*whole_groups(group, 300, size, 4, torch.Generator().manual_seed(seed))] for seed in (5, 5)
+        [*group_minibatches(group, 300, size, 4, torch.Generator().manual_seed(seed))] for seed in (5, 5)
     )
     assert len(epochs) == 4
     for epoch, same in zip(epochs, again):
@@ -276,7 +276,7 @@ def test_every_order_of_groups_is_as_likely_as_another():
     group = torch.tensor([0, 2, 1, 0])
     seen = Counter(
         tuple(epoch[0].groups.tolist())
-        for epoch in whole_groups(group, 3, 4, 3000, torch.Generator().manual_seed(0))
+        for epoch in group_minibatches(group, 3, 4, 3000, torch.Generator().manual_seed(0))
     )
     assert len(seen) == 6 and all(abs(n - 500) < 100 for n in seen.values())
 

@@ -7,7 +7,7 @@ from test_trainer import market, trading_trainer
 
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, Obs
 from trading_lib.networks import FoldedInputs, NativeActorCritic
-from trading_lib.policy.cache import BarAnswers, BarProducts
+from trading_lib.policy.cache import PolicyOutputCache, FirstLayerCache
 from trading_lib.seeds import SeedsTrainer, StackedActorCritic
 from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
@@ -35,9 +35,9 @@ def test_what_is_known_of_all_bars_is_what_the_policy_computes(version, settings
             )  # accounts that own something
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             table = (
-                BarProducts(t.policy, inputs, bars)
+                FirstLayerCache(t.policy, inputs, bars)
                 if inputs.n_account
-                else BarAnswers([t.policy], inputs, bars)
+                else PolicyOutputCache([t.policy], inputs, bars)
             )
             found, expected = table(obs), t.policy.evaluate(inputs(obs))
         assert (
@@ -59,9 +59,9 @@ def rollouts(
     dict, dict, list
 ]:  # with what is known of bars, without, and how many bars the network was shown each time
     "Two rollouts from the same beginning."
-    shown, look = [], BarAnswers._look_at
+    shown, look = [], PolicyOutputCache._look_at
     monkeypatch.setattr(
-        BarAnswers, "_look_at", lambda self, k, bars: (shown.append(len(bars)), look(self, k, bars))[1]
+        PolicyOutputCache, "_look_at", lambda self, k, bars: (shown.append(len(bars)), look(self, k, bars))[1]
     )
     out = []
     for most in (10**9, 0):
@@ -111,13 +111,13 @@ def test_a_short_rollout_looks_at_the_bars_that_it_comes_to_and_at_no_others(mon
 
 
 def test_no_bar_is_shown_twice(monkeypatch):
-    t, shown, look = trading_trainer(0), [], BarAnswers._look_at
+    t, shown, look = trading_trainer(0), [], PolicyOutputCache._look_at
     monkeypatch.setattr(
-        BarAnswers,
+        PolicyOutputCache,
         "_look_at",
         lambda self, k, bars: (shown.append((bars + 99).tolist()), look(self, k, bars))[1],
     )
-    answers = BarAnswers([t.policy], t._inputs, range(99, 5500), ends=lambda: torch.tensor([900, 807]))
+    answers = PolicyOutputCache([t.policy], t._inputs, range(99, 5500), ends=lambda: torch.tensor([900, 807]))
     for first, left in (([800, 803], 5), ([798, 806], 4), ([800, 802], 9), ([900, 807], 3)):
         answers(Obs(torch.tensor(first), torch.empty(2, 0)), left)
     assert shown == [
@@ -127,7 +127,7 @@ def test_no_bar_is_shown_twice(monkeypatch):
     ]  # the third time there is nothing to ask, though not all of what follows is known
     taken = sum(v.nbytes for v in (answers._row, answers._logits, answers._values))
     assert (
-        4 * (5401 + 11 * 9) <= taken <= BarAnswers.bytes(t.policy, range(99, 5500), 11) == 4 * (5401 + 22 * 9)
+        4 * (5401 + 11 * 9) <= taken <= PolicyOutputCache.bytes(t.policy, range(99, 5500), 11) == 4 * (5401 + 22 * 9)
     )
 
 
@@ -136,7 +136,7 @@ def test_no_bar_is_shown_twice(monkeypatch):
 def test_a_bar_of_another_range_is_an_error(networks, bar):
     "With several networks too, where the answers of the next one lie behind."
     t = trading_trainer(0)
-    answers = BarAnswers([t.policy] * networks, t._inputs, range(200, 300))
+    answers = PolicyOutputCache([t.policy] * networks, t._inputs, range(200, 300))
     answers(Obs(torch.tensor([200, 299] * networks), torch.empty(2 * networks, 0)))
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         answers(Obs(torch.tensor([250, bar] + [250] * (2 * networks - 2)), torch.empty(2 * networks, 0)))

@@ -80,7 +80,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
-def normalised(x, weight, bias):
+def normalize(x, weight, bias):
     centred = x - x.mean()
     return weight * centred / np.sqrt((centred**2).mean() + 1e-5) + bias
 
@@ -101,7 +101,7 @@ def by_hand(state_dict, x, state, starts):
                 h = [np.zeros(HIDDEN) for _ in range(layers)]
             v = x[t, account]
             for place in (0, 4):
-                v = normalised(
+                v = normalize(
                     np.maximum(affine(f"encoder.{place}", v), 0),
                     w[f"encoder.{place + 2}.weight"],
                     w[f"encoder.{place + 2}.bias"],
@@ -114,7 +114,7 @@ def by_hand(state_dict, x, state, starts):
                 r, z = sigmoid(from_input[0] + from_state[0]), sigmoid(from_input[1] + from_state[1])
                 v = h[k] = (1 - z) * np.tanh(from_input[2] + r * from_state[2]) + z * h[k]
             for head, last, result in (("actor_head", "logits", out[0]), ("critic_head", "value", out[1])):
-                u = normalised(
+                u = normalize(
                     np.maximum(affine(f"{head}.hidden", v), 0),
                     w[f"{head}.norm.weight"],
                     w[f"{head}.norm.bias"],

@@ -18,7 +18,7 @@ from trading_lib.account import account_rules
 from trading_lib.backtest import run_backtest
 from trading_lib.config import AccountConfig
 from trading_lib.env import market_data
-from trading_lib.evaluation.replay import Run, decision_bars, walk
+from trading_lib.evaluation.replay import Run, decision_bars, replay
 from trading_lib.features import fit_features
 from trading_lib.sources import load_bars, simulate_market
 
@@ -381,7 +381,7 @@ def plain_actions(market, seed=1) -> np.ndarray:
     return np.array(
         [
             int(step.action[0])
-            for step in walk(
+            for step in replay(
                 [Run(table, account_rules(AccountConfig(**ACCOUNT | TIGHT), market.asset_class))], decide
             )
         ]

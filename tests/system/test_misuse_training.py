@@ -16,7 +16,7 @@ from trading_lib.cli import main
 from trading_lib.config import InputError
 from trading_lib.market.tensor_env import TensorEnv
 from trading_lib.pipeline.train import resume
-from trading_lib.trainer import Diverged, Lines, NativePPOTrainer, build_policy
+from trading_lib.trainer import Diverged, LineProgress, NativePPOTrainer, build_policy
 from trading_lib.training.config import NativePPOConfig, get_a100_config, get_auto_config
 from trading_lib.training.run_folder import RunFolder
 
@@ -194,7 +194,7 @@ def resumed_from(project, write):
     (project / "runs").mkdir()
     write(project / "runs" / "checkpoint_000003.pt")
     said, trainer = [], plain_trainer()
-    trainer.folder, trainer.progress = RunFolder(project / "runs"), Lines(said.append)
+    trainer.folder, trainer.progress = RunFolder(project / "runs"), LineProgress(said.append)
     assert resume(trainer) is False and trainer.update == 0 and len(trainer.train()) == 4
     return 0, said[0]
 

@@ -31,7 +31,7 @@ from trading_lib.ledger import ledger_path, read_trials
 from trading_lib.pipeline.project import artefacts, prepare_symbol
 from trading_lib.pipeline.train import resume
 from trading_lib.sources import simulate_bars
-from trading_lib.trainer import Lines, NativePPOTrainer
+from trading_lib.trainer import LineProgress, NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
 from trading_lib.training.memory import memory_text
 from trading_lib.training.run_folder import RunFolder
@@ -926,7 +926,7 @@ def test_lines_come_through_a_pipe_as_they_are_said():
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     with open(reading, "rb") as log, open(writing, "w") as pipe, contextlib.redirect_stdout(pipe):
-        Lines().say("a line")
+        LineProgress().say("a line")
         assert log.read() == b"a line\n"
 
 

@@ -26,7 +26,7 @@ from torch import nn
 
 from trading_lib.env import Obs
 from trading_lib.networks import NativeActorCritic
-from trading_lib.trainer import Lines, NativePPOTrainer
+from trading_lib.trainer import LineProgress, NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
 from trading_lib.training.run_folder import RunFolder
 
@@ -304,7 +304,7 @@ def judged(drawdowns=(), sharpes=(), **settings):
     "A trainer whose validations are scripted, one after each update; and what it says."
     said, n = [], max(len(drawdowns), len(sharpes))
     trainer = plain_trainer(**{"total_timesteps": 96 * n, "validation_interval": 1, **settings})
-    trainer.progress = Lines(
+    trainer.progress = LineProgress(
         lambda line: said.append(line) if not line.startswith("update") or "|" not in line else None
     )
     script = iter(

@@ -18,8 +18,8 @@ from test_ppo_options import judged
 from test_trainer import plain_trainer, refusal, scripted_figures
 
 from trading_lib.reporting.figures import Curves
-from trading_lib.trainer import Lines
-from trading_lib.training.progress import PROGRESS, Bars, Cell, Quiet, Verbose, progress_for
+from trading_lib.trainer import LineProgress
+from trading_lib.training.progress import PROGRESS, BarProgress, NotebookProgress, Quiet, Verbose, progress_for
 
 ROOT, TESTS = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
 
@@ -53,13 +53,13 @@ def test_twenty_lines_whatever_the_length():
         (7, 7),
         (199, 23),
     ):  # at every second, every one, every ninth and the last
-        _, said = shown(Lines, updates, every=updates)
+        _, said = shown(LineProgress, updates, every=updates)
         assert (
             len(said) == lines
             and said[-1].startswith(f"update {updates}/{updates} |")
             and all("\n" not in line for line in said)
         )
-    trainer, said = shown(Lines, 40)
+    trainer, said = shown(LineProgress, 40)
     row = trainer.history[-1]
     assert re.match(r"update 40/40 \| 0\.00 M steps, [\d,]+/s \| ", said[-1])
     assert (
@@ -101,7 +101,7 @@ def test_minibatches_move_the_bar_and_a_line_says_what_each_part_took():
     "And none of it is part of a run: its bytes do not depend on how long it took."
     seen = []
 
-    class Watched(Lines):
+    class Watched(LineProgress):
         def phase(self, name, done, total):
             seen.append((name, done, total))
 
@@ -134,7 +134,7 @@ def test_minibatches_move_the_bar_and_a_line_says_what_each_part_took():
 
 def test_bars_keep_validations_as_lines_and_close():
     stream = io.StringIO()
-    trainer, _ = shown(lambda say: Bars(stream), 40)
+    trainer, _ = shown(lambda say: BarProgress(stream), 40)
     text = stream.getvalue()
     assert [int(n) for n in re.findall(r"update (\d+)/40 \|.*\n", text)] == [8, 16, 24, 32, 40]
     assert (
@@ -155,14 +155,14 @@ def test_bars_go_on_where_a_run_goes_on():
     stream = io.StringIO()
     second, _ = judged(sharpes=[0.0] * 8, n_epochs=1)
     second.restore(first.content())
-    second.progress = Bars(stream)
+    second.progress = BarProgress(stream)
     second.train()
     assert "5/8" in stream.getvalue() and "8/8" in stream.getvalue() and " 0/8" not in stream.getvalue()
 
 
 def test_bars_that_end_early_are_closed_too():
     trainer, _ = judged(sharpes=[2.0, 1.0, 1.0, 1.0], patience=2)
-    trainer.progress = Bars(io.StringIO())
+    trainer.progress = BarProgress(io.StringIO())
     trainer.train()
     assert trainer.update == 3 and trainer.progress._run is None is trainer.progress._phase
 
@@ -290,7 +290,7 @@ def test_a_notebook_has_one_output_for_a_run_of_hundreds_of_updates(tmp_path, ke
 
 @pytest.mark.parametrize(
     "kind, expected",
-    [("bars", Bars), ("cell", Cell), ("lines", Lines), ("quiet", Quiet), ("verbose", Verbose)],
+    [("bars", BarProgress), ("cell", NotebookProgress), ("lines", LineProgress), ("quiet", Quiet), ("verbose", Verbose)],
 )
 def test_a_name_chooses_and_so_does_the_environment(monkeypatch, kind, expected):
     monkeypatch.delenv("TRADING_LIB_PROGRESS", raising=False)
@@ -307,19 +307,19 @@ def test_a_name_chooses_and_so_does_the_environment(monkeypatch, kind, expected)
 def test_without_a_wish_a_log_gets_lines_and_a_terminal_bars(monkeypatch):
     monkeypatch.delenv("TRADING_LIB_PROGRESS", raising=False)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert type(progress_for()) is Lines
+    assert type(progress_for()) is LineProgress
     monkeypatch.setenv("TRADING_LIB_PROGRESS", "")  # as a shell says that there is none
-    assert type(progress_for()) is Lines
+    assert type(progress_for()) is LineProgress
     terminal = io.StringIO()
     terminal.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert type(progress_for()) is Bars
+    assert type(progress_for()) is BarProgress
     monkeypatch.setitem(
         sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: SimpleNamespace())
     )  # IPython in a terminal: no kernel
-    assert type(progress_for()) is Bars
+    assert type(progress_for()) is BarProgress
     monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
-    assert type(progress_for()) is Bars
+    assert type(progress_for()) is BarProgress
 
 
 def test_an_unknown_name_is_refused():
@@ -337,7 +337,7 @@ def test_curves_are_those_of_the_run_whether_it_was_interrupted_or_not(tmp_path)
         for stop in stops:
             fresh = plain_trainer(n_epochs=1)
             fresh.restore(trainer.content())
-            fresh.progress = Curves(Lines(said.append), folder)
+            fresh.progress = Curves(LineProgress(said.append), folder)
             fresh.train(stop)
             trainer = fresh
         files = {

@@ -22,7 +22,7 @@ from trading_lib.features import fit_features
 from trading_lib.market.layouts import LAYOUTS
 from trading_lib.networks import estimate_model, finite_logits
 from trading_lib.sources import simulate_bars
-from trading_lib.trainer import Lines, NativePPOTrainer, build_policy
+from trading_lib.trainer import LineProgress, NativePPOTrainer, build_policy
 from trading_lib.training.config import NativePPOConfig, get_auto_config
 from trading_lib.training.ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches
 from trading_lib.training.validation import Validation, runs_through
@@ -657,7 +657,7 @@ def test_saving_does_not_disturb_the_run(tmp_path):
     )
 
 
-class BreaksOff(Lines):
+class BreaksOff(LineProgress):
     "Raises when so much of a phase is done."
 
     def __init__(self, *at):
@@ -677,7 +677,7 @@ def test_a_rollout_that_was_broken_off_is_begun_anew(network, tmp_path):
     trainer.progress, before = BreaksOff("rollout", 5), trainer.env.bar.clone()
     with pytest.raises(KeyboardInterrupt):
         trainer.train(1)
-    trainer.progress = Lines(lambda line: None)
+    trainer.progress = LineProgress(lambda line: None)
     assert not torch.equal(trainer.env.bar, before)
     resumed = trading_trainer(0, network=network, gru_hidden_dim=8)
     resumed.load(trainer.save(tmp_path / "a.pt"))
@@ -697,7 +697,7 @@ def test_after_critic_epochs_that_were_broken_off_everything_learns():
     trainer.progress = BreaksOff("critic epochs", 1)
     with pytest.raises(KeyboardInterrupt):
         trainer.train(1)
-    trainer.progress, before = Lines(lambda line: None), weights(trainer)
+    trainer.progress, before = LineProgress(lambda line: None), weights(trainer)
     trainer.train(1)
     assert not any(torch.equal(before[name], after) for name, after in weights(trainer).items())
 
@@ -820,7 +820,7 @@ def test_another_number_of_accounts_is_refused(tmp_path):
 
 def test_counters_budget_and_rows():
     lines, trainer = [], plain_trainer(total_timesteps=96 * 3 + 1)  # a partial update is made whole
-    trainer.progress = Lines(lines.append)
+    trainer.progress = LineProgress(lines.append)
     assert (
         trainer.updates == 4 and [r["update"] for r in trainer.train(1)] == [1] and trainer.global_step == 96
     )
@@ -837,7 +837,7 @@ def test_counters_budget_and_rows():
         and len(lines) == 4
     )
     long = plain_trainer(total_timesteps=96 * 100, n_epochs=1, n_steps=12)
-    long.progress = Lines((lines := []).append)
+    long.progress = LineProgress((lines := []).append)
     long.train(60)
     assert len(lines) <= 20 and all("\n" not in line for line in lines)
     assert "n_envs: the environment has 8, was 4" in refusal(plain_trainer, n_envs=4)

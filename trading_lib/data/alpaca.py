@@ -24,7 +24,7 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from ..bars import ASSET_CLASSES, COLUMNS, moment, path_symbol, timeframe_name, timeframe_seconds
+from ..bars import ASSET_CLASSES, COLUMNS, parse_time, path_symbol, timeframe_name, timeframe_seconds
 from ..config import InputError, require, unknown_name
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #3d93111d
@@ -468,7 +468,7 @@ def fetch_with_report(
     dict[str, pd.DataFrame], dict
 ]:  # by symbol as given: raw bars; and a report: requests, pages, empty, server_time (None: it did not say), and by symbol what was outside, in disorder, duplicate
     "Download bars, and say what it took."
-    timeframe, start, end = timeframe_name(timeframe), moment(start, "start"), moment(end, "end")
+    timeframe, start, end = timeframe_name(timeframe), parse_time(start, "start"), parse_time(end, "end")
     symbols = list(dict.fromkeys([symbols] if isinstance(symbols, str) else symbols))
     if asset_class not in ASSET_CLASSES:
         raise unknown_name("asset_class", asset_class, ASSET_CLASSES)

@@ -22,7 +22,7 @@ import pandas as pd
 from trading_lib.bars import (
     ASSET_CLASSES,
     COLUMNS,
-    moment,
+    parse_time,
     parquet_table,
     path_symbol,
     timeframe_name,
@@ -148,7 +148,7 @@ def _read(manifest: Path) -> tuple[dict | None, _Held]:
             damage = f"was changed by another program (its SHA-256 is not the one in {manifest.name})"
         if damage is None:
             ranges = tuple(
-                tuple(moment(r[k]) for k in ("start", "end", "downloaded")) for r in entry["ranges"]
+                tuple(parse_time(r[k]) for k in ("start", "end", "downloaded")) for r in entry["ranges"]
             )
             bars = (
                 _no_bars()
@@ -159,7 +159,7 @@ def _read(manifest: Path) -> tuple[dict | None, _Held]:
             if not inside == entry["bars"] == len(bars):
                 raise ValueError
             times = [
-                moment(entry[name]) if entry.get(name) is not None else None for name in ("proven", "asked")
+                parse_time(entry[name]) if entry.get(name) is not None else None for name in ("proven", "asked")
             ]
             return identity, _Held(
                 bars, ranges, tuple(entry["invalidated"]), entry["sha256"], *times, "next" in told
@@ -544,9 +544,9 @@ def cached_bars(
 
     (length, grid), present = (
         _steps(timeframe),
-        pd.Timestamp.now("UTC") if now is None else moment(now, "now"),
+        pd.Timestamp.now("UTC") if now is None else parse_time(now, "now"),
     )
-    first, last = moment(start, "start"), present if end is None else moment(end, "end")
+    first, last = parse_time(start, "start"), present if end is None else parse_time(end, "end")
     require(first < last, f"start and end: expected start before end, were {start} and {end}")
     wanted = (first.ceil(grid), min(last.ceil(grid), _closed_by(present, timeframe)))
     require(

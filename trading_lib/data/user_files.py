@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..bars import COLUMNS, TIMEFRAMES, listed, moment, path_symbol, shown, timeframe_seconds
+from ..bars import COLUMNS, TIMEFRAMES, listed, parse_time, path_symbol, shown, timeframe_seconds
 from ..config import InputError, require, unknown_name
 
 # %% ../../nbs/01_data/03_user_files.ipynb #a96f5dd0
@@ -650,9 +650,9 @@ def read_own_bars(
     _check_symbol(raw, symbol, file.name)
     span = f"{shown(index.min())[:10]} to {shown(index.max())[:10]}"
     if start is not None:
-        raw = raw[raw.index >= moment(start, "start")]
+        raw = raw[raw.index >= parse_time(start, "start")]
     if end is not None:
-        raw = raw[raw.index < moment(end, "end")]
+        raw = raw[raw.index < parse_time(end, "end")]
     require(len(raw) > 0, f"{file.name}: has no bars from {start} to {end}; it covers {span}")
     ignored = [str(c) for c in table.columns if c not in sum(found.values(), []) and _plain(c) not in _KEPT]
     declared = ({"labels": labels} if labels == "end" else {}) | (

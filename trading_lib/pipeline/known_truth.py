@@ -43,7 +43,7 @@ from trading_lib.env import (
 )
 from ..evaluation.code_identity import package_closure
 from ..evaluation.lookahead import check_lookahead
-from ..evaluation.replay import Run, Walked, decision_bars, walk_and_keep
+from ..evaluation.replay import Run, AccountPath, decision_bars, walk_and_keep
 from ..features import fit_features
 from ..files import atomic_write
 from trading_lib.metrics import (
@@ -194,7 +194,7 @@ def prove_edge(
     }
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #a9ed6e79
-def _gross_profit(walked: Walked, market: MarketData) -> float:
+def _gross_profit(walked: AccountPath, market: MarketData) -> float:
     "Profit before costs, from the fills alone."
     opening, close = market.prices[0][walked.bar + 1], market.prices[3][walked.bar + 1]
     arrived = (
@@ -208,7 +208,7 @@ def _gross_profit(walked: Walked, market: MarketData) -> float:
     return float(walked.held[-1] * close[-1] - spent)
 
 
-def _pooled_verdict(walks: list[tuple[Walked, MarketData]]) -> dict:
+def _pooled_verdict(walks: list[tuple[AccountPath, MarketData]]) -> dict:
     "The gate on all paths of a model, one after the other."
     returns = [equity_returns(np.append(_INITIAL, w.equity)) for w, _ in walks]
     moments = np.concatenate([m.timestamp[w.bar + 1] for w, m in walks])

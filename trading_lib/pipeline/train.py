@@ -94,7 +94,7 @@ def make_trainer(
     market: MarketData,  # features fitted on the training span
     train: tuple[int, int],  # bars of the training span
     validation: tuple[int, int],  # bars of the span that chooses the checkpoint
-    progress=print,  # called with a line now and then, or an object like `trainer.Lines`; None: silent
+    progress=print,  # called with a line now and then, or an object like `trainer.LineProgress`; None: silent
     folder: RunFolder | None = None,  # where checkpoints of the run go; None: nowhere
     seeds: int | None = None,  # so many at once, from the configured one on; None: that one alone
 ) -> NativePPOTrainer:  # or SeedsTrainer

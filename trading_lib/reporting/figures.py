@@ -31,7 +31,7 @@ class Curves:
 
     def __init__(
         self,
-        shown,  # like `trainer.Lines`
+        shown,  # like `trainer.LineProgress`
         folder: str | Path,  # replaced when a run begins
     ):
         self._shown, self._folder, self._live = shown, Path(folder), None

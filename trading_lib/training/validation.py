@@ -15,7 +15,7 @@ from torch import Tensor
 from ..env import GPUVectorizedTradingEnv, MarketData
 from ..metrics import consistency, fitness, max_drawdown, profit_factor, sharpe_ratio, skewness
 from ..networks import FoldedInputs, finite_logits
-from ..policy.cache import BarAnswers
+from ..policy.cache import PolicyOutputCache
 
 # %% ../../nbs/06_training/05_validation.ipynb #440024e1
 _RUN_LENGTH = 512  # bars of one account's run
@@ -152,7 +152,7 @@ class Validation:
         networks = policy.networks() if hasattr(policy, "networks") else []
         if env.table.n_account or not networks or not networks[0].folds:
             return alone
-        answers = BarAnswers(
+        answers = PolicyOutputCache(
             networks,
             FoldedInputs(networks[0], env.table),
             range(int(self.starts.min()), int(self.ends.max()) + 1),
