@@ -207,7 +207,7 @@ def test_a_terminal_gets_bars_that_are_drawn_over_and_a_score_in_colour():
         trainer, _ = shown(lambda say: progress_for(), 40)
         print("kind:", type(trainer.progress).__name__)
     """)
-    assert "kind: Bars" in text and "40/40" in text and "\x1b[A" in text  # the second bar is below the first
+    assert "kind: BarProgress" in text and "40/40" in text and "\x1b[A" in text  # the second bar is below the first
     assert (
         len(re.findall(r"update \d+/40 \|", text)) == 5
         and len(re.findall("\x1b\\[(32|33|31)m[-+]\\d+\x1b\\[0m", text)) == 5
