@@ -1,6 +1,7 @@
 """Shared fixtures. Real market bars are used where TRADING_LIB_BARS names a folder that holds them; they are not part of the project."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -25,3 +26,28 @@ def real_bars_folder() -> Path:
 def one_thread():
     "Small tensors gain nothing from more, and wait for them on a busy machine."
     torch.set_num_threads(1)
+
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = {
+    "data.start": "2023-01-01",
+    "data.end": "2023-01-20",
+    "features.window": 20,
+    "train.device": "cpu",
+    "train.hidden_dims": [8],
+    "train.total_timesteps": 512,
+    "train.n_envs": 8,
+    "train.n_steps": 32,
+}
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    "A folder with the project's parameters, for a small simulated market, in which the test stands."
+    from test_pipeline import edit
+
+    for name in ("params.yaml", "settings.ini"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    edit(tmp_path / "params.yaml", **TINY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -6,14 +6,20 @@
 __all__ = ['COMMANDS', 'EXAMPLES', 'main']
 
 # %% ../nbs/11_use/00_cli.ipynb #76e066c1
-import argparse
-import difflib
-import os
 import sys
-from contextlib import contextmanager
 
-from .config import PARAMETERS_VARIABLE, InputError, home_path, load_parameters, require
-from .files import printable
+try:
+    import argparse
+    import difflib
+    import os
+    from contextlib import contextmanager
+
+    from trading_lib.config import PARAMETERS_VARIABLE, InputError, home_path, load_parameters, require
+    from trading_lib.files import printable
+    from trading_lib.pipeline.stopping import READER_GONE
+except KeyboardInterrupt:  # Ctrl+C before there is a command
+    print("interrupted before anything began", file=sys.stderr)
+    raise SystemExit(130) from None
 
 # %% ../nbs/11_use/00_cli.ipynb #52033eb9
 def _dvc_symbol(stage: str) -> str:
@@ -501,6 +507,7 @@ def _trials(arguments):
         gather_ledgers,
         ledger_summary,
         overfitting_probability,
+        overfitting_text,
         project_trials,
         simulated_trial,
     )
@@ -513,7 +520,7 @@ def _trials(arguments):
         counts = ", ".join(
             f"{name.removeprefix('n_').replace('_', ' ')} {n}" for name, n in ledger_summary(trials).items()
         )
-        luck = pbo.reason if pbo.probability is None else f"{pbo.probability:.2f}"
+        luck = overfitting_text(pbo.probability, pbo.reason, pbo.trials, pbo.days)
         kind = "simulated, " * any(map(simulated_trial, trials))
         print(
             f"{symbol}: {kind}{counts}; probability of backtest overfitting {luck}"
@@ -791,9 +798,12 @@ def _data_info(arguments):
 
 
 def _data_find(arguments):
-    from trading_lib.pipeline.project import artefacts, find_symbol
+    from trading_lib.pipeline.project import artefacts, find_symbol, link_warning
 
     parameters = load_parameters()
+    warning = link_warning(parameters.data.path)
+    if warning:
+        print("warning:", printable(warning), file=sys.stderr)
     symbols = (
         [parameters.listed(_dvc_symbol("find"))]
         if "find@" in os.environ.get("DVC_STAGE", "")
@@ -1201,9 +1211,6 @@ def _parameters_of(file: str | None):
             os.environ[PARAMETERS_VARIABLE] = before
 
 
-_READER_GONE = 141  # 128 + SIGPIPE, as of other tools whose output `head` has read
-
-
 def _run(arguments: list[str]) -> int:
     try:
         chosen = _chosen(arguments)
@@ -1235,4 +1242,4 @@ def main(
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in filter(None, (sys.stdout, sys.stderr)):
             os.dup2(nowhere, stream.fileno())
-        return _READER_GONE
+        return READER_GONE

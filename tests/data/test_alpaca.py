@@ -265,36 +265,72 @@ def test_threads_that_were_given_up_end():
 # --- waits -----------------------------------------------------------------------------------------------------------
 
 
-def gaps(server):
-    return np.diff([r.at for r in server.requests])
+class Clock:
+    "Time that passes in waits alone; each is recorded with the number of requests that were made before it."
+
+    def __init__(self, server):
+        self.server, self.waits = server, []
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+    def monotonic(self):
+        return sum(wait for wait, _ in self.waits)
+
+    def sleep(self, seconds):
+        self.waits.append((seconds, len(self.server.requests)))
 
 
-def test_waits_double_and_vary(server, monkeypatch):
+@pytest.fixture
+def clock(server, monkeypatch):
+    monkeypatch.setattr(alpaca_bars, "time", Clock(server))
+    return alpaca_bars.time
+
+
+def test_waits_double_and_vary(server, clock, monkeypatch):
+    "Drawn between half of it and all of it."
     server.inject("503", None)
-    with pytest.raises(InputError):
-        coin(server, attempts=4, back_off_s=0.1, deadline_s=10)
-    waits = gaps(server)
-    for k, wait in enumerate(waits):
-        assert 0.05 * 2**k <= wait < 0.1 * 2**k + 0.2
-    monkeypatch.setattr(random, "uniform", lambda least, most: least)
-    server.requests.clear()
-    with pytest.raises(InputError):
-        coin(server, attempts=4, back_off_s=0.1, deadline_s=10)
-    assert 0.2 <= gaps(server)[2] < 0.35
+    for draw, expected in (
+        (lambda least, most: least, [0.05, 0.1, 0.2]),
+        (lambda least, most: most, [0.1, 0.2, 0.4]),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(random, "uniform", draw)
+            with pytest.raises(InputError, match="4 times"):
+                coin(server, attempts=4, back_off_s=0.1, deadline_s=10)
+        waits, before = zip(*clock.waits)
+        assert waits == pytest.approx(expected) and before == (1, 2, 3) and len(server.requests) == 4
+        clock.waits.clear()
+        server.requests.clear()
+    for _ in range(2):
+        with pytest.raises(InputError):
+            coin(server, attempts=4, back_off_s=0.1, deadline_s=10)
+    waits = [wait / (0.05 * 2 ** (k % 3)) for k, (wait, _) in enumerate(clock.waits)]
+    assert len(set(waits)) == 6 and all(1 <= wait <= 2 for wait in waits)
 
 
-def test_the_server_says_when(server):
+def test_no_wait_goes_past_the_deadline(server, clock):
+    server.inject("503", None)
+    with pytest.raises(InputError, match="503"):
+        coin(server, attempts=99, back_off_s=0.1, deadline_s=2)
+    assert (
+        clock.monotonic() < 2 <= clock.monotonic() + 4 * clock.waits[-1][0]
+        and len(server.requests) == len(clock.waits) + 1
+    )
+
+
+def test_the_server_says_when(server, clock):
     server.retry_after_s = 1
     server.inject("429 once")
     coin(server, deadline_s=5)
-    assert 1.0 <= gaps(server)[0] < 1.4
+    assert clock.waits == [(1.0, 1)]
     server.retry_after_s = 3600
+    clock.waits.clear()
     server.requests.clear()
     server.inject("429 forever", None)
-    begun = time.monotonic()
     with pytest.raises(InputError, match="asks to wait for 3600 s; wait a minute"):
         coin(server, deadline_s=5)
-    assert time.monotonic() - begun < 1 and len(server.requests) == 1
+    assert clock.waits == [] and len(server.requests) == 1
 
 
 @pytest.mark.parametrize(

@@ -605,7 +605,7 @@ def damaged(path):
     [
         (unwritable, "SIM-USD.jsonl: cannot be read"),
         (damaged, "SIM-USD.jsonl: line 1 is damaged"),
-        (lambda p: p.parent.write_text(""), "SIM-USD.jsonl: cannot be read"),
+        (lambda p: p.parent.write_text(""), "ledger: is no folder"),
     ],
 )
 def test_a_ledger_that_could_not_take_a_trainings_trials_is_found_before_it(tmp_path, ledger, spoil, words):
@@ -771,9 +771,9 @@ def test_a_long_ledger_is_added_to_without_reading_what_it_says(tmp_path, ledger
 
 def test_places_that_cannot_be_written_or_read_are_named(tmp_path):
     (tmp_path / "ledger").write_text("a file where a folder should be")
-    with pytest.raises(InputError, match="cannot be written"):
+    with pytest.raises(InputError, match="ledger: is no folder"):
         A.record_trials(A.ledger_path(tmp_path, "SPY"), [trial()])
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="ledger: is no folder"):
         A.read_trials(A.ledger_path(tmp_path, "SPY"))
     assert A.read_trials(tmp_path / "none.jsonl") == []
 

@@ -25,27 +25,12 @@ from trading_lib.pipeline.train import train_symbol
 from trading_lib.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = {
-    "symbols": ["SIM-USD"],
-    "data.start": "2023-01-01",
-    "data.end": "2023-01-20",
-    "features.window": 20,
-    "train.device": "cpu",
-    "train.hidden_dims": [8],
-    "train.total_timesteps": 512,
-    "train.n_envs": 8,
-    "train.n_steps": 32,
-}
 
 
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    for name in ("params.yaml", "settings.ini"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    edit(tmp_path / "params.yaml", **TINY)
-    monkeypatch.chdir(tmp_path)
+def project(project, monkeypatch):
     monkeypatch.setenv("TRADING_LIB_PROGRESS", "quiet")
-    return tmp_path
+    return project
 
 
 def command(*arguments) -> tuple[int, str, str]:

@@ -14,11 +14,8 @@ def named_tests(text: str) -> list[tuple[str, str]]:
 
 
 def is_there(file: str, name: str) -> bool:
-    path = ROOT / "tests" / file
-    return (
-        path.exists()
-        and re.search(rf"(?m)^(?:async )?def {name}\(", path.read_text(encoding="utf-8")) is not None
-    )
+    defined = re.compile(rf"(?m)^(?:async )?def {name}\(")
+    return any(defined.search(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob(file))
 
 
 def test_the_reader_of_names_knows_what_is_missing():

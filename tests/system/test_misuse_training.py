@@ -3,7 +3,6 @@
 import contextlib
 import io
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -19,19 +18,6 @@ from trading_lib.pipeline.train import resume
 from trading_lib.trainer import Diverged, LineProgress, NativePPOTrainer, build_policy
 from trading_lib.training.config import NativePPOConfig, get_a100_config, get_auto_config
 from trading_lib.training.run_folder import RunFolder
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = {
-    "data.start": "2023-01-01",
-    "data.end": "2023-01-20",
-    "features.window": 20,
-    "train.device": "cpu",
-    "train.hidden_dims": [8],
-    "train.total_timesteps": 512,
-    "train.n_envs": 8,
-    "train.n_steps": 32,
-}
-
 
 # --- how things are done ----------------------------------------------------------------------------------------------
 
@@ -467,16 +453,6 @@ USES = {
         "was float32 of shape (4, 6)",
     ),
 }
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    "A folder with the project's parameters, for a small simulated market."
-    for name in ("params.yaml", "settings.ini"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    edit(tmp_path / "params.yaml", **TINY)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize("use", USES)

@@ -1,5 +1,6 @@
 """The command line: options are written in full, each says what it is, mistakes are one line, and whoever listens need not listen to the end."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,28 +16,6 @@ from trading_lib import cli
 from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.cli import COMMANDS, main
 from trading_lib.config import PARAMETERS_VARIABLE, TrainParameters
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = {
-    "data.start": "2023-01-01",
-    "data.end": "2023-01-20",
-    "features.window": 20,
-    "train.device": "cpu",
-    "train.hidden_dims": [8],
-    "train.total_timesteps": 256,
-    "train.n_envs": 8,
-    "train.n_steps": 32,
-}
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    "A folder with the project's parameters, for a small simulated market."
-    for name in ("params.yaml", "settings.ini"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    edit(tmp_path / "params.yaml", **TINY)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def said(capsys, *arguments) -> tuple[int, str]:
@@ -117,7 +96,7 @@ def test_an_option_sets_its_field(project, options, field, value):
 
 def test_a_duration_of_the_command_line_takes_the_place_of_the_files(project):
     assert (
-        parameters().total_timesteps == 256
+        parameters().total_timesteps == 512
         and parameters("--iterations", "3").total_timesteps is None
         and parameters("--iterations", "3").iterations == 3
     )
@@ -215,6 +194,60 @@ def test_nobody_reads_to_the_end(project, arguments):
     )  # argparse itself swallows it
 
 
+def test_ctrl_c_while_the_command_is_still_loading():
+    loading = (
+        "import sys, signal\n"
+        "class Slow:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'trading_lib.files': signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Slow())\n"
+        "import trading_lib.cli\n"
+    )
+    done = subprocess.run([sys.executable, "-c", loading], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted before anything began\n")
+
+
+@pytest.mark.parametrize(
+    "command, left", [("train", "models/runs/SIM-USD_15Min/*.pt"), ("seeds", "reports/*/own/seeds.json")]
+)
+def test_a_training_that_nobody_reads_ends_and_is_saved(project, command, left):
+    "As `trading-lib train | head -1` does: after the present update, with something to go on from, and the status of SIGPIPE."
+    arguments, environment = process(
+        command, "SIM-USD", "--iterations", "40", "--validation-interval", "1", TRADING_LIB_PROGRESS="lines"
+    )
+    with subprocess.Popen(
+        arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout.readline().startswith("SIM-USD")
+        running.stdout.close()
+        errors = running.stderr.read()
+    assert running.returncode == 141 and "Traceback" not in errors, errors
+    if command == "seeds":
+        assert json.loads(next(project.glob(left)).read_text())["updates"] < 40
+    else:
+        assert (
+            "nobody reads the output any more: stopped after update " in errors
+            and "trading-lib train SIM-USD --resume" in errors
+        ), errors
+        assert len(list(project.glob(left))) >= 1 and (project / "ledger" / "SIM-USD.jsonl").exists()
+        assert (
+            main(
+                [
+                    "train",
+                    "SIM-USD",
+                    "--iterations",
+                    "40",
+                    "--validation-interval",
+                    "1",
+                    "--resume",
+                    "--quiet",
+                ]
+            )
+            == 0
+        )
+
+
 def test_an_output_that_was_closed_before_it_began(project):
     "As `trading-lib size >&-` does."
     command, environment = process("size", "--hidden-dims", "8")
@@ -245,6 +278,118 @@ def test_trials_of_a_simulated_market_are_called_so(project, capsys):
     assert main(["trials"]) == 0
     first, second, _ = capsys.readouterr().out.splitlines()
     assert first.startswith("SIM-USD: simulated, trials 1, ") and second.startswith("TSLA: trials 1, ")
+
+
+def test_a_file_where_the_ledgers_belong_is_named(project, capsys):
+    (project / "ledger").write_text("mine\n")
+    for arguments in (["trials"], ["trials", "SIM-USD"], ["train", "SIM-USD"]):
+        status, line = said(capsys, *arguments)
+        assert (
+            status == 2
+            and line
+            == f"error: {project}/ledger: is no folder, and what was tried is kept in one of that name; move it out of the way"
+        ), arguments
+    assert (project / "ledger").read_text() == "mine\n" and not list(project.glob("models/**/*.pt"))
+
+
+def test_few_trials_say_nothing_of_overfitting(project, capsys):
+    import numpy as np
+    from trading_lib.ledger import record_trials, run_trials
+
+    days = [f"2024-01-{day:02}" for day in range(1, 29)]
+    for already, more in ((0, 9), (9, 1)):
+        looked = [
+            {
+                "update": i,
+                "sharpe_per_bar": 0.1,
+                "bars": 9,
+                "days": days,
+                "returns": np.random.default_rng(i).normal(size=28),
+            }
+            for i in range(already, already + more)
+        ]
+        record_trials(
+            project / "ledger" / "SIM-USD.jsonl",
+            run_trials(
+                "SIM-USD",
+                "15Min",
+                {"source": "simulated", "sha256": "0" * 64, "first": "2024-01-01", "last": "2024-02-01"},
+                ("2024-01-01", "2024-02-01"),
+                {},
+                0,
+                looked,
+                code="x",
+            ),
+        )
+        assert main(["trials"]) == 0
+        line = capsys.readouterr().out.splitlines()[0]
+        assert ("overfitting too few trials to say (9)" in line) == (already == 0) and (
+            " over 10 trials and 28 days" in line
+        ) == (already == 9), line
+
+
+def test_a_file_of_bars_that_went_away_is_asked_for(project, capsys):
+    "DVC ends at a link that leads nowhere; without one its next run has our line."
+    (project / "data" / "raw").mkdir(parents=True)
+    edit(
+        project / "params.yaml",
+        **{"data.source": "files", "symbols": ["OWN-USD"], "data.start": None, "data.end": None},
+    )
+    assert (
+        main(
+            [
+                "data",
+                "simulate",
+                "SIM-USD",
+                "data/raw/OWN-USD.csv",
+                "--start",
+                "2023-01-01",
+                "--end",
+                "2023-01-20",
+            ]
+        )
+        == 0
+    )
+    assert main(["data", "find"]) == 0
+    link = project / "data" / "own_files" / "OWN-USD_15Min"
+    assert link.resolve() == project / "data" / "raw" / "OWN-USD.csv"
+    link.resolve().unlink()
+    capsys.readouterr()
+    status, line = said(capsys, "data", "find")
+    assert status == 2 and "found none of" in line and not link.is_symlink()
+
+
+def test_a_link_in_place_of_the_folder_of_bars_is_warned_of(project, capsys):
+    "Until git has let go of what it keeps there: DVC's experiments would fail and leave edits in git's stash."
+    git = lambda *words: subprocess.run(
+        ["git", "-c", "user.name=n", "-c", "user.email=n@example.org", *words],
+        cwd=project,
+        check=True,
+        capture_output=True,
+    )
+    raw, disk = project / "data" / "raw", project / "disk"
+    raw.mkdir(parents=True), disk.mkdir()
+    (raw / ".gitignore").write_text("*\n!.gitignore\n")
+    git("init", "-q"), git("add", "."), git("commit", "-qm", "start")
+    assert main(["data", "find"]) == 0 and capsys.readouterr().err == ""
+    shutil.rmtree(raw)
+    raw.symlink_to(disk)
+    assert main(["data", "find"]) == 0
+    warned = capsys.readouterr().err
+    assert (
+        warned.startswith("warning: data/raw: is a link, and git still keeps data/raw/.gitignore")
+        and warned.count("\n") == 1
+    )
+    subprocess.run(
+        warned.strip().rpartition("do once: ")[2],
+        shell=True,
+        cwd=project,
+        check=True,
+        capture_output=True,
+        env=os.environ
+        | {f"GIT_{who}_{what}": "n" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+    )
+    assert main(["data", "find"]) == 0 and capsys.readouterr().err == ""
 
 
 def test_a_model_of_another_kind_of_market_is_refused_by_its_name(project, capsys):

@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'Artefacts', 'artefacts', 'kept_models', 'newest_model', 'stage_parameters', 'stage_command', 'source_facts',
-           'asset_class_for', 'kept_folder', 'source_options', 'find_symbol', 'prepare_symbol', 'prepared_market',
-           'market_truth', 'write_compared', 'run_stage', 'hold', 'summary']
+           'asset_class_for', 'kept_folder', 'source_options', 'link_warning', 'find_symbol', 'prepare_symbol',
+           'prepared_market', 'market_truth', 'write_compared', 'run_stage', 'hold', 'summary']
 
 # %% ../../nbs/09_pipeline/02_project.ipynb #f75e7823
 import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -229,6 +231,25 @@ def source_options(
     )
 
 
+def link_warning(
+    path: str,  # from the project, such as data/raw
+    root: Path | None = None,  # the project; None: the one that we are in
+) -> str | None:  # what to do; None: nothing
+    "Whether git keeps files in a folder that is a link by now: DVC's experiments cannot put changes aside through it, and what they put aside stays in git's stash."
+    root = root or project_root()
+    if not (root / path).is_symlink() or not (root / ".git").exists() or not (git := shutil.which("git")):
+        return None
+    tracked = subprocess.run(
+        [git, "ls-files", "--", path], cwd=root, capture_output=True, text=True
+    ).stdout.splitlines()
+    if not tracked:
+        return None
+    return (
+        f"{path}: is a link, and git still keeps {', '.join(tracked)}, so `dvc exp run` will fail and leave your edits in git's stash (`git stash pop` brings them back); "
+        f"do once: git rm --cached {shlex.join(tracked)} && git commit -m 'bars are on another disk'"
+    )
+
+
 def find_symbol(
     parameters: Parameters,
     symbol: str,
@@ -236,16 +257,23 @@ def find_symbol(
 ) -> Path | None:  # the file; None: bars come from elsewhere
     "Let DVC see the file that holds a symbol's bars, if it is one of the person's own."
     own = parameters.data.source == "files"
-    file = (
-        find_file(
-            kept_folder(parameters.data.path),
-            symbol,
-            parameters.data.timeframe,
-            asset_class_for(parameters, symbol),
+    try:
+        file = (
+            find_file(
+                kept_folder(parameters.data.path),
+                symbol,
+                parameters.data.timeframe,
+                asset_class_for(parameters, symbol),
+            )
+            if own
+            else None
         )
-        if own
-        else None
-    )
+    except InputError:
+        if not paths.own_file.exists():
+            paths.own_file.unlink(
+                missing_ok=True
+            )  # DVC ends at a link that leads nowhere, before any stage could say so
+        raise
     link_own_file(paths.own_file, file)
     return file
 

@@ -17,8 +17,8 @@ from ..files import atomic_write
 from ..ledger import check_ledger
 from ..metrics import interval_says, interval_text
 from .project import Artefacts, prepared_market
-from .stopping import StopRequest
-from .train import enter_trials, make_trainer
+from .stopping import READER_GONE, StopRequest
+from .train import enter_trials, make_trainer, unread
 from ..seeds import SeedsTrainer, mean_interval
 from ..training.progress import Unharmed, progress_for
 
@@ -126,8 +126,8 @@ def train_seeds(
     _put_aside(files, say)
     try:
         with StopRequest(say) as stop:
-            trainer.train(stop=lambda: stop.requested)
-        trainer.exit_status = stop.status or 0
+            trainer.train(stop=lambda: stop.requested or unread(trainer))
+        trainer.exit_status = stop.status or READER_GONE * unread(trainer)
         if all(trainer.bests):
             _write_study(trainer, symbol, files, say)
         else:

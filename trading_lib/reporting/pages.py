@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 
 from ..backtest import BacktestResult
 from ..files import atomic_write
+from ..ledger import overfitting_text
 from ..metrics import TRADE_FIGURES, interval_text, too_few_trades
 from .verdict import SIMULATED_PASS, VERDICTS, assess, better_baselines, is_simulated
 
@@ -277,9 +278,9 @@ def _judgement(said: dict) -> str:
         rows.append(
             (
                 "probability of backtest overfitting",
-                f"{luck['overfitting_probability']:.2f} over {luck['overfitting_trials']} trials and {luck['overfitting_days']} days of validation"
-                if luck["overfitting_probability"] is not None
-                else f"not known: {luck['overfitting_reason']}",
+                overfitting_text(
+                    *(luck[f"overfitting_{name}"] for name in ("probability", "reason", "trials", "days"))
+                ),
             )
         )
     colour = {"APPROVED": "approved", SIMULATED_PASS: "review", "REVIEW": "review"}.get(

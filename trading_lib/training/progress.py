@@ -19,7 +19,7 @@ class Unharmed:
     "Another way of showing progress that cannot end a run: what nobody can see any more (a closed pipe, a full disk, a terminal that is gone) is not shown."
 
     def __init__(self, shown):
-        self._shown = shown  # like `trainer.LineProgress`
+        self._shown, self.unread = shown, False  # like `trainer.LineProgress`; whether a pipe's reader is gone
 
     def __getattr__(self, name):
         shown = getattr(self._shown, name)
@@ -29,7 +29,8 @@ class Unharmed:
         def show(*arguments):
             try:
                 return shown(*arguments)
-            except OSError:
+            except OSError as e:
+                self.unread |= isinstance(e, BrokenPipeError)
                 return None
             except ValueError as e:
                 if "closed" not in str(e):
