@@ -9,7 +9,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MADE_AT := $(shell cat .venv/.installed 2>/dev/null)
 MOVED := $(if $(MADE_AT),$(if $(filter-out x$(subst $() ,_,$(CURDIR)),x$(subst $() ,_,$(MADE_AT))),moved))
 
-.PHONY: help install run test experiments prove bench lab clean
+.PHONY: help install run check test experiments prove bench lab clean
 .PHONY: moved
 
 help:  ## show this list
@@ -30,6 +30,14 @@ run: install  ## train and backtest as params.yaml says; does nothing when nothi
 	@$(BIN)/trading-lib data find >/dev/null
 	$(BIN)/dvc repro
 	@$(BIN)/trading-lib verdict
+
+check: install  ## export, format, lint, and the fast tests of the chapters that changed; up to 3 minutes
+	$(BIN)/ruff format --quiet .
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n 2 --dist loadfile -m 'not proof and not slow' $$($(BIN)/python tests/changed.py)
 
 test: install  ## all tests: notebooks and pytest, two at a time; about 20 minutes on two cores
 	$(BIN)/nbdev_test --n_workers 2

@@ -924,3 +924,18 @@ def test_make_lab_uses_the_hook():
         [BIN / "jupyter", "server", "--show-config"], env=env, capture_output=True, text=True, timeout=60
     )
     assert "clear_outputs" in shown.stdout, shown.stderr
+
+
+# --- what `make check` runs ------------------------------------------------------------------------------------------
+
+
+def test_every_chapter_has_its_folder_of_tests():
+    from changed import tests_of
+
+    assert tests_of("nbs/03_env/04_env.ipynb") == "tests/env"
+    assert tests_of("nbs/train.ipynb") == "tests/pipeline"
+    assert tests_of("tests/use/test_cli.py") == "tests/use/test_cli.py"
+    assert tests_of("README.md") is None
+    chapters = {p.parent for p in (ROOT / "nbs").glob("[0-9][0-9]_*/*.ipynb")}
+    missing = [p.name for p in chapters if not (ROOT / tests_of(f"nbs/{p.name}/x")).is_dir()]
+    assert missing == []
