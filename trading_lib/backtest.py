@@ -46,7 +46,7 @@ from trading_lib.metrics import (
     summarise_equity,
 )
 from .networks import finite_logits
-from .trainer import build_policy
+from .policy.factory import build_policy
 from .training.config import training_budget
 from .version import MODEL_SPECS, action_table, assert_compatibility, declared_version
 

@@ -954,7 +954,7 @@ The verdict is what a test on the data above showed. It is not a promise: market
 
 ```python
 from trading_lib.ledger import load_deploy_zip
-from trading_lib.trainer import build_policy
+from trading_lib.policy.factory import build_policy
 
 deployed = load_deploy_zip("this.zip")  # verifies every file, runs no code from it
 policy = build_policy(deployed["content"])

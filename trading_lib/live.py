@@ -16,7 +16,7 @@ from .builder import InferenceObservationBuilder
 from .checkpoint import load_checkpoint
 from .config import InputError, require, typed
 from .networks import finite_logits
-from .trainer import build_policy
+from .policy.factory import build_policy
 from .version import assert_compatibility, interpret_action
 
 # %% ../nbs/10_live/03_live.ipynb #71d20a2e

@@ -40,8 +40,8 @@ from trading_lib.pipeline.known_truth import (
     summarise_proofs,
 )
 from trading_lib.pipeline.project import run_stage
+from trading_lib.policy.factory import build_policy
 from trading_lib.sources import simulate_market
-from trading_lib.trainer import build_policy
 
 ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)

@@ -29,10 +29,11 @@ from trading_lib.evaluation.baselines import buy_and_hold, moving_average_action
 from trading_lib.evaluation.replay import Run, decision_bars, replay, walk_and_keep
 from trading_lib.features import fit_features
 from trading_lib.networks import NativeActorCritic
+from trading_lib.policy.factory import layout_of_env
 from trading_lib.policy.recurrent import RecurrentActorCritic
 from trading_lib.reporting.verdict import assess
 from trading_lib.sources import simulate_bars, simulate_market
-from trading_lib.trainer import NativePPOTrainer, layout_of_env
+from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
 from trading_lib.version import MODEL_SPECS
 

@@ -1,9 +1,8 @@
 """A model that is asked bar by bar: with a memory, and with what makes no decision."""
 
 import numpy as np
-import pytest
 import torch
-from test_trainer import overflowing, refusal, trading_trainer
+from small_trainers import overflowing, refusal, trading_trainer
 
 from trading_lib.live import NativeModelWrapper
 

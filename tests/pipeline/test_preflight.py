@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from small_trainers import Plain, market, plain_trainer, refusal, trading_trainer
 from test_pipeline import edit
-from test_trainer import Plain, market, plain_trainer, refusal, trading_trainer
 
 from trading_lib.cli import main
 from trading_lib.env import market_data

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_trainers import trading_trainer
 from test_layers import difference
-from test_trainer import trading_trainer
 
 from trading_lib.config import InputError
 from trading_lib.kernels import cpu as cpu_kernels

@@ -9,14 +9,13 @@ from collections import Counter
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import market, trading_trainer
+from small_trainers import trading_trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trading_lib.kernels import layers as fused
 from trading_lib.kernels.layers import _medium_is_exact, fast_products, fuses, hidden_layers
 from trading_lib.networks import NativeActorCritic
 from trading_lib.policy.recurrent import RecurrentActorCritic
-from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.ppo import Minibatch, group_minibatches
 
 WIDTHS = [(1, 1, 1), (7, 355, 64), (300, 64, 5), (513, 33, 17)]

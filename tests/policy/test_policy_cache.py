@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from small_trainers import market, trading_trainer
 from test_layers import difference
-from test_trainer import market, trading_trainer
 
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, Obs
 from trading_lib.networks import FoldedInputs, NativeActorCritic
-from trading_lib.policy.cache import PolicyOutputCache, FirstLayerCache
+from trading_lib.policy.cache import FirstLayerCache, PolicyOutputCache
 from trading_lib.seeds import SeedsTrainer, StackedActorCritic
 from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
@@ -127,7 +127,10 @@ def test_no_bar_is_shown_twice(monkeypatch):
     ]  # the third time there is nothing to ask, though not all of what follows is known
     taken = sum(v.nbytes for v in (answers._row, answers._logits, answers._values))
     assert (
-        4 * (5401 + 11 * 9) <= taken <= PolicyOutputCache.bytes(t.policy, range(99, 5500), 11) == 4 * (5401 + 22 * 9)
+        4 * (5401 + 11 * 9)
+        <= taken
+        <= PolicyOutputCache.bytes(t.policy, range(99, 5500), 11)
+        == 4 * (5401 + 22 * 9)
     )
 
 

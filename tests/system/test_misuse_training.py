@@ -3,20 +3,21 @@
 import contextlib
 import io
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from small_trainers import Plain, market, plain_trainer, same, trading_env, trading_trainer, weights
 from test_pipeline import edit
-from test_trainer import Plain, market, plain_trainer, same, trading_env, trading_trainer, weights
 
 from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.cli import main
 from trading_lib.config import InputError
 from trading_lib.market.tensor_env import TensorEnv
 from trading_lib.pipeline.train import resume
-from trading_lib.trainer import Diverged, LineProgress, NativePPOTrainer, build_policy
+from trading_lib.policy.factory import build_policy
+from trading_lib.trainer import Diverged, NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig, get_a100_config, get_auto_config
+from trading_lib.training.progress import LineProgress
 from trading_lib.training.run_folder import RunFolder
 
 # --- how things are done ----------------------------------------------------------------------------------------------

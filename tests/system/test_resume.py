@@ -31,9 +31,10 @@ from trading_lib.ledger import ledger_path, read_trials
 from trading_lib.pipeline.project import artefacts, prepare_symbol
 from trading_lib.pipeline.train import resume
 from trading_lib.sources import simulate_bars
-from trading_lib.trainer import LineProgress, NativePPOTrainer
+from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
 from trading_lib.training.memory import memory_text
+from trading_lib.training.progress import LineProgress
 from trading_lib.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]

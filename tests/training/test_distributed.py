@@ -104,13 +104,13 @@ from datetime import datetime
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, {str(TESTS)!r})
+sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
 from test_distributed import *
-from test_trainer import Plain, market, trading_trainer, weights
+from small_trainers import Plain, market, trading_trainer, weights
 from trading_lib.config import InputError
 from trading_lib.training.distributed import join_processes, processes
 from trading_lib.training.run_folder import RunFolder
-from trading_lib.trainer import Lines
+from trading_lib.training.progress import LineProgress
 from trading_lib.pipeline.train import resume
 assert join_processes(torch.device("cpu"))
 rank, world = processes()
@@ -242,7 +242,7 @@ RUN = """
     def make(folder, options):
         written.clear()
         trainer = trading_trainer(0, market().span(5500, 5600), validation_interval=4, n_epochs=1, **options)
-        trainer.folder, trainer.progress = Watched(out / folder, 3), Lines(lines.append)
+        trainer.folder, trainer.progress = Watched(out / folder, 3), LineProgress(lines.append)
         return trainer
     budget = lambda updates: dict(total_timesteps=2 * 8 * 16 * updates, checkpoint_interval=updates)
     NETWORKS = {"mlp": budget(20), "gru": dict(budget(12), network="gru", gru_hidden_dim=8, n_gru_layers=1, separate_optimizers=True, critic_epochs=1)}
@@ -324,7 +324,7 @@ def test_a_run_of_two_processes_stops_together_and_is_resumed_exactly(runs, name
 
 def test_another_number_of_processes_is_refused(runs):
     "In one line, before anything is taken over."
-    from test_trainer import market, refusal, trading_trainer, weights
+    from small_trainers import market, refusal, trading_trainer, weights
 
     trainer = trading_trainer(0, market().span(5500, 5600))
     before = weights(trainer)

@@ -6,15 +6,15 @@ import os
 import subprocess
 import sys
 import textwrap
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_trainer import (
+from small_trainers import (
     Plain,
     everything,
+    judged,
     plain_trainer,
     refusal,
     same,
@@ -26,7 +26,7 @@ from torch import nn
 
 from trading_lib.env import Obs
 from trading_lib.networks import NativeActorCritic
-from trading_lib.trainer import LineProgress, NativePPOTrainer
+from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
 from trading_lib.training.run_folder import RunFolder
 
@@ -300,25 +300,6 @@ def test_epochs_end_where_the_exact_divergence_says_so():
 # --- recovery, ending early ----------------------------------------------------------------------------------------------
 
 
-def judged(drawdowns=(), sharpes=(), **settings):
-    "A trainer whose validations are scripted, one after each update; and what it says."
-    said, n = [], max(len(drawdowns), len(sharpes))
-    trainer = plain_trainer(**{"total_timesteps": 96 * n, "validation_interval": 1, **settings})
-    trainer.progress = LineProgress(
-        lambda line: said.append(line) if not line.startswith("update") or "|" not in line else None
-    )
-    script = iter(
-        [
-            scripted_figures(max_drawdown=d, sharpe=s)
-            for d, s in zip(drawdowns or [0.0] * n, sharpes or [0.0] * n)
-        ]
-    )
-    trainer.validation = SimpleNamespace(
-        play=lambda policy: None, summarise=lambda played: next(script), daily=lambda played: {}
-    )
-    return trainer, said
-
-
 def rate_on_paper(update, updates, peak=3e-4):
     "Fewer than 40 updates: one at a tenth, then a cosine to a hundredth."
     return (
@@ -571,11 +552,11 @@ COMPILES = """
 import sys, torch
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
-from test_trainer import plain_trainer
-from trading_lib.trainer import Lines
+from small_trainers import plain_trainer
+from trading_lib.training.progress import LineProgress
 said = []
 trainer = plain_trainer(compile={compile}, total_timesteps=96 * 3)
-trainer.progress = Lines(said.append)
+trainer.progress = LineProgress(said.append)
 trainer.train()
 torch.save([dict(trainer.policy.state_dict()), [line for line in said if not line.startswith("update")]], {out!r})
 """
@@ -584,7 +565,7 @@ torch.save([dict(trainer.policy.state_dict()), [line for line in said if not lin
 def compiled(folder, compile, **environment):
     "Weights, and what was said, of a run in a process of its own with an empty cache."
     out = folder / "out.pt"
-    code = textwrap.dedent(COMPILES).format(tests=os.path.dirname(__file__), compile=compile, out=str(out))
+    code = textwrap.dedent(COMPILES).format(tests=os.path.dirname(os.path.dirname(__file__)), compile=compile, out=str(out))
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ

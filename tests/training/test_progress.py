@@ -14,14 +14,21 @@ from types import SimpleNamespace
 
 import nbformat
 import pytest
-from test_ppo_options import judged
-from test_trainer import plain_trainer, refusal, scripted_figures
+from small_trainers import judged, plain_trainer, refusal, scripted_figures
 
 from trading_lib.reporting.figures import Curves
-from trading_lib.trainer import LineProgress
-from trading_lib.training.progress import PROGRESS, BarProgress, NotebookProgress, Quiet, Verbose, progress_for
+from trading_lib.training.progress import (
+    PROGRESS,
+    BarProgress,
+    LineProgress,
+    NotebookProgress,
+    Quiet,
+    Verbose,
+    progress_for,
+)
 
-ROOT, TESTS = Path(__file__).resolve().parents[2], Path(__file__).resolve().parent
+HERE = Path(__file__).resolve()
+PATHS = [str(HERE.parents[2]), str(HERE.parents[1]), str(HERE.parent)]
 
 
 def shown(make, updates=40, every=8, **settings):
@@ -179,7 +186,7 @@ def in_a_terminal(code: str) -> str:
         close_fds=True,
         env={name: v for name, v in os.environ.items() if name != "TRADING_LIB_PROGRESS"}
         | {
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{TESTS}",
+            "PYTHONPATH": os.pathsep.join(PATHS),
             "OMP_NUM_THREADS": "1",
             "COLUMNS": "160",
             "TERM": "xterm",
@@ -207,7 +214,9 @@ def test_a_terminal_gets_bars_that_are_drawn_over_and_a_score_in_colour():
         trainer, _ = shown(lambda say: progress_for(), 40)
         print("kind:", type(trainer.progress).__name__)
     """)
-    assert "kind: BarProgress" in text and "40/40" in text and "\x1b[A" in text  # the second bar is below the first
+    assert (
+        "kind: BarProgress" in text and "40/40" in text and "\x1b[A" in text
+    )  # the second bar is below the first
     assert (
         len(re.findall(r"update \d+/40 \|", text)) == 5
         and len(re.findall("\x1b\\[(32|33|31)m[-+]\\d+\x1b\\[0m", text)) == 5
@@ -237,7 +246,7 @@ def executed(folder: Path, *cells: str):
 def kernel(monkeypatch):
     "The kernel of this environment, with the project on its path."
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "1")
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{TESTS}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(PATHS))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRADING_LIB_PROGRESS", raising=False)
 
@@ -253,7 +262,8 @@ def test_a_notebook_has_one_output_for_a_run_of_hundreds_of_updates(tmp_path, ke
         """
         import torch
         torch.set_num_threads(1)
-        from test_progress import shown, judged
+        from small_trainers import judged
+        from test_progress import shown
         from trading_lib.training.progress import progress_for
         trainer, _ = shown(lambda say: progress_for(), 400, every=10)
     """,
@@ -282,7 +292,7 @@ def test_a_notebook_has_one_output_for_a_run_of_hundreds_of_updates(tmp_path, ke
         and "a table" not in text_of(runs[1][1])
     )
     assert "[" + "#" * 30 + "] update 60/60" in text_of(runs[2][0]) and len(runs[1]) == len(runs[2]) == 2
-    assert text_of(runs[2][-1]).strip() == "Cell"
+    assert text_of(runs[2][-1]).strip() == "NotebookProgress"
 
 
 # --- the choice -----------------------------------------------------------------------------------------------------------------
@@ -290,7 +300,13 @@ def test_a_notebook_has_one_output_for_a_run_of_hundreds_of_updates(tmp_path, ke
 
 @pytest.mark.parametrize(
     "kind, expected",
-    [("bars", BarProgress), ("cell", NotebookProgress), ("lines", LineProgress), ("quiet", Quiet), ("verbose", Verbose)],
+    [
+        ("bars", BarProgress),
+        ("cell", NotebookProgress),
+        ("lines", LineProgress),
+        ("quiet", Quiet),
+        ("verbose", Verbose),
+    ],
 )
 def test_a_name_chooses_and_so_does_the_environment(monkeypatch, kind, expected):
     monkeypatch.delenv("TRADING_LIB_PROGRESS", raising=False)

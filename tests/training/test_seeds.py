@@ -20,9 +20,10 @@ from trading_lib.config import InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data, split_bounds
 from trading_lib.features import fit_features
 from trading_lib.networks import NativeActorCritic, clip_gradients, parameter_groups
+from trading_lib.policy.factory import build_policy
 from trading_lib.seeds import SeedsTrainer, StackedActorCritic, clip_each, mean_interval
 from trading_lib.sources import simulate_bars
-from trading_lib.trainer import Diverged, NativePPOConfig, NativePPOTrainer, build_policy
+from trading_lib.trainer import Diverged, NativePPOConfig, NativePPOTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = NativePPOConfig(

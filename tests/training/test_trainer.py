@@ -11,6 +11,20 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from small_trainers import (
+    SMALL,
+    Plain,
+    everything,
+    market,
+    overflowing,
+    plain_trainer,
+    refusal,
+    same,
+    scripted_figures,
+    trading_env,
+    trading_trainer,
+    weights,
+)
 from torch import nn
 
 from trading_lib.account import account_rules
@@ -21,53 +35,13 @@ from trading_lib.evaluation.replay import Run, walk_and_keep
 from trading_lib.features import fit_features
 from trading_lib.market.layouts import LAYOUTS
 from trading_lib.networks import estimate_model, finite_logits
+from trading_lib.policy.factory import build_policy
 from trading_lib.sources import simulate_bars
-from trading_lib.trainer import LineProgress, NativePPOTrainer, build_policy
+from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig, get_auto_config
 from trading_lib.training.ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches
+from trading_lib.training.progress import LineProgress
 from trading_lib.training.validation import Validation, runs_through
-
-
-def refusal(make, *arguments, **named) -> str:
-    "The one line that a mistake gets."
-    with pytest.raises(InputError) as e:
-        make(*arguments, **named)
-    assert "\n" not in str(e.value)
-    return str(e.value)
-
-
-def same(a, b) -> bool:
-    "Equal to the last bit, containers included."
-    if torch.is_tensor(a):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def weights(trainer):
-    return {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
-
-
-# --- a market, a trainer --------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def market(version="5.6.0"):
-    "Three months of simulated bars; features fitted on the first two."
-    bars = simulate_bars(
-        "SIM-USD", "15Min", "2023-01-01", "2023-04-01", seed=1, edge=0.2, asset_class="crypto"
-    )
-    return market_data(
-        bars,
-        version,
-        fit_features(bars[:5500], version, "15Min", "crypto"),
-        "15Min",
-        "crypto",
-        symbol="SIM-USD",
-    )
 
 
 @functools.cache
@@ -79,64 +53,6 @@ def gapped():
     bars = bars.drop(bars.index[5200:5296])
     return market_data(
         bars, "5.6.0", fit_features(bars[:3000], "5.6.0", "15Min", "crypto"), "15Min", "crypto"
-    )
-
-
-def trading_env(version="5.6.0", **settings):
-    return GPUVectorizedTradingEnv(
-        market(version).span(0, 5500),
-        GPUEnvConfig(
-            **{**dict(n_envs=8, version=version, episode_length=12, reward_preset="equity"), **settings}
-        ),
-    )
-
-
-SMALL = dict(
-    hidden_dims=(16,),
-    n_steps=16,
-    minibatch_size=48,
-    n_epochs=2,
-    total_timesteps=8 * 16 * 6,
-    learning_rate=1e-3,
-    validation_interval=2,
-)
-
-
-def trading_trainer(seed=0, validation=None, version="5.6.0", env=None, **settings):
-    return NativePPOTrainer(
-        env or trading_env(version),
-        NativePPOConfig(**{**SMALL, "seed": seed, **settings}),
-        validation,
-        progress=None,
-    )
-
-
-class Plain:
-    "An environment of random dense observations."
-
-    n_envs, n_actions, obs_dim, device = 8, 3, 6, "cpu"
-
-    def reset(self, seed=0):
-        self.random = torch.Generator().manual_seed(seed)
-        return torch.randn(8, 6, generator=self.random)
-
-    def step(self, actions):
-        obs, ended = torch.randn(8, 6, generator=self.random), torch.zeros(8, dtype=torch.bool)
-        return obs, torch.randn(8, generator=self.random), ended, ended, {"final_obs": obs}
-
-
-def plain_trainer(**settings):
-    return NativePPOTrainer(
-        Plain(),
-        NativePPOConfig(
-            **{
-                **dict(
-                    hidden_dims=(16, 8), n_steps=12, minibatch_size=40, n_epochs=2, total_timesteps=96 * 4
-                ),
-                **settings,
-            }
-        ),
-        progress=None,
     )
 
 
@@ -564,18 +480,6 @@ def test_actions_are_drawn_by_the_seed():
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
 
 
-def scripted_figures(**figures):
-    "What a validation might say."
-    return {
-        "return": 0.0,
-        "run_return": 0.0,
-        "win_rate": 0.0,
-        "reward": 0.0,
-        "reward_deviation": 1.0,
-        "max_drawdown": 0.0,
-    } | figures
-
-
 # --- repeatable, and resumed exactly --------------------------------------------------------------------------------
 
 
@@ -592,21 +496,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not():
     assert same(runs[0], runs[1]) and not any(
         torch.equal(runs[0][name], runs[2][name]) for name in runs[0] if name.endswith("weight")
     )
-
-
-def everything(trainer):
-    "What the next update depends on."
-    own = {id(p): name for name, p in trainer.policy.named_parameters()}
-    return {
-        "weights": weights(trainer),
-        "buffers": dict(trainer.policy.named_buffers()),
-        "moments": {own[id(p)]: s for p, s in trainer.optimizers[0].state.items()},
-        "random": trainer._random.get_state(),
-        "env": trainer.env.state_dict(),
-        "obs": list(trainer._obs),
-        "rules": trainer.env.rules,
-        "counters": [trainer.update, trainer.global_step],
-    }
 
 
 @pytest.mark.parametrize(
@@ -1344,14 +1233,6 @@ def test_a_rollout_of_one_sample_trains_and_is_judged():
 
 
 # --- a policy that answers NaN --------------------------------------------------------------------------------------
-
-
-def overflowing(trainer):
-    "Every weight is finite, and what they make of a bar is not."
-    with torch.no_grad():
-        for name, p in trainer.policy.named_parameters():
-            p.fill_(0.0 if name.startswith("trunk.0.") and "bias" not in name else 1e30)
-    return trainer
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ from trading_lib.env import (
 )
 from ..evaluation.code_identity import package_closure
 from ..evaluation.lookahead import check_lookahead
-from ..evaluation.replay import Run, AccountPath, decision_bars, walk_and_keep
+from ..evaluation.replay import AccountPath, Run, decision_bars, walk_and_keep
 from ..features import fit_features
 from ..files import atomic_write
 from trading_lib.metrics import (
@@ -54,9 +54,10 @@ from trading_lib.metrics import (
     sharpe_moments,
     summarise_equity,
 )
+from ..policy.factory import build_policy
 from ..reporting.pages import figure_bytes
 from ..reporting.verdict import SIMULATED_PASS, judge
-from ..trainer import NativePPOTrainer, build_policy
+from ..trainer import NativePPOTrainer
 from ..training.config import COST_WARM_UP, NativePPOConfig
 
 # %% ../../nbs/09_pipeline/08_known_truth.ipynb #823b1d63
