@@ -17,6 +17,7 @@ from small_trainers import trading_trainer
 from test_layers import difference
 
 from trading_lib.config import InputError
+from trading_lib.kernels import cpp_library
 from trading_lib.kernels import cpu as cpu_kernels
 from trading_lib.kernels import layers as fused
 from trading_lib.kernels.layers import hidden_layers, layers_and_heads
@@ -261,14 +262,14 @@ def started(folder, **environment):
 
 def test_this_machine_has_them_where_it_has_a_compiler():
     "A source that does not compile would otherwise skip the tests that it should fail."
-    assert cpu_kernels.available() or not any(map(shutil.which, cpu_kernels._COMPILERS))
+    assert cpu_kernels.available() or not any(map(shutil.which, cpp_library._COMPILERS))
 
 
 @needs_them
 def test_it_is_compiled_once_and_lies_in_the_cache_whole(tmp_path):
     "By a compiler that counts its calls; two processes at once both find it."
     counts, compiler = tmp_path / "counts", tmp_path / "counting"
-    compiler.write_text(f'#!/bin/sh\necho called >> {counts}\nexec {cpu_kernels._compiler()[0]} "$@"\n')
+    compiler.write_text(f'#!/bin/sh\necho called >> {counts}\nexec {cpp_library._compiler()[0]} "$@"\n')
     compiler.chmod(0o755)
     cache = tmp_path / "cache"
     both = [started(cache, CXX=str(compiler)) for _ in range(2)]
@@ -328,7 +329,7 @@ def test_a_damaged_library_is_made_anew(tmp_path):
 
 @needs_them
 def test_a_compiler_may_be_a_command_with_arguments(tmp_path):
-    assert tells(tmp_path, CXX=f"{cpu_kernels._compiler()[0]} -g0")[0] == "True"
+    assert tells(tmp_path, CXX=f"{cpp_library._compiler()[0]} -g0")[0] == "True"
 
 
 # --- compilers and caches that are not what they seem --------------------------------------------------------------------
@@ -339,7 +340,7 @@ def tried(monkeypatch, cache: Path, compiler: str | None = None) -> str | None:
     if compiler is not None:
         monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    library, missing = cpu_kernels._library.__wrapped__()
+    library, missing = cpp_library.library.__wrapped__()
     assert (library is None) != (missing is None) and (missing is None or missing.isprintable())
     return missing
 
@@ -386,11 +387,11 @@ def test_a_compiler_that_is_repaired_or_replaced_compiles_anew(tmp_path, monkeyp
     assert "status 1" in tried(monkeypatch, tmp_path / "cache", compiler)
     program(tmp_path / "cc", 'exec c++ "$@"\n')
     assert tried(monkeypatch, tmp_path / "cache") is None
-    names = {cpu_kernels._path([compiler], tmp_path)}
+    names = {cpp_library._path([compiler], tmp_path)}
     program(tmp_path / "cc", 'exec c++ "$@" # newer\n')
-    names.add(cpu_kernels._path([compiler], tmp_path))
-    monkeypatch.setattr(cpu_kernels, "_cpu", lambda: "flags: avx512f of another kind")
-    names.add(cpu_kernels._path([compiler], tmp_path))
+    names.add(cpp_library._path([compiler], tmp_path))
+    monkeypatch.setattr(cpp_library, "_cpu", lambda: "flags: avx512f of another kind")
+    names.add(cpp_library._path([compiler], tmp_path))
     assert len(names) == 3
     # what has its digest and is of no use is made anew
     path = next((tmp_path / "cache" / "trading_lib").iterdir())
@@ -398,14 +399,14 @@ def test_a_compiler_that_is_repaired_or_replaced_compiles_anew(tmp_path, monkeyp
     program(tmp_path / "cc", 'exec c++ "$@"\n')
     os.utime(tmp_path / "cc", ns=(0, 0))
     monkeypatch.setenv("CXX", compiler)
-    path.rename(own := cpu_kernels._path([compiler], path.parent))
-    own.write_bytes(b"useless" + cpu_kernels._digest(b"useless"))
+    path.rename(own := cpp_library._path([compiler], path.parent))
+    own.write_bytes(b"useless" + cpp_library._digest(b"useless"))
     assert tried(monkeypatch, tmp_path / "cache") is None and own.stat().st_size > 10_000
 
 
 @needs_them
 def test_a_compiler_that_hangs_is_given_up_with_all_that_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_kernels, "_PATIENCE", 0.5)
+    monkeypatch.setattr(cpp_library, "_PATIENCE", 0.5)
     compiler = program(tmp_path / "cc", f"sleep 300 & echo $! > {tmp_path}/child; wait\n")
     assert tried(monkeypatch, tmp_path / "cache", compiler) == f"{compiler} did not end within 0.5 seconds"
     child = int((tmp_path / "child").read_text())
@@ -441,7 +442,7 @@ def test_a_compiler_that_makes_no_sense_is_a_line(chosen, words, tmp_path, monke
 @needs_them
 def test_a_relative_cache_counts_as_none(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", "rel")
-    assert cpu_kernels._folder() == Path.home() / ".cache" / "trading_lib"
+    assert cpp_library._folder() == Path.home() / ".cache" / "trading_lib"
 
 
 def given_away(path: Path):
@@ -467,7 +468,7 @@ def test_only_this_user_can_have_put_a_library_there(place, tmp_path, monkeypatc
         pytest.skip("only the administrator can give files away")
     folder, mark = tmp_path / "cache" / "trading_lib", tmp_path / "mark"
     folder.mkdir(parents=True, mode=0o700)
-    file = cpu_kernels._path(compiler := cpu_kernels._compiler(), folder)
+    file = cpp_library._path(compiler := cpp_library._compiler(), folder)
     (tmp_path / "evil.c").write_text(
         f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fopen("{mark}", "w"); }}\n{NOTHING}\n'
     )
@@ -476,7 +477,7 @@ def test_only_this_user_can_have_put_a_library_there(place, tmp_path, monkeypatc
         check=True,
     )
     library = (tmp_path / "evil.so").read_bytes()
-    file.write_bytes(library + cpu_kernels._digest(library))
+    file.write_bytes(library + cpp_library._digest(library))
     file.chmod(0o644)
     PLACES[place](tmp_path / "cache", folder, file)
     assert "not this user's alone to write" in tried(monkeypatch, tmp_path / "cache") and not mark.exists()
@@ -519,7 +520,7 @@ print(failed, (out == 4).all() and (sums == 3600).all() and (more == 3600).all()
 @needs_them
 def test_without_torchs_threads_it_starts_its_own():
     done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(cpu_kernels._path(cpu_kernels._compiler(), cpu_kernels._folder()))],
+        [sys.executable, "-c", ALONE, str(cpp_library._path(cpp_library._compiler(), cpp_library._folder()))],
         check=True,
         stdout=subprocess.PIPE,
         text=True,

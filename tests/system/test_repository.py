@@ -39,6 +39,8 @@ CORE = {
     "account",
     "env",
     "policy.cache",
+    "kernels.cpp",
+    "kernels.cpp_library",
     "kernels.cpu",
     "kernels.layers",
     "networks",
