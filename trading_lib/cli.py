@@ -13,9 +13,22 @@ try:
     import difflib
     import os
     from contextlib import contextmanager
+    from dataclasses import fields
 
-    from trading_lib.config import PARAMETERS_VARIABLE, InputError, home_path, load_parameters, require
+    from trading_lib.config import (
+        PARAMETERS_VARIABLE,
+        DataParameters,
+        FeatureParameters,
+        InputError,
+        TrainParameters,
+        home_path,
+        load_parameters,
+        parse_hidden_dims,
+        project_root,
+        require,
+    )
     from trading_lib.files import printable
+    from trading_lib.pipeline.settings import option, settings_of, write_settings
     from trading_lib.pipeline.stopping import READER_GONE
 except KeyboardInterrupt:  # Ctrl+C before there is a command
     print("interrupted before anything began", file=sys.stderr)
@@ -59,101 +72,18 @@ def _verdict(arguments):
     print("\n".join(summary(parameters, symbols=symbols)))
 
 
-# option of `train` -> field of the train section, whether it is a switch, help
-_TRAINING = {
-    "--mode": ("mode", False, "a key of `modes` in params.yaml; auto: the budget that suits the asset class"),
-    "--seed": ("seed", False, "of weights, episodes and actions"),
-    "--device": ("device", False, "auto, cpu, cuda, cuda:1"),
-    "--timesteps": ("total_timesteps", False, "budget in environment steps; comes before --episodes"),
-    "--episodes": ("episodes", False, "budget in episodes; comes before --iterations"),
-    "--iterations": ("iterations", False, "budget in rollouts; comes before the mode's"),
-    "--network": ("network", False, "mlp, or gru: a recurrent policy"),
-    "--hidden-dims": ("hidden_dims", False, "mlp: widths of the hidden layers, such as 512,256,128"),
-    "--shared-trunk": ("shared_trunk", True, "mlp: one trunk for actor and critic"),
-    "--hidden-dim": ("gru_hidden_dim", False, "gru: width of the encoder and of the state"),
-    "--n-gru-layers": ("n_gru_layers", False, "gru: layers of the recurrence"),
-    "--dropout": ("dropout", False, "gru: in supervised training; PPO never uses it"),
-    "--n-envs": ("n_envs", False, "accounts stepped together"),
-    "--n-steps": ("n_steps", False, "steps of each per rollout"),
-    "--minibatch-size": ("minibatch_size", False, "samples per gradient step"),
-    "--n-epochs": ("n_epochs", False, "passes over a rollout"),
-    "--critic-epochs": ("critic_epochs", False, "further passes that train the value alone"),
-    "--learning-rate": ("learning_rate", False, "peak of the schedule"),
-    "--warmup-fraction": ("warmup_fraction", False, "of the updates, in which the learning rate rises"),
-    "--min-lr-fraction": (
-        "min_lr_fraction",
-        False,
-        "of the peak, to which the learning rate falls in the end",
-    ),
-    "--separate-optimizers": ("separate_optimizers", True, "one for the value head, one for everything else"),
-    "--critic-learning-rate": (
-        "critic_learning_rate",
-        False,
-        "of the value head, where optimizers are separate",
-    ),
-    "--gamma": ("gamma", False, "discount per bar"),
-    "--gae-lambda": ("gae_lambda", False, "1: Monte Carlo, 0: TD(0)"),
-    "--clip-range": ("clip_range", False, "of the probability ratio"),
-    "--value-clip-range": ("value_clip_range", False, "of the value's change"),
-    "--entropy": ("entropy_coefficient", False, "weight of the entropy bonus"),
-    "--value-coefficient": ("value_coefficient", False, "weight of the value's loss"),
-    "--max-grad-norm": ("max_grad_norm", False, "of all gradients together"),
-    "--target-kl": ("target_kl", False, "stop a rollout's epochs beyond it"),
-    "--cost-warm-up": (
-        "cost_warm_up",
-        False,
-        "share of the updates over which costs rise to their full size",
-    ),
-    "--amp": ("amp", True, "matrix products in half precision"),
-    "--amp-dtype": ("amp_dtype", False, "bf16 or fp16"),
-    "--compile": ("compile", True, "torch.compile, where it works"),
-    "--high-vram": ("high_vram", True, "sizes for a GPU with a lot of memory"),
-    "--low-vram": ("low_vram", True, "sizes for 8 GB"),
-    "--max-vram-gpu0": ("max_vram_gpu0", False, "GB that may be used of GPU 0"),
-    "--max-vram-gpu1": ("max_vram_gpu1", False, "GB that may be used of each other one"),
-    "--validation-interval": ("validation_interval", False, "updates between validations"),
-    "--checkpoint-interval": ("checkpoint_interval", False, "updates between numbered checkpoints; 0: none"),
-    "--keep-checkpoints": ("keep_checkpoints", False, "the newest so many"),
-    "--max-drawdown-threshold": (
-        "max_drawdown_threshold",
-        False,
-        "drawdown of a validation beyond which its score is cut",
-    ),
-    "--drawdown-penalty-weight": ("drawdown_penalty_weight", False, "by how much for each threshold"),
-    "--recovery": ("recovery", True, "halve the learning rate when a validation's drawdown is too deep"),
-    "--early-stop": ("early_stop", True, "end when a validation's drawdown is too deep"),
-    "--patience": ("patience", False, "end after so many validations without a better score"),
-}
-# the same option by another name
-_ALIASES = {
-    "--timesteps": ["--total-timesteps"],
-    "--minibatch-size": ["--batch-size"],
-    "--hidden-dim": ["--gru-hidden-dim"],
-    "--entropy": ["--entropy-coefficient"],
-}
-_OF_GRU = ("gru_hidden_dim", "n_gru_layers", "dropout")
-
-
 def _train_parameters(arguments):
-    from dataclasses import replace
-
-    from trading_lib.config import parse_hidden_dims
-
-    given = {f"train.{field}": getattr(arguments, field) for field, *_ in _TRAINING.values()}
+    given = {f"train.{f.name}": getattr(arguments, f.name) for f in fields(TrainParameters)}
     if given["train.hidden_dims"] is not None:
         given["train.hidden_dims"] = parse_hidden_dims(given["train.hidden_dims"])
-    parameters, durations = load_parameters(**given), ("total_timesteps", "episodes", "iterations")
-    for flag, (field, *_) in _TRAINING.items():  # --hidden-dim is easily taken for --hidden-dims
-        require(
-            field not in _OF_GRU or given[f"train.{field}"] is None or parameters.train.network == "gru",
-            f"{flag}: is of a recurrent policy; add --network gru, or name the layers of an mlp by --hidden-dims",
-        )
-    asked = [name for name in durations if given[f"train.{name}"] is not None]
-    # a duration that is asked for here comes before any that is written there
-    return replace(
-        parameters,
-        train=replace(parameters.train, **{name: None for name in durations if asked and name not in asked}),
-    )
+    parameters = load_parameters(**given)
+    for name in settings_of("gru"):  # --hidden-dim is easily taken for --hidden-dims
+        if given[f"train.{name}"] is not None and parameters.train.network != "gru":
+            raise InputError(
+                f"{option(TrainParameters, name)[0][0]}: is of a recurrent policy; add --network gru, "
+                "or name the layers of an mlp by --hidden-dims"
+            )
+    return parameters
 
 
 def _torchrun(line: list[str]):
@@ -547,6 +477,15 @@ def _history(arguments):
         print(f"{symbol}\n{format_history(symbol_history(path, symbol))}")
 
 
+def _settings(arguments):
+    differ = write_settings(project_root(), arguments.write)
+    for path in differ:
+        print(f"{path}: {'written' if arguments.write else 'differs from what is declared'}")
+    if differ and not arguments.write:
+        print("`trading-lib settings --write` puts in what is missing; values stay as they are")
+        return 1
+
+
 def _deploy(arguments):
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import parameters_path, project_root, require
@@ -704,10 +643,7 @@ def _data_download(arguments):
     from trading_lib.pipeline.project import source_options
     from trading_lib.sources import load_with_report
 
-    given = {
-        f"data.{name}": getattr(arguments, name)
-        for name in ("timeframe", "start", "end", "feed", "adjustment")
-    }
+    given = {f"data.{name}": getattr(arguments, name) for name in _DOWNLOADED}
     parameters = load_parameters(**given, **{"data.source": "alpaca"})
     for symbol in map(path_symbol, arguments.symbols or parameters.symbols):
         options = source_options(parameters, symbol)
@@ -842,13 +778,10 @@ _BAR_FILE = [
     (("--timeframe",), dict(help="length of a bar, such as 15Min (default: the file's own)")),
     (("--symbol",), dict(help="whose bars they are (default: by the file's name)")),
     (("--asset-class",), dict(choices=("crypto", "equity"), help="what is traded (default: by the symbol)")),
-    (("--timezone",), dict(help="zone of time stamps that carry none")),
-    (
-        ("--labels",),
-        dict(choices=("start", "end"), default="start", help="the moment of a bar that its time names"),
-    ),
-    (("--price-scale",), dict(type=float, help="prices are divided by it, such as 100 where they are cents")),
-    (("--columns",), dict(help="names of the columns of a CSV file without a header")),
+    option(DataParameters, "timezone", None),
+    option(DataParameters, "labels", "start"),
+    option(DataParameters, "price_scale", None),
+    option(DataParameters, "columns", None),
     (
         ("--allow-steps",),
         dict(
@@ -862,20 +795,14 @@ _BAR_FILE = [
         dict(metavar="DATES", help="the same on these dates, such as 2002-10-16,2008-09-15"),
     ),
 ]
+_DOWNLOADED = ("timeframe", "start", "end", "feed", "adjustment")  # what a download depends on
 _SPAN = [
     (("--start",), dict(help="first day, such as 2022-01-01")),
     (("--end",), dict(help="first day that is left out")),
 ]
 
 # command -> (help, arguments, function); two words are a command of a group
-_TRAINING_OPTIONS = [
-    (
-        (flag, *_ALIASES.get(flag, ())),
-        dict(dest=field, help=f"{text} (default: train.{field} of params.yaml)")
-        | (dict(action=argparse.BooleanOptionalAction) if switch else {}),
-    )
-    for flag, (field, switch, text) in _TRAINING.items()
-]
+_TRAINING_OPTIONS = [option(TrainParameters, f.name) for f in fields(TrainParameters)]
 _SYMBOLS = (
     ("symbols",),
     dict(nargs="*", metavar="SYMBOL", help="such as SIM-USD (default: those of params.yaml)"),
@@ -899,13 +826,7 @@ COMMANDS = {
                     nargs="*", help="such as SPY BTC/USD (default: those of params.yaml, as all that follows)"
                 ),
             ),
-            (
-                ("--timeframe",),
-                dict(help="length of a bar, such as 15Min (default: data.timeframe of params.yaml)"),
-            ),
-            *_SPAN,
-            (("--feed",), dict(help="iex or sip")),
-            (("--adjustment",), dict(help="raw, split, dividend or all")),
+            *(option(DataParameters, name) for name in _DOWNLOADED),
         ],
         _data_download,
     ),
@@ -921,21 +842,11 @@ COMMANDS = {
         [
             (("symbol",), dict(help="a name that is no real ticker, such as SIM-USD")),
             (("out",), dict(help="a .parquet or .csv file")),
-            (("--timeframe",), dict(default="15Min", help="length of a bar, such as 15Min")),
+            option(DataParameters, "timeframe", DataParameters.timeframe),
             *_SPAN,
-            (("--seed",), dict(type=int, default=0, help="which history")),
-            (
-                ("--edge",),
-                dict(
-                    type=float,
-                    default=0.0,
-                    help="planted drift in units of volatility per bar; 0 is a martingale",
-                ),
-            ),
-            (
-                ("--recipe",),
-                dict(default="lifelike", help="plain, bridged or lifelike, by what it has of real markets"),
-            ),
+            option(DataParameters, "seed", DataParameters.seed),
+            option(DataParameters, "edge", 0.0),
+            option(DataParameters, "recipe", DataParameters.recipe),
         ],
         _data_simulate,
     ),
@@ -1039,6 +950,16 @@ COMMANDS = {
         ],
         _history,
     ),
+    "settings": (
+        "say whether params.yaml and notebooks have a line for each setting that is declared",
+        [
+            (
+                ("--write",),
+                dict(action="store_true", help="put in what is missing; values stay as they are"),
+            )
+        ],
+        _settings,
+    ),
     "deploy": (
         "pack a model with its report and a manifest of hashes",
         [
@@ -1081,8 +1002,8 @@ COMMANDS = {
         "parameters and checkpoint size of a network, before any training",
         [
             (("--hidden-dims",), dict(help="such as 512,256,128 (default: each preset)")),
-            (("--layout",), dict(default="5.6.0", help="of the observation")),
-            (("--window",), dict(type=int, default=100, help="bars in one observation")),
+            (("--layout",), dict(default=FeatureParameters.version, help="of the observation")),
+            (("--window",), dict(type=int, default=FeatureParameters.window, help="bars in one observation")),
             (("--separate-trunks",), dict(action="store_true", help="actor and critic with a trunk each")),
         ],
         _size,
@@ -1091,7 +1012,7 @@ COMMANDS = {
         "change the future of your own bars and see whether any column moves",
         [
             *_BAR_FILE,
-            (("--layout",), dict(default="5.6.0", help="of the observation")),
+            (("--layout",), dict(default=FeatureParameters.version, help="of the observation")),
             (("--cuts",), dict(type=int, default=50, help="places at which the future is changed")),
         ],
         _check_lookahead,
@@ -1128,6 +1049,7 @@ EXAMPLES = {
     "models": "SIM-USD",
     "trials": "SIM-USD",
     "history": "SIM-USD",
+    "settings": "--write",
     "deploy": "SIM-USD",
     "prove": "--seeds 3",
     "verdict": "",

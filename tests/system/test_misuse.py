@@ -136,7 +136,7 @@ USES = {
     "negative costs": (
         lambda p: parameters(account={"commission_bps": -1}),
         2,
-        "account.commission_bps: expected 0 or more, below 10000 (all that is traded), was -1",
+        "account.commission_bps: expected 0 or more and less than 10000, was -1.0; 10000 is all that is traded",
     ),
     "an unknown cost preset": (
         lambda p: parameters(account={"costs": "brocker"}),
@@ -151,7 +151,7 @@ USES = {
     "more than everything in one position": (
         lambda p: parameters(account={"max_position_pct": 1.5}),
         2,
-        "account.max_position_pct: expected a share above 0, at most 1, was 1.5",
+        "account.max_position_pct: expected more than 0 and at most 1, was 1.5",
     ),
     "crypto sold short": (
         lambda p: raised(

@@ -234,7 +234,7 @@ USES = {
     "a layer of width 0": (
         lambda p: train("SIM-USD", "--hidden-dims", "256,0"),
         2,
-        "train.hidden_dims: expected widths above 0 such as [256, 128], was [256, 0]",
+        "train.hidden_dims: expected more than 0 for each, was [256, 0]",
     ),
     "layers in words": (
         lambda p: train("SIM-USD", "--hidden-dims", "big"),

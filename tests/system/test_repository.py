@@ -22,6 +22,7 @@ from packaging.utils import canonicalize_name
 
 from trading_lib import config
 from trading_lib.config import MODES, Parameters, TrainParameters, load_parameters
+from trading_lib.pipeline.settings import notebook_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "trading_lib"
@@ -365,7 +366,9 @@ def test_stage_notebooks_have_one_cell_of_literal_parameters(stage):
         if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "stage_parameters"
     ]
     assert len(calls) == 1
-    dotted = {k.arg: ast.literal_eval(k.value) for k in calls[0].keywords}
+    declared = notebook_settings(stage)
+    dotted = {k.arg: ast.literal_eval(k.value) for k in calls[0].keywords if k.arg} | declared
+    assert bool(declared) == any(k.arg is None for k in calls[0].keywords)
     assert set(given) == {"symbol", "out_dir", *dotted}
     for name in filter(None, dotted.values()):
         assert name.split(".")[1] in field_names(section_class(name.split(".")[0])), name

@@ -58,11 +58,10 @@ def test_every_option_says_what_it_is_and_every_command_has_an_example(capsys):
 
 
 def test_every_setting_of_training_has_an_option_of_its_name():
-    names = {field: [flag, *cli._ALIASES.get(flag, [])] for flag, (field, *_) in cli._TRAINING.items()}
-    assert set(names) == {f.name for f in fields(TrainParameters)}
-    for field, flags in names.items():
-        if field not in ("hidden_dims",):
-            assert f"--{field.replace('_', '-')}" in flags, field
+    for command in ("train", "seeds", "preflight"):
+        names = {how.get("dest"): flags for flags, how in COMMANDS[command][1]}
+        for f in fields(TrainParameters):
+            assert f"--{f.name.replace('_', '-')}" in names[f.name], f.name
 
 
 @pytest.mark.parametrize(
