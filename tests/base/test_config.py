@@ -1,5 +1,6 @@
 """Parameters: every field is checked, every mistake is one line that names the field, and text means what a person meant by it."""
 
+import ast
 import re
 from dataclasses import FrozenInstanceError, dataclass, field, fields, replace
 from pathlib import Path
@@ -1037,3 +1038,13 @@ def test_an_error_in_a_notebook_is_one_line():
         store_history=False,
     )
     assert shown == ["InputError: train: what to do"]
+
+
+def test_errors_for_people_are_known_by_their_names():
+    "An error of a notebook's process is known to who started it by its name alone."
+    derived = {"InputError"}
+    for path in (REPOSITORY / "trading_lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef) and {ast.unparse(base) for base in node.bases} & derived:
+                derived.add(node.name)
+    assert derived == set(C.FOR_PEOPLE)

@@ -10,7 +10,9 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from trading_lib.cli import main
 from trading_lib.config import InputError, load_parameters
 from trading_lib.files import sha256_of_file
 from trading_lib.pipeline.project import artefacts, kept_models, newest_model
-from trading_lib.pipeline.train import train_symbol
+from trading_lib.pipeline.train import _how_to_go_on, train_symbol
 from trading_lib.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,3 +224,40 @@ def test_a_second_training_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         with run.alone(wait=0.2):
             assert lock.read_text().strip() == str(os.getpid())
         assert lock.read_bytes() == b""  # a file that says the same after every run, and names nobody
+
+
+# --- the way on is the way it began ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        ("trading-lib train SIM-USD", "trading-lib train SIM-USD --resume"),
+        ("trading-lib train", "trading-lib train SIM-USD --resume"),
+        (
+            "trading-lib train SIM-USD SIMA --timesteps 40000 --seed 7",
+            "trading-lib train SIM-USD --timesteps 40000 --seed 7 --resume",
+        ),
+        (
+            "trading-lib train --resume SIM-USD --checkpoint 'my models/x.pt' --seed 7",
+            "trading-lib train SIM-USD --seed 7 --resume",
+        ),
+        ("trading-lib stage train --symbol SIM-USD", "trading-lib train SIM-USD --resume"),
+    ],
+)
+def test_the_advice_names_the_options_that_the_run_began_with(command, says):
+    trainer = SimpleNamespace(folder=SimpleNamespace(path=Path("runs")))
+    advice = partial(_how_to_go_on, trainer, ["SIM-USD", "SIMA"], "SIM-USD")
+    assert advice(Path("runs/model_interrupted_1.pt"), command) == f"`{says}`"
+    elsewhere = says.replace("--resume", "--checkpoint /tmp/x/model.pt")
+    assert advice(Path("/tmp/x/model.pt"), command) == f"`{elsewhere}`"
+
+
+def test_a_stage_that_cannot_write_says_so_in_one_line(project):
+    "In a process of its own, whose errors are known by their names alone."
+    place = project / "data" / "SIM-USD_15Min.npz"
+    shutil.copytree(ROOT / "nbs", project / "nbs", dirs_exist_ok=True)
+    place.mkdir(parents=True)
+    status, out, error = command("stage", "prepare", "--symbol", "SIM-USD")
+    assert status == 2 and f"{place.name}: cannot be written" in error.splitlines()[-1]
+    assert "Traceback" not in error

@@ -16,7 +16,7 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from ..config import InputError
+from ..config import FOR_PEOPLE, InputError
 from .stopping import StopRequest
 
 # %% ../../nbs/09_pipeline/01_engine.ipynb #e22df2b9
@@ -168,7 +168,7 @@ def _last_words(notebook) -> str:
     ]
     return (
         errors[-1].evalue
-        if errors and errors[-1].ename == "InputError"
+        if errors and errors[-1].ename in FOR_PEOPLE
         else "interrupted; what was saved before is complete"
     )
 

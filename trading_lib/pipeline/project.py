@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..bars import asset_class_of, write_bars
 from trading_lib.config import (
+    FOR_PEOPLE,
     InputError,
     Parameters,
     check_notebook_parameters,
@@ -516,7 +517,7 @@ def run_stage(
             config=Config({"NotebookClient": {"extra_arguments": ["--IPKernelApp.log_level=CRITICAL"]}}),
         )
     except PapermillExecutionError as e:
-        if e.ename == "InputError":
+        if e.ename in FOR_PEOPLE:
             raise InputError(e.evalue) from None
         raise
     except OSError as e:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 
 from ..bars import read_bars
-from ..checkpoint import load_checkpoint, save_checkpoint
+from ..checkpoint import checkpoint_size, load_checkpoint, save_checkpoint
 from ..config import InputError, Parameters, project_root, require
 from ..data.simulation import simulated_bars
 from trading_lib.env import (
@@ -317,10 +318,23 @@ def _save_state(trainer: NativePPOTrainer, content: dict, command: str) -> Path:
     return path
 
 
-def _how_to_go_on(trainer: NativePPOTrainer, symbol: str, path: Path) -> str:
-    return f"`trading-lib train {symbol} " + (
-        "--resume`" if path.parent == trainer.folder.path else f"--checkpoint {path}`"
-    )
+_BEGINS = {"--resume": 0, "--checkpoint": 1}  # options of how a run begins -> words that follow
+
+
+def _how_to_go_on(
+    trainer: NativePPOTrainer, symbols: list[str], symbol: str, path: Path, command: str
+) -> str:
+    "The command that goes on with a run: the one that began it, for another seed or budget would be another run."
+    words = shlex.split(command)
+    if words[:2] != ["trading-lib", "train"]:
+        words = ["trading-lib", "train", symbol]
+    for option, follow in _BEGINS.items():
+        while option in words:
+            at = words.index(option)
+            del words[at : at + 1 + follow]
+    words[2:] = [symbol, *(word for word in words[2:] if word not in symbols)]
+    begins = ["--resume"] if path.parent == trainer.folder.path else ["--checkpoint", str(path)]
+    return f"`{shlex.join([*words, *begins])}`"
 
 # %% ../../nbs/09_pipeline/05_train.ipynb #503030e8
 def _keep_model(paths: Artefacts, best: dict, last: dict, command: str) -> Path:
@@ -431,14 +445,14 @@ def _check_room(trainer: NativePPOTrainer, paths: Artefacts):
     "What a run will write fits on the disk now: not after hours."
     folder = next(folder for folder in (paths.kept, *paths.kept.parents) if folder.exists())
     weights = sum(p.numel() * p.element_size() for p in trainer.policy.parameters())
-    needed, free = (
-        5 * 3 * weights,
-        shutil.disk_usage(folder).free,
-    )  # two checkpoints, the best, the model twice; two moments to a weight
-    require(
-        free > needed,
-        f"{folder}: {memory_text(free)} free on its disk; a run of this network writes about {memory_text(needed)}: free some space, or take a smaller network",
-    )
+    checkpoint = checkpoint_size(trainer.content()) + 2 * weights  # Adam's moments come with the first update
+    needed = 5 * checkpoint  # two checkpoints, the best, the model twice
+    free = shutil.disk_usage(folder).free
+    if free <= needed:
+        raise InputError(
+            f"{folder}: {memory_text(free)} free on its disk; a run of this network writes about"
+            f" {memory_text(needed)}: free some space, or take a smaller network"
+        )
 
 
 def train_symbol(
@@ -497,12 +511,12 @@ def _train_alone(parameters, symbol, paths, command, resumes, checkpoint, progre
     try:
         stopped = run_until_stopped(trainer, command)
         if stopped is None:
-            _finish(trainer, symbol, paths, command, own, alone)
+            _finish(trainer, parameters.symbols, symbol, paths, command, own, alone)
     finally:
         if alone:
             enter_trials(trainer)  # an interrupted run has looked at checkpoints too
     if stopped is not None:
-        line = f"stopped after update {trainer.update} of {trainer.updates}; saved {stopped}; go on with {_how_to_go_on(trainer, symbol, stopped)}"
+        line = f"stopped after update {trainer.update} of {trainer.updates}; saved {stopped}; go on with {_how_to_go_on(trainer, parameters.symbols, symbol, stopped, command)}"
         say(line)
         if unread(trainer):
             with suppress(OSError):
@@ -521,7 +535,15 @@ def _what_there_is(paths: Artefacts) -> str:
     return "".join(f"; {one}" for one in said)
 
 
-def _finish(trainer: NativePPOTrainer, symbol: str, paths: Artefacts, command: str, own: bool, alone: bool):
+def _finish(
+    trainer: NativePPOTrainer,
+    symbols: list[str],
+    symbol: str,
+    paths: Artefacts,
+    command: str,
+    own: bool,
+    alone: bool,
+):
     "Write what a complete run leaves; where there is no room, something to go on from."
     content = trainer.content()  # of all processes together
     if not alone:
@@ -531,7 +553,7 @@ def _finish(trainer: NativePPOTrainer, symbol: str, paths: Artefacts, command: s
     except OSError as e:
         path = _save_state(trainer, content, command)
         raise InputError(
-            f"{e}; the run is complete, and its state saved as {path}: free some space, then {_how_to_go_on(trainer, symbol, path)} writes the model"
+            f"{e}; the run is complete, and its state saved as {path}: free some space, then {_how_to_go_on(trainer, symbols, symbol, path, command)} writes the model"
         ) from None
 
 
