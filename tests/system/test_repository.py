@@ -36,6 +36,8 @@ CORE = {
     "files",
     "market.layouts",
     "version",
+    "measures.equity",
+    "measures.luck",
     "metrics",
     "account",
     "env",
