@@ -465,7 +465,7 @@ def _trials(arguments):
 
 def _history(arguments):
     from trading_lib.config import path_symbol, project_root
-    from trading_lib.ledger import format_history, index_path, index_runs, symbol_history
+    from trading_lib.reporting.registry import format_history, index_path, index_runs, symbol_history
 
     path = index_path(project_root())
     symbols = [path_symbol(s) for s in arguments.symbols] or sorted(
@@ -490,14 +490,9 @@ def _deploy(arguments):
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import parameters_path, project_root, require
     from trading_lib.data.simulation import simulated_bars
-    from trading_lib.ledger import (
-        _parsed,
-        comparable_trials,
-        gather_ledgers,
-        load_deploy_zip,
-        write_deploy_zip,
-    )
+    from trading_lib.ledger import comparable_trials, gather_ledgers
     from trading_lib.pipeline.project import artefacts
+    from trading_lib.reporting.registry import json_table, load_deploy_zip, write_deploy_zip
     from trading_lib.training.config import training_budget
 
     parameters = load_parameters()
@@ -512,7 +507,7 @@ def _deploy(arguments):
         name: path.read_bytes() for name, path in files.items()
     }  # read once: what is checked is what is packed
     said, judged = (
-        _parsed(files[name], str(paths.report / name)) for name in ("verdict.json", "metrics.json")
+        json_table(files[name], str(paths.report / name)) for name in ("verdict.json", "metrics.json")
     )
     gather_ledgers(project_root())
     require(

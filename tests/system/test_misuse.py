@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_ledgers import trial
 from test_backtest import FITTED, backtest, simulated, small_trainer
-from test_ledger import trial
 
 from trading_lib.backtest import run_backtest
 from trading_lib.bars import write_bars
@@ -18,7 +18,8 @@ from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.cli import main
 from trading_lib.config import AccountConfig, InputError, parse_parameters
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
-from trading_lib.ledger import ledger_path, load_deploy_zip, read_trials, record_trials
+from trading_lib.ledger import ledger_path, read_trials, record_trials
+from trading_lib.reporting.registry import load_deploy_zip
 from trading_lib.reporting.verdict import assess
 from trading_lib.trainer import NativePPOTrainer
 from trading_lib.walk_forward import Fold, check_folds, walk_forward_folds

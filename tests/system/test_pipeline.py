@@ -22,12 +22,12 @@ from trading_lib.checkpoint import inspect_checkpoint, load_checkpoint
 from trading_lib.env import MarketData
 from trading_lib.ledger import (
     index_path,
-    index_runs,
     ledger_path,
     ledger_summary,
     project_trials,
     read_trials,
 )
+from trading_lib.reporting.registry import index_runs
 from trading_lib.sources import simulate_bars
 
 ROOT = Path(__file__).resolve().parents[2]
