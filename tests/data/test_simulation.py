@@ -828,7 +828,7 @@ def test_one_rule_says_whether_bars_are_simulated(symbol, source, simulated):
     from types import SimpleNamespace
 
     from trading_lib.ledger import run_trials
-    from trading_lib.reporting.verdict import is_simulated
+    from trading_lib.evaluation.comparison import is_simulated
 
     data = {"source": source, "sha256": "0" * 64, "first": "2024-01-01", "last": "2024-02-01"}
     looked = {"update": 1, "sharpe_per_bar": 0.1, "bars": 9, "days": [], "returns": []}

@@ -20,27 +20,24 @@ import pytest
 import torch
 from skfolio.model_selection import CombinatorialPurgedCV
 
-from trading_lib.backtest import run_backtest
+from trading_lib.backtest import run_backtest, training_span
 from trading_lib.checkpoint import save_checkpoint
 from trading_lib.config import AccountConfig, InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data, split_bounds
 from trading_lib.features import fit_features
 from trading_lib.metrics import block_bootstrap_interval, sharpe_ratio
+from trading_lib.reporting.walk_forward import plot_walk_forward, summary_rows, write_walk_forward
 from trading_lib.sources import simulate_market
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 from trading_lib.walk_forward import (
     Fold,
     WalkForwardResult,
-    _summary_rows,
     chain_curves,
     check_folds,
     combinatorial_paths,
     combinatorial_purged_folds,
-    plot_walk_forward,
-    training_span,
     walk_forward,
     walk_forward_folds,
-    write_walk_forward,
 )
 
 ACCOUNT = AccountConfig(costs="conservative")
@@ -775,8 +772,8 @@ def test_bounds_that_say_nothing_are_not_written():
         made_of(np.random.default_rng(1).normal(0, 1e-4, 20_000)),
     )
     for result, says in ((wide, False), (narrow, True)):
-        rows = dict(_summary_rows(result))
-        labels = [text for label, text in _summary_rows(result) if label == "95 % interval"]
+        rows = dict(summary_rows(result))
+        labels = [text for label, text in summary_rows(result) if label == "95 % interval"]
         assert (
             ("95 % interval: too wide to say anything" in result.verdict) != says
             and ("too wide to say anything" in labels) != says

@@ -1,6 +1,5 @@
 "What a backtest is worth, in words and on a page: judgement, stress, capacity, and a report that stands alone."
 
-import html
 import json
 import math
 import re
@@ -8,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from markupsafe import escape
 from scipy.stats import norm
 from test_backtest import FITTED, TIGHT, backtest, long_run, market_of, random_list, simulated
 
@@ -140,8 +140,9 @@ def test_the_headline_names_what_is_beaten_and_what_is_not():
 @pytest.fixture
 def no_pictures(monkeypatch):
     "Words alone: pictures take seconds."
-    for name in ("plot_backtest", "plot_stress", "_image"):
-        monkeypatch.setattr(report, name, lambda *_: "")
+    for name in ("plot_backtest", "plot_stress"):
+        monkeypatch.setattr(report, name, lambda *_: None)
+    monkeypatch.setattr(report, "figure_bytes", lambda figure: b"")
 
 
 SIMULATED = {"data": {"source": "simulated", "edge": 0.1, "seed": 0}}
@@ -222,7 +223,7 @@ def test_what_no_figure_makes_up_for(no_pictures, result, verdict, words):
         said["verdict"],
         said["reasons"],
     )
-    assert f"<b>{verdict}</b>" in page and all(html.escape(line) in page for line in said["reasons"])
+    assert f"<b>{verdict}</b>" in page and all(str(escape(line)) in page for line in said["reasons"])
     simulated = said["simulated"]
     assert simulated == ("simulated bars" in said["headline"]) == ("Simulated data." in page) == (
         " simulated " in comparison_table([result], [said])

@@ -16,7 +16,7 @@ import nbformat
 import pytest
 from small_trainers import judged, plain_trainer, refusal, scripted_figures
 
-from trading_lib.reporting.figures import Curves
+from trading_lib.reporting.training_curves import Curves
 from trading_lib.training.progress import (
     PROGRESS,
     BarProgress,

@@ -55,7 +55,7 @@ from trading_lib.metrics import (
     summarise_equity,
 )
 from ..policy.factory import build_policy
-from ..reporting.pages import figure_bytes
+from ..reporting.figures import figure_bytes
 from ..reporting.verdict import SIMULATED_PASS, judge
 from ..trainer import NativePPOTrainer
 from ..training.config import COST_WARM_UP, NativePPOConfig

@@ -50,7 +50,7 @@ from .model_card import write_model_card
 from .preflight import preflight
 from .project import Artefacts, kept_models, prepared_market
 from .stopping import READER_GONE, StopRequest
-from ..reporting.figures import Curves
+from ..reporting.training_curves import Curves
 from ..seeds import SeedsTrainer
 from ..trainer import NativePPOTrainer
 from trading_lib.training.config import (
