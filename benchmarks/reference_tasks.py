@@ -41,9 +41,9 @@ import numpy as np
 import torch
 from environment import processor
 from scipy.stats import mannwhitneyu
+from tensor_env import CueRecall, TensorEnv
 
 from trading_lib.files import atomic_write
-from trading_lib.market.tensor_env import CueRecall, TensorEnv
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 from trading_lib.training.ppo import learning_rate_at
 

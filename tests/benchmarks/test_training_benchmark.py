@@ -11,11 +11,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from tensor_env import TensorEnv
 from torch.utils.flop_counter import FlopCounterMode
 
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
-from trading_lib.market.tensor_env import TensorEnv
 from trading_lib.sources import simulate_bars
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 from small_trainers import Plain, market, plain_trainer, same, trading_env, trading_trainer, weights
+from tensor_env import TensorEnv
 from test_pipeline import edit
 
 from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.cli import main
 from trading_lib.config import InputError
-from trading_lib.market.tensor_env import TensorEnv
 from trading_lib.pipeline.train import resume
 from trading_lib.policy.factory import build_policy
 from trading_lib.trainer import Diverged, NativePPOTrainer

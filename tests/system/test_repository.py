@@ -39,7 +39,13 @@ CORE = {
     "measures.equity",
     "measures.luck",
     "metrics",
+    "market.rules",
     "account",
+    "market.market_data",
+    "market.observations",
+    "market.rewards",
+    "market.step",
+    "market.episodes",
     "env",
     "policy.cache",
     "kernels.cpp",
@@ -941,7 +947,7 @@ def test_make_lab_uses_the_hook():
 def test_every_chapter_has_its_folder_of_tests():
     from changed import tests_of
 
-    assert tests_of("nbs/03_env/04_env.ipynb") == "tests/env"
+    assert tests_of("nbs/03_env/07_env.ipynb") == "tests/env"
     assert tests_of("nbs/train.ipynb") == "tests/pipeline"
     assert tests_of("tests/use/test_cli.py") == "tests/use/test_cli.py"
     assert tests_of("README.md") is None

@@ -9,11 +9,11 @@ import torch
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from tensor_env import CueRecall, TensorEnv
 
 from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.config import InputError
 from trading_lib.gymnasium_env import TradingVectorEnv
-from trading_lib.market.tensor_env import CueRecall, TensorEnv
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 
 
