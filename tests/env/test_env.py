@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections import deque
 from dataclasses import fields, replace
+from pathlib import Path
 
 import exchange_calendars
 import numpy as np
@@ -30,6 +31,7 @@ from trading_lib.market.layouts import LAYOUTS
 from trading_lib.sources import simulate_bars
 from trading_lib.version import MODEL_SPECS
 
+HERE = Path(__file__).resolve().parent
 DISTINCT = ["2.3.0", "2.6.0", "2.7.0", "5.3.0", "5.5.0", "5.6.0"]  # the six layouts
 # nearly everything at once, so that small markets show large drawdowns
 BOLD = {
@@ -1413,7 +1415,7 @@ for compiled in (False, True):
         "CXX": str(tmp_path / "g++"),
         "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
-        "PYTHONPATH": os.path.dirname(__file__),
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE, HERE.parent))),  # this file, and scalar_account
     }
     lines = subprocess.run(
         [sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=600
