@@ -1,6 +1,6 @@
-"""Simulated markets: seconds per history on one core, by recipe, asset class and timeframe, and where the time goes.
+"""Simulated markets: seconds per history on one core, by recipe, asset class and timeframe; where time goes.
 
-    python benchmarks/simulation.py            # fails if a year of 15Min crypto bars takes more than half a second
+    python benchmarks/simulation.py    # fails if a year of 15Min crypto bars takes over half a second
 
 Ratios between rows come from one run on one machine; absolute seconds depend on it.
 """
@@ -8,6 +8,7 @@ Ratios between rows come from one run on one machine; absolute seconds depend on
 import os
 import platform
 import sys
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -30,19 +31,17 @@ BUDGET = 0.5  # seconds for a year of 15Min crypto bars: 35,040
 
 
 def main():
-    print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, pandas {pd.__version__}, one core, shortest of 5"
-    )
+    print(f"{platform.processor() or platform.machine()}, one core, shortest of 5")
+    print(f"Python {platform.python_version()}, numpy {np.__version__}, pandas {pd.__version__}")
     print(f"{'':8} {'':9} {'':>7} " + " ".join(f"{recipe:>25}" for recipe in RECIPES))
     slowest = 0.0
     for asset_class, symbol in (("crypto", "SIM-USD"), ("equity", "SIMA")):
         for timeframe, span in SPANS.items():
-            bars, cells = (
-                len(simulate_market(symbol, timeframe, *span)[0]),
-                [],
-            )  # the exchange's calendar is built here, once
+            bars = len(simulate_market(symbol, timeframe, *span)[0])  # builds the exchange's calendar, once
+            cells = []
             for recipe in RECIPES:
-                seconds = best_of(lambda: simulate_market(symbol, timeframe, *span, recipe=recipe), 5)
+                simulate = partial(simulate_market, symbol, timeframe, *span, recipe=recipe)
+                seconds = best_of(simulate, 5)
                 cells.append(f"{seconds:>7.3f} s {bars / seconds:>9,.0f} bars/s")
                 if (asset_class, timeframe) == ("crypto", "15Min"):
                     slowest = max(slowest, seconds)

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from stylised_facts import log_returns, return_correlations, variance_ratio
 
 from trading_lib.account import AccountState, NextBar, account_rules, account_step
 from trading_lib.bars import bar_clock, expected_labels, timeframe_seconds
@@ -25,7 +26,6 @@ from trading_lib.data.simulation import (
     simulate_market,
     simulated_bars,
 )
-from trading_lib.data.stylised_facts import log_returns, return_correlations, variance_ratio
 from trading_lib.pipeline.project import artefacts
 from trading_lib.sources import load_with_report
 

@@ -5,11 +5,7 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-
-from trading_lib.bars import expected_labels, validate_bars
-from trading_lib.config import InputError
-from trading_lib.data.simulation import simulate_bars
-from trading_lib.data.stylised_facts import (
+from stylised_facts import (
     autocorrelation,
     fidelity_table,
     log_returns,
@@ -17,6 +13,10 @@ from trading_lib.data.stylised_facts import (
     stylised_facts,
     variance_ratio,
 )
+
+from trading_lib.bars import expected_labels, validate_bars
+from trading_lib.config import InputError
+from trading_lib.data.simulation import simulate_bars
 
 
 def bars_from(returns, timeframe="15Min", asset_class="crypto", reach=0.0, volume=None, seed=0):
