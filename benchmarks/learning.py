@@ -18,7 +18,6 @@ Numbers are kept in benchmarks/results/learning.json, one table for each precisi
 """
 
 import argparse
-import functools
 import json
 import multiprocessing
 import os
@@ -33,13 +32,13 @@ import numpy as np
 import torch
 from environment import processor
 
-from trading_lib import networks
 from trading_lib.backtest import run_backtest
 from trading_lib.config import AccountConfig
 from trading_lib.data.simulation import simulate_market
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data, split_bounds
 from trading_lib.features import fit_features
 from trading_lib.files import atomic_write
+from trading_lib.policy import multilayer
 from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training import ppo
 from trading_lib.training.config import get_auto_config
@@ -63,12 +62,17 @@ WAYS = {way: settings for ways in PARTS.values() for way, settings in ways.items
 def plain_operations():
     "Hidden layers and the loss as PyTorch makes them."
     linear = torch.nn.functional.linear
-    networks.hidden_layers = lambda x, layers: functools.reduce(
-        lambda x, layer: torch.relu(linear(x, *layer)), layers, x
-    )
-    networks.layers_and_heads = lambda x, layers, heads: [
-        linear(networks.hidden_layers(x, layers), *head) for head in heads
-    ]
+
+    def hidden_layers(x, layers):
+        for layer in layers:
+            x = torch.relu(linear(x, *layer))
+        return x
+
+    def layers_and_heads(x, layers, heads):
+        out = hidden_layers(x, layers)
+        return [linear(out, *head) for head in heads]
+
+    multilayer.hidden_layers, multilayer.layers_and_heads = hidden_layers, layers_and_heads
     ppo._is_compiled = lambda logits: False
 
 

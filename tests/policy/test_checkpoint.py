@@ -21,6 +21,7 @@ import torch
 
 from trading_lib import checkpoint as C
 from trading_lib.config import InputError
+from trading_lib.policy import archive
 from trading_lib.version import get_checkpoint_metadata
 
 
@@ -306,7 +307,7 @@ def test_files_without_a_digest(tmp_path):
 
 def sign(data: bytes) -> bytes:
     "The digest is no secret: whoever makes a file can add it."
-    data = data[:-2] + C._COMMENT_SIZE.to_bytes(2, "little")
+    data = data[:-2] + archive._COMMENT_SIZE.to_bytes(2, "little")
     return data + b"sha256:" + hashlib.sha256(data).hexdigest().encode()
 
 

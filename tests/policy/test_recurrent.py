@@ -230,7 +230,7 @@ def test_pieces_by_hand():
     # pieces: A's first two steps (0), A's last two (1), B's three (2), B's last one (3); 3 = 2 + 1
     assert (
         pieces.account.tolist() == [0, 0, 1, 1]
-        and pieces.fresh.tolist() == [False, True, True, True]
+        and pieces.begins.tolist() == [False, True, True, True]
         and pieces.last.tolist() == [1, 3]
     )
     assert [(length, which.tolist()) for length, which in pieces.chunks] == [(2, [0, 1, 2]), (1, [2, 3])]
@@ -249,7 +249,7 @@ def test_every_step_is_read_once(kind):
     ) == T * N and pieces.source.sort().values.tolist() == list(range(T * N))
     lengths = [length for length, _ in pieces.chunks]
     assert set(lengths) <= {16, 8, 4, 2, 1} and lengths == sorted(lengths, reverse=True)
-    assert len(pieces.account) == len(pieces.fresh) == int(boundaries(kind)[1:].sum()) + N
+    assert len(pieces.account) == len(pieces.begins) == int(boundaries(kind)[1:].sum()) + N
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import _count_parameters, flat_facts
+from ..checkpoint import count_parameters, flat_facts
 from ..config import require
 from ..data.simulation import simulated_bars
 from ..files import atomic_write
@@ -158,7 +158,7 @@ def model_card(
         for part, width in zip(("policy_obs_dim", "policy_n_actions"), widths)
     )
     parameters, updates = (
-        _counted(_count_parameters(state) if state else None),
+        _counted(count_parameters(state) if state else None),
         _counted(budget["update"], budget["updates"]),
     )
     span = lambda of, names=("first", "last"): (

@@ -5,82 +5,74 @@
 # %% auto #0
 __all__ = ['PolicyOutputCache', 'FirstLayerCache']
 
-# %% ../../nbs/05_policy/05_cache.ipynb #c6dd14b8
+# %% ../../nbs/05_policy/05_cache.ipynb #57a0050e
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..env import Obs
-from ..networks import FoldedInputs, NativeActorCritic
+from .folding import FoldedInputs
+from .multilayer import NativeActorCritic
 
-# %% ../../nbs/05_policy/05_cache.ipynb #fb0dfb2e
+# %% ../../nbs/05_policy/05_cache.ipynb #63ad1425
 _UNKNOWN = -1
 
 
 class PolicyOutputCache:
-    "What networks that see nothing of an account say at each bar: looked at once, all at first, or when an account first comes near it."
+    "Logits and values of networks that see nothing of an account, at each bar; each bar is looked at once."
 
     def __init__(
         self,
-        networks: list[
-            NativeActorCritic
-        ],  # one, or several that answer for equally many accounts each, one group after another
+        networks: list[NativeActorCritic],  # each answers for equally many accounts, one group after another
         inputs: FoldedInputs,  # without account columns
         bars: range,  # at which they may act
         chunk: int = 8192,  # bars at a time
-        ends: Callable[[], Tensor]
-        | None = None,  # gives the bars (n,) at which the accounts' present episodes end; None: all bars are looked at now
+        ends: Callable[[], Tensor] | None = None,  # last bars (n,) of present episodes; None: look at all now
     ):
-        self._networks, self._inputs, self._first, self._chunk, self._ends, like = (
-            networks,
-            inputs,
-            bars.start,
-            chunk,
-            ends,
-            networks[0].actor_head.weight,
-        )
-        self._logits, self._values = (
-            torch.empty(0, *shape, dtype=like.dtype, device=like.device)
-            for shape in ((networks[0].n_actions,), ())
-        )
-        self._known, self._row = (
-            0,
-            torch.full((len(networks), len(bars)), _UNKNOWN, dtype=torch.int32, device=like.device),
-        )  # answers; the row of each network's answer at each bar
+        like = networks[0].actor_head.weight
+        self._networks, self._inputs, self._ends = networks, inputs, ends
+        self._first, self._chunk, self._n_known = bars.start, chunk, 0
+        self._logits = torch.empty(0, networks[0].n_actions, dtype=like.dtype, device=like.device)
+        self._values = torch.empty(0, dtype=like.dtype, device=like.device)
+        # where logits and values of each network at each bar are
+        self._row = torch.full((len(networks), len(bars)), _UNKNOWN, dtype=torch.int32, device=like.device)
         if ends is None:
             for k in range(len(networks)):
                 self._look_at(k, torch.arange(len(bars), device=like.device))
 
     @staticmethod
-    def bytes(network: NativeActorCritic, bars: range, seen: int) -> int:
-        "Memory that one network's answers take at most where so many of the bars are looked at: they may have twice the room that they need."
+    def bytes(
+        network: NativeActorCritic,  # one of them
+        bars: range,  # at which it may act
+        seen: int,  # of the bars
+    ) -> int:  # bytes
+        "Memory of one network's outputs where so many bars are looked at: at most twice what they need."
         return 4 * (len(bars) + min(2 * seen, len(bars)) * (network.n_actions + 1))
 
     def __call__(
         self,
-        obs: Obs,
+        obs: Obs,  # of n accounts
         left: int = 0,  # steps that follow this one in the rollout
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "`evaluate` of each network for its own accounts, to rounding."
         place = (obs.index - self._first).view(len(self._networks), -1)
         row = self._row.gather(1, place)  # an error for a bar of another range
         if self._ends is not None and bool((row == _UNKNOWN).any()):
-            self._come_to(place, row == _UNKNOWN, left)
+            self._look_ahead(place, row == _UNKNOWN, left)
             row = self._row.gather(1, place)
         return self._logits.index_select(0, row.flatten()), self._values.index_select(0, row.flatten())
 
-    def _come_to(self, place: Tensor, new: Tensor, left: int):
+    def _look_ahead(self, place: Tensor, unknown: Tensor, left: int):
         "Look at the bars of accounts of whose bar nothing is known, and at those that they will come to."
-        network, now = new.nonzero()[:, 0], place[new]
-        ahead = (
-            ((self._ends() - self._first).view(new.shape)[new] - now).clamp(0, left)
-            if left
-            else torch.zeros_like(now)
-        )
+        network, now = unknown.nonzero()[:, 0], place[unknown]
+        ahead = torch.zeros_like(now)
+        if left:
+            last = (self._ends() - self._first).view(unknown.shape)[unknown]
+            ahead = (last - now).clamp(0, left)
         step, wanted = torch.arange(int(ahead.max()) + 1), torch.zeros_like(self._row, dtype=torch.bool)
-        there = step <= ahead[:, None]
-        wanted[network[:, None].expand_as(there)[there], (now[:, None] + step)[there]] = True
+        within = step <= ahead[:, None]
+        wanted[network[:, None].expand_as(within)[within], (now[:, None] + step)[within]] = True
         for k, rows in enumerate(wanted & (self._row == _UNKNOWN)):
             self._look_at(k, rows.nonzero().squeeze(1))
 
@@ -89,60 +81,56 @@ class PolicyOutputCache:
         "Let a network answer at these bars, from 0."
         if not len(bars):
             return
-        known, self._known = self._known, self._known + len(bars)
-        if self._known > len(
-            self._values
-        ):  # twice the room each time: few copies, however often somebody comes to new bars
-            room = min(max(self._known, 2 * known), self._row.numel()) - known
+        known, self._n_known = self._n_known, self._n_known + len(bars)
+        if self._n_known > len(self._values):
+            # twice the room each time: few copies, however often somebody comes to new bars
+            room = min(max(self._n_known, 2 * known), self._row.numel()) - known
             self._logits, self._values = (
                 torch.cat([v[:known], v.new_empty(room, *v.shape[1:])]) for v in (self._logits, self._values)
             )
-        rows = torch.arange(known, self._known, device=bars.device)
+        rows = torch.arange(known, self._n_known, device=bars.device)
         self._row[k, bars] = rows.int()
         for some, where in zip(bars.split(self._chunk), rows.split(self._chunk)):
-            self._logits[where], self._values[where] = self._networks[k].evaluate(
-                self._inputs.market(some + self._first)
-            )
+            inputs = self._inputs.market(some + self._first)
+            self._logits[where], self._values[where] = self._networks[k].evaluate(inputs)
 
-# %% ../../nbs/05_policy/05_cache.ipynb #680396bf
+# %% ../../nbs/05_policy/05_cache.ipynb #75c10803
 class FirstLayerCache:
-    "What the first layers make of the market at each bar; the rest is computed for each account as it acts."
+    "The market's part of the first layers at each bar; the account's is added as it acts."
 
     def __init__(
         self,
-        policy: NativeActorCritic,
+        policy: NativeActorCritic,  # with folded first layers
         inputs: FoldedInputs,  # with account columns
         bars: range,  # at which it may act
         chunk: int = 8192,  # bars at a time
     ):
         self._policy, self._inputs, self._first = policy, inputs, bars.start
-        layers = [trunk[0] for trunk in policy._trunks()]
+        layers, n_account = [trunk[0] for trunk in policy._trunks()], inputs.n_account
         chunks = torch.arange(bars.start, bars.stop, device=layers[0].bias.device).split(chunk)
         with torch.no_grad(), torch.autocast(layers[0].bias.device.type, enabled=False):
-            weight, bias = (
-                torch.cat([v.to(inputs.dtype).float() for v in values])
-                for values in ([m.weight for m in layers], [m.bias for m in layers])
-            )
-            self._products, self._account_weight = (
-                weight.new_empty(len(bars), len(bias)),
-                weight[:, -inputs.n_account :].t().contiguous(),
-            )
+            weight = torch.cat([layer.weight.to(inputs.dtype).float() for layer in layers])
+            bias = torch.cat([layer.bias.to(inputs.dtype).float() for layer in layers])
+            self._products = weight.new_empty(len(bars), len(bias))
+            self._account_weight = weight[:, -n_account:].t().contiguous()
             for rows, out in zip(chunks, self._products.split(chunk)):
-                torch.addmm(bias, inputs.market(rows).float(), weight[:, : -inputs.n_account].t(), out=out)
+                torch.addmm(bias, inputs.market(rows).float(), weight[:, :-n_account].t(), out=out)
 
     @staticmethod
-    def bytes(policy: NativeActorCritic, bars: range) -> int:
+    def bytes(
+        policy: NativeActorCritic,  # with folded first layers
+        bars: range,  # at which it may act
+    ) -> int:  # bytes
         "Memory that the products at so many bars take."
         return 4 * len(bars) * policy.hidden_dims[0] * len(policy._trunks())
 
     def __call__(
         self,
-        obs: Obs,
+        obs: Obs,  # of n accounts
         left: int = 0,  # of no use here
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "`policy.evaluate`, to rounding."
         with torch.autocast(obs.index.device.type, enabled=False):
-            first = self._products.index_select(0, obs.index - self._first).addmm_(
-                self._inputs.account(obs).float(), self._account_weight
-            )
-        return self._policy.from_products(first)
+            market = self._products.index_select(0, obs.index - self._first)
+            first = market.addmm_(self._inputs.account(obs).float(), self._account_weight)
+        return self._policy.from_first_layer(first)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EpisodePieces', 'episode_pieces', 'RecurrentActorCritic', 'estimate_recurrent']
 
-# %% ../../nbs/05_policy/03_recurrent.ipynb #e6706808
+# %% ../../nbs/05_policy/03_recurrent.ipynb #60c66600
 import math
 from collections import OrderedDict
 from typing import NamedTuple
@@ -13,25 +13,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..config import require
+from ..config import InputError
 from ..kernels.layers import rows_in_few_sizes
-from ..networks import FoldsInputs, InputLayout, _linear
+from .folding import FoldsInputs, InputLayout
+from .multilayer import orthogonal_linear
 
-# %% ../../nbs/05_policy/03_recurrent.ipynb #80f3d000
+# %% ../../nbs/05_policy/03_recurrent.ipynb #41d4e52c
 def _encoder(obs_dim: int, hidden_dim: int, dropout: float) -> nn.Sequential:
     "Linear, ReLU, layer normalisation and dropout, twice."
-    return nn.Sequential(
-        *(
-            m
-            for width in (obs_dim, hidden_dim)
-            for m in (
-                _linear(width, hidden_dim, math.sqrt(2)),
-                nn.ReLU(),
-                nn.LayerNorm(hidden_dim),
-                nn.Dropout(dropout),
-            )
-        )
-    )
+    modules = []
+    for width in (obs_dim, hidden_dim):
+        linear = orthogonal_linear(width, hidden_dim, math.sqrt(2))
+        modules += [linear, nn.ReLU(), nn.LayerNorm(hidden_dim), nn.Dropout(dropout)]
+    return nn.Sequential(*modules)
 
 
 def _gru(hidden_dim: int, n_layers: int, dropout: float) -> nn.GRU:
@@ -49,28 +43,22 @@ def _gru(hidden_dim: int, n_layers: int, dropout: float) -> nn.GRU:
 def _head(hidden_dim: int, name: str, outputs: int, gain: float) -> nn.Sequential:
     "Linear, ReLU, layer normalisation, and a last layer that is named after what it gives."
     half = hidden_dim // 2
-    return nn.Sequential(
-        OrderedDict(
-            [
-                ("hidden", _linear(hidden_dim, half, math.sqrt(2))),
-                ("relu", nn.ReLU()),
-                ("norm", nn.LayerNorm(half)),
-                (name, _linear(half, outputs, gain)),
-            ]
-        )
-    )
+    modules = OrderedDict()
+    modules["hidden"] = orthogonal_linear(hidden_dim, half, math.sqrt(2))
+    modules["relu"] = nn.ReLU()
+    modules["norm"] = nn.LayerNorm(half)
+    modules[name] = orthogonal_linear(half, outputs, gain)
+    return nn.Sequential(modules)
 
-# %% ../../nbs/05_policy/03_recurrent.ipynb #4cbe63b8
+# %% ../../nbs/05_policy/03_recurrent.ipynb #3265d106
 class EpisodePieces(NamedTuple):
     "Steps cut at the starts of episodes, and each piece into chunks whose lengths are powers of two."
 
     chunks: list  # (length, which pieces have a chunk of it), the longest first
-    source: Tensor  # (T × n,) steps in the order in which they are read: chunk length by chunk length, step by step
+    source: Tensor  # (T × n,) steps in the order in which they are read: by chunk length, step by step
     place: Tensor  # (T × n,) the inverse: when each step is read
     account: Tensor  # (pieces,) whose each one is
-    fresh: (
-        Tensor  # (pieces,) bool: it begins an episode; else it goes on from the state before the first step
-    )
+    begins: Tensor  # (pieces,) bool: an episode begins; else it goes on from the state before the first step
     last: Tensor  # (n,) the piece that ends each account's sequence
 
 
@@ -78,11 +66,8 @@ def episode_pieces(
     starts: Tensor,  # (T, n) bool: the observation is the first of its episode
 ) -> EpisodePieces:
     "Cut every account's steps where an episode starts."
-    (n_steps, n), device, starts = (
-        starts.shape,
-        starts.device,
-        starts.cpu(),
-    )  # the numbers of pieces decide what is launched
+    n_steps, n = starts.shape
+    device, starts = starts.device, starts.cpu()  # the numbers of pieces decide what is launched
     cuts = starts.clone()
     cuts[0] = True  # a piece begins there, though perhaps no episode
     account, begin = cuts.t().nonzero(as_tuple=True)  # of each piece, account by account
@@ -97,60 +82,50 @@ def episode_pieces(
         source.append(((first + torch.arange(size)[:, None]) * n + account[which]).flatten())
     source = torch.cat(source)
     last = account.bincount().cumsum(0) - 1
-    return EpisodePieces(
-        chunks, *(v.to(device) for v in (source, source.argsort(), account, starts[begin, account], last))
-    )
+    tensors = (source, source.argsort(), account, starts[begin, account], last)
+    return EpisodePieces(chunks, *(v.to(device) for v in tensors))
 
-# %% ../../nbs/05_policy/03_recurrent.ipynb #86b1b9f2
+# %% ../../nbs/05_policy/03_recurrent.ipynb #e79c2ce5
 class RecurrentActorCritic(FoldsInputs, nn.Module):
-    "Actor and critic with a memory: an encoder, gated recurrent units, an actor head of logits and a critic head of values."
+    "Actor and critic with a memory: an encoder, gated recurrent units, heads of logits and of values."
 
     def __init__(
         self,
         obs_dim: int,  # width of the flat observation
-        n_actions: int,
+        n_actions: int,  # logits
         hidden_dim: int = 256,  # width of the encoder and of the state
-        n_gru_layers: int = 2,
+        n_gru_layers: int = 2,  # one above the other
         dropout: float = 0.1,  # in training mode, which PPO never uses
-        layout: InputLayout
-        | None = None,  # None: the observation is plain numbers, nothing is folded or scaled
+        layout: InputLayout | None = None,  # None: plain numbers, nothing is folded or scaled
     ):
         super().__init__()
         for name, value, least in (("hidden_dim", hidden_dim, 2), ("n_gru_layers", n_gru_layers, 1)):
-            require(
-                int(value) == value and value >= least,
-                f"{name}: expected a whole number of {least} or more, was {value!r}",
-            )
-        require(0 <= dropout < 1, f"dropout: expected 0 or more and less than 1, was {dropout!r}")
-        self.obs_dim, self.n_actions, self.hidden_dim, self.hidden_dims, self.n_gru_layers = (
-            obs_dim,
-            n_actions,
-            hidden_dim,
-            (hidden_dim,),
-            n_gru_layers,
-        )
+            if int(value) != value or value < least:
+                raise InputError(f"{name}: expected a whole number of {least} or more, was {value!r}")
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout: expected 0 or more and less than 1, was {dropout!r}")
+        self.obs_dim, self.n_actions, self.n_gru_layers = obs_dim, n_actions, n_gru_layers
+        self.hidden_dim, self.hidden_dims = hidden_dim, (hidden_dim,)
         self._recurrent_dropout = dropout if n_gru_layers > 1 else 0.0  # it lies between layers
         self.encoder = _encoder(obs_dim, hidden_dim, dropout)
         self.gru = _gru(hidden_dim, n_gru_layers, self._recurrent_dropout)
         self.actor_head = _head(hidden_dim, "logits", n_actions, 0.01)
         self.critic_head = _head(hidden_dim, "value", 1, 1.0)
         self._fold(layout)
-        first = self.encoder[0]
-        self._input_width = (
-            first.windowed_weight.shape[1] + first.broadcast_weight.shape[1] if self.folds else obs_dim
-        )
+        self._input_width = self.encoder[0].weight.shape[1]
 
-    def _trunks(self):
+    def _trunks(self) -> list[nn.Sequential]:
         return [self.encoder]
 
-    def train(self, mode: bool = True):
-        "Dropout follows the mode; the GRU itself stays in training mode, without which cuDNN computes no gradients."
+    def train(
+        self,
+        mode: bool = True,  # dropout is on
+    ) -> "RecurrentActorCritic":
+        "Dropout follows the mode; the GRU stays in training mode, without which cuDNN computes no gradients."
         super().train(mode)
         self.gru.train()
         self.gru.dropout = self._recurrent_dropout if mode else 0.0
         return self
-
-    # -- parts -----------------------------------------------------------------------------------------------------
 
     def _encode(self, x: Tensor) -> Tensor:
         return self.encoder(rows_in_few_sizes(x))[: len(x)].to(self.critic_head.value.weight.dtype)
@@ -163,23 +138,22 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
     def _heads(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         # bf16 products come back in the weights' own precision
         rows, n = rows_in_few_sizes(hidden), len(hidden)
-        return self.actor_head(rows)[:n].to(hidden.dtype), self.critic_head(rows)[:n].to(
-            hidden.dtype
-        ).squeeze(-1)
+        logits, values = (head(rows)[:n].to(hidden.dtype) for head in (self.actor_head, self.critic_head))
+        return logits, values.squeeze(-1)
 
-    def _check(self, x: Tensor, state: Tensor, n_dims: int):
-        words = {2: "(accounts, inputs)", 3: "(steps, accounts, inputs)"}[n_dims]
-        require(
-            x.ndim == n_dims and x.shape[-1] == self._input_width and x.numel() > 0,
-            f"x: expected shape {words} with {self._input_width} inputs, as `inputs` returns them, was {tuple(x.shape)}",
-        )
+    def _check(self, x: Tensor, state: Tensor, words: str):
+        "An error where inputs or state have another shape than these words say."
+        if x.ndim != words.count(",") + 1 or x.shape[-1] != self._input_width or x.numel() == 0:
+            raise InputError(
+                f"x: expected shape {words} with {self._input_width} inputs, as `inputs` returns them, "
+                f"was {tuple(x.shape)}"
+            )
         expected = (self.n_gru_layers, x.shape[-2], self.hidden_dim)
-        require(
-            tuple(state.shape) == expected,
-            f"state: expected shape (layers, accounts, hidden) = {expected}, was {tuple(state.shape)}; begin with `initial_state`",
-        )
-
-    # -- use -------------------------------------------------------------------------------------------------------
+        if tuple(state.shape) != expected:
+            raise InputError(
+                f"state: expected shape (layers, accounts, hidden) = {expected}, was {tuple(state.shape)}; "
+                "begin with `initial_state`"
+            )
 
     def initial_state(
         self,
@@ -188,17 +162,16 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
     ) -> Tensor:  # (n_gru_layers, n, hidden_dim)
         "What is remembered before the first observation: nothing."
         like = self.critic_head.value.weight
-        return torch.zeros(
-            self.n_gru_layers, n, self.hidden_dim, device=device or like.device, dtype=like.dtype
-        )
+        shape = (self.n_gru_layers, n, self.hidden_dim)
+        return torch.zeros(shape, device=device or like.device, dtype=like.dtype)
 
     def evaluate_step(
         self,
         x: Tensor,  # (n, width) what `inputs` returned
-        state: Tensor,  # (n_gru_layers, n, hidden_dim) before the observation; zero where it is the first of its episode
+        state: Tensor,  # (n_gru_layers, n, hidden_dim) before the observation; zero where an episode begins
     ) -> tuple[Tensor, Tensor, Tensor]:  # logits (n, n_actions), values (n,), state after the observation
-        "Policy and value of one observation of each account."
-        self._check(x, state, 2)
+        "Policy and value of one observation of each account; InputError where a shape does not fit."
+        self._check(x, state, "(accounts, inputs)")
         hidden, state = self._remember(self._encode(x)[None], state)
         return *self._heads(hidden[0]), state
 
@@ -206,24 +179,22 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
         self,
         x: Tensor,  # (T, n, width) what `inputs` returned, step by step
         state: Tensor,  # (n_gru_layers, n, hidden_dim) before the first step
-        starts: Tensor,  # (T, n) bool: the observation is the first of its episode, the state before it is zero
+        starts: Tensor,  # (T, n) bool: an episode begins, the state before it is zero
     ) -> tuple[Tensor, Tensor, Tensor]:  # logits (T, n, n_actions), values (T, n), state after the last step
-        "Policy and value of whole sequences at once, as `evaluate_step` would give them step by step."
-        self._check(x, state, 3)
-        require(
-            starts.shape == x.shape[:2] and starts.dtype == torch.bool,
-            f"starts: expected bool of shape {tuple(x.shape[:2])}, was {str(starts.dtype).removeprefix('torch.')} of shape {tuple(starts.shape)}",
-        )
+        "Policy and value of whole sequences, as `evaluate_step` would give them; InputError as there."
+        self._check(x, state, "(steps, accounts, inputs)")
+        if starts.shape != x.shape[:2] or starts.dtype != torch.bool:
+            given = f"{str(starts.dtype).removeprefix('torch.')} of shape {tuple(starts.shape)}"
+            raise InputError(f"starts: expected bool of shape {tuple(x.shape[:2])}, was {given}")
         pieces = episode_pieces(starts)
-        # inputs need no gradient, so they are put in order before the encoder; what is put back in order is narrow
+        # inputs need no gradient, so they are put in order before the encoder; what is put back is narrow
         encoded = self._encode(x.flatten(0, 1).index_select(0, pieces.source))
-        memory, hidden = state.index_select(1, pieces.account).masked_fill(pieces.fresh[:, None], 0.0), []
-        for (length, which), chunk in zip(
-            pieces.chunks, encoded.split([length * len(which) for length, which in pieces.chunks])
-        ):
-            out, after = self._remember(
-                chunk.unflatten(0, (length, len(which))), memory.index_select(1, which)
-            )
+        encoded = encoded.split([length * len(which) for length, which in pieces.chunks])
+        memory = state.index_select(1, pieces.account).masked_fill(pieces.begins[:, None], 0.0)
+        hidden = []
+        for (length, which), chunk in zip(pieces.chunks, encoded):
+            before = memory.index_select(1, which)
+            out, after = self._remember(chunk.unflatten(0, (length, len(which))), before)
             memory = memory.index_copy(1, which, after)
             hidden.append(out.flatten(0, 1))
         logits, values = (
@@ -232,26 +203,34 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
         )
         return logits, values, memory.index_select(1, pieces.last)
 
-# %% ../../nbs/05_policy/03_recurrent.ipynb #b60b0e53
+# %% ../../nbs/05_policy/03_recurrent.ipynb #4abe2b44
+def _linear_size(inputs: int, outputs: int) -> int:
+    return inputs * outputs + outputs
+
+
 def estimate_recurrent(
     obs_dim: int,  # width of the flat observation
-    n_actions: int,
+    n_actions: int,  # logits
     hidden_dim: int = 256,  # width of the encoder and of the state
-    n_gru_layers: int = 2,
+    n_gru_layers: int = 2,  # one above the other
 ) -> dict:  # parameters per part and in all, share of the first layer, checkpoint bytes
-    "Parameters of `RecurrentActorCritic`, counted without building it. A checkpoint holds weights and two Adam moments: 12 bytes each."
-    linear, norm, half = lambda a, b: a * b + b, lambda width: 2 * width, hidden_dim // 2
-    head = lambda outputs: linear(hidden_dim, half) + norm(half) + linear(half, outputs)
+    """Parameters of `RecurrentActorCritic`, counted without building it.
+
+    A checkpoint holds weights and two Adam moments: 12 bytes each.
+    """
+    half, square = hidden_dim // 2, _linear_size(hidden_dim, hidden_dim)
+    head = _linear_size(hidden_dim, half) + 2 * half  # without its last layer
+    first_layer = _linear_size(obs_dim, hidden_dim)
     layers = {
-        "encoder": linear(obs_dim, hidden_dim) + linear(hidden_dim, hidden_dim) + 2 * norm(hidden_dim),
-        "gru": n_gru_layers * 6 * linear(hidden_dim, hidden_dim),
-        "actor_head": head(n_actions),
-        "critic_head": head(1),
+        "encoder": first_layer + square + 4 * hidden_dim,
+        "gru": n_gru_layers * 6 * square,
+        "actor_head": head + _linear_size(half, n_actions),
+        "critic_head": head + _linear_size(half, 1),
     }
     total = sum(layers.values())
     return {
         "parameters": total,
         "layers": layers,
-        "first_layer_share": linear(obs_dim, hidden_dim) / total,
+        "first_layer_share": first_layer / total,
         "checkpoint_bytes": 12 * total,
     }
