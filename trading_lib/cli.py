@@ -45,7 +45,7 @@ def _dvc_symbol(stage: str) -> str:
 
 
 def _stage(arguments):
-    from trading_lib.pipeline.project import run_stage
+    from trading_lib.pipeline.stages import run_stage
 
     run_stage(
         arguments.name, load_parameters().listed(arguments.symbol or _dvc_symbol(arguments.name), "--symbol")
@@ -179,7 +179,8 @@ def _preflight(arguments):
     from trading_lib.bars import read_bars
     from trading_lib.env import split_bounds
     from trading_lib.pipeline.preflight import preflight
-    from trading_lib.pipeline.project import artefacts, prepared_market
+    from trading_lib.pipeline.prepare import prepared_market
+    from trading_lib.pipeline.project import artefacts
     from trading_lib.pipeline.train import make_trainer
 
     parameters = _train_parameters(arguments)
@@ -246,14 +247,8 @@ def _prepared_backtests(
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import require
     from trading_lib.env import split_bounds
-    from trading_lib.pipeline.project import (
-        artefacts,
-        asset_class_for,
-        market_truth,
-        newest_model,
-        prepared_market,
-        source_facts,
-    )
+    from trading_lib.pipeline.prepare import asset_class_for, market_truth, prepared_market, source_facts
+    from trading_lib.pipeline.project import artefacts, newest_model
 
     jobs = []
     for symbol in _symbols(arguments, parameters):
@@ -307,7 +302,7 @@ def _file_backtests(arguments, parameters) -> list[dict]:  # the same, of files 
 
     from trading_lib.checkpoint import load_checkpoint
     from trading_lib.config import AccountConfig, path_symbol, require, typed
-    from trading_lib.pipeline.project import asset_class_for
+    from trading_lib.pipeline.prepare import asset_class_for
     from trading_lib.sources import load_with_report
 
     require(arguments.model is not None, "backtest: --bars needs --model, the checkpoint that trades them")
@@ -356,7 +351,7 @@ def _backtest(arguments):
     from trading_lib.config import project_root
     from trading_lib.data.simulation import simulated_bars
     from trading_lib.ledger import comparable_trials
-    from trading_lib.pipeline.project import asset_class_for
+    from trading_lib.pipeline.prepare import asset_class_for
     from trading_lib.reporting.pages import comparison_table, write_report
     from trading_lib.reporting.verdict import assess
     from trading_lib.version import assert_compatibility
@@ -635,7 +630,7 @@ def _check_lookahead(arguments):
 
 def _data_download(arguments):
     from trading_lib.bars import path_symbol
-    from trading_lib.pipeline.project import source_options
+    from trading_lib.pipeline.prepare import source_options
     from trading_lib.sources import load_with_report
 
     given = {f"data.{name}": getattr(arguments, name) for name in _DOWNLOADED}
@@ -729,7 +724,8 @@ def _data_info(arguments):
 
 
 def _data_find(arguments):
-    from trading_lib.pipeline.project import artefacts, find_symbol, link_warning
+    from trading_lib.pipeline.prepare import find_symbol, link_warning
+    from trading_lib.pipeline.project import artefacts
 
     parameters = load_parameters()
     warning = link_warning(parameters.data.path)

@@ -878,7 +878,8 @@ def test_another_file_can_be_named_by_the_environment(tmp_path, monkeypatch):
 
 
 def test_the_home_folder_is_meant_by_a_tilde(tmp_path, monkeypatch):
-    from trading_lib.pipeline.project import artefacts, source_options
+    from trading_lib.pipeline.prepare import source_options
+    from trading_lib.pipeline.project import artefacts
 
     monkeypatch.setenv("HOME", str(tmp_path))
     p = parse_parameters({"data": {"path": "~/bars", "cache": "~/cache"}})

@@ -39,7 +39,7 @@ from trading_lib.pipeline.known_truth import (
     prove,
     summarise_proofs,
 )
-from trading_lib.pipeline.project import run_stage
+from trading_lib.pipeline.stages import run_stage
 from trading_lib.policy.factory import build_policy
 from trading_lib.sources import simulate_market
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_pipeline import edit
+from prepared import prepare
 
 from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.cli import main
@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def project(project, monkeypatch):
     monkeypatch.setenv("TRADING_LIB_PROGRESS", "quiet")
+    prepare()
     return project
 
 
@@ -186,7 +187,6 @@ def test_checkpoints_for_which_there_is_no_room_are_said_and_the_older_ones_stay
 
 def test_curves_and_reports_end_no_run(project):
     "The folder of reports is a file; the model is written all the same."
-    assert command("preflight")[0] == 0  # prepares
     shutil.rmtree(project / "reports")
     (project / "reports").write_text("in the way")
     status, out, error = command("train")

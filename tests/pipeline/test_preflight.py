@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from small_trainers import Plain, market, plain_trainer, refusal, trading_trainer
+from prepared import prepare
 from test_pipeline import edit
 
 from trading_lib.cli import main
@@ -215,6 +216,7 @@ def project(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRADING_LIB_PROGRESS", "lines")
+    prepare()
     return tmp_path
 
 

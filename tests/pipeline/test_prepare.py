@@ -10,7 +10,8 @@ import pytest
 from trading_lib.bars import COLUMNS, write_bars
 from trading_lib.config import InputError, parse_parameters
 from trading_lib.data.simulation import simulate_bars
-from trading_lib.pipeline.project import artefacts, asset_class_for, prepare_symbol, prepared_market
+from trading_lib.pipeline.prepare import asset_class_for, prepare_symbol, prepared_market
+from trading_lib.pipeline.project import artefacts
 
 ROOT = Path(__file__).resolve().parents[2]
 DAYS = simulate_bars("SIMA", "1Day", "2015-01-01", "2021-01-01", 0, 0.0)  # 1510 bars

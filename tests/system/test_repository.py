@@ -357,7 +357,7 @@ def parameters_cell(stage: str) -> dict:
 
 
 def test_the_stages_are_the_notebooks_without_a_number():
-    from trading_lib.pipeline.project import STAGES as declared
+    from trading_lib.pipeline.stages import STAGES as declared
 
     assert (
         {p.stem for p in (ROOT / "nbs").glob("*.ipynb") if not p.stem[0].isdigit()}

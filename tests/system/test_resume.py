@@ -28,7 +28,8 @@ from trading_lib.config import InputError, load_parameters
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
 from trading_lib.ledger import ledger_path, read_trials
-from trading_lib.pipeline.project import artefacts, prepare_symbol
+from trading_lib.pipeline.prepare import prepare_symbol
+from trading_lib.pipeline.project import artefacts
 from trading_lib.pipeline.train import resume
 from trading_lib.sources import simulate_bars
 from trading_lib.trainer import NativePPOTrainer

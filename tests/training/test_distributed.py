@@ -1,5 +1,6 @@
 """Two real processes, started by torchrun, that train one policy: the same update as one process with all accounts, one writer, one end, and an exact resume."""
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from prepared import prepare
 from test_pipeline import edit
 
 from trading_lib.checkpoint import load_checkpoint
@@ -352,6 +354,8 @@ def test_the_command_trains_with_two_processes(tmp_path):
             "train.total_timesteps": 2 * 8 * 32 * 6,
         },
     )
+    with contextlib.chdir(tmp_path):
+        prepare()
     command = [
         sys.executable,
         "-m",

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from prepared import prepare
 from test_pipeline import edit
 
 from trading_lib.checkpoint import load_checkpoint
@@ -345,6 +346,7 @@ def test_the_command_trains_what_train_would_and_leaves_models_alone(tmp_path, m
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRADING_LIB_PROGRESS", "quiet")
+    prepare()
     assert main(["seeds", "SIM-USD", "--seeds", "3"]) == 0
     shown, report = capsys.readouterr().out, tmp_path / "reports" / "SIM-USD_15Min" / "own"
     content = json.loads((report / "seeds.json").read_text())
@@ -405,6 +407,7 @@ def test_a_stop_ends_the_command_and_says_so(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRADING_LIB_PROGRESS", "quiet")
+    prepare()
     plain = NativePPOTrainer._learn
 
     def interrupted(self, rollout):

@@ -6,16 +6,23 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from pathlib import Path
 
 import pytest
 import torch
+from prepared import prepare
 from test_pipeline import edit
 
 from trading_lib import cli
 from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.cli import COMMANDS, main
 from trading_lib.config import PARAMETERS_VARIABLE, TrainParameters
+
+
+@pytest.fixture
+def prepared(project):
+    "The same, with its bars prepared."
+    prepare()
+    return project
 
 
 def said(capsys, *arguments) -> tuple[int, str]:
@@ -121,6 +128,8 @@ MISTAKES = {
     "--config nothing.yaml verdict": "--config: nothing.yaml: no such file",
     "verdict --config .": "is a folder",
     "verdict --config ~nobody-of-that-name/x": "no such home folder",
+    "train": "SIM-USD_15Min.npz is missing, its bars are not prepared; "
+    "run `trading-lib stage prepare --symbol SIM-USD`",
     "train SIM-USD --dropout 1 --network gru": "train.dropout: expected 0 or more and less than 1, was 1.0",
     "train --no-amp=5": "ignored explicit argument '5'",
 }
@@ -161,7 +170,7 @@ def test_any_command_takes_another_file_of_parameters(project, capsys, monkeypat
 # --- terminals and pipes ----------------------------------------------------------------------------------------------
 
 
-def test_a_terminal_without_utf_8_gets_what_it_can_show(project):
+def test_a_terminal_without_utf_8_gets_what_it_can_show(prepared):
     for arguments, status, encoding in (
         (["train", "SIM-USD"], 0, "ascii"),
         (["backtest", "S\u0420Y"], 2, "latin-1"),
@@ -210,7 +219,7 @@ def test_ctrl_c_while_the_command_is_still_loading():
 @pytest.mark.parametrize(
     "command, left", [("train", "models/runs/SIM-USD_15Min/*.pt"), ("seeds", "reports/*/own/seeds.json")]
 )
-def test_a_training_that_nobody_reads_ends_and_is_saved(project, command, left):
+def test_a_training_that_nobody_reads_ends_and_is_saved(prepared, command, left):
     "As `trading-lib train | head -1` does: after the present update, with something to go on from, and the status of SIGPIPE."
     arguments, environment = process(
         command, "SIM-USD", "--iterations", "40", "--validation-interval", "1", TRADING_LIB_PROGRESS="lines"
@@ -223,13 +232,13 @@ def test_a_training_that_nobody_reads_ends_and_is_saved(project, command, left):
         errors = running.stderr.read()
     assert running.returncode == 141 and "Traceback" not in errors, errors
     if command == "seeds":
-        assert json.loads(next(project.glob(left)).read_text())["updates"] < 40
+        assert json.loads(next(prepared.glob(left)).read_text())["updates"] < 40
     else:
         assert (
             "nobody reads the output any more: stopped after update " in errors
             and "trading-lib train SIM-USD --resume" in errors
         ), errors
-        assert len(list(project.glob(left))) >= 1 and (project / "ledger" / "SIM-USD.jsonl").exists()
+        assert len(list(prepared.glob(left))) >= 1 and (prepared / "ledger" / "SIM-USD.jsonl").exists()
         assert (
             main(
                 [
@@ -279,20 +288,21 @@ def test_trials_of_a_simulated_market_are_called_so(project, capsys):
     assert first.startswith("SIM-USD: simulated, trials 1, ") and second.startswith("TSLA: trials 1, ")
 
 
-def test_a_file_where_the_ledgers_belong_is_named(project, capsys):
-    (project / "ledger").write_text("mine\n")
+def test_a_file_where_the_ledgers_belong_is_named(prepared, capsys):
+    (prepared / "ledger").write_text("mine\n")
     for arguments in (["trials"], ["trials", "SIM-USD"], ["train", "SIM-USD"]):
         status, line = said(capsys, *arguments)
         assert (
             status == 2
             and line
-            == f"error: {project}/ledger: is no folder, and what was tried is kept in one of that name; move it out of the way"
+            == f"error: {prepared}/ledger: is no folder, and what was tried is kept in one of that name; move it out of the way"
         ), arguments
-    assert (project / "ledger").read_text() == "mine\n" and not list(project.glob("models/**/*.pt"))
+    assert (prepared / "ledger").read_text() == "mine\n" and not list(prepared.glob("models/**/*.pt"))
 
 
 def test_few_trials_say_nothing_of_overfitting(project, capsys):
     import numpy as np
+
     from trading_lib.ledger import record_trials, run_trials
 
     days = [f"2024-01-{day:02}" for day in range(1, 29)]
@@ -416,7 +426,7 @@ def test_several_gpus_where_there_are_none(project, capsys):
     )
 
 
-def test_the_command_for_several_gpus_trains_one_policy_in_as_many_processes(project, capsys):
+def test_the_command_for_several_gpus_trains_one_policy_in_as_many_processes(prepared, capsys):
     command = cli._torchrun_command(2, ["train", "SIM-USD", "--multi-gpu", "-q"])
     assert (
         capsys.readouterr().out
@@ -426,7 +436,7 @@ def test_the_command_for_several_gpus_trains_one_policy_in_as_many_processes(pro
     assert done.returncode == 0, done.stderr[-2000:]
     (model,) = [
         path
-        for path in (project / "models").rglob("*.pt")
+        for path in (prepared / "models").rglob("*.pt")
         if "last" not in path.name and load_checkpoint(path)["processes"]
     ]
     assert len(load_checkpoint(model)["processes"]) == 2
