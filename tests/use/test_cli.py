@@ -15,6 +15,7 @@ from test_pipeline import edit
 from trading_lib import cli
 from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 from trading_lib.cli import COMMANDS, main
+from trading_lib.commands.training import torchrun_command, train_parameters
 from trading_lib.config import PARAMETERS_VARIABLE, TrainParameters
 
 
@@ -34,7 +35,7 @@ def said(capsys, *arguments) -> tuple[int, str]:
 
 def parameters(*options):
     "What `trading-lib train` would train with."
-    return cli._train_parameters(cli._chosen(["train", *options])).train
+    return train_parameters(cli._chosen(["train", *options])).train
 
 
 def process(*arguments, **environment):
@@ -51,22 +52,22 @@ def process(*arguments, **environment):
 
 
 def test_every_option_says_what_it_is_and_every_command_has_an_example(capsys):
-    for name, (text, options, _) in COMMANDS.items():
-        assert text
-        for flags, settings in options:
+    for name, command in COMMANDS.items():
+        assert command.help
+        for flags, settings in command.arguments:
             assert settings.get("help"), (name, flags)
         with pytest.raises(SystemExit) as e:
             main([*name.split(), "--help"])
         assert e.value.code == 0
         shown = " ".join(capsys.readouterr().out.split())
         assert f"Example: trading-lib {name}" in shown and "--config FILE" in shown
-        if cli.EXAMPLES.get(name):
-            cli._chosen([*name.split(), *cli.EXAMPLES[name].split()])  # its options exist
+        if command.example:
+            cli._chosen([*name.split(), *command.example.split()])  # its options exist
 
 
 def test_every_setting_of_training_has_an_option_of_its_name():
     for command in ("train", "seeds", "preflight"):
-        names = {how.get("dest"): flags for flags, how in COMMANDS[command][1]}
+        names = {how.get("dest"): flags for flags, how in COMMANDS[command].arguments}
         for f in fields(TrainParameters):
             assert f"--{f.name.replace('_', '-')}" in names[f.name], f.name
 
@@ -427,7 +428,7 @@ def test_several_gpus_where_there_are_none(project, capsys):
 
 
 def test_the_command_for_several_gpus_trains_one_policy_in_as_many_processes(prepared, capsys):
-    command = cli._torchrun_command(2, ["train", "SIM-USD", "--multi-gpu", "-q"])
+    command = torchrun_command(2, ["train", "SIM-USD", "--multi-gpu", "-q"])
     assert (
         capsys.readouterr().out
         == "running: torchrun --standalone --nproc-per-node 2 .venv/bin/trading-lib train SIM-USD -q\n"
