@@ -1,15 +1,18 @@
-"""The environment: steps per second on one core, beside two single environments from elsewhere, and whether compiled code agrees with plain code.
+"""The environment: steps per second on one core, beside two single environments from elsewhere, and
+whether compiled code agrees with plain code.
 
     python benchmarks/environment.py            # about four minutes, most of them compiling
 
-Random actions, every feature on: all rewards of v2.4.5, costs with impact, stops and targets, shorts of equity, and episodes that restart at
-all times. Ratios between rows come from one run on one machine; absolute rates depend on it.
+Random actions, every feature on: all rewards of v2.4.5, costs with impact, stops and targets, shorts of
+equity, and episodes that restart at all times. Ratios between rows come from one run on one machine;
+absolute rates depend on it.
 """
 
 import os
 import platform
 import time
 import warnings
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -29,6 +32,7 @@ ACCOUNTS = (1_024, 4_096, 8_192, 16_384, 32_768)
 WINDOWED = 1_024  # accounts whose windows are made
 WINDOW, EPISODE, BEST_OF, SECONDS = 100, 256, 20, 2.0
 COMPARED = (512, 2_100)  # accounts and steps compared, plain with compiled
+KINDS = {False: "plain", True: "compiled"}
 
 
 def processor() -> str:
@@ -52,7 +56,8 @@ def rate(step, per_call: int, repeats: int) -> float:
 
 
 def environment(market, n_envs: int, compiled: bool, **options) -> GPUVectorizedTradingEnv:
-    "Accounts in the middle of their episodes, so that restarts are spread over all steps as they are in a long run."
+    """Accounts in the middle of their episodes, so that restarts are spread over all steps as they are in a
+    long run."""
     env = GPUVectorizedTradingEnv(
         market,
         GPUEnvConfig(
@@ -127,7 +132,8 @@ def single_rate(env, n_actions: int) -> float:
 
 
 def largest_difference(market) -> tuple[float, int]:
-    "Largest difference, relative where they exceed 1, of any variable of any account, and of any reward, in a long run of plain and compiled steps, and how many restarts it had."
+    """Largest difference, relative where they exceed 1, of any variable of any account, and of any reward,
+    in a long run of plain and compiled steps, and how many restarts it had."""
     plain, compiled = (environment(market, COMPARED[0], c, observations="indices") for c in (False, True))
     largest, restarts = 0.0, 0
     for action in actions_of(plain, COMPARED[1]):
@@ -154,7 +160,9 @@ def main():
         )
     close = markets["crypto"].prices[3]
     print(
-        f"{processor()}, {os.cpu_count()} cores of which one is used, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()})"
+        f"{processor()}, {os.cpu_count()} cores of which one is used, load {os.getloadavg()[0]:.1f}; "
+        f"Python {platform.python_version()}, torch {torch.__version__} "
+        f"({torch.backends.cpu.get_cpu_capability()})"
     )
     rows = []
 
@@ -170,13 +178,14 @@ def main():
         for compiled in (False, True):
             for n in ACCOUNTS:
                 row(
-                    f"{asset_class}, {'compiled' if compiled else 'plain'}, {n:,} accounts, indices",
-                    lambda: our_rate(market, n, compiled, False),
+                    f"{asset_class}, {KINDS[compiled]}, {n:,} accounts, indices",
+                    partial(our_rate, market, n, compiled, False),
                 )
+    width = WINDOW * MODEL_SPECS["5.6.0"].n_features
     for compiled in (False, True):
         row(
-            f"crypto, {'compiled' if compiled else 'plain'}, {WINDOWED:,} accounts, windows of {WINDOW * MODEL_SPECS['5.6.0'].n_features:,}",
-            lambda: our_rate(markets["crypto"], WINDOWED, compiled, True),
+            f"crypto, {KINDS[compiled]}, {WINDOWED:,} accounts, windows of {width:,}",
+            partial(our_rate, markets["crypto"], WINDOWED, compiled, True),
         )
     reference = dict(rows).get("gym-anytrading StocksEnv, single, window 100")
     print(f"{'':58} {'steps/s':>12}" + (f" {'x gym-anytrading':>17}" if reference else ""))
@@ -189,7 +198,8 @@ def main():
             print(f"{asset_class}: plain and compiled steps are not compared: {e}")
         else:
             print(
-                f"{asset_class}: plain and compiled steps differ by {largest:.1e} at most (relative above 1) in {COMPARED[0] * COMPARED[1]:,} steps with {restarts:,} restarts"
+                f"{asset_class}: plain and compiled steps differ by {largest:.1e} at most (relative above 1) "
+                f"in {COMPARED[0] * COMPARED[1]:,} steps with {restarts:,} restarts"
             )
 
 

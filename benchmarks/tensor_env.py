@@ -1,19 +1,21 @@
-"""Any Gymnasium environment as the trainer knows environments, so that its PPO can be checked on tasks that everyone knows.
+"""Any Gymnasium environment as the trainer knows environments, so that its PPO can be checked on tasks
+that everyone knows.
 
-`trading_lib.gymnasium_env` shows our trading to other libraries; this is the way back. A trainer that only ever saw its own
-environment may be wrong in ways that its own environment hides, so `reference_tasks.py` trains it on CartPole, Acrobot and a
-memory task as well, beside stable-baselines3:
+`trading_lib.gymnasium_env` shows our trading to other libraries; this is the way back. A trainer that
+only ever saw its own environment may be wrong in ways that its own environment hides, so
+`reference_tasks.py` trains it on CartPole, Acrobot and a memory task as well, beside stable-baselines3:
 
     env = TensorEnv("CartPole-v1", 8)
     trainer = NativePPOTrainer(env, NativePPOConfig(hidden_dims=(64, 64), total_timesteps=100_000))
 
-Observations are flattened to float32, actions are counted from 0, and an environment whose episode ended has begun another
-one when `step` returns: `final_obs` is what it saw last. Returns and lengths of finished episodes are collected, each with
-the step of the whole run at which it ended.
+Observations are flattened to float32, actions are counted from 0, and an environment whose episode ended
+has begun another one when `step` returns: `final_obs` is what it saw last. Returns and lengths of
+finished episodes are collected, each with the step of the whole run at which it ended.
 
-An exact resume needs the state of every single environment. Gymnasium has no common way to ask for it. It is known here for
-Gymnasium's classic control tasks, and for environments that have `state_dict` and `load_state_dict` of their own. For all
-others `TensorEnv` has neither: a resumed run begins new episodes, and is not the run that was never interrupted.
+An exact resume needs the state of every single environment. Gymnasium has no common way to ask for it. It
+is known here for Gymnasium's classic control tasks, and for environments that have `state_dict` and
+`load_state_dict` of their own. For all others `TensorEnv` has neither: a resumed run begins new episodes,
+and is not the run that was never interrupted.
 """
 
 from functools import partial
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from trading_lib.config import InputError
 
-# --- the state of one environment -----------------------------------------------------------------------------------
+# --- the state of one environment ---------------------------------------------------------------------------
 
 # these keep no state of their own that a step depends on, but for the steps of a TimeLimit
 _TRANSPARENT = (gym.wrappers.TimeLimit, gym.wrappers.OrderEnforcing, gym.wrappers.PassiveEnvChecker)
@@ -77,7 +79,7 @@ def _restore(env: gym.Env, state: dict):
         limit._elapsed_steps = state["elapsed"]
 
 
-# --- the adapter ----------------------------------------------------------------------------------------------------
+# --- the adapter --------------------------------------------------------------------------------------------
 
 
 def _side_by_side(env, n_envs: int | None) -> VectorEnv:
@@ -90,7 +92,8 @@ def _side_by_side(env, n_envs: int | None) -> VectorEnv:
             )
         if n_envs not in (None, env.num_envs):
             raise InputError(
-                f"TensorEnv: this VectorEnv has {env.num_envs} environments, n_envs was {n_envs}; leave it out"
+                f"TensorEnv: this VectorEnv has {env.num_envs} environments, n_envs was {n_envs}; "
+                "leave it out"
             )
         return env
     if not isinstance(env, str) and not callable(env):
@@ -216,13 +219,13 @@ class TensorEnv:
         return self._obs
 
 
-# --- a task that only memory solves ---------------------------------------------------------------------------------
+# --- a task that only memory solves -------------------------------------------------------------------------
 
 
 class CueRecall(gym.Env):
-    """The first observation shows a cue; several noisy steps later the action must name it. Reward 1 where it does.
+    """The first observation shows a cue; several noisy steps later the action must name it: reward 1.
 
-    What is seen when the flag asks says nothing of the cue, so a policy without memory cannot do better than guess.
+    What is seen when the flag asks says nothing of the cue: without memory, a policy can only guess.
     """
 
     metadata = {"render_modes": []}

@@ -1,24 +1,37 @@
-"""A slow account in plain Python floats, written from the description of the rules alone, to hold the vectorised account against; and small markets made by hand.
+"""A slow account in plain Python floats, written from the description of the rules alone, to hold the
+vectorised account against; and small markets made by hand.
 
 Where the rules leave a choice, this follows what nbs/03_env/00_account says:
-- an order's value is a share of the equity at the decision's close; the room below the cap is measured there too, with the position at that close;
-- an order to buy a long, or to sell some of it, is an amount of money: value / open units at the next open, whatever that open is, rounded down to the size grid;
-- a short is stated in whole shares, counted at the decision's close and rounded down, when it is opened, added to or reduced; CLOSE flattens all of it;
-- an order that opens or adds is placed if it is worth the broker's minimum at the open, and if the money is there, with the costs of an order that were all of the market: cash for a long; for
-  a short, cash less twice what is short already (what it brought, and as much again);
-- an opposite order is at least the smallest that the broker takes (the minimum on the grid, one share of a short), and at most the position; neither minimum nor funds keep anybody from leaving;
+- an order's value is a share of the equity at the decision's close; the room below the cap is measured
+  there too, with the position at that close;
+- an order to buy a long, or to sell some of it, is an amount of money: value / open units at the next
+  open, whatever that open is, rounded down to the size grid;
+- a short is stated in whole shares, counted at the decision's close and rounded down, when it is opened,
+  added to or reduced; CLOSE flattens all of it;
+- an order that opens or adds is placed if it is worth the broker's minimum at the open, and if the money
+  is there, with the costs of an order that were all of the market: cash for a long; for a short, cash
+  less twice what is short already (what it brought, and as much again);
+- an opposite order is at least the smallest that the broker takes (the minimum on the grid, one share of
+  a short), and at most the position; neither minimum nor funds keep anybody from leaving;
 - only orders in the position's direction, or from flat, meet the cap;
-- within a bar a stop or target that the open has passed comes first and fills at the open; then the order, sized at the decision, of which an opposite one finds nothing left; then stop or
-  target inside the bar at their levels, on the position and the average entry after that order; of these a touched stop comes before a touched target;
+- within a bar a stop or target that the open has passed comes first and fills at the open; then the
+  order, sized at the decision, of which an opposite one finds nothing left; then stop or target inside
+  the bar at their levels, on the position and the average entry after that order; of these a touched stop
+  comes before a touched target;
 - a reduction leaves the average entry as it is, an addition averages by units;
-- costs never move the price: they are taken from cash, by component; each fill of one bar has the impact of its own value. Where the fee is taken in kind, a purchase pays its commission in
-  units instead, rounded to the grid; at the price of the fill they are the commission. After an order a position is a number on the grid, not a sum that is nearly one;
-- the share of the day's volume that the impact is taken on is at most 1, and a market without volume counts as 1 currency unit a day;
+- costs never move the price: they are taken from cash, by component; each fill of one bar has the impact
+  of its own value. Where the fee is taken in kind, a purchase pays its commission in units instead,
+  rounded to the grid; at the price of the fill they are the commission. After an order a position is a
+  number on the grid, not a sum that is nearly one;
+- the share of the day's volume that the impact is taken on is at most 1, and a market without volume
+  counts as 1 currency unit a day;
 - a trade runs from flat to flat; it is won if its cash flow, costs included, is above zero.
 
-Only + - * / and a square root are used, and what happens in one bar is booked at once (spendings of all fills, then the bar's costs, then cash), so the vectorised account must agree to the
-last bit. One exception: torch's square root of doubles may be a last bit off the nearest one on a CPU, and only the impact needs it. `root` says whose is taken: with `torch_root` everything
-agrees to the last bit, with `math.sqrt` to 1e-9 of a currency unit.
+Only + - * / and a square root are used, and what happens in one bar is booked at once (spendings of all
+fills, then the bar's costs, then cash), so the vectorised account must agree to the last bit. One
+exception: torch's square root of doubles may be a last bit off the nearest one on a CPU, and only the
+impact needs it. `root` says whose is taken: with `torch_root` everything agrees to the last bit, with
+`math.sqrt` to 1e-9 of a currency unit.
 """
 
 import math
@@ -208,10 +221,13 @@ class ScalarAccount:
         daily_dollar_volume=1e12,
         can_fill=True,
     ):
-        "Decide at `close`, fill at the next open, protect before and after, mark at the bar's `last`; returns what was ordered, and where the last exit was."
+        """Decide at `close`, fill at the next open, protect before and after, mark at the bar's `last`;
+        returns what was ordered, and where the last exit was."""
         held, opened = self.quantity, self.trade_cash
         self.gross += held * (open_ - close)
-        impact = lambda value: self._impact(value, daily_volatility, daily_dollar_volume)
+
+        def impact(value):
+            return self._impact(value, daily_volatility, daily_dollar_volume)
 
         passed = self._passed(open_)
         gap_paid = -held * open_ if passed else 0.0
@@ -330,7 +346,10 @@ def hand_made_market(
     segment = np.zeros(n, np.int64) if segment is None else np.asarray(segment, np.int64)
     follows = np.append(segment[1:] == segment[:-1], False)
     row = np.arange(n) - np.searchsorted(segment, segment)
-    full = lambda x: np.broadcast_to(np.asarray(x, np.float64), n).copy()
+
+    def full(x):
+        return np.broadcast_to(np.asarray(x, np.float64), n).copy()
+
     features = (
         np.random.default_rng(0).standard_normal((n, len(LAYOUTS[version].market_columns))).astype(np.float32)
     )

@@ -16,23 +16,24 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
-from .config import AccountConfig, InputError, require, typed, unknown_name
-from .env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, Obs
+from .account import AccountState
+from .config import AccountConfig, InputError, typed, unknown_name
+from .env import GPUEnvConfig, GPUVectorizedTradingEnv
 from .market.layouts import Layout
+from .market.market_data import MarketData
+from .market.observations import Obs
 
 # %% ../nbs/03_env/09_gymnasium_env.ipynb #a2c579e1
 _INF = float("inf")
-_BOUNDS = {  # (low, high) -> columns whose formula guarantees it; nothing is known of the others
-    (
-        0,
-        1,
-    ): "rsi rsi_7 session_progress adx plus_di minus_di stoch_k stoch_d p_reversal_up p_reversal_down p_continue age_volatility age_trend age_momentum "
-    "h1_rsi position_in_hour win_rate drawdown "
-    + " ".join(
-        f"{state}_{chain}"
-        for chain in ("volatility", "trend", "momentum", "macro")
-        for state in ("low", "medium", "high")
-    ),
+_STATES = " ".join(
+    f"{state}_{chain}"
+    for chain in ("volatility", "trend", "momentum", "macro")
+    for state in ("low", "medium", "high")
+)
+# (low, high) -> columns whose formula guarantees it; nothing is known of the others
+_BOUNDS = {
+    (0, 1): "rsi rsi_7 session_progress adx plus_di minus_di stoch_k stoch_d p_reversal_up p_reversal_down "
+    "p_continue age_volatility age_trend age_momentum h1_rsi position_in_hour win_rate drawdown " + _STATES,
     (-1, 1): "close_location hour_sin hour_cos weekday_sin weekday_cos month_sin month_cos cci pnl",
     (-1, 0): "williams_r",
     (
@@ -50,8 +51,8 @@ _BOUNDS_OF = {name: bounds for bounds, names in _BOUNDS.items() for name in name
 
 
 def column_bounds(
-    layout: Layout,
-) -> tuple[np.ndarray, np.ndarray]:  # lowest and highest value of each column, float32
+    layout: Layout,  # of n_features columns
+) -> tuple[np.ndarray, np.ndarray]:  # (n_features,) float32 lowest values; highest values
     "What a layout's columns guarantee."
     low, high = zip(*(_BOUNDS_OF.get(name, (-_INF, _INF)) for name in layout.columns))
     return np.array(low, np.float32), np.array(high, np.float32)
@@ -65,26 +66,33 @@ _SETTINGS = [f.name for f in fields(GPUEnvConfig) if f.name not in ("n_envs", "o
 @lru_cache(maxsize=4)
 def _simulated(version: str, window: int, timeframe: str, asset_class: str) -> MarketData:
     "A small simulated market, made once."
-    from trading_lib.bars import expected_labels, timeframe_seconds
+    from trading_lib.sessions import expected_labels, timeframe_seconds
     from trading_lib.sources import simulate_bars
 
     if asset_class not in _SIMULATED_SYMBOL:
         raise unknown_name("asset_class", asset_class, _SIMULATED_SYMBOL)
-    symbol, start = _SIMULATED_SYMBOL[asset_class], np.datetime64("2015-01-02", "s")
-    # equities trade a fifth of the hours of a week
-    span = (
-        (_SIMULATED_BARS + 1)
-        * timeframe_seconds(timeframe)
-        * (1 if asset_class == "crypto" else 1.5 if timeframe_seconds(timeframe) == 86_400 else 6)
-    )
-    end = expected_labels(timeframe, asset_class, start, start + np.timedelta64(int(span), "s"))[
-        _SIMULATED_BARS
-    ]
+    bar_seconds, longer = timeframe_seconds(timeframe), 1.0
+    if asset_class != "crypto":  # equities trade a fifth of the hours of a week
+        longer = 1.5 if bar_seconds == 86_400 else 6.0
+    start = np.datetime64("2015-01-02", "s")
+    stop = start + np.timedelta64(int((_SIMULATED_BARS + 1) * bar_seconds * longer), "s")
+    end = expected_labels(timeframe, asset_class, start, stop)[_SIMULATED_BARS]
+    symbol = _SIMULATED_SYMBOL[asset_class]
     bars = simulate_bars(symbol, timeframe, start, end, asset_class=asset_class)
     config = GPUEnvConfig(
         n_envs=1, version=version, window=window, timeframe=timeframe, asset_class=asset_class
     )
     return replace(GPUVectorizedTradingEnv(bars, config).market, symbol=symbol)
+
+# %% ../nbs/03_env/09_gymnasium_env.ipynb #440df388
+def _two_bars(span) -> tuple[int, int]:
+    try:
+        start, stop = (int(bar) for bar in span)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"span: expected two bars, start and stop, such as split_bounds gives, was {span!r}"
+        ) from None
+    return start, stop
 
 
 def _tensor_env(bars, fit, span, num_envs: int, device, settings: dict) -> GPUVectorizedTradingEnv:
@@ -97,24 +105,19 @@ def _tensor_env(bars, fit, span, num_envs: int, device, settings: dict) -> GPUVe
     elif isinstance(bars, (str, Path)):
         bars = MarketData.load(bars)
     if isinstance(bars, MarketData):
-        require(
-            fit is None,
-            "fit: market data carries the fit that it was made with; give fit only together with a DataFrame of bars",
-        )
+        if fit is not None:
+            raise InputError(
+                "fit: market data carries the fit that it was made with; "
+                "give fit only together with a DataFrame of bars"
+            )
         made = {name: getattr(bars, name) for name in ("version", "window", "timeframe", "asset_class")}
         config = replace(config, **{name: value for name, value in made.items() if name not in settings})
         if span is not None:
-            try:
-                start, stop = (int(bar) for bar in span)
-            except (TypeError, ValueError):
-                raise InputError(
-                    f"span: expected two bars, start and stop, such as split_bounds gives, was {span!r}"
-                ) from None
-            bars = bars.span(start, stop)
-    else:
-        require(
-            span is None,
-            "span: bars are bounded by cutting the DataFrame; give span only together with market data or its file",
+            bars = bars.span(*_two_bars(span))
+    elif span is not None:
+        raise InputError(
+            "span: bars are bounded by cutting the DataFrame; "
+            "give span only together with market data or its file"
         )
     return GPUVectorizedTradingEnv(bars, config, fit, device)
 
@@ -132,74 +135,95 @@ INFOS = {  # name -> meaning, as of the close of the bar that is seen
 }
 
 
+def _states(market: MarketData, account: AccountState, bar: torch.Tensor) -> dict[str, np.ndarray]:
+    "`INFOS` of n accounts; name -> (n,)."
+    row, (_, _, _, close, _) = bar.cpu().numpy(), market.prices
+    return {
+        "bar": row,
+        "timestamp": market.timestamp[row].astype("datetime64[ns]"),
+        "price": close[row],
+        "equity": account.equity.cpu().numpy(),
+        "position": (account.position_value / account.equity).cpu().numpy(),
+        "quantity": account.quantity.cpu().numpy(),
+        "drawdown": account.drawdown.cpu().numpy(),
+        "trades": account.trades.cpu().numpy().astype(np.int64),
+        "costs": account.costs.cpu().numpy(),
+    }
+
+
+def _line(state: dict) -> str:
+    "One account at one moment, for people."
+    time = np.datetime_as_string(state["timestamp"], unit="m").replace("T", " ")
+    position = f"position {100 * state['position']:+.1f} %"
+    return f"{time}  price {state['price']:,.2f}  {position}  equity {state['equity']:,.2f}"
+
+# %% ../nbs/03_env/09_gymnasium_env.ipynb #6f1d1434
+def _check_settings(kind: type, settings: dict, known: tuple, num_envs, render_mode):
+    "Refuse what no environment of this kind has."
+    for name in settings:
+        if name not in _SETTINGS:
+            raise unknown_name(kind.__name__, name, [*known, *_SETTINGS])
+    modes = kind.metadata["render_modes"]
+    if render_mode is not None and render_mode not in modes:
+        raise InputError(f"render_mode: expected None or {' or '.join(modes)}, was {render_mode!r}")
+    if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
+        raise InputError(f"num_envs: expected a whole number from 1, was {num_envs!r}")
+
+
+def _check_features(market: MarketData, layout: Layout, low: np.ndarray, high: np.ndarray):
+    "Refuse features that are not what their formulas allow."
+    of_market = np.isin(layout.columns, layout.market_columns)
+    inside = (market.features >= low[of_market]) & (market.features <= high[of_market])
+    bad = np.array(layout.market_columns)[~inside.all(0)]
+    if len(bad):
+        raise InputError(
+            f"market data: {', '.join(bad[:3])} is not finite or outside of what its formula allows; "
+            "make it with market_data, from validated bars"
+        )
+
+
+def _scaling(market: MarketData, n_columns: int) -> tuple[np.ndarray, np.ndarray]:
+    "Shift and scale of each column, from the fit."
+    shift, scale = (np.array(market.fit.get(key, ()), np.float32) for key in ("shift", "scale"))
+    if len(scale) != n_columns:
+        raise InputError(
+            "scaled: this market data holds no fit with a shift and a scale for each column; "
+            "make it with market_data, or leave scaled out"
+        )
+    return shift, scale
+
+# %% ../nbs/03_env/09_gymnasium_env.ipynb #169b449b
 class _Trading:
     "Spaces, infos and words of an environment with one account or many."
 
     def _build(self, bars, fit, span, num_envs, flatten, scaled, render_mode, device, settings, *known):
-        names = ["bars", "fit", "span", "flatten", "scaled", "render_mode", "device", *known, *_SETTINGS]
-        for name in settings:
-            if name not in _SETTINGS:
-                raise unknown_name(type(self).__name__, name, names)
-        modes = self.metadata["render_modes"]
-        require(
-            render_mode is None or render_mode in modes,
-            f"render_mode: expected None or {' or '.join(modes)}, was {render_mode!r}",
-        )
-        require(
-            isinstance(num_envs, (int, np.integer)) and num_envs >= 1,
-            f"num_envs: expected a whole number from 1, was {num_envs!r}",
-        )
+        known = ("bars", "fit", "span", "flatten", "scaled", "render_mode", "device", *known)
+        _check_settings(type(self), settings, known, num_envs, render_mode)
         self.render_mode = render_mode
         self.tensor_env = env = _tensor_env(bars, fit, span, int(num_envs), device, settings)
         low, high = column_bounds(env.layout)
-        market = np.isin(env.layout.columns, env.layout.market_columns)
-        table, name = env.market.features, np.array(env.layout.market_columns)
-        bad = ~((table >= low[market]) & (table <= high[market])).all(0)
-        require(
-            not bad.any(),
-            f"market data: {', '.join(name[bad][:3])} is not finite or outside of what its formula allows; make it with market_data, from validated bars",
-        )
-        shift, scale = (np.array(env.market.fit.get(key, ()), np.float32) for key in ("shift", "scale"))
-        require(
-            not scaled or len(scale) == len(low),
-            "scaled: this market data holds no fit with a shift and a scale for each column; make it with market_data, or leave scaled out",
-        )
-        self._scaling = (shift, scale) if scaled else None
-        rows = [np.tile(self._scale(bound), (env.config.window, 1)) for bound in (low, high)]
-        low, high = (b.ravel() for b in rows) if flatten else rows
-        self.single_observation_space, self.single_action_space = (
-            gym.spaces.Box(low, high, dtype=np.float32),
-            gym.spaces.Discrete(env.n_actions),
-        )
+        _check_features(env.market, env.layout, low, high)
+        self._scaling = _scaling(env.market, len(low)) if scaled else None
+        low, high = (np.tile(self._scale(bound), (env.config.window, 1)) for bound in (low, high))
+        if flatten:
+            low, high = low.ravel(), high.ravel()
+        self.single_observation_space = gym.spaces.Box(low, high, dtype=np.float32)
+        self.single_action_space = gym.spaces.Discrete(env.n_actions)
 
     def _scale(self, values: np.ndarray) -> np.ndarray:
         "As the networks of this library scale their inputs."
-        return values if self._scaling is None else (values - self._scaling[0]) * self._scaling[1]
+        if self._scaling is None:
+            return values
+        shift, scale = self._scaling
+        return (values - shift) * scale
 
     def _observations(self, obs: Obs) -> np.ndarray:  # (n, *shape of one) float32
-        windows = (
-            self.tensor_env.table.materialise(obs)
-            .cpu()
-            .numpy()
-            .reshape(len(obs.index), self.tensor_env.config.window, -1)
-        )
+        windows = self.tensor_env.table.materialise(obs).cpu().numpy()
+        windows = windows.reshape(len(obs.index), self.tensor_env.config.window, -1)
         return self._scale(windows).reshape(-1, *self.single_observation_space.shape)
 
-    def _states(self, account, bar: torch.Tensor) -> dict[str, np.ndarray]:  # name -> (n,)
-        "`INFOS`."
-        row, market = bar.cpu().numpy(), self.tensor_env.market
-        own = lambda values: values.cpu().numpy()
-        return {
-            "bar": row,
-            "timestamp": market.timestamp[row].astype("datetime64[ns]"),
-            "price": market.prices[3][row],
-            "equity": own(account.equity),
-            "position": own(account.position_value / account.equity),
-            "quantity": own(account.quantity),
-            "drawdown": own(account.drawdown),
-            "trades": own(account.trades).astype(np.int64),
-            "costs": own(account.costs),
-        }
+    def _states(self, account: AccountState, bar: torch.Tensor) -> dict[str, np.ndarray]:  # name -> (n,)
+        return _states(self.tensor_env.market, account, bar)
 
     def _components(self, infos: dict) -> dict[str, np.ndarray]:  # name -> (n,)
         "Unweighted parts of the reward."
@@ -211,38 +235,40 @@ class _Trading:
         for name in options:
             if name not in ("start", "end"):
                 raise unknown_name("reset options", name, ("start", "end"))
-        require(
-            "start" in options or "end" not in options,
-            "reset options: end needs a start as well, such as {'start': 700, 'end': 1500}",
-        )
+        if "end" in options and "start" not in options:
+            raise InputError("reset options: end needs a start as well, such as {'start': 700, 'end': 1500}")
         if seed is None:
-            seed = int(
-                self.np_random.integers(2**63)
-            )  # Gymnasium's generator: what follows a seed repeats, without any it never does
+            # Gymnasium's generator: what follows a seed repeats, without any it never does
+            seed = int(self.np_random.integers(2**63))
         obs = env.reset(seed % 2**63)
-        if "start" not in options:
-            return obs
+        return env.reset_at(*self._stated(options)) if "start" in options else obs
+
+    def _stated(self, options: dict) -> tuple[np.ndarray, np.ndarray]:  # (n_envs,) first bars; last bars
+        env = self.tensor_env
         start = self._bars(options["start"], "start")
-        end = self._bars(options["end"], "end") if "end" in options else start + env.config.episode_length
-        first, last = env.decision_bars[[0, -1]]
-        bad = ~np.isin(start, env.decision_bars)
-        require(
-            not bad.any(),
-            f"reset options: no episode can start at bar {start[bad][:1].tolist()}; expected one of decision_bars, from {first} to {last}",
-        )
-        require(
-            bool((end > start).all()),
-            f"reset options: expected an end after the start, were {options['start']!r} and {options['end'] if 'end' in options else end!r}",
-        )
-        return env.reset_at(start, end)
+        end = start + env.config.episode_length
+        if "end" in options:
+            end = self._bars(options["end"], "end")
+        bad = start[~np.isin(start, env.decision_bars)]
+        if len(bad):
+            raise InputError(
+                f"reset options: no episode can start at bar {bad[:1].tolist()}; expected one of "
+                f"decision_bars, from {env.decision_bars[0]} to {env.decision_bars[-1]}"
+            )
+        if not (end > start).all():
+            raise InputError(
+                f"reset options: expected an end after the start, were {options['start']!r} "
+                f"and {options.get('end', end)!r}"
+            )
+        return start, end
 
     def _bars(self, value, name: str) -> np.ndarray:  # (n_envs,) int64
-        bars = np.asarray(value)
-        n = self.tensor_env.n_envs
-        require(
-            bars.dtype.kind in "iu" and bars.shape in ((), (n,)),
-            f"reset options: {name}: expected a bar, the number of its row{'' if n == 1 else f', or {n} of them'}, was {value!r}",
-        )
+        bars, n = np.asarray(value), self.tensor_env.n_envs
+        if bars.dtype.kind not in "iu" or bars.shape not in ((), (n,)):
+            many = "" if n == 1 else f", or {n} of them"
+            raise InputError(
+                f"reset options: {name}: expected a bar, the number of its row{many}, was {value!r}"
+            )
         return np.broadcast_to(bars.astype(np.int64), (n,)).copy()
 
     @property
@@ -260,11 +286,6 @@ class _Trading:
         "The reward is the sum of these times `reward_components` of the infos."
         return dict(self.tensor_env.reward.weights)
 
-
-def _line(state: dict) -> str:
-    "One account at one moment, for people."
-    return f"{np.datetime_as_string(state['timestamp'], unit='m').replace('T', ' ')}  price {state['price']:,.2f}  position {100 * state['position']:+.1f} %  equity {state['equity']:,.2f}"
-
 # %% ../nbs/03_env/09_gymnasium_env.ipynb #55a3c057
 class TradingEnv(_Trading, gym.Env):
     "One account trading one symbol. Without bars, the market is simulated."
@@ -273,13 +294,15 @@ class TradingEnv(_Trading, gym.Env):
 
     def __init__(
         self,
-        bars=None,  # DataFrame of validated bars, MarketData, or the path of its .npz; None: a small simulated market
+        # DataFrame of validated bars, MarketData, or the path of its .npz; None: a small simulated market
+        bars=None,
         *,
-        fit=None,  # FeatureFit of the training span, for a DataFrame; None: fitted on these bars, which are then the training span
-        span: tuple[int, int]
-        | None = None,  # bars of market data to stay in, such as split_bounds gives; None: its own
+        # FeatureFit of the training span, for a DataFrame; None: fitted on them, which are then that span
+        fit=None,
+        # bars of market data to stay in, such as split_bounds gives; None: its own
+        span: tuple[int, int] | None = None,
         flatten: bool = False,  # observations (window × n_features,) instead of (window, n_features)
-        scaled: bool = False,  # columns shifted and scaled by the fit, to about mean 0 and deviation 1; False: as they are
+        scaled: bool = False,  # columns shifted and scaled by the fit, to about mean 0 and deviation 1
         render_mode: str | None = None,  # ansi: a line; rgb_array: a picture of the episode
         device: str | torch.device | None = None,  # where the tensors live
         **settings,  # fields of GPUEnvConfig, such as window, episode_length, reward_preset, account
@@ -298,8 +321,8 @@ class TradingEnv(_Trading, gym.Env):
         self,
         *,
         seed: int | None = None,  # makes this and all that follows repeatable
-        options: dict
-        | None = None,  # {"start": bar} begins there, {"start": bar, "end": bar} also sets the last bar
+        # {"start": bar} begins there, {"start": bar, "end": bar} also sets the last bar
+        options: dict | None = None,
     ) -> tuple[np.ndarray, dict]:  # observation, info
         "Begin an episode, at a random bar unless options say where."
         super().reset(seed=seed)
@@ -310,28 +333,29 @@ class TradingEnv(_Trading, gym.Env):
     def step(
         self,
         action: int,  # see `action_meanings`
-    ) -> tuple[
-        np.ndarray, float, bool, bool, dict
-    ]:  # observation, reward, terminated (bankrupt), truncated (end of the episode), info
+    ) -> tuple[np.ndarray, float, bool, bool, dict]:
+        # observation, reward, terminated (bankrupt), truncated (end of the episode), info
         "One bar."
-        require(self._running, "step: no episode is running; call reset() first")
-        require(
-            self.action_space.contains(action),
-            f"step: expected an action from 0 to {self.action_space.n - 1} ({', '.join(self.action_meanings)}), was {action!r}",
-        )
+        if not self._running:
+            raise InputError("step: no episode is running; call reset() first")
+        if not self.action_space.contains(action):
+            raise InputError(
+                f"step: expected an action from 0 to {self.action_space.n - 1} "
+                f"({', '.join(self.action_meanings)}), was {action!r}"
+            )
         _, reward, terminated, truncated, infos = self.tensor_env.step(torch.tensor([int(action)]))
         seen = infos["final_obs"]  # the tensors may have begun another episode already
         self._running = not (terminated.item() or truncated.item())
-        info = self._tell(self._states(infos["account"], seen.index)) | {
-            "reward_components": {name: float(values[0]) for name, values in self._components(infos).items()}
-        }
+        info = self._tell(self._states(infos["account"], seen.index))
+        info["reward_components"] = {name: float(v[0]) for name, v in self._components(infos).items()}
         return self._observations(seen)[0], reward.item(), terminated.item(), truncated.item(), info
 
     def render(self) -> str | np.ndarray | None:
         "The account now, as the render mode has it."
         if self.render_mode is None:
             return None
-        require(self._state is not None, "render: no episode has begun; call reset() first")
+        if self._state is None:
+            raise InputError("render: no episode has begun; call reset() first")
         return _line(self._state) if self.render_mode == "ansi" else self._picture()
 
     def _picture(self) -> np.ndarray:  # (height, width, 3) uint8
@@ -340,13 +364,11 @@ class TradingEnv(_Trading, gym.Env):
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(6, 4.5), dpi=80, layout="tight")
-        canvas, time = FigureCanvasAgg(figure), [state["timestamp"] for state in self._episode]
-        for axis, name in zip(figure.subplots(3, sharex=True), ("price", "position", "equity")):
-            axis.plot(
-                time,
-                [state[name] for state in self._episode],
-                drawstyle="steps-post" if name == "position" else None,
-            )
+        canvas = FigureCanvasAgg(figure)
+        time = [state["timestamp"] for state in self._episode]
+        styles = {"price": None, "position": "steps-post", "equity": None}
+        for axis, (name, style) in zip(figure.subplots(len(styles), sharex=True), styles.items()):
+            axis.plot(time, [state[name] for state in self._episode], drawstyle=style)
             axis.set_ylabel(name)
         axis.tick_params("x", rotation=20)
         figure.suptitle(_line(self._state), fontsize=9)
@@ -355,41 +377,42 @@ class TradingEnv(_Trading, gym.Env):
 
 # %% ../nbs/03_env/09_gymnasium_env.ipynb #742e5e66
 def _masked(values: dict, mask: np.ndarray) -> dict:
-    "Infos as Gymnasium batches them, in new arrays: each with a mask of the accounts it speaks of, and nothing for the others."
+    "Infos as Gymnasium batches them, in new arrays: each with a mask of the accounts it speaks of."
     out = {}
     for name, value in values.items():
-        out[name] = (
-            _masked(value, mask) if isinstance(value, dict) else np.where(mask, value, np.zeros_like(value))
-        )
+        if isinstance(value, dict):
+            out[name] = _masked(value, mask)
+        else:
+            out[name] = np.where(mask, value, np.zeros_like(value))
         out[f"_{name}"] = mask.copy()
     return out
 
-
+# %% ../nbs/03_env/09_gymnasium_env.ipynb #39e0702d
 class TradingVectorEnv(_Trading, VectorEnv):
-    "Many accounts trading one symbol, each at its own place in the history, stepped together. Without bars, the market is simulated."
+    "Many accounts trading one symbol, stepped together. Without bars, the market is simulated."
 
     metadata = {"render_modes": ["ansi"], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(
         self,
         num_envs: int = 1,  # accounts
-        bars=None,  # DataFrame of validated bars, MarketData, or the path of its .npz; None: a small simulated market
+        # DataFrame of validated bars, MarketData, or the path of its .npz; None: a small simulated market
+        bars=None,
         *,
-        fit=None,  # FeatureFit of the training span, for a DataFrame; None: fitted on these bars, which are then the training span
-        span: tuple[int, int]
-        | None = None,  # bars of market data to stay in, such as split_bounds gives; None: its own
-        flatten: bool = False,  # observations (num_envs, window × n_features) instead of (num_envs, window, n_features)
-        scaled: bool = False,  # columns shifted and scaled by the fit, to about mean 0 and deviation 1; False: as they are
+        # FeatureFit of the training span, for a DataFrame; None: fitted on them, which are then that span
+        fit=None,
+        # bars of market data to stay in, such as split_bounds gives; None: its own
+        span: tuple[int, int] | None = None,
+        flatten: bool = False,  # observations of shape (window × n_features,) instead of (window, n_features)
+        scaled: bool = False,  # columns shifted and scaled by the fit, to about mean 0 and deviation 1
         render_mode: str | None = None,  # ansi: a line for each account
         device: str | torch.device | None = None,  # where the tensors live
         **settings,  # fields of GPUEnvConfig, such as window, episode_length, reward_preset, account
     ):
         self._build(bars, fit, span, num_envs, flatten, scaled, render_mode, device, settings, "num_envs")
         self.num_envs = int(num_envs)
-        self.observation_space, self.action_space = (
-            batch_space(space, self.num_envs)
-            for space in (self.single_observation_space, self.single_action_space)
-        )
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
 
     def _now(self) -> dict:
         return self._states(self.tensor_env.account, self.tensor_env.bar)
@@ -398,14 +421,13 @@ class TradingVectorEnv(_Trading, VectorEnv):
         self,
         *,
         seed: int | None = None,  # makes this and all that follows repeatable
-        options: dict
-        | None = None,  # {"start": bars} begins there, {"start": bars, "end": bars} also sets the last bars; one for all or one for each
+        # {"start": bars} begins there, {"start": bars, "end": bars} also sets the last bars; one for all or
+        # one for each
+        options: dict | None = None,
     ) -> tuple[np.ndarray, dict]:  # observations, infos
         "Begin all episodes, at random bars unless options say where."
-        require(
-            seed is None or isinstance(seed, (int, np.integer)),
-            f"reset: expected one seed for all accounts, a whole number, was {seed!r}",
-        )
+        if seed is not None and not isinstance(seed, (int, np.integer)):
+            raise InputError(f"reset: expected one seed for all accounts, a whole number, was {seed!r}")
         super().reset(seed=seed)
         obs = self._begin(seed, options)
         return self._observations(obs), _masked(self._now(), np.ones(self.num_envs, bool))
@@ -413,32 +435,24 @@ class TradingVectorEnv(_Trading, VectorEnv):
     def step(
         self,
         actions,  # (num_envs,) whole numbers, see `action_meanings`
-    ) -> tuple[
-        np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict
-    ]:  # observations, rewards, terminated (bankrupt), truncated (end of the episode), infos
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        # observations, rewards, terminated (bankrupt), truncated (end of the episode), infos
         "One bar for every account."
         actions = np.asarray(actions)
-        require(
-            actions.dtype.kind in "iu" and actions.shape == (self.num_envs,),
-            f"step: expected {self.num_envs} whole-number actions, was {actions.dtype} of shape {actions.shape}",
-        )
-        obs, reward, terminated, truncated, infos = self.tensor_env.step(
-            torch.as_tensor(actions.astype(np.int64))
-        )
+        if actions.dtype.kind not in "iu" or actions.shape != (self.num_envs,):
+            raise InputError(
+                f"step: expected {self.num_envs} whole-number actions, "
+                f"was {actions.dtype} of shape {actions.shape}"
+            )
+        chosen = torch.as_tensor(actions.astype(np.int64))
+        obs, reward, terminated, truncated, infos = self.tensor_env.step(chosen)
         done = (terminated | truncated).cpu().numpy()
-        components = self._components(infos)
-        out = _masked(self._now(), np.ones(self.num_envs, bool)) | _masked(
-            {"reward_components": components}, ~done
-        )
+        components = {"reward_components": self._components(infos)}
+        out = _masked(self._now(), np.ones(self.num_envs, bool)) | _masked(components, ~done)
         if done.any():
-            rows, last = torch.as_tensor(np.flatnonzero(done), device=obs.index.device), infos["final_obs"]
-            final = np.full(self.num_envs, None, dtype=object)
-            for i, seen in zip(
-                np.flatnonzero(done), self._observations(Obs(last.index[rows], last.dense[rows]))
-            ):
-                final[i] = seen
-            had = self._states(infos["account"], last.index) | {"reward_components": components}
-            out |= {"final_obs": final, "_final_obs": done.copy()} | _masked({"final_info": had}, done)
+            had = self._states(infos["account"], infos["final_obs"].index) | components
+            out |= {"final_obs": self._last_seen(infos["final_obs"], done), "_final_obs": done.copy()}
+            out |= _masked({"final_info": had}, done)
         return (
             self._observations(obs),
             reward.cpu().numpy(),
@@ -447,11 +461,21 @@ class TradingVectorEnv(_Trading, VectorEnv):
             out,
         )
 
+    def _last_seen(self, last: Obs, done: np.ndarray) -> np.ndarray:  # (num_envs,) of observations, or None
+        "What the accounts saw whose episodes are over."
+        numbers = np.flatnonzero(done)
+        rows = torch.as_tensor(numbers, device=last.index.device)
+        final = np.full(self.num_envs, None, dtype=object)
+        for i, seen in zip(numbers, self._observations(Obs(last.index[rows], last.dense[rows]))):
+            final[i] = seen
+        return final
+
     def render(self) -> tuple[str, ...] | None:
         "A line for each account."
         if self.render_mode is None:
             return None
-        require(hasattr(self.tensor_env, "bar"), "render: no episode has begun; call reset() first")
+        if not hasattr(self.tensor_env, "bar"):
+            raise InputError("render: no episode has begun; call reset() first")
         state = self._now()
         return tuple(_line({name: values[i] for name, values in state.items()}) for i in range(self.num_envs))
 

@@ -1,4 +1,5 @@
-"""Gymnasium environments on tensors: they are the plain environments and nothing else, a state goes on bit for bit, and the memory task cannot be solved without memory."""
+"""Gymnasium environments on tensors: they are the plain environments and nothing else, a state goes on
+bit for bit, and the memory task cannot be solved without memory."""
 
 from functools import partial
 
@@ -29,7 +30,7 @@ def random_actions(steps: int, n: int, n_actions: int, seed: int = 0):
     return torch.randint(n_actions, (steps, n), generator=torch.Generator().manual_seed(seed))
 
 
-# --- the plain environments, and nothing else -----------------------------------------------------------------------
+# --- the plain environments, and nothing else ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_vector_environments_are_taken_as_they_are():
     assert ended >= 6 and not hasattr(env, "load_state_dict")
 
 
-# --- going on from a state ------------------------------------------------------------------------------------------
+# --- going on from a state ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,8 @@ def test_vector_environments_are_taken_as_they_are():
     ["CartPole-v1", "Acrobot-v1", partial(gym.make, "MountainCar-v0", max_episode_steps=30), CueRecall],
 )
 def test_a_state_from_a_checkpoint_goes_on_bit_for_bit(make, tmp_path):
-    "From the middle of episodes, over several ends of them, in an environment that has gone elsewhere before."
+    """From the middle of episodes, over several ends of them, in an environment that has gone elsewhere
+    before."""
     env = TensorEnv(make, 4)
     actions = random_actions(700, 4, env.n_actions)
     env.reset(seed=3)
@@ -233,7 +235,7 @@ def test_a_state_before_the_first_episode_is_empty():
     )
 
 
-# --- the memory task ------------------------------------------------------------------------------------------------
+# --- the memory task ----------------------------------------------------------------------------------------
 
 
 def episode(seed: int, policy=lambda obs: 0, **options):
@@ -268,7 +270,8 @@ def test_a_cue_then_noise_then_the_question():
 
 
 def test_nothing_after_the_first_step_depends_on_the_cue():
-    "So an action at the question that is a function of what is seen there is independent of the cue, which is one of four with equal chances: 1 in 4 is the best."
+    """So an action at the question that is a function of what is seen there is independent of the cue,
+    which is one of four with equal chances: 1 in 4 is the best."""
     for seed in range(100):
         others = [episode(seed, cue=cue) for cue in range(4)]
         assert all(
@@ -308,7 +311,8 @@ def test_a_network_without_memory_learns_no_more_than_to_guess():
 
 
 def test_where_nothing_is_to_remember_the_same_network_wins():
-    "The flag of the question shows the cue in its place: the trainer and the adapter are not what fails above."
+    """The flag of the question shows the cue in its place: the trainer and the adapter are not what fails
+    above."""
 
     class Shown(CueRecall):
         def _observe(self):
@@ -333,7 +337,7 @@ def test_where_nothing_is_to_remember_the_same_network_wins():
     assert np.mean([won for _, won, _ in env.finished[-500:]]) > 0.95
 
 
-# --- careless use ---------------------------------------------------------------------------------------------------
+# --- careless use -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The vectorised account against a slow one in plain floats, and the rules of orders, costs and stops one by one."""
+"""The vectorised account against a slow one in plain floats, and the rules of orders, costs and stops one
+by one."""
 
 import math
 from dataclasses import fields, replace
@@ -61,7 +62,10 @@ def do(state, action, bar, rules):
         (np.array(column) for column in zip(*action)) if isinstance(action, list) else action
     )
     n = len(state.cash)
-    spread = lambda x, kind: torch.as_tensor(np.broadcast_to(np.asarray(x, kind), n).copy())
+
+    def spread(x, kind):
+        return torch.as_tensor(np.broadcast_to(np.asarray(x, kind), n).copy())
+
     return account_step(
         state, spread(direction, np.float64), spread(size, np.float64), spread(is_close, bool), bar, rules
     )
@@ -121,7 +125,8 @@ POOR = {
 
 
 def compare_with_scalar(config, asset_class, seed, steps, n, root=torch_root, rare=()):
-    "Both accounts side by side through random steps: the largest difference of any variable, and how often each thing happened. Every fill must agree."
+    """Both accounts side by side through random steps: the largest difference of any variable, and how
+    often each thing happened. Every fill must agree."""
     state, rules = start(config, asset_class, n)
     slow, path, actions = (
         [ScalarAccount.of(config, asset_class, root) for _ in range(n)],
@@ -211,13 +216,15 @@ def compare_with_scalar(config, asset_class, seed, steps, n, root=torch_root, ra
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_every_variable_equals_the_slow_account_to_the_last_bit(asset_class):
-    "15,000 random steps per asset class: broker's costs, gaps, stops, targets, empty markets, and bars at which nothing can be filled."
+    """15,000 random steps per asset class: broker's costs, gaps, stops, targets, empty markets, and bars at
+    which nothing can be filled."""
     assert compare_with_scalar(BROKER[asset_class], asset_class, 1, 300, 50) == 0
 
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_a_poor_account_equals_the_slow_one_as_well(asset_class):
-    "Where the broker refuses much: minimum, funds, a coarse grid, opposite orders that are raised to the smallest."
+    """Where the broker refuses much: minimum, funds, a coarse grid, opposite orders that are raised to the
+    smallest."""
     assert (
         compare_with_scalar(
             replace(BROKER[asset_class], **POOR[asset_class]), asset_class, 21, 200, 40, rare=("capped",)
@@ -241,7 +248,8 @@ def test_a_million_steps_equal_the_slow_account(asset_class, seed):
     "100,000 random steps a time."
     worst = compare_with_scalar(BROKER[asset_class], asset_class, 100 + seed, 500, 200)
     print(
-        f"{asset_class}, seed {seed}: 100,000 random steps, {len(STATE)} variables, largest difference {worst}"
+        f"{asset_class}, seed {seed}: 100,000 random steps, {len(STATE)} variables, "
+        f"largest difference {worst}"
     )
     assert worst == 0
 
@@ -293,7 +301,8 @@ MIXED = [
 
 
 def test_accounts_under_different_rules_step_as_if_alone():
-    "Crypto and equity, shorts and none, other stops, costs and sizes: every variable and every fill, to the last bit; and so does a settlement."
+    """Crypto and equity, shorts and none, other stops, costs and sizes: every variable and every fill, to
+    the last bit; and so does a settlement."""
     steps, n = 250, 6  # accounts per set of rules
     each = [account_rules(*which) for which in MIXED]
     stacked = stack_rules([rules for rules in each for _ in range(n)])
@@ -306,9 +315,12 @@ def test_accounts_under_different_rules_step_as_if_alone():
         random_actions(14, steps, n * len(each)),
         np.zeros((len(each), 4)),
     )
-    bar_at = lambda t, rows: NextBar(
-        *(tensor(values_at[t][rows]) for values_at in path[:7]), torch.as_tensor(path[7][t][rows])
-    )
+
+    def bar_at(t, rows):
+        return NextBar(
+            *(tensor(values_at[t][rows]) for values_at in path[:7]), torch.as_tensor(path[7][t][rows])
+        )
+
     for t in range(steps):
         choices = [CHOICES[a] for a in actions[t]]
         together, fills = do(together, choices, bar_at(t, slice(None)), stacked)
@@ -340,7 +352,8 @@ def test_accounts_under_different_rules_step_as_if_alone():
 
 
 def test_other_costs_are_all_costs_and_nothing_else():
-    "Commission, half spread, slippage and impact are scaled; half of each is charged; a scale for each account works too."
+    """Commission, half spread, slippage and impact are scaled; half of each is charged; a scale for each
+    account works too."""
     rules = account_rules(AccountConfig(costs="conservative"), "crypto")
     half = rules.with_costs(0.5)
     assert (half.commission, half.half_spread, half.slippage, half.impact) == (
@@ -383,7 +396,8 @@ def test_other_costs_are_all_costs_and_nothing_else():
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_the_books_close_at_every_step(asset_class):
-    "Cash + position + costs = initial + gross P&L, which is added up from price moves alone: open to close of what is held, close to open of what was."
+    """Cash + position + costs = initial + gross P&L, which is added up from price moves alone: open to
+    close of what is held, close to open of what was."""
     n, steps = 500, 300
     state, rules = start(BROKER[asset_class], asset_class, n)
     gross, path, actions = np.zeros(n), random_path(7, steps, n), random_actions(8, steps, n)
@@ -462,7 +476,8 @@ def test_a_round_trip_loses_exactly_the_costs(asset_class, action):
     ],
 )
 def test_presets_charge_what_the_broker_does(preset, asset_class, side):
-    "Basis points of one fill in a market so large that there is no impact; a number of one's own wins over the preset."
+    """Basis points of one fill in a market so large that there is no impact; a number of one's own wins
+    over the preset."""
     for config, expected in (
         (AccountConfig(costs=preset), side),
         (
@@ -507,7 +522,8 @@ def test_consecutive_orders_scale_in_up_to_the_cap():
 
 
 def test_the_cap_binds_when_ordering_and_at_no_other_time():
-    "A position that grows beyond the cap is left alone; an order that gaps away from the decision's price may end beyond it."
+    """A position that grows beyond the cap is left alone; an order that gaps away from the decision's price
+    may end beyond it."""
     state, rules = start(NO_EXITS, "crypto")
     for _ in range(3):
         state, _ = do(state, BUY_75, bar_of(10.0), rules)
@@ -530,7 +546,8 @@ def test_the_cap_binds_when_ordering_and_at_no_other_time():
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_an_order_never_crosses_zero(asset_class):
-    "Over random steps: the sign of a position never turns within an order, an opposite order larger than the position closes it, and crypto is never short."
+    """Over random steps: the sign of a position never turns within an order, an opposite order larger than
+    the position closes it, and crypto is never short."""
     n, steps = 1000, 120
     state, rules = start(replace(BROKER[asset_class], stop_pct=0.0, target_pct=0.0), asset_class, n)
     path, actions, flattened = random_path(9, steps, n), random_actions(10, steps, n), 0
@@ -571,7 +588,8 @@ def test_crypto_and_accounts_without_shorts_sell_only_what_they_hold():
 
 
 def test_shorts_are_whole_shares_counted_at_the_decision():
-    "78.75 at 25 is 3 shares, whatever the open; at 80 it is none; adding to, reducing and covering are whole shares too; longs are fractional."
+    """78.75 at 25 is 3 shares, whatever the open; at 80 it is none; adding to, reducing and covering are
+    whole shares too; longs are fractional."""
     state, rules = start(NO_EXITS, "equity")
     short, fills = do(state, SELL_75, bar_of(25.0, 20.0), rules)
     assert float(fills.quantity) == -3 and float(short.cash) == 1060 and float(short.equity) == 1000
@@ -618,7 +636,7 @@ def test_an_order_below_the_minimum_is_not_placed(asset_class, least):
         max_position_pct=1.0,
         initial_account_value=4.0 * least,
     )
-    for open_, fills in ((100.0, True), (100.01, True), (400.0, True)):
+    for open_ in (100.0, 100.01, 400.0):
         state, rules = start(config, asset_class)
         after, happened = do(state, BUY_25, bar_of(100.0, open_), rules)
         # the order is money: at another open it is as much, but for what the grid takes away
@@ -640,7 +658,8 @@ def test_an_order_below_the_minimum_is_not_placed(asset_class, least):
 
 
 def test_small_positions_can_always_be_left():
-    "A remainder below the minimum: CLOSE sells it, an opposite order too; a sale below the minimum becomes the smallest sale there is."
+    """A remainder below the minimum: CLOSE sells it, an opposite order too; a sale below the minimum
+    becomes the smallest sale there is."""
     rules = account_rules(replace(NO_EXITS, initial_account_value=200.0), "crypto")
     held, fills = do(AccountState.initial(rules), BUY_75, bar_of(100.0), rules)
     assert (
@@ -660,7 +679,8 @@ def test_small_positions_can_always_be_left():
 @pytest.mark.parametrize("size", [0.25, 0.5, 0.75])
 @pytest.mark.parametrize("shares,price", [(1, 70.0), (2, 35.0), (7, 11.0), (3, 25.0)])
 def test_a_short_can_always_be_closed(shares, price, size):
-    "Sold in whole shares, then the share becomes dear: orders of any size cover at least one a time, until none is left, and never one too many."
+    """Sold in whole shares, then the share becomes dear: orders of any size cover at least one a time,
+    until none is left, and never one too many."""
     state, rules = start(NO_EXITS, "equity")
     state, fills = do(state, SELL_75, bar_of(price), rules)
     assert float(fills.quantity) == -shares
@@ -680,7 +700,8 @@ def test_a_short_can_always_be_closed(shares, price, size):
     "asset_class,decimals", [("crypto", None), ("equity", None), ("crypto", 4), ("equity", 0)]
 )
 def test_every_order_and_every_position_is_on_the_grid(asset_class, decimals):
-    "Random steps: quantities have at most nine decimals, or as many as the asset takes; shorts are whole shares."
+    """Random steps: quantities have at most nine decimals, or as many as the asset takes; shorts are whole
+    shares."""
     config = replace(BROKER[asset_class], size_decimals=decimals, max_position_pct=0.9)
     n, steps = 300, 120
     state, rules = start(config, asset_class, n)
@@ -708,7 +729,8 @@ def test_every_order_and_every_position_is_on_the_grid(asset_class, decimals):
 
 
 def test_the_fee_for_buying_crypto_is_taken_in_kind():
-    "A purchase of 1.0 leaves 0.9975, and the money is that of the whole; the fee for selling it is money. Worked out with decimal fractions; equities pay money both ways."
+    """A purchase of 1.0 leaves 0.9975, and the money is that of the whole; the fee for selling it is money.
+    Worked out with decimal fractions; equities pay money both ways."""
     config = replace(
         NO_EXITS, commission_bps=25.0, safety_buffer_pct=0.0, base_alloc=0.4, max_position_pct=0.9
     )
@@ -737,7 +759,8 @@ def test_the_fee_for_buying_crypto_is_taken_in_kind():
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_nobody_buys_with_money_that_is_not_there(asset_class):
-    "All in, with costs: the last purchase is refused, and cash never falls below nothing, whatever the next open is; a long position never costs more than there is."
+    """All in, with costs: the last purchase is refused, and cash never falls below nothing, whatever the
+    next open is; a long position never costs more than there is."""
     config = replace(
         BROKER[asset_class],
         safety_buffer_pct=0.0,
@@ -773,7 +796,8 @@ def test_nobody_buys_with_money_that_is_not_there(asset_class):
 
 
 def test_a_short_needs_as_much_as_it_is_worth():
-    "Shares are counted at the decision: where they open twice as dear, 80 % of an account of 1,000 would be short 1,600, and nothing is sold."
+    """Shares are counted at the decision: where they open twice as dear, 80 % of an account of 1,000 would
+    be short 1,600, and nothing is sold."""
     config = replace(NO_EXITS, safety_buffer_pct=0.0, base_alloc=1.0, max_position_pct=0.8)
     state, rules = start(config, "equity")
     assert (
@@ -811,7 +835,8 @@ def test_a_short_needs_as_much_as_it_is_worth():
     ],
 )
 def test_stop_and_target(side, open_, high, low, last, exit_price, kind):
-    "Entered at 100: stop 2 % and target 4 % away; both in range, the stop; a gap through a level fills at the open; touching is enough."
+    """Entered at 100: stop 2 % and target 4 % away; both in range, the stop; a gap through a level fills at
+    the open; touching is enough."""
     state, rules = start(replace(FREE, initial_account_value=10_000.0), "equity")
     held, _ = do(state, BUY_75 if side == "long" else SELL_75, bar_of(100.0), rules)
     after, fills = do(held, HOLD, bar_of(100.0, float(open_), float(high), float(low), float(last)), rules)
@@ -843,7 +868,8 @@ LONG_LEAVES, SHORT_LEAVES = (
     ],
 )
 def test_what_the_open_has_passed_leaves_first(side, open_, stopped, order):
-    "Entered at 100, whatever is ordered: all of it leaves at the open. An order in its direction is a new trade with its own entry; an opposite one, or CLOSE, finds nothing left."
+    """Entered at 100, whatever is ordered: all of it leaves at the open. An order in its direction is a new
+    trade with its own entry; an opposite one, or CLOSE, finds nothing left."""
     state, rules = start(replace(FREE, initial_account_value=10_000.0), "equity")
     held, _ = do(state, BUY_75 if side == "long" else SELL_75, bar_of(100.0), rules)
     action = {"HOLD": HOLD, "BUY": BUY_75, "SELL": SELL_75, "CLOSE": CLOSE}[order]
@@ -877,7 +903,8 @@ def test_what_the_open_has_passed_leaves_first(side, open_, stopped, order):
 
 
 def test_three_fills_in_one_bar():
-    "Stopped at the open, bought again, stopped again: two trades, each with its own profit, and every fill pays."
+    """Stopped at the open, bought again, stopped again: two trades, each with its own profit, and every
+    fill pays."""
     state, rules = start(BROKER["crypto"], "crypto")
     rules = replace(rules, impact=0.0)
     held, _ = do(state, BUY_50, bar_of(100.0), rules)

@@ -1,4 +1,5 @@
-"""Three readers, one observation: environment, backtest and live builder give the same windows, in every layout, and refuse what they cannot know."""
+"""Three readers, one observation: environment, backtest and live builder give the same windows, in every
+layout, and refuse what they cannot know."""
 
 import functools
 import json
@@ -69,7 +70,10 @@ def refusal(make, *arguments, **named) -> str:
 def moved_account(n=1, seed=0):
     "Accounts in the middle of a career."
     state, random = AccountState.initial(n=n), np.random.default_rng(seed)
-    draw = lambda low, high: torch.as_tensor(random.uniform(low, high, n))
+
+    def draw(low, high):
+        return torch.as_tensor(random.uniform(low, high, n))
+
     state.equity, state.peak_equity, state.trades, state.wins = (
         draw(900, 1100),
         torch.full((n,), 1200.0, dtype=torch.float64),
@@ -87,7 +91,7 @@ def real(folder, path, timeframe, asset_class):
     return validate_bars(bars, timeframe, asset_class)[0]
 
 
-# --- one observation ------------------------------------------------------------------------------------------------
+# --- one observation ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("asset_class", MARKETS)
@@ -131,7 +135,8 @@ def one(state, i):
 @pytest.mark.parametrize("asset_class", MARKETS)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_windows_are_cut_from_the_feature_table(version, asset_class):
-    "Windowed columns run along the table, oldest bar first; broadcast ones repeat the last bar; columns of the account come from the account. By a loop over columns."
+    """Windowed columns run along the table, oldest bar first; broadcast ones repeat the last bar; columns
+    of the account come from the account. By a loop over columns."""
     table, layout, account = (
         feature_table(simulated(asset_class), version, fitted(version, asset_class), "15Min", asset_class),
         LAYOUTS[version],
@@ -225,8 +230,10 @@ def test_live_from_600_bars_is_the_backtest_on_real_bars(
         ],
         axis=0,
     )
+    column = LAYOUTS[version].columns[differences.argmax()]
     print(
-        f"{path} {timeframe} {version}: {len(ends)} tails of {AT_END} bars, largest difference {differences.max():.1e} in {LAYOUTS[version].columns[differences.argmax()]}"
+        f"{path} {timeframe} {version}: {len(ends)} tails of {AT_END} bars, "
+        f"largest difference {differences.max():.1e} in {column}"
     )
     assert len(ends) > 5 and differences.max() < 1e-4
     env = GPUVectorizedTradingEnv(
@@ -309,7 +316,7 @@ def test_precompute_is_only_a_matter_of_time():
     assert np.array_equal(lazy.get_obs_at_bar(900), backtest("5.6.0", "crypto").get_obs_at_bar(900))
 
 
-# --- segments -------------------------------------------------------------------------------------------------------
+# --- segments -----------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -320,7 +327,8 @@ def gapped():
 
 
 def test_live_never_crosses_a_gap():
-    "With 599 bars since the gap it refuses, whatever came before; with 600 it sees what a history that begins at the gap would show."
+    """With 599 bars since the gap it refuses, whatever came before; with 600 it sees what a history that
+    begins at the gap would show."""
     inference, bars = live("5.6.0", "crypto"), gapped()
     assert "needs 600 bars without a gap" in refusal(inference.build, bars[:2599]) and "was 599" in refusal(
         inference.build, bars[:2599]
@@ -367,7 +375,7 @@ def test_a_missing_exchange_session_is_a_gap():
     )
 
 
-# --- errors ---------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [0, 1, 100, 599])

@@ -1,6 +1,8 @@
-"""The environment: nothing from the future is seen, nothing crosses a border, the books close, and every reward is what the rules say.
+"""The environment: nothing from the future is seen, nothing crosses a border, the books close, and every
+reward is what the rules say.
 
-Accounts are held against the slow one of `scalar_account`, observations against windows that are cut by hand and against both builders, rewards against plain floats.
+Accounts are held against the slow one of `scalar_account`, observations against windows that are cut by
+hand and against both builders, rewards against plain floats.
 """
 
 import functools
@@ -109,7 +111,8 @@ def random_actions(seed, steps, env):
 
 
 def books_close(market, steps, n_envs, **changes):
-    "Random actions and automatic restarts; gross P&L is added up in numpy from price moves alone. The largest error of any account at any step."
+    """Random actions and automatic restarts; gross P&L is added up in numpy from price moves alone. The
+    largest error of any account at any step."""
     env = env_of(market, n_envs=n_envs, observations="indices", **changes)
     env.reset(1)
     gross, worst, restarts, moved, opening, close = (
@@ -157,7 +160,8 @@ def test_the_books_close_over_ten_million_steps():
     for asset_class in ("crypto", "equity"):
         worst = books_close(market_of(asset_class), 2500, 2048, episode_length=250)
         print(
-            f"{asset_class}: {2500 * 2048:,} random steps, largest error of cash + position + costs - initial - gross P&L: {worst:.1e} of 1,000"
+            f"{asset_class}: {2500 * 2048:,} random steps, largest error of "
+            f"cash + position + costs - initial - gross P&L: {worst:.1e} of 1,000"
         )
         assert worst < 1e-8
 
@@ -205,7 +209,8 @@ STEPS_SEEN = 24
 
 
 def seen_until(bars, cut, version, asset_class):
-    "Everything that an account could know or own until the close of the bar `cut`: tables, the windows of its last steps, orders, fills and account."
+    """Everything that an account could know or own until the close of the bar `cut`: tables, the windows of
+    its last steps, orders, fills and account."""
     market = market_data(bars, version, fitted(asset_class, version), "15Min", asset_class)
     known = [
         getattr(market, name)[: cut + 1]
@@ -254,7 +259,8 @@ def recent(asset_class):
     "version,asset_class", [(v, "crypto") for v in DISTINCT] + [("5.6.0", "equity"), ("5.3.0", "equity")]
 )
 def test_no_future_bar_moves_what_is_seen_or_owned(version, asset_class):
-    "NaN, noise and truncation after cuts beyond the fitted span: not a bit of any table, window, fill or account at or before the cut."
+    """NaN, noise and truncation after cuts beyond the fitted span: not a bit of any table, window, fill or
+    account at or before the cut."""
     assert (
         moved_by_the_future(
             recent(asset_class), [700, 833] if version in ("5.3.0", "5.6.0") else [777], version, asset_class
@@ -320,7 +326,8 @@ def test_costs_that_know_the_next_bar_are_found(monkeypatch, name):
 
 @pytest.mark.parametrize("asset_class,per_day", [("crypto", 96), ("equity", 26)])
 def test_what_impact_is_made_of_is_known_and_stays_in_its_segment(asset_class, per_day):
-    "Volatility and turnover of a day over the last five days of the same stretch, or as many bars as there are: by pandas, stretch by stretch."
+    """Volatility and turnover of a day over the last five days of the same stretch, or as many bars as
+    there are: by pandas, stretch by stretch."""
     market, bars = (
         (gap_market(), pd.concat([simulated("crypto")[:3400], simulated("crypto")[3640:]]))
         if asset_class == "crypto"
@@ -338,7 +345,8 @@ def test_what_impact_is_made_of_is_known_and_stays_in_its_segment(asset_class, p
 
 
 def test_rewards_look_ahead_and_fills_do_not():
-    "Another close of the next bar changes the mark and the reward, not the order, its fill or the cash; another next open changes the fill; a close four bars on changes the reward alone."
+    """Another close of the next bar changes the mark and the reward, not the order, its fill or the cash;
+    another next open changes the fill; a close four bars on changes the reward alone."""
     close = 100 * np.cumprod(1 + 0.004 * np.random.default_rng(0).standard_normal(40))
     base = hand_made_market(close, high=close * 1.05, low=close * 0.95)
 
@@ -356,7 +364,8 @@ def test_rewards_look_ahead_and_fills_do_not():
 
     _, reward, _, _, infos = at_ten()
     assert float(infos["fills"].quantity) * base.prices[0, 11] == pytest.approx(78.75)
-    # (row of the prices, bar): what stays the same; an order is an amount of money, so the units change with the open and the cash does not
+    # (row of the prices, bar): what stays the same; an order is an amount of money, so the units change with
+    # the open and the cash does not
     for (row, bar), same in {
         (3, 11): "quantity",
         (0, 11): "",
@@ -384,7 +393,8 @@ def gap_market():
 
 
 def walk_episodes(market, steps, allowed, n_envs=256, episode_length=64, seed=0, **changes):
-    "Bars of all steps, where each episode began, the bars after the steps, and how each ended. Decisions are made at all allowed bars, and at no other."
+    """Bars of all steps, where each episode began, the bars after the steps, and how each ended. Decisions
+    are made at all allowed bars, and at no other."""
     env = env_of(market, n_envs=n_envs, episode_length=episode_length, observations="indices", **changes)
     assert np.array_equal(env.decision_bars, np.concatenate(allowed))
     env.reset(seed)
@@ -410,7 +420,8 @@ def walk_episodes(market, steps, allowed, n_envs=256, episode_length=64, seed=0,
 
 @pytest.mark.parametrize("preset", ["v2.4.5", "equity"])
 def test_episodes_stay_in_their_segment_and_span(preset):
-    "Around a synthetic gap, in a span that ends soon after: no decision's fill, mark or reward horizon crosses the gap or the span's end, none is made in warm-up, and all of both sides is used."
+    """Around a synthetic gap, in a span that ends soon after: no decision's fill, mark or reward horizon
+    crosses the gap or the span's end, none is made in warm-up, and all of both sides is used."""
     market, horizon = gap_market().span(3200, 4300), {"v2.4.5": 4, "equity": 1}[preset]
     # bars 3400 to 3999 are the second stretch's warm-up
     allowed = np.arange(3200, 3400 - horizon), np.arange(4000, 4300 - horizon)
@@ -455,7 +466,8 @@ def test_real_episodes_never_bridge_the_gap(real_bars_folder):
 
 
 def test_starts_are_random_and_seeded():
-    "One seed, one trajectory, bit for bit; another seed, another; starts lie all over the span; what others draw changes nothing."
+    """One seed, one trajectory, bit for bit; another seed, another; starts lie all over the span; what
+    others draw changes nothing."""
     market = market_of("crypto", window=10).span(600, 3000)
 
     def run(seed):
@@ -484,7 +496,8 @@ def test_starts_are_random_and_seeded():
 
 
 def test_an_ended_episode_restarts_in_the_same_step():
-    "SAME_STEP: the observation returned belongs to the new episode and a fresh account, `final_obs` and the account in `infos` are the old one's last."
+    """SAME_STEP: the observation returned belongs to the new episode and a fresh account, `final_obs` and
+    the account in `infos` are the old one's last."""
     market = market_of("crypto", "5.3.0", 10)
     env = env_of(market, n_envs=16, episode_length=7)
     env.reset(0)
@@ -511,7 +524,8 @@ def test_an_ended_episode_restarts_in_the_same_step():
 
 
 def test_ruin_is_termination_and_time_is_truncation():
-    "A short in a share that rises eightfold is over for good; the others go on, and end when their time is up, which is something else."
+    """A short in a share that rises eightfold is over for good; the others go on, and end when their time
+    is up, which is something else."""
     close = np.concatenate([np.full(20, 1.0), np.full(20, 8.0)])
     market = hand_made_market(close, asset_class="equity")
     env = env_of(market, n_envs=3, episode_length=12, account=replace(FREE, stop_pct=0.0, target_pct=0.0))
@@ -527,7 +541,7 @@ def test_ruin_is_termination_and_time_is_truncation():
             if terminated[i] or truncated[i]
         ]
         assert not bool((terminated & truncated).any())
-    # the jump lies in bar 20: step 7 of the first two; the last step of the third, which is ruined, not out of time
+    # the jump lies in bar 20: step 7 of the first two; the last step of the third, which is ruined
     assert events == [
         (7, 0, "terminated", -400.0),
         (11, 1, "truncated", 2400.0),
@@ -539,7 +553,8 @@ def test_ruin_is_termination_and_time_is_truncation():
 
 
 def window_by_hand(table, version, i, window, columns):
-    "One observation from the table: windowed columns move along it, broadcast ones repeat the last bar, the account's own are given."
+    """One observation from the table: windowed columns move along it, broadcast ones repeat the last bar,
+    the account's own are given."""
     layout = LAYOUTS[version]
     out = np.empty((window, layout.n_features), np.float32)
     for place, (name, windowed) in enumerate(zip(layout.columns, layout.windowed)):
@@ -570,7 +585,8 @@ def own_columns(account, i, initial=1000.0, cap=0.20):
 
 
 def compare_windows(bars, version, fit, asset_class, start, steps=16, n=6, window=100):
-    "The environment's windows against the builder's, bit for bit, and against windows cut by hand, while the accounts trade."
+    """The environment's windows against the builder's, bit for bit, and against windows cut by hand, while
+    the accounts trade."""
     env = GPUVectorizedTradingEnv(
         bars,
         GPUEnvConfig(
@@ -661,7 +677,8 @@ def test_other_windows_work_as_well():
 
 @pytest.mark.parametrize("version", DISTINCT)
 def test_a_live_window_is_that_of_training(version):
-    "From `min_history` bars and the account's state alone, within 1e-4; an age may differ where two states are equally likely."
+    """From `min_history` bars and the account's state alone, within 1e-4; an age may differ where two
+    states are equally likely."""
     bars, fit, config = simulated("equity"), fitted("equity", version), BROKER["equity"]
     live = InferenceObservationBuilder(version, fit, "15Min", "equity", account_config=config)
     env = env_of(market_of("equity", version), n_envs=1)
@@ -679,7 +696,8 @@ def test_a_live_window_is_that_of_training(version):
 
 
 def test_no_builder_reaches_over_a_gap():
-    "99 bars after it there is no window yet, 100 after there is; a live decision waits for `min_history` bars."
+    """99 bars after it there is no window yet, 100 after there is; a live decision waits for `min_history`
+    bars."""
     bars = simulated("crypto")
     bars, fit = pd.concat([bars[:3400], bars[3640:]]), fitted("crypto")
     builder = BacktestObservationBuilder(bars, "5.6.0", fit, "15Min", "crypto")
@@ -720,7 +738,8 @@ def test_indices_become_the_windows_that_others_get():
 
 
 def check_session_ends(bars, fit, days):
-    "By the exchange's own calendar: no order fills across a session's end, whether it opens, closes or adds; the bar before can still trade."
+    """By the exchange's own calendar: no order fills across a session's end, whether it opens, closes or
+    adds; the bar before can still trade."""
     market = market_data(bars, "5.6.0", fit, "15Min", "equity")
     closes = set(
         pd.DatetimeIndex(
@@ -781,7 +800,8 @@ def test_no_order_is_filled_on_a_real_sessions_last_bar(real_bars_folder):
 
 
 def test_fitted_state_travels_with_the_market():
-    "Without a fit an environment takes its own bars as the training span; a later span keeps the training span's fit, and asking for one without a fit is an error."
+    """Without a fit an environment takes its own bars as the training span; a later span keeps the training
+    span's fit, and asking for one without a fit is an error."""
     bars = simulated("crypto")
     own = GPUVectorizedTradingEnv(bars[:FITTED], GPUEnvConfig(n_envs=2), None)
     given = GPUVectorizedTradingEnv(bars[:FITTED], GPUEnvConfig(n_envs=2), fitted("crypto"))
@@ -842,9 +862,16 @@ PRESETS = {  # name -> horizon, threshold, weights
 ROUND_TRIP = {"crypto": 2 * 27e-4, "equity": 2 * 2e-4}
 
 
+def clip(x, limit):
+    return max(-limit, min(limit, x))
+
+
 def test_weights_of_ones_own_take_the_place_of_the_presets():
     rules = account_rules(AccountConfig(), "crypto")
-    own = lambda weights: reward_preset("v2.4.5", "5.6.0", rules, weights).weights
+
+    def own(weights):
+        return reward_preset("v2.4.5", "5.6.0", rules, weights).weights
+
     assert own({"pnl": 0.5, "drawdown": 0, "equity": 2}) == {
         "direction": 0.35,
         "magnitude": 0.10,
@@ -888,7 +915,7 @@ def expected_rewards(market, account, preset, actions, start, typical):
     n_actions = MODEL_SPECS[market.version].n_actions
     for t, action in enumerate(actions):
         bar = start + t
-        before, paid, stops = account.equity, account.costs, account.average_entry
+        before, paid = account.equity, account.costs
         units, exit_price = scalar_step(account, market, bar, action, n_actions)
         side, _, is_close = ACTIONS[n_actions][action]
         change, volatility = account.equity / before - 1, float(market.volatility[bar])
@@ -905,7 +932,6 @@ def expected_rewards(market, account, preset, actions, start, typical):
             if variance > 1e-12
             else 0.0
         )
-        clip = lambda x, limit: max(-limit, min(limit, x))
         rows.append(
             {
                 "direction": direction,
@@ -971,7 +997,8 @@ def rough_market(asset_class, version):
 )
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_every_component_by_hand(preset, version, asset_class):
-    "Three accounts through 120 bars, each component of each step in plain floats, and their weighted sum; a policy that cannot see its drawdown pays twice for it."
+    """Three accounts through 120 bars, each component of each step in plain floats, and their weighted sum;
+    a policy that cannot see its drawdown pays twice for it."""
     market = rough_market(asset_class, version)
     env = env_of(market, n_envs=3, reward_preset=preset, account=BOLD[asset_class], observations="indices")
     weights = dict(PRESETS[preset][2])
@@ -1027,7 +1054,8 @@ def test_every_component_by_hand(preset, version, asset_class):
 
 
 def test_direction_pays_from_the_round_trip_on():
-    "54 bp for crypto at the broker's costs: a move below has no direction, one above has; HOLD, CLOSE and a sale of nothing never have."
+    """54 bp for crypto at the broker's costs: a move below has no direction, one above has; HOLD, CLOSE and
+    a sale of nothing never have."""
 
     def direction(move, action, preset="v2.4.5", asset_class="crypto", **account):
         close = np.full(30, 100.0)
@@ -1063,7 +1091,8 @@ def test_direction_pays_from_the_round_trip_on():
 @pytest.mark.parametrize("preset", ["v2.4.5", "v2.5.0"])
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_an_order_that_the_broker_refuses_is_not_rewarded(asset_class, preset):
-    "Small accounts, random actions: what asks for an order and gets none has no direction, no magnitude, no exploration and no incentive; every order that is placed is worth the minimum, or is an exit."
+    """Small accounts, random actions: what asks for an order and gets none has no direction, no magnitude,
+    no exploration and no incentive; every order that is placed is worth the minimum, or is an exit."""
     least = {"crypto": 10.0, "equity": 1.0}[asset_class]
     account = replace(BROKER[asset_class], initial_account_value=16 * least)
     env = env_of(
@@ -1100,7 +1129,8 @@ def test_an_order_that_the_broker_refuses_is_not_rewarded(asset_class, preset):
 
 @pytest.mark.parametrize("preset", ["equity", "differential_sharpe"])
 def test_a_gap_does_not_outweigh_everything(preset):
-    "A share that opens 45 % higher against a short, and one that falls by half: rewards stay within 10; ordinary bars are not touched by the bound."
+    """A share that opens 45 % higher against a short, and one that falls by half: rewards stay within 10;
+    ordinary bars are not touched by the bound."""
     close = 20 * np.cumprod(1 + 0.0025 * np.random.default_rng(0).standard_normal(300))
     close[200:] *= 1.45
     close[250:] *= 0.5
@@ -1118,7 +1148,8 @@ def test_a_gap_does_not_outweigh_everything(preset):
 
 @pytest.mark.parametrize("volume", [1e12, 2.0**53, 2.0**64, 1e25, 1e308])
 def test_one_absurd_volume_is_forgotten_with_its_window(volume):
-    "Turnover before it and from five days after it on is to the last bit what it was, and finite in between: sums are never subtracted."
+    """Turnover before it and from five days after it on is to the last bit what it was, and finite in
+    between: sums are never subtracted."""
     bars = simulated("crypto").copy()
     honest = market_of("crypto").daily_dollar_volume
     bars.iloc[2000, bars.columns.get_loc("volume")] = volume
@@ -1132,7 +1163,8 @@ def test_one_absurd_volume_is_forgotten_with_its_window(volume):
 
 
 def test_exploration_counts_the_last_sixty_four_actions():
-    "64 holds, then one purchase: 1 of 64; held on, the holds return to 63 of 64 as the window moves. A CLOSE of nothing is counted and earns nothing."
+    """64 holds, then one purchase: 1 of 64; held on, the holds return to 63 of 64 as the window moves. A
+    CLOSE of nothing is counted and earns nothing."""
     env = env_of(hand_made_market(np.full(200, 10.0)), n_envs=2)
     env.reset_at([10, 10])
     share = []
@@ -1144,7 +1176,8 @@ def test_exploration_counts_the_last_sixty_four_actions():
 
 
 def test_a_restart_forgets_the_old_episode():
-    "After each of several restarts the account's rewards are those of a fresh environment: neither recent actions nor moving averages survive, also where the ring of 64 comes around again."
+    """After each of several restarts the account's rewards are those of a fresh environment: neither recent
+    actions nor moving averages survive, also where the ring of 64 comes around again."""
     market = rough_market("crypto", "5.3.0")
     for preset in PRESETS:
         env, fresh, restarts = (
@@ -1187,7 +1220,8 @@ def test_a_market_that_stands_still_has_finite_rewards(preset):
 
 
 def test_cheaper_training_keeps_the_thresholds():
-    "Costs at a half are half, to a step of the size grid, and a direction must still pay the whole round trip."
+    """Costs at a half are half, to a step of the size grid, and a direction must still pay the whole round
+    trip."""
     holding = replace(BROKER["crypto"], stop_pct=0.0, target_pct=0.0)
     env, other, buy = (
         tiny_env(n_envs=1, account=holding),
@@ -1233,7 +1267,10 @@ def trajectory(env, actions):
 def test_a_saved_environment_goes_on_bit_for_bit(tmp_path, preset):
     "Through a file, into a new environment, across restarts; and saving disturbs nothing."
     market = market_of("equity", "5.3.0", 10)
-    make = lambda: env_of(market, n_envs=9, reward_preset=preset, episode_length=50)
+
+    def make():
+        return env_of(market, n_envs=9, reward_preset=preset, episode_length=50)
+
     env = make()
     actions = random_actions(9, 74, env)
     env.reset(4)
@@ -1261,8 +1298,12 @@ def test_a_saved_environment_remembers_its_cost_scale():
 
 
 def test_a_state_from_before_is_still_read():
-    "Older states keep the recent actions in a ring that begins anywhere, and their counts beside them: the same trajectory, through restarts."
-    make = lambda: env_of(market_of("equity", "5.3.0", 10), n_envs=9, episode_length=90)
+    """Older states keep the recent actions in a ring that begins anywhere, and their counts beside them:
+    the same trajectory, through restarts."""
+
+    def make():
+        return env_of(market_of("equity", "5.3.0", 10), n_envs=9, episode_length=90)
+
     env, other = make(), make()
     actions = random_actions(19, 300, env)
     env.reset(4)
@@ -1291,7 +1332,8 @@ needs_a_compiler = pytest.mark.skipif(
 
 
 def closest(plain, compiled, actions):
-    "Both through the same steps: the largest difference of any variable, fill, component and reward (relative where they exceed 1), and the restarts. What is whole or true must be equal."
+    """Both through the same steps: the largest difference of any variable, fill, component and reward
+    (relative where they exceed 1), and the restarts. What is whole or true must be equal."""
     worst, restarts = 0.0, 0
     for action in actions:
         (obs, reward, *ends, infos), (obs2, reward2, *ends2, infos2) = (
@@ -1337,13 +1379,17 @@ def closest(plain, compiled, actions):
 
 @needs_a_compiler
 def test_compiled_steps_are_the_plain_ones():
-    "Shorts, stops, costs, account columns, restarts, another cost scale, and a saved state that goes from one to the other and back: all within 1e-12."
+    """Shorts, stops, costs, account columns, restarts, another cost scale, and a saved state that goes from
+    one to the other and back: all within 1e-12."""
     market = rough_market("equity", "5.3.0")
-    make = lambda compiled: GPUVectorizedTradingEnv(
-        market,
-        config_of(market, n_envs=40, episode_length=30, account=BOLD["equity"], observations="indices"),
-        compiled=compiled,
-    )
+
+    def make(compiled):
+        return GPUVectorizedTradingEnv(
+            market,
+            config_of(market, n_envs=40, episode_length=30, account=BOLD["equity"], observations="indices"),
+            compiled=compiled,
+        )
+
     plain, compiled = make(False), make(True)
     for env in (plain, compiled):
         env.reset_index(3)
@@ -1395,7 +1441,8 @@ def test_every_preset_is_the_same_compiled(preset, version, asset_class):
         env.reset_index(3)
     worst, restarts = closest(plain, compiled, random_actions(32, 2000, plain))
     print(
-        f"{preset}, {asset_class}: 1,000,000 random steps, {restarts:,} restarts, largest difference of plain and compiled {worst:.1e}"
+        f"{preset}, {asset_class}: 1,000,000 random steps, {restarts:,} restarts, "
+        f"largest difference of plain and compiled {worst:.1e}"
     )
     assert worst < 1e-12 and restarts > 10_000
 

@@ -1,6 +1,8 @@
-"""The Gymnasium environments: they promise what Gymnasium asks, they are the tensor environment and nothing else, and a foreign library learns on them.
+"""The Gymnasium environments: they promise what Gymnasium asks, they are the tensor environment and
+nothing else, and a foreign library learns on them.
 
-Gymnasium's and stable-baselines3's own checkers judge the interface, Gymnasium's own SyncVectorEnv the form of what comes out of many accounts, and paper the sums.
+Gymnasium's and stable-baselines3's own checkers judge the interface, Gymnasium's own SyncVectorEnv the
+form of what comes out of many accounts, and paper the sums.
 """
 
 import copy
@@ -136,7 +138,8 @@ def test_gymnasiums_checker_passes_with_no_remark_but_that_some_columns_have_no_
 
 
 def test_gymnasiums_wrappers_find_no_fault_in_any_step():
-    "The passive checker looks at every observation, reward and info; two makes of one spec are one environment."
+    """The passive checker looks at every observation, reward and info; two makes of one spec are one
+    environment."""
     env = gym.make(ENV_ID, bars=market_of("equity", "5.3.0"), episode_length=40)
 
     def play():
@@ -229,7 +232,7 @@ def test_one_account_is_the_tensor_environment_step_for_step(asset_class, versio
             )
             assert info["bar"] == start
         assert np.array_equal(observation, expected[0].numpy().reshape(8, -1)) and info["equity"] == 1000
-        for step in range(1, 51):
+        for _ in range(50):
             action = int(random.integers(env.action_space.n))
             _, reward, terminated, truncated, infos = reference.step(torch.tensor([action]))
             observation, mine, *over, info = env.step(action)
@@ -274,7 +277,7 @@ def test_many_accounts_are_the_tensor_environment_step_for_step():
     observations, infos = envs.reset(seed=7)
     assert np.array_equal(observations, reference.reset(7).numpy().reshape(n, 8, -1))
     random, ends = np.random.default_rng(1), 0
-    for step in range(80):
+    for _ in range(80):
         actions = random.integers(8, size=n)
         expected, reward, terminated, truncated, tensor_infos = reference.step(torch.as_tensor(actions))
         observations, mine, *over, infos = envs.step(actions)
@@ -306,7 +309,8 @@ def test_many_accounts_are_the_tensor_environment_step_for_step():
 
 
 def test_many_accounts_come_out_in_the_form_of_gymnasiums_own_vector_environment():
-    "SyncVectorEnv resets in the same step as well: every name, mask, value and type is its; only second episodes begin at other random bars."
+    """SyncVectorEnv resets in the same step as well: every name, mask, value and type is its; only second
+    episodes begin at other random bars."""
     market, lengths, start = market_of("equity", "5.3.0"), np.array([3, 5, 5, 9]), 900
     theirs = SyncVectorEnv(
         [functools.partial(TradingEnv, market, episode_length=int(length)) for length in lengths],
@@ -394,7 +398,10 @@ def test_no_array_is_shared_with_another_step_or_with_the_insides(make):
     "Whoever scribbles over everything that was returned changes nothing that comes later."
     market, random, kept = market_of("equity", "5.3.0"), np.random.default_rng(0), []
     env, torn = make(market), make(market)
-    action = lambda: random.integers(8, size=getattr(env, "num_envs", ()))
+
+    def action():
+        return random.integers(8, size=getattr(env, "num_envs", ()))
+
     for call in range(30):
         a = action()
         results = [e.reset(seed=call) if call % 12 == 0 else e.step(a) for e in (env, torn)]
@@ -480,7 +487,8 @@ def test_an_environment_can_be_pickled_and_copied_in_the_middle_of_an_episode():
 
 
 def test_an_episode_on_paper():
-    "1,000 x 0.7 x 0.15 x 0.5 = 52.50 at 100; +2 %: 1.05; BUY_75% at 102 adds 1,001.05 x 0.07875 = 78.83; a fall of 1 % costs 1 % of 132.38."
+    """1,000 x 0.7 x 0.15 x 0.5 = 52.50 at 100; +2 %: 1.05; BUY_75% at 102 adds 1,001.05 x 0.07875 = 78.83;
+    a fall of 1 % costs 1 % of 132.38."""
     env = TradingEnv(
         by_hand([100.0] * 6 + [102.0] + [102.0 * 0.99] * 20),
         account=FREE,
@@ -563,7 +571,8 @@ def test_an_account_that_is_bankrupt_has_terminated_and_one_that_is_out_of_time_
 
 
 def test_no_episode_leaves_its_span():
-    "40 bars whose close says where they are: the last bar that is seen, and whose price counts, lies before the span's end."
+    """40 bars whose close says where they are: the last bar that is seen, and whose price counts, lies
+    before the span's end."""
     market = by_hand(100.0 + np.arange(40))
     env = TradingEnv(market, span=(10, 30), episode_length=1000, reward_preset="equity")
     seen = set()
@@ -640,11 +649,9 @@ def test_observations_of_a_wild_market_keep_the_bounds(asset_class, kind):
     )
     rng = np.random.default_rng(1)
     # fitted on ordinary bars: a market that stands still has no states to be fitted
-    fit = fit_features(simulated(asset_class)[:1500], "5.3.0", "15Min", asset_class)
-    for version, fit in (
-        ("5.3.0", fit),
-        ("5.6.0", fit_features(simulated(asset_class)[:1500], "5.6.0", "15Min", asset_class)),
-    ):
+    ordinary = simulated(asset_class)[:1500]
+    for version in ("5.3.0", "5.6.0"):
+        fit = fit_features(ordinary, version, "15Min", asset_class)
         envs = TradingVectorEnv(16, market_data(bars, version, fit, "15Min", asset_class, 8), scaled=True)
         envs.reset(seed=0)
         assert all(envs.step(rng.integers(8, size=16))[0] in envs.observation_space for _ in range(40))
@@ -910,7 +917,8 @@ def has_learned(model):
         yardsticks(),
     )
     print(
-        f"\nreward per bar: trained {trained:.3f}, random {random:.3f}, buy and hold {holding:.3f}, oracle {oracle:.3f}"
+        f"\nreward per bar: trained {trained:.3f}, random {random:.3f}, buy and hold {holding:.3f}, "
+        f"oracle {oracle:.3f}"
     )
     return (
         trained > random + 0.5 * (oracle - random)

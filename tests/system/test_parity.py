@@ -1,4 +1,7 @@
-"""One definition of what the model sees: a printed table of differences between its three readers, on real bars. Run by `make prove`."""
+"""One definition of what the model sees: a printed table of differences between its three readers, on
+real bars. Run by `make prove`."""
+
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -27,13 +30,21 @@ def moving_accounts(env, steps: int = 40) -> AccountState:
     return env.account
 
 
+def one(accounts: AccountState, i: int) -> AccountState:
+    "The i-th account alone."
+    return AccountState(**{f.name: getattr(accounts, f.name)[i : i + 1] for f in fields(accounts)})
+
+
 @pytest.mark.parametrize("symbol, asset_class", MARKETS)
 def test_environment_backtest_and_live_see_the_same(real_bars_folder, symbol, asset_class):
-    "Environment = backtest builder, exactly; the live builder from min_history bars within 1e-4, by column group."
+    """Environment = backtest builder, exactly; the live builder from min_history bars within 1e-4, by
+    column group."""
     bars = load_bars(symbol, "15Min", "files", path=str(real_bars_folder), asset_class=asset_class)
     print(
-        f"\n{symbol} 15Min, {len(bars)} bars, {BARS} random ones, accounts that have traded: largest absolute difference\n{'layout':8} {'env - backtest':>15} {'live - backtest':>16}   by block"
+        f"\n{symbol} 15Min, {len(bars)} bars, {BARS} random ones, accounts that have traded: "
+        "largest absolute difference"
     )
+    print(f"{'layout':8} {'env - backtest':>15} {'live - backtest':>16}   by block")
     for version in VERSIONS:
         layout, split = LAYOUTS[version], int(0.6 * len(bars))
         fit = fit_features(bars.iloc[:split], version, "15Min", asset_class)
@@ -58,12 +69,9 @@ def test_environment_backtest_and_live_see_the_same(real_bars_folder, symbol, as
         live = InferenceObservationBuilder(
             version, fit, "15Min", asset_class, account_config=env.config.account
         )
-        one = lambda i: AccountState(
-            **{name: getattr(accounts, name)[i : i + 1] for name in accounts.__dataclass_fields__}
-        )
         built = torch.stack(
             [
-                torch.as_tensor(live.build(bars.iloc[b - layout.min_history + 1 : b + 1], one(i)))
+                torch.as_tensor(live.build(bars.iloc[b - layout.min_history + 1 : b + 1], one(accounts, i)))
                 for i, b in enumerate(index)
             ]
         )
@@ -80,7 +88,8 @@ def test_environment_backtest_and_live_see_the_same(real_bars_folder, symbol, as
 
 @pytest.mark.parametrize("symbol, asset_class", MARKETS)
 def test_no_lookahead_at_two_hundred_cuts(real_bars_folder, symbol, asset_class):
-    "200 cuts × {NaN, noise, truncation} × six layouts: features, observations, masks and accounts bit-identical up to the cut."
+    """200 cuts × {NaN, noise, truncation} × six layouts: features, observations, masks and accounts
+    bit-identical up to the cut."""
     bars = load_bars(symbol, "15Min", "files", path=str(real_bars_folder), asset_class=asset_class).iloc[
         -4000:
     ]
