@@ -22,7 +22,7 @@ from trading_lib.builder import BacktestObservationBuilder
 from trading_lib.checkpoint import load_checkpoint
 from trading_lib.config import AccountConfig, InputError
 from trading_lib.env import market_data
-from trading_lib.evaluation.replay import Run, decision_bars, walk_and_keep
+from trading_lib.evaluation.replay import Run, decision_bars, replay_and_keep
 from trading_lib.features import FeatureFit, fit_features
 from trading_lib.metrics import block_bootstrap_interval
 from trading_lib.pipeline.known_truth import (
@@ -284,7 +284,7 @@ def test_profit_before_costs_from_the_fills_is_what_an_account_without_costs_ear
         for r in [rules] * 8
     ]
     runs += [run._replace(rules=rules.with_costs(0)) for run in runs]
-    walked, account = walk_and_keep(runs)
+    walked, account = replay_and_keep(runs)
     gross = np.array([_gross_profit(w, market) for w in walked])
     assert (
         (account.trades > 5).all()
@@ -566,7 +566,7 @@ def test_nobody_earns_on_a_martingale(project, training_costs):
             Run(market, account_rules(broker, "crypto"), greedy_actions(build_policy(agent), builder, at))
             for agent in agents
         ]
-        _, account = walk_and_keep(runs, keep=0)
+        _, account = replay_and_keep(runs, keep=0)
         gross[:, path], costs[:, path] = (
             (account.equity + account.costs - broker.initial_account_value).numpy(),
             account.costs.numpy(),

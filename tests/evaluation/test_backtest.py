@@ -1,6 +1,5 @@
 """The backtest is the environment, walked through once: the same equity to the last bit, the same as the slow account of `scalar_account`, and books, baselines and reports that add up."""
 
-import functools
 import json
 import math
 from dataclasses import fields, replace
@@ -10,6 +9,19 @@ import pandas as pd
 import pytest
 import torch
 from scalar_account import BROKER, FREE, STATE, ScalarAccount, hand_made_market, scalar_step, torch_root
+from small_backtests import (
+    FITTED,
+    TIGHT,
+    backtest,
+    fitted,
+    gap_bars,
+    long_run,
+    market_of,
+    random_list,
+    runs_of,
+    simulated,
+    small_trainer,
+)
 
 from trading_lib.account import AccountState, account_rules
 from trading_lib.backtest import (
@@ -26,77 +38,16 @@ from trading_lib.builder import BacktestObservationBuilder
 from trading_lib.config import InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.evaluation.baselines import buy_and_hold, moving_average_actions, oracle_actions, shifted
-from trading_lib.evaluation.replay import Run, decision_bars, replay, walk_and_keep
+from trading_lib.evaluation.replay import decision_bars, replay, replay_and_keep
 from trading_lib.features import fit_features
 from trading_lib.networks import NativeActorCritic
 from trading_lib.policy.factory import layout_of_env
 from trading_lib.policy.recurrent import RecurrentActorCritic
 from trading_lib.reporting.verdict import assess
-from trading_lib.sources import simulate_bars, simulate_market
-from trading_lib.trainer import NativePPOTrainer
-from trading_lib.training.config import NativePPOConfig
+from trading_lib.sources import simulate_bars
 from trading_lib.version import MODEL_SPECS
 
-MARKETS = {"crypto": ("SIM-USD", "2023-01-01", "2023-02-20"), "equity": ("SIMA", "2023-01-01", "2023-09-30")}
-FITTED = 3000  # bars of the training span
-TIGHT = {name: replace(config, stop_pct=0.006, target_pct=0.008) for name, config in BROKER.items()}
 BUY_75, SELL_75, CLOSE = 3, 6, 7
-
-
-@functools.cache
-def simulated(asset_class, edge=0.1):
-    symbol, first, last = MARKETS[asset_class]
-    return simulate_market(symbol, "15Min", first, last, 3, edge, asset_class)
-
-
-@functools.cache
-def fitted(asset_class, version="5.6.0"):
-    return fit_features(simulated(asset_class)[0][:FITTED], version, "15Min", asset_class)
-
-
-@functools.cache
-def market_of(asset_class, version="5.6.0"):
-    return market_data(
-        simulated(asset_class)[0],
-        version,
-        fitted(asset_class, version),
-        "15Min",
-        asset_class,
-        symbol=MARKETS[asset_class][0],
-    )
-
-
-@functools.cache
-def gap_bars():
-    "Simulated crypto bars with a hole of two days and a half, after bar 3399."
-    bars = simulated("crypto")[0]
-    return pd.concat([bars[:3400], bars[3640:]])
-
-
-def backtest(asset_class="crypto", actions=None, model=None, version="5.6.0", bars=None, **options):
-    options = {
-        "fit": fitted(asset_class, version),
-        "version": version,
-        "timeframe": "15Min",
-        "asset_class": asset_class,
-        "account": BROKER[asset_class],
-        "symbol": MARKETS[asset_class][0],
-    } | options
-    return run_backtest(
-        model, simulated(asset_class)[0] if bars is None else bars, actions=actions, **options
-    )
-
-
-def runs_of(market, config, actions):
-    "One account for each column of a table of actions."
-    return [
-        Run(market, account_rules(config, market.asset_class), column)
-        for column in torch.as_tensor(actions).unbind(1)
-    ]
-
-
-def random_list(n, seed=0, n_actions=8):
-    return np.random.default_rng(seed).integers(0, n_actions, n)
 
 
 # one engine
@@ -262,29 +213,13 @@ def test_a_bankrupt_account_stays_bankrupt():
     assert [own(step.account, 1) for step in steps] == [own(step.account, 0) for step in others], (
         "the others do not notice"
     )
-    kept, _ = walk_and_keep(runs_of(market, config, lists))
+    kept, _ = replay_and_keep(runs_of(market, config, lists))
     assert [len(walked.bar) for walked in kept] == [len(alone), len(at), len(at)] and kept[0].equity[
         -1
     ] == -400
 
 
 # the books
-
-
-@functools.cache
-def long_run(asset_class):
-    actions = np.where(
-        np.random.default_rng(4).random(699) < 0.8, 0, random_list(699, 3)
-    )  # rare enough that stops and targets are met
-    return backtest(
-        asset_class,
-        actions,
-        start=FITTED,
-        stop=FITTED + 700,
-        account=TIGHT[asset_class],
-        truth=simulated(asset_class)[1],
-        random_policies=40,
-    ), actions
 
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
@@ -561,7 +496,7 @@ def test_the_percentile_is_the_agents_place_among_its_shifts():
     "Counted by hand from walks of the shifted lists."
     result, actions = long_run("crypto")
     market = market_of("crypto").span(FITTED, FITTED + 700)
-    _, account = walk_and_keep(
+    _, account = replay_and_keep(
         runs_of(market, TIGHT["crypto"], shifted(torch.from_numpy(actions), 40, 0)), keep=0
     )
     luck, agent = account.equity.numpy() - 1000, result.metrics["net_profit"]
@@ -571,49 +506,6 @@ def test_the_percentile_is_the_agents_place_among_its_shifts():
 
 
 # policies
-
-
-def small_trainer(asset_class, version, **env_changes):
-    "A small untrained network that does different things at different bars."
-    settings = (
-        dict(
-            n_envs=8,
-            version=version,
-            asset_class=asset_class,
-            window=20,
-            episode_length=16,
-            account=replace(BROKER[asset_class], initial_account_value=5000.0, stop_pct=0.03),
-        )
-        | env_changes
-    )
-    bars = simulated(asset_class)[0]
-    market = market_data(
-        bars,
-        version,
-        fitted(asset_class, version),
-        "15Min",
-        asset_class,
-        settings["window"],
-        MARKETS[asset_class][0],
-    ).span(0, FITTED)
-    trainer = NativePPOTrainer(
-        GPUVectorizedTradingEnv(market, GPUEnvConfig(**settings)),
-        NativePPOConfig(
-            hidden_dims=(16,),
-            n_steps=8,
-            minibatch_size=32,
-            n_epochs=1,
-            total_timesteps=256,
-            learning_rate=1e-2,
-        ),
-        progress=None,
-    )
-    with torch.no_grad():
-        for parameter in trainer.policy.parameters():
-            parameter.add_(
-                0.5 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-            )
-    return trainer
 
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])

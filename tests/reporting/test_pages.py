@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from markupsafe import escape
 from scipy.stats import norm
-from test_backtest import FITTED, TIGHT, backtest, long_run, market_of, random_list, simulated
+from small_backtests import FITTED, TIGHT, backtest, long_run, market_of, random_list, simulated
 
 from trading_lib.backtest import read_backtest, write_backtest
 from trading_lib.metrics import GATES

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_backtests import FITTED, backtest, simulated, small_trainer
 from small_ledgers import trial
-from test_backtest import FITTED, backtest, simulated, small_trainer
 
 from trading_lib.backtest import run_backtest
 from trading_lib.bars import write_bars

@@ -31,7 +31,7 @@ from trading_lib.account import account_rules
 from trading_lib.checkpoint import inspect_checkpoint, load_checkpoint
 from trading_lib.config import AccountConfig, InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, market_data
-from trading_lib.evaluation.replay import Run, walk_and_keep
+from trading_lib.evaluation.replay import Run, replay_and_keep
 from trading_lib.features import fit_features
 from trading_lib.market.layouts import LAYOUTS
 from trading_lib.networks import estimate_model, finite_logits
@@ -951,7 +951,7 @@ def test_nobody_comes_back_from_bankruptcy_in_a_validation():
     )
     first, second, *_ = zip(validation.starts.tolist(), validation.ends.tolist())
     assert first[0] < jump < first[1]
-    (alone,), _ = walk_and_keep(
+    (alone,), _ = replay_and_keep(
         [Run(history.span(first[0], first[1] + 1), account_rules(account, "equity"))],
         lambda number, state: torch.tensor([6]),
     )

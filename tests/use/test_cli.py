@@ -403,7 +403,7 @@ def test_a_link_in_place_of_the_folder_of_bars_is_warned_of(project, capsys):
 
 
 def test_a_model_of_another_kind_of_market_is_refused_by_its_name(project, capsys):
-    from test_backtest import small_trainer
+    from small_backtests import small_trainer
 
     model = str(save_checkpoint(small_trainer("equity", "5.6.0").content(), project / "equity.pt"))
     (project / "data").mkdir()
@@ -445,7 +445,7 @@ def test_the_command_for_several_gpus_trains_one_policy_in_as_many_processes(pre
 
 def test_a_strict_version_refuses_what_a_warning_would_let_through(project, capsys):
     "As a check of continuous integration: `trading-lib inspect MODEL --strict-version`."
-    from test_backtest import small_trainer
+    from small_backtests import small_trainer
 
     old, new = (
         str(save_checkpoint(small_trainer("crypto", version).content(), project / f"{version}.pt"))
@@ -459,7 +459,7 @@ def test_a_strict_version_refuses_what_a_warning_would_let_through(project, caps
 
 
 def bars_file(project):
-    from test_backtest import simulated
+    from small_backtests import simulated
 
     from trading_lib.bars import write_bars
 

@@ -5,22 +5,21 @@
 # %% auto #0
 __all__ = ['buy_and_hold', 'moving_average_actions', 'oracle_actions', 'shifted']
 
-# %% ../../nbs/07_evaluation/06_baselines.ipynb #30e872e0
+# %% ../../nbs/07_evaluation/06_baselines.ipynb #e1928342
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
+from ..account import AccountRules
 from ..env import MarketData
+from ..version import ModelSpec
 
-# %% ../../nbs/07_evaluation/06_baselines.ipynb #93fd13ae
-_FAST, _SLOW = 20, 100  # bars of the moving averages
-
-
+# %% ../../nbs/07_evaluation/06_baselines.ipynb #c5e7fc65
 def buy_and_hold(
     market: MarketData,
     equity_index: pd.DatetimeIndex,  # bars of the agent's equity curve
-    rules,  # AccountRules: costs of the one purchase
+    rules: AccountRules,  # costs of the one purchase
     exposure: float = 1.0,  # share of the account that buys
 ) -> np.ndarray:  # value at each bar
     "Buy once at the first open; a gap in the data is no return."
@@ -28,55 +27,63 @@ def buy_and_hold(
     opening, close, segment = market.prices[0], market.prices[3], market.segment
     growth = np.ones(len(bars))
     for k in range(1, len(bars)):
-        before = opening[bars[k]] if k == 1 else close[bars[k - 1]]
-        growth[k] = growth[k - 1] * (
-            close[bars[k]] / before if segment[bars[k]] == segment[bars[k - 1]] else 1.0
-        )
+        now, before = bars[k], bars[k - 1]
+        growth[k] = growth[k - 1]
+        if segment[now] == segment[before]:
+            growth[k] = growth[k - 1] * (close[now] / (opening[now] if k == 1 else close[before]))
     paid = rules.commission + rules.half_spread + rules.slippage
     held = exposure * growth * (1 - paid)
     held[0] = exposure  # nothing is bought before the first open
     return rules.initial * (1 - exposure + held)
 
+# %% ../../nbs/07_evaluation/06_baselines.ipynb #4343ff7c
+_FAST, _SLOW = 20, 100  # bars of the moving averages
+
+
+def _largest(spec: ModelSpec, side: str) -> int:
+    "The largest order of a side: BUY or SELL."
+    return max(i for i, name in spec.action_meanings.items() if name.startswith(side))
+
+
+def _flatten(spec: ModelSpec) -> int:
+    "What closes a position; layouts of three actions sell."
+    for i, name in spec.action_meanings.items():
+        if name == "CLOSE":
+            return i
+    return _largest(spec, "SELL")
+
 
 def moving_average_actions(
     market: MarketData,
     bars: np.ndarray,  # decision bars
-    spec,  # ModelSpec
+    spec: ModelSpec,
 ) -> Tensor:  # (len(bars),)
     "Largest buy while the fast average is above the slow one, else out (3-action layouts sell)."
     close = pd.Series(market.prices[3]).groupby(market.segment)
     fast, slow = (
-        close.transform(lambda c: c.rolling(n, min_periods=1).mean()).to_numpy()[bars] for n in (_FAST, _SLOW)
+        close.transform(lambda c, n=n: c.rolling(n, min_periods=1).mean()).to_numpy()[bars]
+        for n in (_FAST, _SLOW)
     )
-    buy, out = _largest(spec, "BUY"), _flatten(spec)
-    return torch.as_tensor(np.where(fast > slow, buy, out))
+    return torch.as_tensor(np.where(fast > slow, _largest(spec, "BUY"), _flatten(spec)))
 
-
-def _largest(spec, side: str) -> int:
-    return max(i for i, name in spec.action_meanings.items() if name.startswith(side))
-
-
-def _flatten(spec) -> int:
-    return next((i for i, name in spec.action_meanings.items() if name == "CLOSE"), _largest(spec, "SELL"))
-
-
+# %% ../../nbs/07_evaluation/06_baselines.ipynb #b2970a33
 def oracle_actions(
     truth: pd.DataFrame,  # of `simulate_market`, same index as the bars
     bars: np.ndarray,  # decision bars
-    spec,  # ModelSpec
+    spec: ModelSpec,
     allow_short: bool,
 ) -> Tensor:  # (len(bars),)
-    "What someone does who knows the planted state of the market, but not its noise, with the agent's own orders."
-    expected = truth["expected_return"].to_numpy()[bars]
-    side = np.sign(expected).astype(int)
+    "What someone does who knows the market's planted state, but not its noise, with the agent's own orders."
+    side = np.sign(truth["expected_return"].to_numpy()[bars]).astype(int)
     buy, sell, out = _largest(spec, "BUY"), _largest(spec, "SELL"), _flatten(spec)
-    action = np.where(side > 0, buy, np.where(side < 0, sell if allow_short else out, 0))
+    down = sell if allow_short else out
+    action = np.select([side > 0, side < 0], [buy, down], 0)
     turned = np.concatenate([[False], side[1:] != side[:-1]])
     # leave the old side first where there may be one: an order never crosses zero
     leaves = allow_short and "CLOSE" in spec.action_meanings.values()
     return torch.as_tensor(np.where(turned & (side != 0) & leaves, out, action))
 
-
+# %% ../../nbs/07_evaluation/06_baselines.ipynb #20ebb658
 def shifted(
     actions: Tensor,  # (D,)
     n: int,  # copies

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['source_identity', 'package_imports', 'package_closure', 'code_identity']
 
-# %% ../../nbs/07_evaluation/00_code_identity.ipynb #c0de0003
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #c01fc083
 import ast
 import hashlib
 import inspect
@@ -17,7 +17,7 @@ from types import CodeType
 
 from ..files import atomic_write
 
-# %% ../../nbs/07_evaluation/00_code_identity.ipynb #c0de0005
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #a4fdd6c6
 def _write(node, out: list[str]):
     "Names and values of a syntax tree, in order, without docstrings."
     if isinstance(node, ast.AST):
@@ -53,7 +53,7 @@ def source_identity(
     _write(ast.parse(source), out)
     return _hash(out)
 
-# %% ../../nbs/07_evaluation/00_code_identity.ipynb #c0de0009
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #64291e1c
 def _code(code: CodeType) -> str:
     "A function without source, in the words of this Python."
     return repr(
@@ -75,8 +75,11 @@ def _held(function) -> list:
 
 
 def _thing(value, known: set[str], depth: int = 0) -> str:
-    "What an entry of a table, a default or a closed-over variable is; the source of modules in `known` is hashed anyway."
-    again = lambda v: _thing(v, known, depth + 1)
+    "What an entry of a table, a default or a closed-over variable is; modules in `known` are hashed anyway."
+
+    def again(v) -> str:
+        return _thing(v, known, depth + 1)
+
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return repr(value)
     if depth > 6:
@@ -89,9 +92,8 @@ def _thing(value, known: set[str], depth: int = 0) -> str:
         return again((value.func, value.args, value.keywords))
     if not callable(value):
         return type(value).__name__
-    of = (
-        value if hasattr(value, "__qualname__") else type(value)
-    )  # an object that is called is known by its class
+    # an object that is called is known by its class
+    of = value if hasattr(value, "__qualname__") else type(value)
     name = f"{of.__module__}.{of.__qualname__}"
     if of.__module__ in known:
         return name
@@ -101,7 +103,7 @@ def _thing(value, known: set[str], depth: int = 0) -> str:
         text = _code(of.__code__) if hasattr(of, "__code__") else name
     return repr([text, again(_held(of))])
 
-# %% ../../nbs/07_evaluation/00_code_identity.ipynb #c0de000c
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #62309469
 _FOLDER = Path(inspect.getfile(atomic_write)).parent
 _SHAPING = ("features", "seeds", "trainer")  # with everything that they import
 
@@ -143,23 +145,29 @@ def package_closure(
         todo |= package_imports(found[name].decode(), name, folder) - set(found)
     return found
 
-
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #4e320738
 @cache
 def _package() -> dict[str, str]:
     "Modules that shape a training -> hash of their syntax."
     return {name: source_identity(source.decode()) for name, source in package_closure(*_SHAPING).items()}
 
 
+def _is_registered(value, known: set[str]) -> bool:
+    "Whether an entry of a table holds a function from elsewhere."
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return any(callable(v) and getattr(v, "__module__", None) not in known for v in values)
+
+
 def code_identity() -> str:  # 16 hexadecimal digits
-    "Hash of everything in the code that shapes a training: the package's formulas, and functions that were registered in its tables."
+    "Hash of all code that shapes a training: the package's formulas, and functions registered in its tables."
     package = _package()
     known, registered = {f"{_FOLDER.name}.{name}" for name in package}, []
     for module in sorted(known & set(sys.modules)):
         for name, table in sorted(vars(sys.modules[module]).items()):
-            if name.startswith("__") or not isinstance(table, dict):
-                continue
-            for key, value in table.items():
-                things = [v for v in (value if isinstance(value, (list, tuple)) else [value]) if callable(v)]
-                if any(getattr(v, "__module__", None) not in known for v in things):
-                    registered.append(f"{module}.{name}.{key}={_thing(value, known)}")
+            if not name.startswith("__") and isinstance(table, dict):
+                registered += [
+                    f"{module}.{name}.{key}={_thing(value, known)}"
+                    for key, value in table.items()
+                    if _is_registered(value, known)
+                ]
     return _hash([f"{name}={package[name]}" for name in sorted(package)] + registered)[:16]

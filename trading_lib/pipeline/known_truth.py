@@ -43,7 +43,7 @@ from trading_lib.env import (
 )
 from ..evaluation.code_identity import package_closure
 from ..evaluation.lookahead import check_lookahead
-from ..evaluation.replay import AccountPath, Run, decision_bars, walk_and_keep
+from ..evaluation.replay import AccountPath, Run, decision_bars, replay_and_keep
 from ..features import fit_features
 from ..files import atomic_write
 from trading_lib.metrics import (
@@ -269,7 +269,7 @@ def prove_martingale(
                 policy.inputs(Obs(torch.as_tensor(at), torch.empty(len(at), 0)), table)
             )[0].argmax(1)
         runs.append(Run(market, rules, actions))
-    walked, account = walk_and_keep(runs)
+    walked, account = replay_and_keep(runs)
     net = [float(w.equity[-1]) - _INITIAL for w in walked]
     return {
         "gross": [_gross_profit(w, run.market) for w, run in zip(walked, runs)],
