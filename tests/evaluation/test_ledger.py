@@ -760,7 +760,7 @@ def test_what_dvc_tries_is_known_wherever_it_puts_the_projects_files(tmp_path):
         ).stdout
 
     (tmp_path / "tried.py").write_text(
-        f"import yaml; from trading_lib import ledger as ledgers\nt = {trial()!r}\nt['seed'] = yaml.safe_load(open('params.yaml'))['seed']\nA.add_trials('.', 'SIM-USD', [t])\nopen('out.json', 'w').write(str(t['seed']))\n"
+        f"import yaml; from trading_lib import ledger as ledgers\nt = {trial()!r}\nt['seed'] = yaml.safe_load(open('params.yaml'))['seed']\nledgers.add_trials('.', 'SIM-USD', [t])\nopen('out.json', 'w').write(str(t['seed']))\n"
     )
     (tmp_path / "judged.py").write_text(
         "from trading_lib import ledger as ledgers\nopen('said.json', 'w').write(str(len(ledgers.comparable_trials('.', True))))\n"

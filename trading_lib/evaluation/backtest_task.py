@@ -44,7 +44,7 @@ def _recorded_time(text) -> pd.Timestamp | None:
 def training_span(
     content: dict,  # of a checkpoint
 ) -> dict:  # first, last, possible; None: not recorded
-    "What a checkpoint says about its bars: up to `last` it certainly saw them, after `possible` it cannot have."
+    "What a checkpoint says about its bars: it has seen them up to `last`, and none after `possible`."
     data, fit = content.get("data") or {}, content.get("fit") or {}
     spans = [s for s in (data.get("spans") or {}).values() if s]
     firsts = [_recorded_time(source.get("first")) for source in (fit, *spans)]

@@ -155,7 +155,7 @@ def _stress_rows(rules: AccountRules, figures: dict[Scenario, dict]) -> list[dic
 def _capacity_rows(
     rules: AccountRules, figures: dict[Scenario, dict], paths: dict[Scenario, AccountPath], market: MarketData
 ) -> tuple[list[dict], dict | None]:  # rows, where they end
-    "Rows of larger and larger accounts, until an order is too much of its bar; the agent's own is always there."
+    "Rows of larger and larger accounts, until an order is too much of its bar; the agent's own is there."
     rows, ends = [], None
     for times in CAPACITIES:
         scenario = capacity_scenario(rules, times)
