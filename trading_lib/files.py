@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WriteError', 'unwritable', 'atomic_write', 'sha256_of_file', 'printable', 'markdown']
 
-# %% ../nbs/00_base/01_files.ipynb #a22e2f7c
+# %% ../nbs/00_base/01_files.ipynb #89eb0cfa
 import errno
 import glob
 import hashlib
@@ -18,15 +18,13 @@ from pathlib import Path
 
 from .config import InputError
 
-# %% ../nbs/00_base/01_files.ipynb #24eb1a1d
+# %% ../nbs/00_base/01_files.ipynb #efff8260
 class WriteError(InputError, OSError):
     "A file that cannot be written."
 
 
-_FULL, _CLOSED = (
-    "make room, or choose another place; what was there before is kept",
-    "check the permissions, or choose another place",
-)
+_FULL = "make room, or choose another place; what was there before is kept"
+_CLOSED = "check the permissions, or choose another place"
 _IN_THE_WAY = "a file stands where its folder should be; choose another place"
 _ADVICE = {
     errno.EISDIR: "it is a folder; name a file in it",
@@ -46,26 +44,15 @@ def unwritable(
     error: OSError,  # why it was not
 ) -> WriteError:  # to be raised by the caller
     "An error that names the file, the reason and what to do."
-    return WriteError(
-        f"{path}: cannot be written ({error.strerror or error}); {_ADVICE.get(error.errno, 'choose another place')}"
-    )
+    advice = _ADVICE.get(error.errno, "choose another place")
+    return WriteError(f"{path}: cannot be written ({error.strerror or error}); {advice}")
 
-# %% ../nbs/00_base/01_files.ipynb #94985443
+# %% ../nbs/00_base/01_files.ipynb #d68036db
 _ABANDONED = 3600  # seconds after which a temporary file is that of a writer who was killed
 
 
-def atomic_write(
-    path: str | Path,  # the file to write; its folder is made if need be
-    data: bytes | str,  # the whole content; text is written as UTF-8
-) -> Path:  # the file written
-    "Write a file in one step: temporary file in the same folder, flush, fsync, rename, fsync of the folder. What goes wrong is a `WriteError`."
-    try:
-        return _replace(Path(path), data)
-    except OSError as e:
-        raise unwritable(path, e) from None
-
-
-def _replace(path: Path, data: bytes | str) -> Path:
+def _replace(path: Path, data: bytes | str):
+    "Temporary file in the same folder, flush, fsync, rename, fsync of the folder."
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +80,18 @@ def _replace(path: Path, data: bytes | str) -> Path:
             os.fsync(folder)  # the rename itself must survive a power cut
         finally:
             os.close(folder)
+
+
+def atomic_write(
+    path: str | Path,  # the file to write; its folder is made if need be
+    data: bytes | str,  # the whole content; text is written as UTF-8
+) -> Path:  # the file written
+    "Write a file in one step; what goes wrong is a `WriteError`."
+    path = Path(path)
+    try:
+        _replace(path, data)
+    except OSError as e:
+        raise unwritable(path, e) from None
     return path
 
 
@@ -103,16 +102,16 @@ def sha256_of_file(
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_base/01_files.ipynb #5d1b8e2f
+# %% ../nbs/00_base/01_files.ipynb #4f5f806a
 def printable(
-    value,
+    value,  # text, or anything that has one
 ) -> str:  # one line
     "Text of a file for a terminal: nothing in it moves the cursor, changes a colour or reverses what is read."
     return "".join(c if c.isprintable() else " " for c in str(value))
 
 
 def markdown(
-    value,
+    value,  # text; anything else is shown as JSON
 ) -> str:  # one line
     "Text of a file that a page of Markdown shows literally."
     line = " ".join(printable(value if isinstance(value, str) else json.dumps(value, default=str)).split())
