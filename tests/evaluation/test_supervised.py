@@ -14,15 +14,12 @@ from trading_lib.bars import validate_bars
 from trading_lib.config import AccountConfig, InputError
 from trading_lib.data.simulation import simulate_market
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, decision_span, market_data, split_bounds
+from trading_lib.evaluation.forecasts import PROBES, probe_features, probe_target, rank_correlation
 from trading_lib.evaluation.supervised import (
-    PROBES,
     SupervisedBaseline,
     fit_supervised,
     probe_actions,
-    probe_features,
     probe_figures,
-    probe_target,
-    rank_correlation,
 )
 from trading_lib.features import fit_features
 from trading_lib.market.layouts import LAYOUTS

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['CHANGES', 'LookaheadReport', 'check_lookahead']
 
-# %% ../../nbs/07_evaluation/08_lookahead.ipynb #66c0abc6
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #9147aacf
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,32 +16,34 @@ import torch
 
 from ..account import AccountState
 from ..builder import BacktestObservationBuilder
-from ..config import AccountConfig, require
+from ..config import AccountConfig, InputError
 from ..env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, layout_of, market_data
-from ..features import fit_features
+from ..features import FeatureFit, fit_features
 
-# %% ../../nbs/07_evaluation/08_lookahead.ipynb #e4d8c545
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #8ae420be
 def _noise(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame:
-    "Every price and volume after the cut multiplied by a number of its own."
+    "Every price and volume after the cut multiplied by a number of its own, as often down as up."
     changed = bars.copy()
-    changed.iloc[cut + 1 :] *= 5.0 ** random.uniform(
-        -1, 1, (len(bars) - cut - 1, bars.shape[1])
-    )  # as often down as up
+    changed.iloc[cut + 1 :] *= 5.0 ** random.uniform(-1, 1, (len(bars) - cut - 1, bars.shape[1]))
     return changed
 
 
 def _nothing(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame:
+    "No bar after the cut has a value."
     changed = bars.copy()
     changed.iloc[cut + 1 :] = np.nan
     return changed
 
 
 def _truncated(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame:
+    "The history ends with the cut."
     return bars.iloc[: cut + 1]
 
 
 # name -> how everything after the cut is changed
-CHANGES = {"NaN": _nothing, "noise": _noise, "truncation": _truncated}
+CHANGES: dict[str, Callable] = {"NaN": _nothing, "noise": _noise, "truncation": _truncated}
+
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #70b2b327
 _ACCOUNTS, _STEPS = 16, 32  # accounts that place random orders, and for how many bars before a cut
 
 
@@ -60,41 +64,40 @@ def _environment(market: MarketData, account: AccountConfig) -> GPUVectorizedTra
 
 
 def _traded(
-    market: MarketData, cut: int
-) -> (
-    torch.Tensor | None
-):  # (steps, fields, accounts) float64; None: no decision can be made just before the cut
-    "What random orders in the last bars before the cut have made of some accounts: cash, position, costs, stops and all."
+    market: MarketData,
+    cut: int,  # bar number
+) -> torch.Tensor | None:  # (steps, fields, accounts) float64; None: no decision just before the cut
+    "What random orders in the last bars before the cut have made of some accounts: cash, position and all."
     env, random = _environment(market, AccountConfig()), torch.Generator().manual_seed(cut)
-    closed = np.setdiff1d(
-        np.arange(cut - _STEPS, cut), env.decision_bars
-    )  # bars at which no decision can be made: begin after the last
+    # begin after the last bar at which no decision can be made
+    closed = np.setdiff1d(np.arange(cut - _STEPS, cut), env.decision_bars)
     first = int(closed[-1]) + 1 if len(closed) else cut - _STEPS
     if first == cut:
         return None
     env.reset_at_index(np.full(_ACCOUNTS, first))
-    accounts = [
-        env.step_index(torch.randint(env.n_actions, (_ACCOUNTS,), generator=random))[4]["account"]
-        for _ in range(first, cut)
-    ]
-    return torch.stack([torch.stack([getattr(a, f.name).double() for f in fields(a)]) for a in accounts])
+    accounts = []
+    for _ in range(first, cut):
+        orders = torch.randint(env.n_actions, (_ACCOUNTS,), generator=random)
+        *_, info = env.step_index(orders)
+        account = info["account"]
+        accounts.append(torch.stack([getattr(account, f.name).double() for f in fields(account)]))
+    return torch.stack(accounts)
 
 
 def _first_fill(
-    market: MarketData, cut: int
-) -> (
-    torch.Tensor | None
-):  # (2, accounts): quantity and cash, NaN where nothing was bought or sold; None: nothing can fill there
-    "What one order of each kind, decided at the cut, makes of fresh accounts; no stop or target blurs the fill."
+    market: MarketData,
+    cut: int,  # bar number
+) -> torch.Tensor | None:  # (2, accounts): quantity and cash, NaN where nothing was filled; None: no fill
+    "What one order of each kind at the cut makes of fresh accounts; no stop or target blurs the fill."
     env = _environment(market, AccountConfig(stop_pct=0.0, target_pct=0.0))
     if cut not in env.decision_bars or not market.can_fill[cut]:
         return None
     env.reset_at_index(np.full(_ACCOUNTS, cut))
-    infos = env.step_index(torch.arange(_ACCOUNTS) % env.n_actions)[4]
-    quantity = infos["fills"].quantity
-    return torch.where(quantity != 0, torch.stack([quantity, infos["account"].cash]), torch.nan)
+    *_, info = env.step_index(torch.arange(_ACCOUNTS) % env.n_actions)
+    quantity = info["fills"].quantity
+    return torch.where(quantity != 0, torch.stack([quantity, info["account"].cash]), torch.nan)
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #49e89eb0
 @dataclass
 class LookaheadReport:
     "What was compared, and what moved."
@@ -103,9 +106,9 @@ class LookaheadReport:
     bars: int
     fitted: int  # bars of the fitted span; cuts lie after it
     cuts: int
-    comparisons: int  # tables, observations, masks and accounts compared
-    refits: int  # fits recomputed on changed bars and compared
-    leaks: list[dict] = field(default_factory=list)  # change, cut, column, first bar that moved
+    comparisons: int = 0  # tables, observations, masks and accounts compared
+    refits: int = 0  # fits recomputed on changed bars and compared
+    leaks: list[dict] = field(default_factory=list)  # change, cut, at, column, first bar that moved
 
     @property
     def passed(self) -> bool:
@@ -114,117 +117,154 @@ class LookaheadReport:
     def __str__(self) -> str:
         lines = [
             f"Lookahead check, layout {self.version}: {'PASSED' if self.passed else 'FAILED'}",
-            f"  {self.bars:,} bars, features fitted on the first {self.fitted:,}; {self.cuts} cuts after them × {', '.join(CHANGES)}",
-            f"  {self.comparisons:,} tables, observations, masks and accounts compared bit for bit, {self.refits} fits recomputed",
+            f"  {self.bars:,} bars, features fitted on the first {self.fitted:,}; "
+            f"{self.cuts} cuts after them × {', '.join(CHANGES)}",
+            f"  {self.comparisons:,} tables, observations, masks and accounts compared bit for bit, "
+            f"{self.refits} fits recomputed",
         ]
         if self.passed:
-            return "\n".join(lines + ["  Nothing that was known at a bar depends on a later one."])
-        columns = pd.DataFrame(self.leaks).groupby("column", sort=False)
-        lines += ["  These look ahead:"] + [
-            f"    {name}: moved by {len(rows)} of {3 * self.cuts} changes, first at {rows['first'].min()} (cut at {rows['at'].iloc[0]})"
-            for name, rows in columns
-        ]
-        return "\n".join(
-            lines
-            + [
-                "  A column may use its own bar and earlier ones only, and an order fills at a later price; see nbs/02_features/02_features.ipynb and nbs/03_env/04_env.ipynb."
-            ]
+            return "\n".join([*lines, "  Nothing that was known at a bar depends on a later one."])
+        lines.append("  These look ahead:")
+        for name, rows in pd.DataFrame(self.leaks).groupby("column", sort=False):
+            lines.append(
+                f"    {name}: moved by {len(rows)} of {len(CHANGES) * self.cuts} changes, "
+                f"first at {rows['first'].min()} (cut at {rows['at'].iloc[0]})"
+            )
+        lines.append(
+            "  A column may use its own bar and earlier ones only, and an order fills at a later price; "
+            "see nbs/02_features/02_features.ipynb and nbs/03_env/04_env.ipynb."
         )
+        return "\n".join(lines)
+
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #d6085582
+class _Seen(NamedTuple):
+    "What is computed from some bars."
+
+    observations: BacktestObservationBuilder
+    market: MarketData
+
+
+class _Traded(NamedTuple):
+    "Accounts up to a cut, and one order at it."
+
+    accounts: torch.Tensor | None
+    fill: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _View:
+    "How bars are looked at: everything but the bars."
+
+    version: str
+    timeframe: str
+    asset_class: str
+    window: int
+    fit: FeatureFit
+
+    def see(self, bars: pd.DataFrame) -> _Seen:
+        kind = (self.version, self.fit, self.timeframe, self.asset_class, self.window)
+        return _Seen(BacktestObservationBuilder(bars, *kind).precompute(), market_data(bars, *kind))
+
+    def refit(self, bars: pd.DataFrame) -> dict:
+        return fit_features(bars, self.version, self.timeframe, self.asset_class).to_state()
+
+
+def _moved_table(
+    known: _Seen, seen: _Seen, cut: int, names: list[str]
+) -> dict[str, int]:  # column -> first bar
+    "Columns of the feature table that moved at or before the cut."
+    now, before = (s.observations.table.features[: cut + 1].view(torch.int32) for s in (seen, known))
+    moved = (now != before).numpy()
+    return {names[column]: int(moved[:, column].argmax()) for column in np.flatnonzero(moved.any(0))}
+
+
+def _moved_observation(known: _Seen, seen: _Seen, cut: int, names: list[str]) -> list[str]:
+    "Columns of the cut's observation that moved."
+    account = AccountState.initial()
+    now, before = (s.observations.get_obs_at_bar(cut, account) for s in (seen, known))
+    moved = np.array(now).view(np.int32) != np.array(before).view(np.int32)
+    return [names[column] for column in np.flatnonzero(moved.any(0))]
+
+
+def _moved_masks(known: _Seen, seen: _Seen, cut: int) -> list[str]:
+    "Masks that moved."
+    stops = {"can_decide": cut + 1, "can_fill": cut}
+    return [
+        f"mask {name}"
+        for name, stop in stops.items()
+        if (getattr(seen.market, name)[:stop] != getattr(known.market, name)[:stop]).any()
+    ]
+
+
+def _moved_accounts(market: MarketData, cut: int, accounts: torch.Tensor) -> bool:
+    "Whether an account up to the cut moved."
+    now = _traded(market, cut)
+    if now is None or now.shape != accounts.shape:
+        return True
+    return not torch.equal(now.view(torch.int64), accounts.view(torch.int64))
+
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #7431516a
+def _compare(
+    view: _View, known: _Seen, traded: _Traded, seen: _Seen, change: str, cut: int
+) -> tuple[dict[str, int], int]:  # what moved -> first bar at which it did; comparisons made
+    "Everything that was known at a cut, before and after its future was changed."
+    layout, comparisons = layout_of(view.version), 1
+    moved = _moved_table(known, seen, cut, list(layout.market_columns))
+    if cut >= known.observations.first_in_segment[cut] + view.window - 1:
+        comparisons += 1
+        for name in _moved_observation(known, seen, cut, layout.columns):
+            moved.setdefault(name, cut)
+    for name in _moved_masks(known, seen, cut):
+        moved[name] = cut
+    if traded.accounts is not None:
+        comparisons += 1
+        if _moved_accounts(seen.market, cut, traded.accounts):
+            moved["accounts of random orders"] = cut
+    # beyond the cut the next bar must move every fill
+    if change == "noise" and traded.fill is not None and seen.market.can_decide[cut]:
+        if bool((_first_fill(seen.market, cut) == traded.fill).all(0).any()):
+            moved["fill at a price known before the order"] = cut
+    return moved, comparisons
 
 
 def check_lookahead(
     bars: pd.DataFrame,  # validated bars
     version: str,  # layout
-    timeframe: str,
-    asset_class: str,
+    timeframe: str,  # such as "15Min"
+    asset_class: str,  # crypto or equity
     cuts: int = 50,  # places at which the future is changed
     window: int = 100,  # bars in one observation
     fitted: float = 0.6,  # share of the bars that the features are fitted on
     refits: int = 5,  # cuts at which the fit is recomputed as well
     seed: int = 0,  # of the cuts and the noise
-    fit=None,  # FeatureFit of those first bars; None: fitted here
+    fit: FeatureFit | None = None,  # of those first bars; None: fitted here
 ) -> LookaheadReport:
-    "Change everything after each cut and compare features, observations, masks, fills, accounts and fitted state up to it."
-    split, layout = int(len(bars) * fitted), layout_of(version)
-    require(
-        len(bars) - split > 2,
-        f"bars: {len(bars)} are too few for a check; the features are fitted on the first {fitted:.0%}, and cuts need bars after them",
-    )
-    require(cuts >= 1, f"cuts: expected 1 or more, was {cuts}")
+    "Change everything after each cut, and compare all that was known up to it."
+    split = int(len(bars) * fitted)
+    layout_of(version)
+    if len(bars) - split <= 2:
+        raise InputError(
+            f"bars: {len(bars)} are too few for a check; the features are fitted on the first {fitted:.0%}, "
+            "and cuts need bars after them"
+        )
+    if cuts < 1:
+        raise InputError(f"cuts: expected 1 or more, was {cuts}")
     fit = fit or fit_features(bars.iloc[:split], version, timeframe, asset_class)
-    random = np.random.default_rng(seed)
+    view, random = _View(version, timeframe, asset_class, window, fit), np.random.default_rng(seed)
     places = np.sort(random.integers(split, len(bars) - 1, cuts))
-    account = AccountState.initial()
-    make = lambda b: BacktestObservationBuilder(b, version, fit, timeframe, asset_class, window).precompute()
-    trade = lambda b: market_data(b, version, fit, timeframe, asset_class, window)
-    known, known_fit, known_market = make(bars), fit.to_state(), trade(bars)
-    known_trading = {}  # cut -> accounts up to it, and one order at it
-    report = LookaheadReport(version, len(bars), split, cuts, 0, 0)
     refit_at = set(places[np.linspace(0, cuts - 1, min(refits, cuts)).astype(int)].tolist())
-    names = list(layout.market_columns)
+    report, known = LookaheadReport(version, len(bars), split, cuts), view.see(bars)
     for cut in places.tolist():
-        for change, changed in ((name, f(bars, cut, random)) for name, f in CHANGES.items()):
-            seen = make(changed)
-            moved = (
-                seen.table.features[: cut + 1].view(torch.int32)
-                != known.table.features[: cut + 1].view(torch.int32)
-            ).numpy()
-            columns = {names[c]: int(moved[:, c].argmax()) for c in np.flatnonzero(moved.any(0))}
-            if cut >= known.first_in_segment[cut] + window - 1:
-                here = np.array([seen.get_obs_at_bar(cut, account), known.get_obs_at_bar(cut, account)]).view(
-                    np.int32
-                )
-                report.comparisons += 1
-                for c in np.flatnonzero((here[0] != here[1]).any(0)):
-                    columns.setdefault(layout.columns[c], cut)
-            report.comparisons += 1
-            # the mask of a fill says whether the next bar follows: at the cut itself that is the future
-            market = trade(changed)
-            for name, last in (("can_decide", cut + 1), ("can_fill", cut)):
-                if (getattr(market, name)[:last] != getattr(known_market, name)[:last]).any():
-                    columns[f"mask {name}"] = cut
-            if cut not in known_trading:
-                known_trading[cut] = _traded(known_market, cut), _first_fill(known_market, cut)
-            accounts, fill = known_trading[cut]
-            if accounts is not None:
-                report.comparisons += 1
-                now = _traded(market, cut)
-                if (
-                    now is None
-                    or now.shape != accounts.shape
-                    or not torch.equal(now.view(torch.int64), accounts.view(torch.int64))
-                ):
-                    columns["accounts of random orders"] = cut
-            if (
-                change == "noise"
-                and fill is not None
-                and market.can_decide[cut]
-                and bool((_first_fill(market, cut) == fill).all(0).any())
-            ):
-                columns["fill at a price known before the order"] = cut
-            report.leaks += [
-                {
-                    "change": change,
-                    "cut": cut,
-                    "at": str(bars.index[cut]),
-                    "column": name,
-                    "first": str(bars.index[row]),
-                }
-                for name, row in columns.items()
-            ]
+        traded = _Traded(_traded(known.market, cut), _first_fill(known.market, cut))
+        for change, changed_after in CHANGES.items():
+            changed = changed_after(bars, cut, random)
+            moved, comparisons = _compare(view, known, traded, view.see(changed), change, cut)
+            report.comparisons += comparisons
             if cut in refit_at:
                 report.refits += 1
-                if (
-                    fit_features(changed.iloc[:split], version, timeframe, asset_class).to_state()
-                    != known_fit
-                ):
-                    report.leaks.append(
-                        {
-                            "change": change,
-                            "cut": cut,
-                            "at": str(bars.index[cut]),
-                            "column": "fitted state",
-                            "first": str(bars.index[split]),
-                        }
-                    )
+                if view.refit(changed.iloc[:split]) != fit.to_state():
+                    moved["fitted state"] = split
+            for column, first in moved.items():
+                where = {"at": str(bars.index[cut]), "column": column, "first": str(bars.index[first])}
+                report.leaks.append({"change": change, "cut": cut, **where})
     return report
