@@ -1,7 +1,9 @@
-"""Other trainers' PPO on our environment, for `training.py`: each function makes a trainer and returns what runs one of its iterations, rollout and update.
+"""Other trainers' PPO on our environment, for `training.py`: each function makes a trainer and returns what
+runs one of its iterations, rollout and update.
 
-All have two networks, one for the policy and one for the value, with ReLU; the same batches, epochs, discount, lambda, clipping, entropy, gradient norm and
-Adam. All read the same dense observations of the same batch of accounts, so that trainers are compared and not environments.
+All have two networks, one for the policy and one for the value, with ReLU; the same batches, epochs,
+discount, lambda, clipping, entropy, gradient norm and Adam. All read the same dense observations of the same
+batch of accounts, so that trainers are compared and not environments.
 """
 
 import gymnasium as gym
@@ -33,11 +35,14 @@ class DenseEnv:
         return obs, reward, terminated, truncated, {"final_obs": infos["final_obs"]}
 
 
-# --- a loop in one file, as CleanRL has them -------------------------------------------------------------------------
+# --- a loop in one file, as CleanRL has them ---
 
 
 class TwoNetworks(nn.Module):
-    "Policy and value, each with hidden layers of its own; parameters in the order and by the names of `NativeActorCritic` with two trunks."
+    """Policy and value, each with hidden layers of its own.
+
+    Parameters in the order and by the names of `NativeActorCritic` with two trunks.
+    """
 
     def __init__(self, obs_dim: int, n_actions: int, hidden_dims):
         super().__init__()
@@ -49,9 +54,12 @@ class TwoNetworks(nn.Module):
             return layer
 
         widths = [obs_dim, *hidden_dims]
-        trunk = lambda: nn.Sequential(
-            *(m for a, b in zip(widths, widths[1:]) for m in (linear(a, b, 2**0.5), nn.ReLU()))
-        )
+
+        def trunk():
+            return nn.Sequential(
+                *(m for a, b in zip(widths, widths[1:]) for m in (linear(a, b, 2**0.5), nn.ReLU()))
+            )
+
         self.actor_trunk, self.critic_trunk = trunk(), trunk()
         self.actor_head, self.critic_head = linear(widths[-1], n_actions, 0.01), linear(widths[-1], 1, 1.0)
 
@@ -162,7 +170,7 @@ def single_file(env, settings: dict, device: torch.device):
     return lambda n_epochs: ppo.learn(ppo.rollout(), n_epochs)
 
 
-# --- stable-baselines3 and sbx -----------------------------------------------------------------------------------------
+# --- stable-baselines3 and sbx ---
 
 
 def _vec_env(env):
@@ -253,11 +261,12 @@ def sbx(env, settings: dict, device: torch.device):  # on the device that JAX ch
     return _baselines(PPO, env, settings, "auto", activation_fn=flax.linen.relu)
 
 
-# --- TorchRL -----------------------------------------------------------------------------------------------------------
+# --- TorchRL ---
 
 
 def torchrl(env, settings: dict, device: torch.device):
-    "Collector, advantage module, buffer without replacement and clipped loss, as in the library's own PPO example."
+    """Collector, advantage module, buffer without replacement and clipped loss, as in the library's own PPO
+    example."""
     from tensordict import TensorDict
     from tensordict.nn import TensorDictModule
     from torch.distributions import Categorical as Distribution

@@ -1,20 +1,27 @@
-"""Is it as good when it is fast? What is fast beside what is plain, on a market with a planted edge: what they earn unseen, and seconds to a stated validation result.
+"""Is it as good when it is fast? What is fast beside what is plain, on a market with a planted edge: what
+they earn unseen, and seconds to a stated validation result.
 
     python benchmarks/learning.py                # five seeds a way; about half an hour on two cores
     python benchmarks/learning.py --precision    # the shipped defaults beside plain float32
-    python benchmarks/learning.py --minibatches  # minibatches of whole bars beside minibatches of single samples
+    python benchmarks/learning.py --minibatches  # minibatches of whole bars beside those of single samples
     python benchmarks/learning.py --kept         # trains nothing: tables of what is kept
 
-`fast` is what `quick_test` does on this machine: products in bfloat16 where the chip has instructions for them, hidden layers in few passes, compiled ones where that is
-faster, a compiled loss, and what a policy says of bars known ahead. `float32` is the same network and the same settings by PyTorch's own operations, without any of that. Both make the same number of steps from the same seeds. The dense network, which multiplies whole windows,
-is too slow to train here: its seconds are those of one update times the updates that `float32` needed.
+`fast` is what `quick_test` does on this machine: products in bfloat16 where the chip has instructions for
+them, hidden layers in few passes, compiled ones where that is faster, a compiled loss, and what a policy says
+of bars known ahead. `float32` is the same network and the same settings by PyTorch's own operations, without
+any of that. Both make the same number of steps from the same seeds. The dense network, which multiplies whole
+windows, is too slow to train here: its seconds are those of one update times the updates that `float32`
+needed.
 
-`whole bars` and `samples` differ in what is shuffled: in rollouts that look at the same bars again and again, the samples of a bar may stay together, so that
-the network computes it once an epoch. The sizes are those of the training benchmark, 1,024 accounts × 24 steps and minibatches of 12,288, in float32.
+`whole bars` and `samples` differ in what is shuffled: in rollouts that look at the same bars again and again,
+the samples of a bar may stay together, so that the network computes it once an epoch. The sizes are those of
+the training benchmark, 1,024 accounts × 24 steps and minibatches of 12,288, in float32.
 
-Each run has one thread; seconds are its own processor time, so that what else the machine does counts less. The result is the validation return after costs
-at which a seed is first at or above THRESHOLD; the share is the part of the oracle's profit that the kept policy earns on the span that it never saw.
-Numbers are kept in benchmarks/results/learning.json, one table for each precision of the fast way; the command fails where the fast way earns less than the plain way by more than the seeds' spread.
+Each run has one thread; seconds are its own processor time, so that what else the machine does counts less.
+The result is the validation return after costs at which a seed is first at or above THRESHOLD; the share is
+the part of the oracle's profit that the kept policy earns on the span that it never saw. Numbers are kept in
+benchmarks/results/learning.json, one table for each precision of the fast way; the command fails where the
+fast way earns less than the plain way by more than the seeds' spread.
 """
 
 import argparse
@@ -189,29 +196,42 @@ def dense_seconds(seed: int = 0) -> float:
 
 def table(part: dict) -> int:  # exit status
     "Print what came out."
-    median = lambda values: float(np.median([np.inf if v is None else v for v in values]))
-    (fast, plain), shares = (
-        part["ways"],
-        {way: np.array([r["share"] for r in rows]) for way, rows in part["ways"].items()},
-    )
+
+    def median(values):
+        return float(np.median([np.inf if v is None else v for v in values]))
+
+    fast, plain = part["ways"]
+    shares = {way: np.array([r["share"] for r in rows]) for way, rows in part["ways"].items()}
     print(
-        f"{part['machine']}; {part['steps']:,} steps, planted edge {part['market']['edge']}, broker's costs\n{'':10} {'precision':10} {'share of the oracle, unseen: mean, range':44} seconds to a validation return of {THRESHOLD:.0%}: median, range; whole run"
+        f"{part['machine']}; {part['steps']:,} steps, planted edge {part['market']['edge']}, broker's costs\n"
+        f"{'':10} {'precision':10} {'share of the oracle, unseen: mean, range':44} "
+        f"seconds to a validation return of {THRESHOLD:.0%}: median, range; whole run"
     )
     for way, rows in part["ways"].items():
         own, seconds = shares[way], [r["seconds"] for r in rows]
         reached = [s for s in seconds if s is not None]
+        unseen = f"{own.mean():.1%}, {own.min():.1%} to {own.max():.1%}"
+        first, last = min(reached, default=np.inf), max(reached, default=np.inf)
         print(
-            f"{way:10} {rows[0]['precision']:10} {f'{own.mean():.1%}, {own.min():.1%} to {own.max():.1%}':44} {median(seconds):.0f}, {min(reached, default=np.inf):.0f} to {max(reached, default=np.inf):.0f} "
+            f"{way:10} {rows[0]['precision']:10} {unseen:44} "
+            f"{median(seconds):.0f}, {first:.0f} to {last:.0f} "
             f"({len(reached)} of {len(rows)} seeds); {np.median([r['all_seconds'] for r in rows]):.0f}"
         )
     if "dense_seconds_per_update" in part:
-        updates = median([r["update"] for r in part["ways"][plain]])
+        updates, seconds = (
+            median([r["update"] for r in part["ways"][plain]]),
+            part["dense_seconds_per_update"],
+        )
         print(
-            f"{'dense':10} {'float32':10} {'not trained':44} {part['dense_seconds_per_update'] * updates:,.0f}, from {part['dense_seconds_per_update']:.1f} s an update × {updates:.0f} updates"
+            f"{'dense':10} {'float32':10} {'not trained':44} {seconds * updates:,.0f}, "
+            f"from {seconds:.1f} s an update × {updates:.0f} updates"
         )
     spread, behind = float(shares[plain].std(ddof=1)), float(shares[plain].mean() - shares[fast].mean())
+    where = "behind" if behind > 0 else "ahead"
+    judged = "within it" if behind <= spread else "MISSED"
     print(
-        f"{fast}: {abs(behind):.1%} {'behind' if behind > 0 else 'ahead'} on average, the seeds' standard deviation is {spread:.1%}: {'within it' if behind <= spread else 'MISSED'}"
+        f"{fast}: {abs(behind):.1%} {where} on average, "
+        f"the seeds' standard deviation is {spread:.1%}: {judged}"
     )
     return int(behind > spread)
 

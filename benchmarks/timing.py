@@ -21,6 +21,9 @@ def print_profile(title: str, function, *arguments, **options):
     profile = cProfile.Profile()
     profile.runcall(function, *arguments, **options)
     print(f"\nwhere the time goes, {title} (own time, seconds):")
-    rows = sorted(pstats.Stats(profile).stats.items(), key=lambda row: -row[1][2])[:8]
-    for (file, line, name), (_, calls, own, *_) in rows:
+    functions = [
+        (own, calls, file, name)
+        for (file, _, name), (_, calls, own, *_) in pstats.Stats(profile).stats.items()
+    ]
+    for own, calls, file, name in sorted(functions, reverse=True)[:8]:
         print(f"  {own:7.3f}  {calls:>8} calls  {os.path.basename(file)}:{name}")

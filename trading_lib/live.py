@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NativeModelWrapper']
 
-# %% ../nbs/10_live/03_live.ipynb #d5fc9936
+# %% ../nbs/10_live/03_live.ipynb #72256a02
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +14,18 @@ import torch
 from .account import AccountConfig
 from .builder import InferenceObservationBuilder
 from .checkpoint import load_checkpoint
-from .config import InputError, require, typed
+from .config import InputError, typed
 from .networks import finite_logits
 from .policy.factory import build_policy
 from .version import assert_compatibility, interpret_action
 
-# %% ../nbs/10_live/03_live.ipynb #71d20a2e
+# %% ../nbs/10_live/03_live.ipynb #08b3b6b5
 class NativeModelWrapper:
     "A checkpoint's policy, validated when it is loaded."
 
     def __init__(
         self,
-        checkpoint_path: str | Path,
+        checkpoint_path: str | Path,  # a file of `save_checkpoint`
         strict_version: bool = False,  # raise, instead of warning, where the version is not the current one
     ):
         self.path = Path(checkpoint_path)
@@ -34,68 +34,79 @@ class NativeModelWrapper:
         self.model_version = self.model_spec.version
         self.policy = build_policy(self.content)
         self.recurrent = self.policy.initial_state(1) is not None
-        require(
-            self.policy.n_actions == self.model_spec.n_actions,
-            f"{self.path}: version {self.model_version} has {self.model_spec.n_actions} actions, the network {self.policy.n_actions}",
-        )
+        n_actions = self.model_spec.n_actions
+        if self.policy.n_actions != n_actions:
+            raise InputError(
+                f"{self.path}: version {self.model_version} has {n_actions} actions, "
+                f"the network {self.policy.n_actions}"
+            )
 
     def builder(self) -> InferenceObservationBuilder:
         "The live builder that this model was trained with: layout, fitted features, bar length, window."
-        env, account = self.content["config"]["env"], self.content["config"]["env"]["account"]
+        env = self.content["config"]["env"]
         return InferenceObservationBuilder(
             self.model_version,
             self.content["fit"],
             env["timeframe"],
             env["asset_class"],
             env["window"],
-            typed(AccountConfig, account, "account"),
+            typed(AccountConfig, env["account"], "account"),
         )
+
+    def _windows(self, obs) -> tuple[torch.Tensor, bool]:
+        "Flat observations (n, obs_dim), and whether one was given; InputError where they do not fit."
+        obs = torch.as_tensor(np.asarray(obs, dtype=np.float32))
+        n = self.policy.obs_dim
+        window = self.policy.window if self.policy.folds else n // self.model_spec.n_features
+        shapes = ((n,), (window, n // window))
+        single = obs.shape in shapes
+        if not single and obs.shape[1:] not in shapes:
+            raise InputError(
+                f"observation: model {self.model_version} expects ({window}, {n // window}) "
+                f"or ({n},), was {tuple(obs.shape)}"
+            )
+        if not bool(torch.isfinite(obs).all()):
+            raise InputError("observation: holds NaN or infinity; check the bars that it was built from")
+        return obs.reshape(-1, n), single
 
     @torch.no_grad()
     def predict(
         self,
         obs,  # (window, n_features), flat (obs_dim,), or a batch of either
     ) -> int | np.ndarray:  # the most probable action; one for each of a batch
-        "Decide. Observations with another shape, or with NaN, are refused."
-        require(
-            not self.recurrent,
-            f"{self.path}: holds a recurrent policy, which remembers: call `action, state = model.step(obs, state)` at every bar, with None at the first one and after a gap",
-        )
+        "Decide. InputError for observations of another shape or with NaN, and for a model with a memory."
+        if self.recurrent:
+            raise InputError(
+                f"{self.path}: holds a recurrent policy, which remembers: call "
+                "`action, state = model.step(obs, state)` at every bar, "
+                "with None at the first one and after a gap"
+            )
         return self.step(obs)[0]
 
     @torch.no_grad()
     def step(
         self,
         obs,  # as for `predict`
-        state: torch.Tensor
-        | None = None,  # what the last call returned; None: the history begins here, or broke off before this bar
-    ) -> tuple[
-        int | np.ndarray, torch.Tensor | None
-    ]:  # the most probable action, and what the policy remembers; None: it has no memory
-        "Decide, and remember. The caller keeps the state, one for each account that he trades, and gives it back at the next bar."
-        obs = torch.as_tensor(np.asarray(obs, dtype=np.float32))
-        n = self.policy.obs_dim
-        window = self.policy.window if self.policy.folds else n // self.model_spec.n_features
-        single = obs.shape in ((n,), (window, n // window))
-        require(
-            single or obs.shape[1:] in ((n,), (window, n // window)),
-            f"observation: model {self.model_version} expects ({window}, {n // window}) or ({n},), was {tuple(obs.shape)}",
-        )
-        require(
-            bool(torch.isfinite(obs).all()),
-            "observation: holds NaN or infinity; check the bars that it was built from",
-        )
-        rows = self.policy.window_inputs(obs.reshape(-1, n))
-        if self.recurrent:
-            state = self.policy.initial_state(len(rows)) if state is None else state
-            require(
-                isinstance(state, torch.Tensor) and bool(state.isfinite().all()),
-                "state: expected what the last call of `step` returned, or None; it holds NaN or is no tensor",
+        state: torch.Tensor | None = None,  # of the last call; None: at the first bar and after a gap
+    ) -> tuple[int | np.ndarray, torch.Tensor | None]:  # most probable action, what is remembered (or None)
+        "Decide, and remember: the caller keeps one state for each account. InputError as for `predict`."
+        windows, single = self._windows(obs)
+        rows = self.policy.window_inputs(windows)
+        if not self.recurrent:
+            state = None
+        elif state is None:
+            state = self.policy.initial_state(len(rows))
+        elif not isinstance(state, torch.Tensor) or not bool(state.isfinite().all()):
+            raise InputError(
+                "state: expected what the last call of `step` returned, or None; it holds NaN or is no tensor"
             )
-        logits, _, state = self.policy.evaluate_step(rows, state if self.recurrent else None)
+        logits, _, state = self.policy.evaluate_step(rows, state)
         actions = finite_logits(logits).argmax(1)
         return int(actions[0]) if single else actions.numpy(), state
 
-    def interpret(self, action: int) -> tuple[int, float, str]:  # direction, size multiplier, name
+    def interpret(
+        self,
+        action: int,  # of `predict` or `step`
+    ) -> tuple[int, float, str]:  # direction, size multiplier, name
         "What an action means in this model's version."
         return interpret_action(action, self.model_spec)

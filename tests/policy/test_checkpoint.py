@@ -58,7 +58,7 @@ def same(a, b) -> bool:
     return type(a) is type(b) and a == b
 
 
-# --- what goes in comes out ----------------------------------------------------------------------------------------
+# --- what goes in comes out ---
 
 
 def test_round_trip_of_every_plain_kind(tmp_path):
@@ -167,13 +167,20 @@ def test_bytes_depend_on_the_content_alone(tmp_path):
         content["policy_state_dict"]["actor_head.weight"].t().contiguous().t()
     )
     assert a == C.save_checkpoint(content, tmp_path / "b.pt").read_bytes()
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_checkpoint as t; t.C.save_checkpoint(t.small(symbols=['SIM-USD'] * 2), {str(tmp_path / 'c.pt')!r})"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_checkpoint
+content = test_checkpoint.small(symbols=["SIM-USD"] * 2)
+test_checkpoint.C.save_checkpoint(content, sys.argv[2])
+"""
+    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path / "c.pt")]
+    subprocess.run(command, check=True)
     assert a == (tmp_path / "c.pt").read_bytes()
     assert a != C.save_checkpoint(small(global_step=8), tmp_path / "a.pt").read_bytes()
 
 
-# --- damage --------------------------------------------------------------------------------------------------------
+# --- damage ---
 
 
 def refused(path: Path, data: bytes) -> str:
@@ -302,7 +309,7 @@ def test_files_without_a_digest(tmp_path):
         C.load_checkpoint(tmp_path / "pickled.pt")
 
 
-# --- hostile files -------------------------------------------------------------------------------------------------
+# --- hostile files ---
 
 
 def sign(data: bytes) -> bytes:
@@ -420,7 +427,7 @@ def test_an_unsafe_torch_is_refused(saved, monkeypatch):
         C.load_checkpoint(saved)
 
 
-# --- kill during save ----------------------------------------------------------------------------------------------
+# --- kill during save ---
 
 KILLER = """
 import os, random, signal, sys, time, warnings
@@ -428,7 +435,9 @@ import torch
 from trading_lib.checkpoint import load_checkpoint, save_checkpoint
 path, kills, plain = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "plain"
 torch.set_num_threads(1)
-def content(step): return {"policy_state_dict": {str(i): torch.full((65536,), float(step)) for i in range(8)}, "global_step": step}
+def content(step):
+    weights = {str(i): torch.full((65536,), float(step)) for i in range(8)}
+    return {"policy_state_dict": weights, "global_step": step}
 save = (lambda content, path: torch.save(content, path)) if plain else save_checkpoint
 generator, good, newest = random.Random(0), 0, 0
 save(content(0), path)
@@ -444,14 +453,18 @@ for kill in range(kills):
     os.waitpid(child, 0)
     try: loaded = torch.load(path, weights_only=True) if plain else load_checkpoint(path)
     except Exception: save(content(newest), path); continue
-    good += all(bool((t == loaded["global_step"]).all()) for t in loaded["policy_state_dict"].values()) and loaded["global_step"] >= newest
-    newest = loaded["global_step"]
+    step, tensors = loaded["global_step"], loaded["policy_state_dict"].values()
+    good += all(bool((t == step).all()) for t in tensors) and step >= newest
+    newest = step
 print(good, newest)
 """
 
 
 def survived(folder: Path, kills: int, how: str) -> tuple[int, int]:
-    "Kills after which a complete checkpoint, not older than before, loads; and the number of saves that got through."
+    """Kills after which a complete checkpoint, not older than before, loads.
+
+    And the number of saves that got through.
+    """
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(KILLER), str(folder / f"{how}.pt"), str(kills), how],
         capture_output=True,
@@ -489,7 +502,7 @@ def test_a_failing_write_leaves_the_old_file_and_no_litter(saved, monkeypatch):
         assert saved.read_bytes() == before and [p.name for p in saved.parent.iterdir()] == ["model.pt"]
 
 
-# --- provenance, inspect, compare ----------------------------------------------------------------------------------
+# --- provenance, inspect, compare ---
 
 
 def test_git_state(tmp_path, monkeypatch):
@@ -590,7 +603,7 @@ def test_compare(saved, tmp_path):
     )
 
 
-# --- files that say what cannot be ---------------------------------------------------------------------------------
+# --- files that say what cannot be ---
 
 
 def signed_file(content) -> bytes:

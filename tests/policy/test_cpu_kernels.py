@@ -1,4 +1,7 @@
-"""Hidden layers and the loss compiled for this CPU, beside plain ones in float64; and how the library comes to be."""
+"""Hidden layers and the loss compiled for this CPU, beside plain ones in float64.
+
+And how the library comes to be.
+"""
 
 import os
 import re
@@ -28,7 +31,8 @@ if torch.backends.cpu.get_cpu_capability() != "AVX512":
 needs_them = pytest.mark.skipif(
     not cpu_kernels.available(), reason=f"no compiled layers here: {cpu_kernels.missing()}"
 )
-# one column, panels and tiles that are full and that are not, weights that stay in the cache and weights that do not
+# one column, panels and tiles that are full and that are not, weights that stay in the cache and weights that
+# do not
 WIDTHS = [
     (1, 1),
     (33, 64),
@@ -44,7 +48,10 @@ ROWS = [256, 257, 269, 509, 1021]
 def made(rows, widths, seed=0):
     "Inputs, weights, biases and a gradient."
     random = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=random)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=random)
+
     return (
         draw(rows, widths[0]),
         [draw(b, a) / a**0.5 for a, b in zip(widths, widths[1:])],
@@ -71,7 +78,11 @@ def compiled(x, weights, biases, gradient):
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 @pytest.mark.parametrize("rows", ROWS)
 def test_they_are_the_plain_layers(rows, widths):
-    "Against the same numbers in float64. Gradients are sums over the rows that may nearly vanish, so their errors are measured by what went in too; a rounding may let another unit through, as it may in plain layers."
+    """Against the same numbers in float64.
+
+    Gradients are sums over the rows that may nearly vanish, so their errors are measured by what went in too;
+    a rounding may let another unit through, as it may in plain layers.
+    """
     given = made(rows, widths)
     out, found = compiled(*given)
     exact, expected = plain(
@@ -80,8 +91,9 @@ def test_they_are_the_plain_layers(rows, widths):
     _, rounded = plain(*given)
     assert difference(out, exact) < 1e-6 and bool((out == 0).any()) and bool((out > 0).any())
     for a, b, c in zip(found, expected, rounded, strict=True):
-        error = lambda v: float((v - b).norm() / (b.norm() + given[-1].norm()))
-        assert a.shape == b.shape and bool(b.any()) and error(a) <= max(1e-6, 3 * error(c))
+        error, of_plain = (float((v - b).norm() / (b.norm() + given[-1].norm())) for v in (a, c))
+        assert a.shape == b.shape and bool(b.any())
+        assert error <= max(1e-6, 3 * of_plain)
 
 
 @needs_them
@@ -235,14 +247,15 @@ def test_nor_does_the_way_back_take_what_does_not_fit(change):
         cpu_kernels.backward(**given | change)
 
 
-# --- the library ------------------------------------------------------------------------------------------------------------
+# --- the library ---
 
 TELLS = """
 import torch
 from trading_lib.kernels import cpu as cpu_kernels
 from trading_lib.kernels.layers import hidden_layers, why_slower
 out = hidden_layers(torch.ones(300, 4), [(torch.ones(2, 4), torch.zeros(2))])
-print(cpu_kernels.available(), cpu_kernels.missing(), why_slower(torch.device("cpu"), torch.float32, 300, 8), float(out.sum()), sep="|")
+slower = why_slower(torch.device("cpu"), torch.float32, 300, 8)
+print(cpu_kernels.available(), cpu_kernels.missing(), slower, float(out.sum()), sep="|")
 """
 
 
@@ -332,7 +345,7 @@ def test_a_compiler_may_be_a_command_with_arguments(tmp_path):
     assert tells(tmp_path, CXX=f"{cpp_library._compiler()[0]} -g0")[0] == "True"
 
 
-# --- compilers and caches that are not what they seem --------------------------------------------------------------------
+# --- compilers and caches that are not what they seem ---
 
 
 def tried(monkeypatch, cache: Path, compiler: str | None = None) -> str | None:
@@ -352,7 +365,9 @@ def program(path: Path, text: str) -> str:
 
 
 def instead(code: str) -> str:
-    return f"""while [ $# -gt 0 ]; do [ "$1" = -o ] && echo '{code}' | ${{REAL:-c++}} -shared -fPIC -x c -o "$2" -; shift; done\n"""
+    "A compiler that makes a library of this C instead of what it is given."
+    make = f"""echo '{code}' | ${{REAL:-c++}} -shared -fPIC -x c -o "$2" -"""
+    return f"""while [ $# -gt 0 ]; do [ "$1" = -o ] && {make}; shift; done\n"""
 
 
 NOTHING = "int forward(void){return 0;} int backward(void){return 0;} int ppo_loss(void){return 0;}"
@@ -470,7 +485,8 @@ def test_only_this_user_can_have_put_a_library_there(place, tmp_path, monkeypatc
     folder.mkdir(parents=True, mode=0o700)
     file = cpp_library._path(compiler := cpp_library._compiler(), folder)
     (tmp_path / "evil.c").write_text(
-        f'#include <stdio.h>\n__attribute__((constructor)) void f(void) {{ fopen("{mark}", "w"); }}\n{NOTHING}\n'
+        "#include <stdio.h>\n"
+        f'__attribute__((constructor)) void f(void) {{ fopen("{mark}", "w"); }}\n{NOTHING}\n'
     )
     subprocess.run(
         [compiler[0], "-shared", "-fPIC", "-x", "c", tmp_path / "evil.c", "-o", tmp_path / "evil.so"],
@@ -508,11 +524,20 @@ import ctypes, sys
 import numpy as np
 library = ctypes.CDLL(sys.argv[1])
 assert "torch" not in sys.modules
-x, weight, bias, out = np.ones((900, 4), "f4"), np.ones((2, 4), "f4"), np.zeros(2, "f4"), np.empty((900, 2), "f4")
-place = lambda a: (ctypes.c_void_p * 1)(a.ctypes.data)
+x, out = np.ones((900, 4), "f4"), np.empty((900, 2), "f4")
+weight, bias = np.ones((2, 4), "f4"), np.zeros(2, "f4")
 sums, more = np.empty((2, 4), "f4"), np.empty(2, "f4")
-failed = library.forward(ctypes.c_int64(1), (ctypes.c_int64 * 2)(4, 2), ctypes.c_int64(900), ctypes.c_void_p(x.ctypes.data), place(weight), place(bias), place(out), 0, 3)
-failed += library.backward(ctypes.c_int64(1), (ctypes.c_int64 * 2)(4, 2), ctypes.c_int64(900), ctypes.c_void_p(x.ctypes.data), place(weight), place(out), ctypes.c_void_p(out.ctypes.data), place(sums), place(more), 0, 3)
+
+def address(a):
+    return ctypes.c_void_p(a.ctypes.data)
+
+def addresses(a):
+    return (ctypes.c_void_p * 1)(a.ctypes.data)
+
+sizes = ctypes.c_int64(1), (ctypes.c_int64 * 2)(4, 2), ctypes.c_int64(900)
+failed = library.forward(*sizes, address(x), addresses(weight), addresses(bias), addresses(out), 0, 3)
+given = address(x), addresses(weight), addresses(out), address(out)
+failed += library.backward(*sizes, *given, addresses(sums), addresses(more), 0, 3)
 print(failed, (out == 4).all() and (sums == 3600).all() and (more == 3600).all())
 """
 
@@ -528,13 +553,16 @@ def test_without_torchs_threads_it_starts_its_own():
     assert done.stdout.split() == ["0", "True"]
 
 
-# --- the loss ------------------------------------------------------------------------------------------------------------
+# --- the loss ---
 
 
 def samples(n, actions, seed=0, scale=1.0):
     "Logits and values now, and what acted: of samples on both sides of every clip."
     random = torch.Generator().manual_seed(seed)
-    draw = lambda *shape: torch.randn(*shape, generator=random)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=random)
+
     before = torch.log_softmax(scale * draw(n, actions), 1)
     action = torch.randint(actions, (n,), generator=random)
     data = {
@@ -583,8 +611,9 @@ def test_the_loss_is_the_plain_one(n, actions, scale, value_clip):
             2e-6 * max(1, abs(float(expected[name]))), 3 * abs(float(rounded[name] - expected[name]))
         ), name
     for a, b, c in zip(found, gradients, plain, strict=True):
-        error = lambda v: float((v - b).norm() / (b.norm() + 1e-3 / n))
-        assert a.shape == b.shape and a.dtype == torch.float32 and error(a) <= max(1e-6, 3 * error(c))
+        error, of_plain = (float((v - b).norm() / (b.norm() + 1e-3 / n)) for v in (a, c))
+        assert a.shape == b.shape and a.dtype == torch.float32
+        assert error <= max(1e-6, 3 * of_plain)
     if n > 500:
         assert 0.05 < float(watch["clip_fraction"]) < 0.95 or actions == 1
 
@@ -614,7 +643,10 @@ def test_what_is_not_as_the_loss_takes_it_is_refused(name, change):
 
 @needs_them
 def test_at_the_edges_gradients_are_shared_as_autograd_shares_them():
-    "Advantages of 0, ratios within and beyond; a value that is as wrong clipped as it is unclipped gets half of its gradient."
+    """Advantages of 0, ratios within and beyond.
+
+    A value that is as wrong clipped as it is unclipped gets half of its gradient.
+    """
     even = torch.full((6, 2), 0.5).log()
     data = {
         "action": torch.zeros(6, dtype=torch.int64),
@@ -645,7 +677,10 @@ def test_at_the_edges_gradients_are_shared_as_autograd_shares_them():
 )
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
 def test_a_loss_that_is_not_finite_is_told(place, number, value_clip):
-    "Wherever the plain one says so, and in the very gradients; a gradient of what is NaN may be NaN where PyTorch's is not."
+    """Wherever the plain one says so, and in the very gradients.
+
+    A gradient of what is NaN may be NaN where PyTorch's is not.
+    """
     logits, value, data = samples(40, 3)
     target = {"now": logits, "values now": value}.get(place, data.get(place))
     if target.ndim > 1:
@@ -670,7 +705,10 @@ def test_a_loss_that_is_not_finite_is_told(place, number, value_clip):
 @pytest.mark.parametrize("threads", [2, 5])
 def test_the_same_samples_give_the_same_loss_to_the_bit(threads):
     before, given = torch.get_num_threads(), samples(5000, 8)
-    flat = lambda found: [found[0], *found[1].values(), *found[2:]]
+
+    def flat(found):
+        return [found[0], *found[1].values(), *found[2:]]
+
     try:
         torch.set_num_threads(1)
         alone = flat(loss_of(ppo.ppo_loss, *given, loss_settings(0.2)))

@@ -1,5 +1,6 @@
 """Fast paths beside the plain ones: hidden layers in few passes, bars that are computed once."""
 
+import functools
 import math
 import platform
 import subprocess
@@ -39,7 +40,7 @@ def gradients(f, arguments, weight):
     return out, torch.autograd.grad((out.float() * weight).sum(), arguments)
 
 
-# --- few passes ----------------------------------------------------------------------------------------------------------
+# --- few passes ---
 
 
 def linear_relu(x, weight, bias):
@@ -72,9 +73,15 @@ def test_a_hidden_layer_is_the_plain_one(shape, dtype, tolerance):
 )
 @pytest.mark.parametrize("widths", [(355, 64), (20, 40, 1, 7), (33, 64, 32, 16)], ids=str)
 def test_hidden_layers_are_the_plain_ones(widths, dtype, tolerance):
-    "One after another, output and the gradients of everything that wants one; the gradient that came in is left as it was."
+    """One after another, output and the gradients of everything that wants one.
+
+    The gradient that came in is left as it was.
+    """
     generator = torch.Generator().manual_seed(3)
-    draw = lambda *shape: torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
     layers = [(draw(b, a), draw(b)) for a, b in zip(widths, widths[1:])]
     arguments = [draw(200, widths[0]), *(v for layer in layers for v in layer)]
     exact = [v.detach().double().requires_grad_() for v in arguments]
@@ -84,7 +91,9 @@ def test_hidden_layers_are_the_plain_ones(widths, dtype, tolerance):
             x = F.relu(F.linear(x, weight, bias))
         return x
 
-    together = lambda x, *parameters: hidden_layers(x, [*zip(parameters[::2], parameters[1::2])])
+    def together(x, *parameters):
+        return hidden_layers(x, [*zip(parameters[::2], parameters[1::2])])
+
     incoming = torch.randn(200, widths[-1], generator=generator).to(dtype)
     before, out, expected = incoming.clone(), together(*arguments), plain(*exact)
     found, of, rounded = (
@@ -171,11 +180,17 @@ def test_float32_products_are_exact_and_the_setting_is_put_back():
     with pytest.raises(ZeroDivisionError), fast_products(torch.device("cpu")):
         assert difference(a @ b, a.double() @ b.double()) < 1e-6
         assert (torch.get_float32_matmul_precision() == "medium") == _medium_is_exact()
-        1 / 0
+        raise ZeroDivisionError
     assert torch.get_float32_matmul_precision() == before
 
 
-# --- learning ---------------------------------------------------------------------------------------------------------------
+# --- learning ---
+
+
+def sample_by_sample(epochs, data, n):
+    "The same minibatches, each sample with its own work."
+    for epoch in epochs(data, n):
+        yield [Minibatch(batch.samples) for batch in epoch]
 
 
 @pytest.mark.parametrize(
@@ -187,16 +202,14 @@ def test_float32_products_are_exact_and_the_setting_is_put_back():
     ],
 )
 def test_each_bar_once_is_the_same_update(settings):
-    "A layout without account columns: samples at one bar share the network's work, and their gradients are added up."
+    """A layout without account columns: samples at one bar share the network's work, and their gradients are
+    added up."""
     weights, rows = [], []
     for once in (True, False):
         t = trading_trainer(0, None, n_steps=600, minibatch_size=1500, **settings)
         assert t.table.n_account == 0 and t._whole_bars
-        shuffled = t._epochs
         if not once:
-            t._epochs = lambda data, n: (
-                [Minibatch(batch.samples) for batch in epoch] for epoch in shuffled(data, n)
-            )
+            t._epochs = functools.partial(sample_by_sample, t._epochs)
         rows.append(t.train(2)[-1])
         weights.append({name: v.detach().clone() for name, v in t.policy.named_parameters()})
     fresh = dict(
@@ -243,7 +256,11 @@ def test_a_look_up_is_a_selection(shape):
 
 @pytest.mark.parametrize("size", [1, 7, 500, 1999, 2000, 5000])
 def test_whole_groups_stay_together(size):
-    "2,000 samples of 300 groups, a third of which has none: each sample once an epoch, in minibatches of that size, and a group in two of them only where one was full."
+    """2,000 samples of 300 groups, a third of which has none.
+
+    Each sample once an epoch, in minibatches of that size, and a group in two of them only where one was
+    full.
+    """
     random = torch.Generator().manual_seed(2)
     group = torch.randint(200, (2000,), generator=random) * 3 // 2
     epochs, again = (
@@ -271,7 +288,8 @@ def test_whole_groups_stay_together(size):
 
 
 def test_every_order_of_groups_is_as_likely_as_another():
-    "Three groups of 2, 1 and 1 samples: six orders in 3,000 epochs, 500 each, with a standard deviation of 20."
+    """Three groups of 2, 1 and 1 samples: six orders in 3,000 epochs, 500 each, with a standard deviation of
+    20."""
     group = torch.tensor([0, 2, 1, 0])
     seen = Counter(
         tuple(epoch[0].groups.tolist())
@@ -280,7 +298,7 @@ def test_every_order_of_groups_is_as_likely_as_another():
     assert len(seen) == 6 and all(abs(n - 500) < 100 for n in seen.values())
 
 
-# --- memory that stays -----------------------------------------------------------------------------------------------
+# --- memory that stays ---
 
 FAULTS = """
 import resource, torch
@@ -307,7 +325,7 @@ def test_pages_are_not_fetched_again():
     assert known and kept < 100 < given_back
 
 
-# --- few sizes of half-precision products ------------------------------------------------------------------------------
+# --- few sizes of half-precision products ---
 
 
 def test_few_sizes_are_few_and_at_most_a_quarter_more():

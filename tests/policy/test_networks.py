@@ -1,6 +1,8 @@
-"""The folded first layer against plain torch: the same function, the same gradients, the same training, the same files.
+"""The folded first layer against plain torch: the same function, the same gradients, the same training, the
+same files.
 
-The reference is torch.nn.Sequential on windows put together in numpy, torch.optim.Adam and torch.nn.utils.clip_grad_norm_; it shares no code with trading_lib.networks.
+The reference is torch.nn.Sequential on windows put together in numpy, torch.optim.Adam and
+torch.nn.utils.clip_grad_norm_; it shares no code with trading_lib.networks.
 """
 
 import copy
@@ -43,7 +45,8 @@ CASES = [(version, shared) for version in VERSIONS for shared in (True, False)]
 
 
 class Case:
-    "A random market, observations of it as indices and as windows, and one folded network with a plain copy of its weights."
+    """A random market, observations of it as indices and as windows, and one folded network with a plain copy
+    of its weights."""
 
     def __init__(self, version, shared, seed=0):
         layout, random = LAYOUTS[version], np.random.default_rng(seed)
@@ -118,11 +121,14 @@ def case(version, shared):
 def places(version):
     "Where the windowed columns are, and the broadcast ones: the market's, then the account's."
     layout = LAYOUTS[version]
-    by_kind = lambda source, kind: [
-        i
-        for i, (name, windowed) in enumerate(zip(layout.columns, layout.windowed))
-        if name in source and bool(windowed) == kind
-    ]
+
+    def by_kind(source, kind):
+        return [
+            i
+            for i, (name, windowed) in enumerate(zip(layout.columns, layout.windowed))
+            if name in source and bool(windowed) == kind
+        ]
+
     return by_kind(layout.market_columns, True), by_kind(layout.market_columns, False) + by_kind(
         layout.account_columns, False
     )
@@ -145,7 +151,7 @@ def evaluate(policy, x):
     return policy.actor_head(out[0]), policy.critic_head(out[-1]).squeeze(-1)
 
 
-# --- the same function ----------------------------------------------------------------------------------------------
+# --- the same function ---
 
 
 @pytest.mark.parametrize("version, shared", CASES)
@@ -299,7 +305,7 @@ def test_shift_and_scale_travel_with_the_weights():
     }  # nobody trains them
 
 
-# --- the same training ----------------------------------------------------------------------------------------------
+# --- the same training ---
 
 
 def train_dense(c, steps=200):
@@ -393,7 +399,8 @@ def moments(net, optimizer):
 
 @pytest.mark.parametrize("version, shared", [("5.6.0", True), ("5.3.0", False)])
 def test_the_optimizers_state_is_that_of_adam_on_the_plain_network(version, shared):
-    "Names, order, shapes and numbers; then plain torch goes on from it, and the folded network from plain torch's, each as the other would have."
+    """Names, order, shapes and numbers; then plain torch goes on from it, and the folded network from plain
+    torch's, each as the other would have."""
     c = case(version, shared)
     plain = NativeActorCritic(WINDOW * c.n_features, 8, HIDDEN, shared).double()
     plain.load_state_dict(
@@ -412,12 +419,12 @@ def test_the_optimizers_state_is_that_of_adam_on_the_plain_network(version, shar
         clip()
         optimizer.step()
 
-    dense_step = lambda net, optimizer: step(
-        net, optimizer, c.windows, lambda: nn.utils.clip_grad_norm_(net.parameters(), MAX_NORM)
-    )
-    folded_step = lambda net, optimizer: step(
-        net, optimizer, x, lambda: clip_gradients(optimizer.param_groups, MAX_NORM)
-    )
+    def dense_step(net, optimizer):
+        return step(net, optimizer, c.windows, lambda: nn.utils.clip_grad_norm_(net.parameters(), MAX_NORM))
+
+    def folded_step(net, optimizer):
+        return step(net, optimizer, x, lambda: clip_gradients(optimizer.param_groups, MAX_NORM))
+
     assert plain_optimizer_state(folded, [other])["state"] == {}
     for _ in range(20):
         dense_step(plain, adam)
@@ -495,7 +502,7 @@ def test_every_parameter_is_in_one_group():
     assert [g["factor"] for g in parameter_groups(NativeActorCritic(10, 2, (4,)), RATE)] == [1]
 
 
-# --- state dicts ----------------------------------------------------------------------------------------------------
+# --- state dicts ---
 
 
 @pytest.mark.parametrize("version, shared", CASES)
@@ -527,8 +534,14 @@ def test_state_dicts_of_folded_and_plain_load_in_each_other(version, shared):
 
 @pytest.mark.parametrize("window, shared", [(1, True), (3, True), (100, True), (100, False)])
 def test_weights_load_back_bit_for_bit(window, shared):
-    "Spread over the window and added up again a float32 may move by its last bit; with the sums beside the state dict it does not. An exact resume rests on it."
-    make = lambda: NativeActorCritic(window * 58, 8, (64, 8), shared, input_layout("5.6.0", window))
+    """Spread over the window and added up again a float32 may move by its last bit.
+
+    With the sums beside the state dict it does not. An exact resume rests on it.
+    """
+
+    def make():
+        return NativeActorCritic(window * 58, 8, (64, 8), shared, input_layout("5.6.0", window))
+
     torch.manual_seed(window)
     policy = make()
     again = make()
@@ -614,12 +627,15 @@ def test_shift_and_scale_need_one_value_per_column():
             NativeActorCritic(WINDOW * 58, 8, HIDDEN, layout=input_layout("5.6.0", WINDOW, **{name: values}))
 
 
-# --- initialisation -------------------------------------------------------------------------------------------------
+# --- initialisation ---
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_initial_weights_are_orthogonal_with_the_stated_gains(shared):
-    "Singular values are the gain, all of them: √2 in the trunk, 0.01 for the actor, 1 for the critic; biases are 0."
+    """Singular values are the gain, all of them.
+
+    √2 in the trunk, 0.01 for the actor, 1 for the critic; biases are 0.
+    """
     for layout in (None, input_layout("5.6.0", 20)):
         policy = NativeActorCritic(1160, 8, (64, 96, 32), shared, layout)
         names = ["trunk"] if shared else ["actor_trunk", "critic_trunk"]
@@ -665,7 +681,7 @@ def test_the_folded_layer_begins_as_the_sum_of_an_orthogonal_one():
     assert not torch.equal(actor[0].windowed_weight, critic[0].windowed_weight)
 
 
-# --- sizing ---------------------------------------------------------------------------------------------------------
+# --- sizing ---
 
 
 @pytest.mark.parametrize(
@@ -709,7 +725,10 @@ def test_estimates_are_the_counts_of_real_networks(obs_dim, widths, n_actions, s
         NativeActorCritic(obs_dim, n_actions, widths, shared),
         estimate_model(obs_dim, widths, n_actions, shared),
     )
-    count = lambda module: sum(p.numel() for p in module.parameters())
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
     assert estimate["parameters"] == count(policy)
     assert estimate["layers"] == {
         f"hidden_{i + 1}": sum(count(trunk[2 * i]) for trunk in policy._trunks()) for i in range(len(widths))

@@ -73,7 +73,10 @@ def rollouts(
 
 
 def assert_same(fast: dict, plain: dict):
-    "The same actions; values, advantages and returns to rounding; the values of episodes that were cut among them."
+    """The same actions; values, advantages and returns to rounding.
+
+    The values of episodes that were cut among them.
+    """
     assert set(fast) == set(plain)
     for name in ("index", "action", "ended"):
         assert torch.equal(fast[name], plain[name]), name
@@ -96,7 +99,10 @@ def test_a_rollout_with_it_is_the_rollout_without(monkeypatch, settings):
     "settings", [dict(), dict(shared_trunk=False, hidden_dims=(32, 16))], ids=["shared", "separate"]
 )
 def test_a_short_rollout_looks_at_the_bars_that_it_comes_to_and_at_no_others(monkeypatch, settings):
-    "Episodes of twelve bars end again and again in it, and begin at bars that were not known before; each bar is shown to the network once."
+    """Episodes of twelve bars end again and again in it, and begin at bars that were not known before.
+
+    Each bar is shown to the network once.
+    """
     fast, plain, shown = rollouts(monkeypatch, lambda: trading_trainer(0, n_steps=64, **settings))
     assert_same(fast, plain)
     visited, after_cut = (
@@ -214,7 +220,8 @@ def test_validation_plays_what_the_policy_says_at_every_step(monkeypatch, versio
 
 
 def test_what_is_known_of_all_bars_takes_no_more_than_a_minibatch():
-    "Which is not there meanwhile: 5.6.0 has 3 columns that change along the window and 55 that do not, 8 actions and a value."
+    """Which is not there meanwhile: 5.6.0 has 3 columns that change along the window and 55 that do not, 8
+    actions and a value."""
     t = trading_trainer(0, n_steps=1400, minibatch_size=100, hidden_dims=(32, 16))
     assert t._acting_bytes == 4 * 100 * (3 * t.env.config.window + 55 + 3 * (32 + 16 + 8 + 1))
     assert (

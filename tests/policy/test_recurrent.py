@@ -1,6 +1,7 @@
 """The recurrent actor-critic against the formulas in numpy, one account and one step at a time.
 
-The reference below is written from the definitions (gated recurrent unit as in the documentation of torch.nn.GRU, layer normalisation as in Ba et al. 2016) and knows only the state dict.
+The reference below is written from the definitions (gated recurrent unit as in the documentation of
+torch.nn.GRU, layer normalisation as in Ba et al. 2016) and knows only the state dict.
 """
 
 import copy
@@ -73,7 +74,7 @@ def boundaries(kind, seed=0):
 KINDS = ["none", "first", "last", "consecutive", "every", "one account", "random", "mixed"]
 
 
-# --- the formulas, in numpy ------------------------------------------------------------------------------------------
+# --- the formulas, in numpy ---
 
 
 def sigmoid(x):
@@ -91,7 +92,10 @@ def by_hand(state_dict, x, state, starts):
         {name: v.double().numpy() for name, v in state_dict.items()},
         (v.double().numpy() for v in (x, state, starts)),
     )
-    affine = lambda name, v: w[f"{name}.weight"] @ v + w[f"{name}.bias"]
+
+    def affine(name, v):
+        return w[f"{name}.weight"] @ v + w[f"{name}.bias"]
+
     layers, out = len(state), (np.empty((len(x), x.shape[1], ACTIONS)), np.empty(x.shape[:2]))
     after = state.copy()
     for account in range(x.shape[1]):
@@ -130,11 +134,10 @@ def step_by_step(policy, x, state, starts):
     "A loop over `evaluate_step`, with the state set to zero at starts."
     logits, values = [], []
     for observation, start in zip(x, starts):
-        l, v, state = policy.evaluate_step(
-            observation, torch.where(start[:, None], torch.zeros_like(state), state)
-        )
-        logits.append(l)
-        values.append(v)
+        before = torch.where(start[:, None], torch.zeros_like(state), state)
+        *output, state = policy.evaluate_step(observation, before)
+        logits.append(output[0])
+        values.append(output[1])
     return torch.stack(logits), torch.stack(values), state
 
 
@@ -163,7 +166,7 @@ def test_a_step_is_the_formula():
         assert np.abs(g.detach().numpy() - e).max() < 1e-12
 
 
-# --- sequences and steps ---------------------------------------------------------------------------------------------
+# --- sequences and steps ---
 
 
 def gradients(policy, x, state, starts, run):
@@ -225,7 +228,8 @@ def test_accounts_may_be_taken_in_any_order():
 
 
 def test_pieces_by_hand():
-    "Two accounts, four steps: A goes on for two steps and then starts an episode of two, B starts at once and again at the last step."
+    """Two accounts, four steps: A goes on for two steps and then starts an episode of two, B starts at once
+    and again at the last step."""
     pieces = episode_pieces(torch.tensor([[False, True], [False, False], [True, False], [False, True]]))
     # pieces: A's first two steps (0), A's last two (1), B's three (2), B's last one (3); 3 = 2 + 1
     assert (
@@ -252,12 +256,15 @@ def test_every_step_is_read_once(kind):
     assert len(pieces.account) == len(pieces.begins) == int(boundaries(kind)[1:].sum()) + N
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory ---
 
 
 @pytest.mark.parametrize("what", ["observations", "state"])
 def test_an_episode_knows_nothing_of_the_one_before(what):
-    "Everything before the start is replaced by noise, infinities and NaN: what follows is the same to the last bit."
+    """Everything before the start is replaced by noise, infinities and NaN.
+
+    What follows is the same to the last bit.
+    """
     policy, (x, state), starts = (
         policy_of(dtype=torch.float32),
         sequences(dtype=torch.float32),
@@ -312,7 +319,7 @@ def test_nothing_is_known_before_the_first_observation():
     assert all(torch.equal(u, v) for u, v in zip(a, b))
 
 
-# --- size and weights ------------------------------------------------------------------------------------------------
+# --- size and weights ---
 
 
 def count(module):
@@ -434,13 +441,16 @@ def test_the_state_dict_comes_back():
         )
 
 
-# --- modes and precision ---------------------------------------------------------------------------------------------
+# --- modes and precision ---
 
 
 @pytest.mark.parametrize("layers", [1, 2])
 def test_dropout_is_off_in_evaluation_mode_and_on_in_training_mode(layers):
     policy, (x, state), starts = policy_of(layers=layers), sequences(layers=layers), boundaries("random")
-    log_probabilities = lambda: policy.evaluate_sequences(x, state, starts)[0].log_softmax(-1)
+
+    def log_probabilities():
+        return policy.evaluate_sequences(x, state, starts)[0].log_softmax(-1)
+
     assert torch.equal(log_probabilities(), log_probabilities())
     policy.train()
     assert not torch.equal(log_probabilities(), log_probabilities())
@@ -483,7 +493,10 @@ def test_the_gru_can_always_compute_gradients():
 
 
 def test_precision():
-    "Outputs and state in the weights' own precision; under autocast close to it, in the same way for steps and for sequences."
+    """Outputs and state in the weights' own precision.
+
+    Under autocast close to it, in the same way for steps and for sequences.
+    """
     policy, (x, state), starts = (
         policy_of(dtype=torch.float32),
         sequences(dtype=torch.float32),
@@ -508,7 +521,8 @@ def test_precision():
 
 
 def test_the_recurrence_is_not_rounded():
-    "Where the encoder's output is the same in both precisions, so is the state, to the last bit, though products are in bf16."
+    """Where the encoder's output is the same in both precisions, so is the state, to the last bit, though
+    products are in bf16."""
     policy, (x, state), starts = (
         policy_of(dtype=torch.float32),
         sequences(dtype=torch.float32),
@@ -523,7 +537,7 @@ def test_the_recurrence_is_not_rounded():
     assert torch.equal(rounded[2], exact[2]) and not torch.equal(rounded[0], exact[0])
 
 
-# --- inputs of a market ----------------------------------------------------------------------------------------------
+# --- inputs of a market ---
 
 WINDOW = 20
 
@@ -595,15 +609,19 @@ def test_inputs_scaled_once_are_the_inputs_scaled_at_every_gather():
 
 
 def test_folded_training_is_that_of_the_dense_network():
-    "50 steps of Adam on whole sequences with clipping, against plain torch on plain windows. Steps ten times as large are chaotic here: the last bits of a sum grow to 1e-4."
+    """50 steps of Adam on whole sequences with clipping, against plain torch on plain windows.
+
+    Steps ten times as large are chaotic here: the last bits of a sum grow to 1e-4.
+    """
     m, state, starts = Market(), torch.zeros(LAYERS, N, HIDDEN, dtype=torch.float64), boundaries("random")
     x, target = (
         torch.stack([m.folded.inputs(obs, m.table) for obs in m.obs]),
         torch.randn(T, N, 8, dtype=torch.float64),
     )
-    loss = lambda logits, values, _: (
-        (logits - target).square().mean() + (values - target[..., 0]).square().mean()
-    )
+
+    def loss(logits, values, _):
+        return (logits - target).square().mean() + (values - target[..., 0]).square().mean()
+
     plain, adam = (
         torch.optim.Adam(m.dense.parameters(), lr=1e-4, eps=1e-5),
         torch.optim.Adam(parameter_groups(m.folded, 1e-4), eps=1e-5),
@@ -622,7 +640,7 @@ def test_folded_training_is_that_of_the_dense_network():
     assert (a[0] - b[0]).norm() / b[0].norm() < 1e-8 and loss(*b).item() < 0.9 * start
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- what is refused ---
 
 
 @pytest.mark.parametrize(
@@ -643,7 +661,8 @@ def test_folded_training_is_that_of_the_dense_network():
         (lambda p, x, h, s: p.evaluate_sequences(x[:0], h, s[:0]), r"x: expected.*was \(0, 6, 5\)"),
         (
             lambda p, x, h, s: p.evaluate_step(x[0], h[:, :5]),
-            r"state: expected shape \(layers, accounts, hidden\) = \(2, 6, 12\), was \(2, 5, 12\); begin with `initial_state`",
+            r"state: expected shape \(layers, accounts, hidden\) = \(2, 6, 12\), was \(2, 5, 12\); "
+            "begin with `initial_state`",
         ),
         (lambda p, x, h, s: p.evaluate_sequences(x, h[:1], s), r"state: expected.*was \(1, 6, 12\)"),
         (

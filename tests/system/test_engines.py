@@ -1,10 +1,16 @@
-"""Another engine keeps the books of our backtests: vectorbt is given the same orders, and must have the same equity to the cent at every close; or decides by itself where stops and targets take a position out.
+"""Another engine keeps the books of our backtests: vectorbt is given the same orders, and must have the same
+equity to the cent at every close; or decides by itself where stops and targets take a position out.
 
-Each bar becomes several rows of the engine's, so that what happens in it has an order there too: first what stop or target sell at the open, then the order at the open, then stop or target inside the
-bar, then the close. The engine keeps cash, position, fees and trades by itself. Costs are not taken from our result either: commission, spread and slippage are percentages, as the `broker` preset is
-documented, and the impact of each order is worked out here, with pandas. The engine knows no fee in kind. Of a purchase of crypto it is told the units that arrive, and the price of those that the broker
-keeps as a fee in cash: that is the same money and the same units. Where the data break off, our backtest sells at the last close before; the engine is told to be flat there. In crypto a bar opens where
-the last one closed, so gaps through a level are looked for in equities. Run with -s for the tables."""
+Each bar becomes several rows of the engine's, so that what happens in it has an order there too: first what
+stop or target sell at the open, then the order at the open, then stop or target inside the bar, then the
+close. The engine keeps cash, position, fees and trades by itself. Costs are not taken from our result either:
+commission, spread and slippage are percentages, as the `broker` preset is documented, and the impact of each
+order is worked out here, with pandas. The engine knows no fee in kind. Of a purchase of crypto it is told the
+units that arrive, and the price of those that the broker keeps as a fee in cash: that is the same money and
+the same units. Where the data break off, our backtest sells at the last close before; the engine is told to
+be flat there. In crypto a bar opens where the last one closed, so gaps through a level are looked for in
+equities. Run with -s for the tables.
+"""
 
 import functools
 from types import SimpleNamespace
@@ -86,7 +92,10 @@ def backtest(market, actions, **account):
 
 
 def eventful_actions(market, seed=0) -> np.ndarray:
-    "One side for some thirty bars, then the other; mostly waiting, so that stops and targets have time; now and then against that side, or CLOSE."
+    """One side for some thirty bars, then the other.
+
+    Mostly waiting, so that stops and targets have time; now and then against that side, or CLOSE.
+    """
     table = market_data(market.bars, VERSION, market.fit, "15Min", market.asset_class).span(*market.span)
     at, random = decision_bars(table), np.random.default_rng(seed)
     number = len(at)
@@ -154,7 +163,11 @@ def levels_of(side, average, stop: float, target: float):
 
 
 def exits_by_the_rule(table, stop: float, target: float) -> pd.DataFrame:
-    "Where a position must leave, and at what price: at the open, if that has passed a level; after the order, inside the bar, at a level in reach, the stop first."
+    """Where a position must leave, and at what price.
+
+    At the open, if that has passed a level; after the order, inside the bar, at a level in reach, the stop
+    first.
+    """
     side = np.sign(table["before"])
     levels = levels_of(side, table["average_before"], stop, target)
     gap = [
@@ -181,7 +194,10 @@ def exits_by_the_rule(table, stop: float, target: float) -> pd.DataFrame:
 
 
 def impact_rates(bars, asset_class: str) -> pd.DataFrame:
-    "What the square-root law needs, known at each close: volatility and value traded of a day, over five days."
+    """What the square-root law needs, known at each close.
+
+    Volatility and value traded of a day, over five days.
+    """
     per_day = BARS_A_DAY[asset_class]
     starts = (
         bars.index.to_series().diff() > pd.Timedelta("15min")
@@ -189,9 +205,10 @@ def impact_rates(bars, asset_class: str) -> pd.DataFrame:
         else pd.Series(False, bars.index)
     )
     stretch = starts.cumsum()
-    mean = lambda values: values.groupby(stretch).transform(
-        lambda v: v.rolling(5 * per_day, min_periods=1).mean()
-    )
+
+    def mean(values):
+        return values.groupby(stretch).transform(lambda v: v.rolling(5 * per_day, min_periods=1).mean())
+
     returns = bars["close"].groupby(stretch).pct_change().fillna(0.0)
     return pd.DataFrame(
         {
@@ -204,12 +221,11 @@ def impact_rates(bars, asset_class: str) -> pd.DataFrame:
 # the other engine
 
 
-ROWS = (
-    4  # of the engine, for each bar: stop or target at the open, the order, stop or target inside, the close
-)
+# rows of the engine for each bar: stop or target at the open, the order, stop or target inside, the close
+ROWS = 4
 
 
-def replay(table, rates, asset_class: str):
+def replay_in_vectorbt(table, rates, asset_class: str):
     "Orders into vectorbt. What leaves is for the engine to know: exits and settlements only say flat."
     known = rates.shift(1).loc[table.index]  # an order is charged by what was known when it was decided
     at_close = rates.loc[table.index]
@@ -241,7 +257,10 @@ def replay(table, rates, asset_class: str):
     in_kind[:, 1] = table["kept"]
     commission = np.where(in_kind > 0, in_kind * price, COMMISSION[asset_class] * value)
     costs = commission + AROUND * value + value * volatility * np.sqrt(value / volume)
-    rows = lambda array: pd.Series(array.ravel())
+
+    def rows(array):
+        return pd.Series(array.ravel())
+
     return vectorbt.Portfolio.from_orders(
         rows(price),
         size=rows(size),
@@ -295,11 +314,14 @@ def case(request):
 
 @pytest.mark.parametrize("case", CASES_OF_BOTH_LENGTHS, indirect=True)
 def test_an_engine_that_replays_our_orders_has_our_equity_to_the_cent(case):
-    "Seeded random actions with everything in them; cash, position, equity, fees and each trade's profit are the engine's own."
+    """Seeded random actions with everything in them.
+
+    Cash, position, equity, fees and each trade's profit are the engine's own.
+    """
     result = backtest(case, eventful_actions(case))
     table = table_of(result, case.bars)
     rule = exits_by_the_rule(table, ACCOUNT["stop_pct"], ACCOUNT["target_pct"])
-    engine = replay(table, impact_rates(case.bars, case.asset_class), case.asset_class)
+    engine = replay_in_vectorbt(table, impact_rates(case.bars, case.asset_class), case.asset_class)
     equity, cash, units = (
         getattr(engine, name)().to_numpy()[ROWS - 1 :: ROWS] for name in ("value", "cash", "assets")
     )
@@ -313,11 +335,13 @@ def test_an_engine_that_replays_our_orders_has_our_equity_to_the_cent(case):
         "costs": abs(engine.orders.records["fees"].sum() - costs),
     }
     print(
-        f"\n{case.symbol} 15Min, {len(table)} bars from {table.index[0]:%Y-%m-%d} to {table.index[-1]:%Y-%m-%d}; "
+        f"\n{case.symbol} 15Min, {len(table)} bars "
+        f"from {table.index[0]:%Y-%m-%d} to {table.index[-1]:%Y-%m-%d}; "
         + ", ".join(f"{name} {number}" for name, number in counts.items())
         + "\n  largest difference at any close: "
         + ", ".join(f"{name} {value:.0e}" for name, value in apart.items())
-        + f"\n  trades: ours {len(trades)}, engine {len(positions)}; costs {costs:.2f}; final equity: ours {result.equity.iloc[-1]:.6f}, engine {equity[-1]:.6f}"
+        + f"\n  trades: ours {len(trades)}, engine {len(positions)}; costs {costs:.2f}; "
+        + f"final equity: ours {result.equity.iloc[-1]:.6f}, engine {equity[-1]:.6f}"
     )
     assert max(value for name, value in apart.items() if name != "units") < CENT and apart["units"] < 1e-9
     assert (
@@ -361,12 +385,16 @@ def test_an_engine_that_replays_our_orders_has_our_equity_to_the_cent(case):
 # the engine decides
 
 
-# both within reach of one bar now and then; no impact: an engine that finds exits by itself cannot be told what each will cost in cash
+# both within reach of one bar now and then; no impact: an engine that finds exits by itself cannot be told
+# what each will cost in cash
 TIGHT = dict(stop_pct=0.00231, target_pct=0.00317, impact_coefficient=0.0)
 
 
 def plain_actions(market, seed=1) -> np.ndarray:
-    "Open when flat, sometimes CLOSE when not, nothing else: no scale-ins, so that the entry price is that of one fill. Nothing is held where the data break off."
+    """Open when flat, sometimes CLOSE when not, nothing else.
+
+    No scale-ins, so that the entry price is that of one fill. Nothing is held where the data break off.
+    """
     table = market_data(market.bars, VERSION, market.fit, "15Min", market.asset_class).span(*market.span)
     at, random = decision_bars(table), np.random.default_rng(seed)
     opens = np.where(
@@ -377,7 +405,10 @@ def plain_actions(market, seed=1) -> np.ndarray:
     closes = np.where(random.random(len(at)) < 0.08, CLOSE, HOLD)
     for last in np.flatnonzero(np.diff(at) > 1):
         opens[last - 1 : last + 1], closes[last - 1 : last + 1] = HOLD, CLOSE
-    decide = lambda k, account: torch.as_tensor(np.where(account.quantity.numpy() == 0, opens[k], closes[k]))
+
+    def decide(k, account):
+        return torch.as_tensor(np.where(account.quantity.numpy() == 0, opens[k], closes[k]))
+
     return np.array(
         [
             int(step.action[0])
@@ -389,16 +420,22 @@ def plain_actions(market, seed=1) -> np.ndarray:
 
 
 def signals(table, asset_class: str, rows: int):
-    "Entries and CLOSE as signals, stop and target as distances. With two rows a bar, the first holds nothing but the open."
+    """Entries and CLOSE as signals, stop and target as distances.
+
+    With two rows a bar, the first holds nothing but the open.
+    """
     opens, enums = table["open"].to_numpy(), vectorbt.portfolio.enums
     arrives = table["quantity"] - table["kept"]
     paid = (
         (table["kept"] + AROUND * table["quantity"]).div(arrives).where(table["kept"] > 0, FEES[asset_class])
     )  # of what arrives: the engine knows no fee in kind
-    first = lambda values, rest: pd.Series(
-        np.stack([values, np.full(len(table), rest)][:rows], 1).ravel()
-    )  # orders go with the bar's first row
-    within = lambda name: pd.Series(np.stack([opens, table[name]][2 - rows :], 1).ravel())
+
+    def first(values, rest):
+        return pd.Series(np.stack([values, np.full(len(table), rest)][:rows], 1).ravel())
+
+    def within(name):
+        return pd.Series(np.stack([opens, table[name]][2 - rows :], 1).ravel())
+
     # a session's last bar cannot order: its fill would be tomorrow's open
     day = table.index.tz_convert("America/New_York").date
     fillable = np.append(False, day[1:] == day[:-1]) if asset_class == "equity" else True
@@ -447,7 +484,10 @@ def trades_of(engine, table, rows: int) -> pd.DataFrame:
 
 @pytest.mark.parametrize("case", CASES_OF_BOTH_LENGTHS, indirect=True)
 def test_an_engine_that_finds_stops_and_targets_itself_finds_ours(case):
-    "It knows when we enter, how much, and when we say CLOSE. In which bars stop and target take the position out, and at what price, it works out from the bars."
+    """It knows when we enter, how much, and when we say CLOSE.
+
+    In which bars stop and target take the position out, and at what price, it works out from the bars.
+    """
     result = backtest(case, plain_actions(case), **TIGHT)
     table = table_of(result, case.bars)
     rule = exits_by_the_rule(table, TIGHT["stop_pct"], TIGHT["target_pct"])
@@ -487,7 +527,8 @@ def test_an_engine_that_finds_stops_and_targets_itself_finds_ours(case):
         "profit of a trade": np.abs(closed["profit"] - ours["profit"]).max(),
     }
     print(
-        f"\n{case.symbol} 15Min, {len(table)} bars from {table.index[0]:%Y-%m-%d} to {table.index[-1]:%Y-%m-%d}; "
+        f"\n{case.symbol} 15Min, {len(table)} bars "
+        f"from {table.index[0]:%Y-%m-%d} to {table.index[-1]:%Y-%m-%d}; "
         + ", ".join(f"{name} {number}" for name, number in counts.items() if number)
         + f"\n  trades: ours {len(ours)}, engine {len(closed)}; largest difference: "
         + ", ".join(f"{name} {value:.0e}" for name, value in apart.items())
@@ -500,7 +541,9 @@ def test_an_engine_that_finds_stops_and_targets_itself_finds_ours(case):
     )
     assert max(apart.values()) < CENT and apart["exit price"] < 1e-9 * table["close"].max()
 
-    # as its users write it, one row a bar, it does not look into the bar of an entry, and lets stop and target go before an order at the open: each trade that differs is of one of these kinds, and ours is by the rule
+    # as its users write it, one row a bar, it does not look into the bar of an entry, and lets stop and
+    # target go before an order at the open: each trade that differs is of one of these kinds, and ours is by
+    # the rule
     theirs = trades_of(signals(table, case.asset_class, 1), table, 1)
     assert theirs.index.isin(
         [*ours.index, *bar[result.trades.loc[result.trades["exit"] == "still open", "entry_time"]]]

@@ -1,5 +1,7 @@
-"""What a rollout takes: bytes on paper, bytes that buffers and networks really take, and requests that are cut until they fit."""
+"""What a rollout takes: bytes on paper, bytes that buffers and networks really take, and requests that are
+cut until they fit."""
 
+import functools
 import json
 import os
 import random
@@ -45,7 +47,7 @@ def refusal(make, *arguments, **named) -> str:
     return str(e.value)
 
 
-# --- one sample -----------------------------------------------------------------------------------------------------
+# --- one sample ---
 
 
 @pytest.mark.parametrize(
@@ -94,7 +96,7 @@ def test_a_sample_of_nothing_is_refused(arguments, words):
     assert words in refusal(sample_fields, *arguments)
 
 
-# --- buffers --------------------------------------------------------------------------------------------------------
+# --- buffers ---
 
 
 @pytest.mark.parametrize(
@@ -136,10 +138,17 @@ def test_a_rollout_on_paper():
 
 
 def test_the_operating_system_hands_out_what_was_predicted():
-    "Pages that are written are resident: 150 MB of whole windows, in a process that keeps nothing of what others freed in it."
+    """Pages that are written are resident: 150 MB of whole windows, in a process that keeps nothing of what
+    others freed in it."""
     if memory_in_use() is None:
         pytest.skip("this system does not say how much memory a process holds")
-    code = "from trading_lib.training.memory import *\nbefore, buffers = memory_in_use(), allocate_rollout(64, 100, sample_fields(5800, 8))\nfor t in buffers.values(): t.fill_(1)\nprint(memory_in_use() - before)"
+    code = """
+from trading_lib.training.memory import *
+before, buffers = memory_in_use(), allocate_rollout(64, 100, sample_fields(5800, 8))
+for t in buffers.values():
+    t.fill_(1)
+print(memory_in_use() - before)
+"""
     predicted, taken = (
         buffer_bytes(64, 100, sample_fields(5800, 8)),
         int(
@@ -154,7 +163,7 @@ def test_memory_that_is_not_to_be_had_is_one_line():
     assert "on cpu" in words and "use fewer" in words and f"{2**40:,}" in words
 
 
-# --- the rest of a run ----------------------------------------------------------------------------------------------
+# --- the rest of a run ---
 
 
 class Peak(TorchDispatchMode):
@@ -183,7 +192,10 @@ class Peak(TorchDispatchMode):
 
 
 def peak_of_a_step(policy, evaluate, samples, inputs):
-    "A gathered minibatch of `samples`, a PPO-like loss, gradients and an Adam step; the second one, when the moments stand."
+    """A gathered minibatch of `samples`, a PPO-like loss, gradients and an Adam step.
+
+    The second one, when the moments stand.
+    """
     optimizer, data, action = (
         torch.optim.Adam(policy.parameters(), fused=True),
         torch.randn(samples, inputs),
@@ -219,7 +231,10 @@ def peak_of_a_step(policy, evaluate, samples, inputs):
 def test_activations_of_a_real_minibatch_are_within_the_estimate(
     inputs, hidden_dims, shared_trunk, monkeypatch
 ):
-    "And the estimate is about twice what they take at most, where PyTorch alone computes: with two trunks the gradients of one are gone when those of the other come."
+    """And the estimate is about twice what they take at most, where PyTorch alone computes.
+
+    With two trunks the gradients of one are gone when those of the other come.
+    """
     monkeypatch.setattr(fused, "compiles", lambda *given: False)
     samples, policy = 2048, NativeActorCritic(inputs, 8, hidden_dims, shared_trunk)
     n = sum(p.numel() for p in policy.parameters())
@@ -229,7 +244,8 @@ def test_activations_of_a_real_minibatch_are_within_the_estimate(
     ).minibatch
     assert predicted == samples * (inputs + 3 * sum(widths)) * 4
     taken = peak_of_a_step(policy, policy.evaluate, samples, inputs)
-    # weights and moments are no news in that step; its gradients, and a copy while they are made, are the model's
+    # weights and moments are no news in that step; its gradients, and a copy while they are made, are the
+    # model's
     assert (
         0.5 if shared_trunk else 0.48
     ) * predicted < taken - 4 * n < predicted + 4 * n and taken < predicted + (BYTES_PER_PARAMETER - 12) * n
@@ -242,14 +258,19 @@ sys.path.insert(0, {tests!r})
 from test_memory import peak_of_a_step
 from trading_lib.kernels.layers import compiles
 from trading_lib.networks import NativeActorCritic
-def status(name): return 1024 * next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 samples, inputs, hidden_dims = {samples}, {inputs}, {hidden_dims}
 policy = NativeActorCritic(inputs, 8, hidden_dims)
 peak_of_a_step(policy, policy.evaluate, 512, inputs)  # what libraries take once
 Path("/proc/self/clear_refs").write_text("5")
 before = status("VmRSS")
 peak_of_a_step(policy, policy.evaluate, samples, inputs)
-print(int(compiles(torch.device("cpu"), torch.float32, samples, sum(weight.numel() for weight, _ in policy.trunk.layers))), status("VmHWM") - before - 4 * samples * inputs)  # without the data, of which a minibatch is gathered
+weights = sum(weight.numel() for weight, _ in policy.trunk.layers)
+compiled = compiles(torch.device("cpu"), torch.float32, samples, weights)
+data = 4 * samples * inputs  # of which a minibatch is gathered
+print(int(compiled), status("VmHWM") - before - data)
 """
 
 
@@ -300,9 +321,12 @@ def test_activations_of_a_recurrent_minibatch_are_within_the_estimate(inputs, wi
     predicted = memory_use(
         1, steps * accounts, steps * accounts, sample_fields(inputs, 8), inputs=inputs, widths=widths
     ).minibatch
-    flat = lambda x: (lambda logits, values, _: (logits.flatten(0, 1), values.flatten()))(
-        *policy.evaluate_sequences(x.view(steps, accounts, inputs), state, starts)
-    )
+
+    def flat(x):
+        return (lambda logits, values, _: (logits.flatten(0, 1), values.flatten()))(
+            *policy.evaluate_sequences(x.view(steps, accounts, inputs), state, starts)
+        )
+
     taken = peak_of_a_step(policy, flat, steps * accounts, inputs)
     assert 0.5 * predicted < taken - 4 * n < predicted + 4 * n
 
@@ -346,7 +370,7 @@ def test_bytes_in_words(n, words):
     assert memory_text(n) == words
 
 
-# --- limits ---------------------------------------------------------------------------------------------------------
+# --- limits ---
 
 
 @pytest.mark.parametrize(
@@ -386,7 +410,7 @@ def test_a_cpu_may_use_four_fifths_of_what_is_available():
         assert abs(limit - 0.8 * numbers["MemAvailable"]) < 0.5 * GB
 
 
-# --- cut until it fits ----------------------------------------------------------------------------------------------
+# --- cut until it fits ---
 
 WINDOWS, INDICES = sample_fields(5800, 8), sample_fields(0, 8, indexed=True)
 ABSURD = dict(
@@ -401,8 +425,10 @@ ABSURD = dict(
 
 
 def test_an_absurd_request_is_cut_with_a_line():
-    """65,536 × 512 samples of 23,253 bytes, and half as much again, are 1,170 GB.
-    Each halving of the environments halves that: 4,096 of them still take 73 GB, 2,048 take 36.6; minibatch 2.9 and model 0.1 come on top."""
+    """65,536 × 512 samples of 23,253 bytes, and half as much again, are 1,170 GB. Each halving of the
+    environments halves that: 4,096 of them still take 73 GB, 2,048 take 36.6; minibatch 2.9 and model 0.1
+    come on top.
+    """
     asked = (
         65_536 * 512 * 23_253 * 1.5 + max(3 * 65_536 * 5800, 65_536 * (5800 + 3 * 1801)) * 4 + 20 * 6_598_665
     )
@@ -412,7 +438,8 @@ def test_an_absurd_request_is_cut_with_a_line():
     assert (
         fit.warnings
         == [
-            f"n_envs: 65,536 would take {asked / 1e9:,.0f} GB with the rest as asked, and 45.0 GB may be used; 2,048 is used instead ({used / 1e9:.1f} GB in all)"
+            f"n_envs: 65,536 would take {asked / 1e9:,.0f} GB with the rest as asked, "
+            f"and 45.0 GB may be used; 2,048 is used instead ({used / 1e9:.1f} GB in all)"
         ]
         and "1,175 GB" in fit.warnings[0]
     )
@@ -448,7 +475,8 @@ def test_what_fits_is_left_alone():
 def test_a_minibatch_of_more_than_the_rollout_is_the_rollout(limit):
     fit = fit_to_memory(4, 16, 2048, INDICES, limit)
     assert fit[:3] == (4, 16, 64) and fit.warnings == [
-        "minibatch_size: 2,048 is more than the 64 samples of a rollout (4 environments × 16 steps); all of them are one minibatch"
+        "minibatch_size: 2,048 is more than the 64 samples of a rollout (4 environments × 16 steps); "
+        "all of them are one minibatch"
     ]
     assert fit_to_memory(4, 16, 64, INDICES, limit) == (4, 16, 64, [])
 
@@ -481,8 +509,13 @@ def test_a_size_of_nothing_is_refused(name):
     )
 
 
+def total_use(settings, sizes):
+    return memory_use(**sizes, **settings).total
+
+
 def test_whatever_is_asked_it_fits_and_not_by_more_than_it_must():
-    "Thousand random requests: within the limit, never more than asked, and a halving less would not have done."
+    """Thousand random requests: within the limit, never more than asked, and a halving less would not have
+    done."""
     draw, cut = random.Random(0), 0
     for _ in range(1000):
         asked = dict(
@@ -502,7 +535,7 @@ def test_whatever_is_asked_it_fits_and_not_by_more_than_it_must():
         except InputError:
             assert memory_use(1, 1, 1, **rest).total > limit
             continue
-        found, total = dict(zip(asked, fit[:3])), lambda sizes: memory_use(**sizes, **rest).total
+        found, total = dict(zip(asked, fit[:3])), functools.partial(total_use, rest)
         assert (
             total(found) <= limit
             and all(1 <= found[k] <= asked[k] for k in asked)
@@ -527,7 +560,7 @@ def test_whatever_is_asked_it_fits_and_not_by_more_than_it_must():
     assert cut > 200
 
 
-# --- what a run keeps, over thousands of updates -----------------------------------------------------------------------
+# --- what a run keeps, over thousands of updates ---
 
 LONG_RUN = """
 import json, os, sys
@@ -541,9 +574,24 @@ from trading_lib.trainer import NativePPOTrainer
 
 network, version, updates = sys.argv[1], sys.argv[2], int(sys.argv[3])
 bars = simulate_bars("SIM-USD", "15Min", "2023-01-01", "2023-03-01", seed=1, asset_class="crypto")
-market = market_data(bars, version, fit_features(bars[:4000], version, "15Min", "crypto"), "15Min", "crypto", window=10, symbol="SIM-USD")
-env = GPUVectorizedTradingEnv(market.span(0, 4000), GPUEnvConfig(n_envs=8, version=version, window=10, episode_length=37))
-config = NativePPOConfig(network=network, hidden_dims=(32, 16), gru_hidden_dim=16, n_gru_layers=1, n_steps=64, minibatch_size=200, n_epochs=1, critic_epochs=0, total_timesteps=512 * updates, amp=True, validation_interval=100, checkpoint_interval=200)
+fit = fit_features(bars[:4000], version, "15Min", "crypto")
+market = market_data(bars, version, fit, "15Min", "crypto", window=10, symbol="SIM-USD")
+of_accounts = GPUEnvConfig(n_envs=8, version=version, window=10, episode_length=37)
+env = GPUVectorizedTradingEnv(market.span(0, 4000), of_accounts)
+config = NativePPOConfig(
+    network=network,
+    hidden_dims=(32, 16),
+    gru_hidden_dim=16,
+    n_gru_layers=1,
+    n_steps=64,
+    minibatch_size=200,
+    n_epochs=1,
+    critic_epochs=0,
+    total_timesteps=512 * updates,
+    amp=True,
+    validation_interval=100,
+    checkpoint_interval=200,
+)
 trainer = NativePPOTrainer(env, config, market.span(4000, 4400), None, RunFolder("run"))
 seen = {}
 while trainer.update < updates:
@@ -559,7 +607,8 @@ print(json.dumps(seen))
 )
 @pytest.mark.parametrize("network, version", [("mlp", "5.6.0"), ("mlp", "2.7.0"), ("gru", "5.6.0")])
 def test_a_long_run_in_half_precision_grows_by_nothing(network, version, tmp_path):
-    "2,000 updates, in a process of their own: what oneDNN keeps for each new number of rows came to a gigabyte."
+    """2,000 updates, in a process of their own: what oneDNN keeps for each new number of rows came to a
+    gigabyte."""
     code = subprocess.run(
         [sys.executable, "-c", LONG_RUN, network, version, "2000"],
         cwd=tmp_path,
