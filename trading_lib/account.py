@@ -272,7 +272,7 @@ def _fill_order(
     average = (state.average_entry * kept + bar.open * received) / (position * adds + (1.0 - adds))
     return fills, position, _choose(adds, average, state.average_entry)
 
-# %% ../nbs/03_env/01_account.ipynb #5ffb3fc4
+# %% ../nbs/03_env/01_account.ipynb #60959c88
 class _Gap(NamedTuple):
     "What stop or target have done at the open; tensors of shape (n,)."
 
@@ -320,7 +320,7 @@ def _leave_at_open(state: AccountState, bar: NextBar, rules: AccountRules, liqui
         spent=paid + costs,
     )
 
-
+# %% ../nbs/03_env/01_account.ipynb #6468e2ae
 def _fills(
     gap: _Gap,
     inside: _Exit,

@@ -33,6 +33,7 @@ from trading_lib.config import AccountConfig, InputError
 from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
 from trading_lib.gymnasium_env import ENV_ID, TradingEnv, TradingVectorEnv, column_bounds
+from trading_lib.market import bounds
 from trading_lib.market.layouts import LAYOUTS
 from trading_lib.sources import simulate_bars, simulate_market
 
@@ -600,10 +601,10 @@ def test_no_episode_leaves_its_span():
 
 def test_bounds_are_named_for_columns_that_exist_and_none_is_promised_that_has_none():
     known = {c for layout in LAYOUTS.values() for c in layout.columns}
-    assert set(gymnasium_env._BOUNDS_OF) <= known and len(gymnasium_env._BOUNDS_OF) == sum(
-        len(names.split()) for names in gymnasium_env._BOUNDS.values()
+    assert set(bounds._BOUNDS_OF) <= known and len(bounds._BOUNDS_OF) == sum(
+        len(names.split()) for names in bounds._BOUNDS.values()
     )
-    free = known - set(gymnasium_env._BOUNDS_OF)
+    free = known - set(bounds._BOUNDS_OF)
     assert free == {
         "log_returns",
         "volume_proxy",

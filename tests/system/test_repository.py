@@ -46,6 +46,7 @@ CORE = {
     "market.rewards",
     "market.step",
     "market.episodes",
+    "market.bounds",
     "env",
     "policy.cache",
     "kernels.cpp",
