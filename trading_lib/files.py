@@ -102,11 +102,11 @@ def sha256_of_file(
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-# %% ../nbs/00_base/01_files.ipynb #4f5f806a
+# %% ../nbs/00_base/01_files.ipynb #9d910463
 def printable(
     value,  # text, or anything that has one
 ) -> str:  # one line
-    "Text of a file for a terminal: nothing in it moves the cursor, changes a colour or reverses what is read."
+    "Text of a file for a terminal: nothing in it moves the cursor, changes a colour or turns text around."
     return "".join(c if c.isprintable() else " " for c in str(value))
 
 

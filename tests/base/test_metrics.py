@@ -1,4 +1,5 @@
-"""Metrics against other libraries' numbers, the papers' own examples, brute force, and arithmetic on paper."""
+"""Metrics against other libraries' numbers, the papers' own examples, brute force, and arithmetic on
+paper."""
 
 import itertools
 import json
@@ -13,8 +14,8 @@ from trading_lib import metrics as M
 from trading_lib.config import InputError
 
 # 600 deterministic returns; no generator, so that other libraries saw the same ones
-I = np.arange(600)
-RETURNS = 0.004 * np.sin(I * I * 0.7) + 0.003 * np.sin(I * 0.05) + 0.0002 + 0.01 * (I % 97 == 0)
+STEP = np.arange(600)
+RETURNS = 0.004 * np.sin(STEP * STEP * 0.7) + 0.003 * np.sin(STEP * 0.05) + 0.0002 + 0.01 * (STEP % 97 == 0)
 PERIODS = 6464.0  # 15Min bars of 2025 at the New York Stock Exchange
 EQUITY = np.cumprod(np.r_[1.0, 1 + RETURNS])
 
@@ -117,7 +118,7 @@ def test_drawdown_length_counts_bars_below_a_high():
     )
 
 
-# --- time ----------------------------------------------------------------------------------------------------------
+# --- time ---------------------------------------------------------------------------------------------------
 
 
 def test_periods_per_year_are_the_calendars():
@@ -161,7 +162,7 @@ def test_consistency_across_a_gap_and_bad_times():
         M.consistency([1, 2, 3], days[:2])
 
 
-# --- bootstrap -----------------------------------------------------------------------------------------------------
+# --- bootstrap ----------------------------------------------------------------------------------------------
 
 
 def autoregressive() -> np.ndarray:
@@ -174,7 +175,8 @@ def autoregressive() -> np.ndarray:
 def test_bootstrap_agrees_with_arch():
     x = autoregressive()
     assert math.isclose(M.optimal_block_length(x), 14.482218, rel_tol=1e-7)  # arch 8.0.0
-    # arch 8.0.0, StationaryBootstrap(7, x, seed=1).conf_int(np.mean, 20000, method="percentile"): -0.14918941, 0.06216934
+    # arch 8.0.0, StationaryBootstrap(7, x, seed=1).conf_int(np.mean, 20000, method="percentile"):
+    # -0.14918941, 0.06216934
     low, high = M.block_bootstrap_interval(x, block_length=7, n=10000)
     assert abs(low + 0.14918941) < 0.005 and abs(high - 0.06216934) < 0.005
     assert (
@@ -211,7 +213,7 @@ def test_bootstrap_refuses_nonsense():
         M.block_bootstrap_interval([1.0])
 
 
-# --- luck ----------------------------------------------------------------------------------------------------------
+# --- luck ---------------------------------------------------------------------------------------------------
 
 
 def test_probabilistic_sharpe_ratio_by_hand():
@@ -289,7 +291,7 @@ def test_deflated_sharpe_ratio_falls_with_the_number_of_trials():
         M.deflated_sharpe_ratio(RETURNS, 0)
 
 
-# --- overfitting ---------------------------------------------------------------------------------------------------
+# --- overfitting --------------------------------------------------------------------------------------------
 
 ROWS, COLUMNS = np.arange(240)[:, None], np.arange(12)[None, :]
 TRIALS = 0.01 * np.sin((ROWS * ROWS * 0.7) * (COLUMNS + 1) + COLUMNS) + 0.0005 * np.cos(COLUMNS * 2.1)
@@ -317,11 +319,14 @@ def test_overfitting_probability_by_brute_force():
     edges = [round(k * 103 / blocks) for k in range(blocks + 1)]
     parts = [np.arange(a, b) for a, b in itertools.pairwise(edges)]
     bad = []
+
+    def sharpes(rows):
+        return [matrix[rows, c].mean() / matrix[rows, c].std(ddof=1) for c in range(6)]
+
     for chosen in itertools.combinations(range(blocks), blocks // 2):
         inside = np.concatenate([parts[k] for k in chosen])
         outside = np.setdiff1d(np.arange(103), inside)
-        sharpe = lambda rows: [matrix[rows, c].mean() / matrix[rows, c].std(ddof=1) for c in range(6)]
-        best, scores = int(np.argmax(sharpe(inside))), sharpe(outside)
+        best, scores = int(np.argmax(sharpes(inside))), sharpes(outside)
         rank = sorted(scores).index(scores[best]) + 1
         bad.append(math.log(rank / 7 / (1 - rank / 7)) <= 0)
     assert math.isclose(M.probability_of_backtest_overfitting(matrix, blocks), np.mean(bad), rel_tol=1e-12)
@@ -351,7 +356,7 @@ def test_overfitting_probability_refuses_what_it_would_get_wrong(matrix, blocks,
         M.probability_of_backtest_overfitting(matrix, blocks)
 
 
-# --- gate ----------------------------------------------------------------------------------------------------------
+# --- gate ---------------------------------------------------------------------------------------------------
 
 GOOD = {"profit_factor": 2.0, "consistency": 0.85, "max_drawdown": 0.08, "deflated_sharpe": 0.95}
 
@@ -427,13 +432,12 @@ def test_flags(values, words):
 
 def test_composite_score_weights_and_range():
     zero = dict(average_return=0, win_rate=0, normalised_reward=0, explained_variance=0, entropy_ratio=0)
-    score = lambda **changes: M.composite_score(**{**zero, **changes})
-    assert (
-        score() == 0
-        and score(average_return=1, win_rate=1) == 40
-        and score(normalised_reward=1) == 20 == score(explained_variance=1)
-        and score(entropy_ratio=1) == 10
-    )
+
+    def score(**changes):
+        return M.composite_score(**zero | changes)
+
+    assert score() == 0 and score(average_return=1, win_rate=1) == 40
+    assert score(normalised_reward=1) == 20 == score(explained_variance=1) and score(entropy_ratio=1) == 10
     assert score(kl=0.05) == -5 == score(clip_fraction=0.5) and score(kl=9, clip_fraction=1) == -10
     assert M.composite_score(99, 1, 99, 1, 1) == 90 and M.composite_score(-99, 1, -99, -99, 0, 9, 9) == -90
     with pytest.raises(InputError, match="NaN"):
@@ -441,7 +445,7 @@ def test_composite_score_weights_and_range():
     assert [M.score_colour(s) for s in (20.1, 20, 0, -0.1)] == ["green", "yellow", "yellow", "red"]
 
 
-# --- report --------------------------------------------------------------------------------------------------------
+# --- report -------------------------------------------------------------------------------------------------
 
 
 def test_summary_is_json_and_agrees_with_its_parts():
@@ -472,7 +476,10 @@ def test_summary_is_json_and_agrees_with_its_parts():
 
 def test_summary_of_degenerate_runs():
     index = pd.date_range("2025-01-02", periods=20, freq="1D", tz="UTC")
-    run = lambda equity, **k: M.summarise_equity(equity, index[: len(equity)], "1Day", "crypto", **k)
+
+    def run(equity, **options):
+        return M.summarise_equity(equity, index[: len(equity)], "1Day", "crypto", **options)
+
     cases = {
         "flat": run([5.0] * 20),
         "one value": run([5.0]),
@@ -480,20 +487,13 @@ def test_summary_of_degenerate_runs():
         "winning": run(np.linspace(1, 2, 20), trades=[1.0]),
         "bankrupt": run([5.0, 2.0, 0.0, 0.0], trades=[-5.0]),
     }
-    for name, figures in cases.items():
+    for figures in cases.values():
         json.dumps(figures, allow_nan=False)
-    assert (
-        cases["flat"]["sharpe"] == 0.0
-        and cases["flat"]["profit_factor"] is None
-        and cases["flat"]["win_rate"] is None
-        and cases["flat"]["trades"] == 0
-    )
-    assert (
-        cases["winning"]["sortino"] is None
-        and cases["winning"]["calmar"] is None
-        and cases["winning"]["profit_factor"] is None
-        and cases["winning"]["win_rate"] == 1.0
-    )
+    flat, winning = cases["flat"], cases["winning"]
+    assert flat["sharpe"] == 0.0 and flat["trades"] == 0
+    assert flat["profit_factor"] is None and flat["win_rate"] is None
+    assert winning["sortino"] is None and winning["calmar"] is None
+    assert winning["profit_factor"] is None and winning["win_rate"] == 1.0
     assert math.isclose(cases["winning"]["fitness"], 1.0)  # no losing trade is the best, not the worst
     assert (
         cases["bankrupt"]["total_return"] == -1.0 == cases["bankrupt"]["annual_return"]
@@ -507,5 +507,6 @@ def test_core_needs_neither_pandas_nor_scipy():
     import subprocess
     import sys
 
-    code = "import sys; sys.modules['pandas'] = sys.modules['scipy'] = None; import trading_lib.metrics, trading_lib.version, trading_lib.checkpoint"
+    without = "import sys; sys.modules['pandas'] = sys.modules['scipy'] = None"
+    code = f"{without}; import trading_lib.metrics, trading_lib.version, trading_lib.checkpoint"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr == ""

@@ -1,4 +1,5 @@
-"""Stylised facts against slow loops and processes with known answers; the fidelity table of simulated beside real bars."""
+"""Stylised facts against slow loops and processes with known answers; the fidelity table of simulated beside
+real bars."""
 
 import math
 
@@ -20,7 +21,8 @@ from trading_lib.data.simulation import simulate_bars
 
 
 def bars_from(returns, timeframe="15Min", asset_class="crypto", reach=0.0, volume=None, seed=0):
-    "Bars whose log returns close to close are the given ones; open is the previous close, and the range reaches beyond both."
+    """Bars whose log returns close to close are the given ones; open is the previous close, and the range
+    reaches beyond both."""
     close = 100 * np.exp(np.cumsum(returns))
     open_ = np.concatenate([[100.0], close[:-1]])
     labels = expected_labels(timeframe, asset_class, "2015-01-01", "2034-01-01")[: len(returns)]
@@ -58,7 +60,8 @@ def with_gaps(asset_class, timeframe="15Min", seed=0):
 
 
 def segments_by_hand(bars, asset_class):
-    "Breaks by the rules of the data page: more than an hour missing in crypto, a session missing in equities."
+    """Breaks by the rules of the data page: more than an hour missing in crypto, a session missing in
+    equities."""
     segment, number = [0], 0
     sessions = {
         d: k
@@ -122,7 +125,8 @@ def test_every_fact_equals_a_slow_loop(asset_class):
     for lag in (1, 20, 100):
         expected[f"size_autocorrelation_{lag}"] = correlation(lagged(size, size, lag))
     expected["leverage"] = sum(correlation(lagged(r, size, lag)) for lag in range(1, 11)) / 10
-    log_volume, span = np.log(bars.volume).tolist(), [math.log(h / l) for h, l in zip(bars.high, bars.low)]
+    log_volume = np.log(bars.volume).tolist()
+    span = [math.log(high / low) for high, low in zip(bars.high, bars.low)]
     expected["volume_range_correlation"] = correlation([(v, math.log(s)) for v, s in zip(log_volume, span)])
     expected["volume_autocorrelation_1"] = correlation(lagged(log_volume, log_volume, 1))
     for q in (2, 16):
@@ -238,7 +242,8 @@ def garch(n, alpha, beta, asymmetry=0.0, seed=3):
 
 
 def test_garch_returns():
-    "Known kurtosis and autocorrelation of squares (Bollerslev 1986, 1988); leverage only with an asymmetric response; a robust error for VR."
+    """Known kurtosis and autocorrelation of squares (Bollerslev 1986, 1988); leverage only with an asymmetric
+    response; a robust error for VR."""
     alpha, beta, n = 0.08, 0.85, 200_000
     x = garch(n, alpha, beta)
     facts = stylised_facts(bars_from(0.003 * x), "15Min", "crypto")
@@ -292,7 +297,8 @@ def test_pareto_tails_and_a_fine_random_walk():
 
 
 def test_no_return_crosses_a_gap():
-    "A price that doubles while nobody trades changes no fact; counted as a return, it would be all of the variance."
+    """A price that doubles while nobody trades changes no fact; counted as a return, it would be all of the
+    variance."""
     bars = with_gaps("crypto")
     facts = stylised_facts(bars, "15Min", "crypto")
     moved = bars.copy()
@@ -360,7 +366,7 @@ def test_fidelity_table_by_hand():
     assert not fidelity_table([{"a": 1.0}, {"a": 3.0}], [{"a": 4.1}], widen=0.5).loc["a", "inside"]
 
 
-# --- simulated beside real ------------------------------------------------------------------------------------------
+# --- simulated beside real ----------------------------------------------------------------------------------
 
 REAL = {  # asset class, timeframe -> symbols; the simulated symbol; its span, as long as the real ones
     ("crypto", "15Min"): (
@@ -430,6 +436,7 @@ def test_simulated_facts_lie_in_the_range_of_real_ones(real_facts, recipe, asset
     ]
     table = fidelity_table(real_facts[asset_class, timeframe], histories, widen=0.5)
     print(
-        f"\n{recipe}, {asset_class}, {timeframe}: {len(REAL[asset_class, timeframe][0])} real symbols, 6 simulated histories\n{table.round(3).to_string()}"
+        f"\n{recipe}, {asset_class}, {timeframe}: {len(REAL[asset_class, timeframe][0])} real symbols, "
+        f"6 simulated histories\n{table.round(3).to_string()}"
     )
     assert set(table.index[~table["inside"]]) == MISSES[recipe, asset_class, timeframe]

@@ -1,4 +1,5 @@
-"""The data report: against a slow count, on histories with planted defects, and on real files whose defects are known."""
+"""The data report: against a slow count, on histories with planted defects, and on real files whose defects
+are known."""
 
 import json
 
@@ -215,7 +216,9 @@ OUTAGES = {  # first and last missing label, UTC
     "SOL and XRP 15Min": [("2024-09-07 02:15", "2024-12-30 23:45")],
 }
 SUMMER, AUTUMN = ["2025-07-03", "2025-11-28"], ["2024-07-03", "2024-11-29", "2024-12-24"]
-KNOWN = {  # file -> known defects: outages, (missing bars), bars outside 9:30 to 16:00, half days, another feed, bars without volume, large moves, adj_close
+# file -> known defects: outages, (missing bars), bars outside 9:30 to 16:00, half days, another feed,
+# bars without volume, large moves, adj_close
+KNOWN = {
     **{
         f"crypto/{t}/{s}-USDT": dict(outages=f"{pair} {t}", missing=n)
         for pair, counts in {
@@ -315,7 +318,8 @@ def test_real_files_have_their_known_defects_and_no_others(real_bars_folder, nam
 
 
 def test_feeds_planted_into_real_files_are_found(real_bars_folder):
-    "Ten sessions' worth of hundredfold thinner volume, at twelve random places of four real files: both ends, to the day."
+    """Ten sessions' worth of hundredfold thinner volume, at twelve random places of four real files: both
+    ends, to the day."""
     random, found, places = np.random.default_rng(1), 0, 0
     for name in ("crypto/15Min/BTC-USDT", "equity/15Min/META", "equity/1Day/TSLA", "equity/5Min/SPY"):
         asset_class, timeframe, _ = name.split("/")

@@ -60,7 +60,8 @@ def pooled(symbol, edge, seeds=range(12), timeframe="15Min", span=SPAN):
     ],
 )
 def test_martingale_at_edge_zero(symbol, timeframe, span):
-    "The mean of the next return is 0: over all bars, after a rise, after a fall, in each state, and in the opening gap."
+    """The mean of the next return is 0: over all bars, after a rise, after a fall, in each state, and in the
+    opening gap."""
     z, expected, state = pooled(symbol, 0.0, timeframe=timeframe, span=span)
     assert not expected.any()
     assert abs(z.std() - 1) < 0.02  # `volatility` is the standard deviation
@@ -77,7 +78,8 @@ def test_martingale_at_edge_zero(symbol, timeframe, span):
 
 
 def test_prices_are_a_martingale_over_whole_histories():
-    "The mean over 3000 histories of last price over first is 1: simple returns, not logarithms, whose mean is negative."
+    """The mean over 3000 histories of last price over first is 1: simple returns, not logarithms, whose mean
+    is negative."""
     ratios = []
     for seed in range(3000):
         bars = simulate_bars("SIM-USD", "1Day", "2022-01-01", "2022-03-01", seed, 0.0)
@@ -90,7 +92,8 @@ def test_prices_are_a_martingale_over_whole_histories():
 @pytest.mark.parametrize("symbol", ["SIM-USD", "SIMA"])
 @pytest.mark.parametrize("edge", [0.1, 0.5])
 def test_expected_return_is_exact(symbol, edge):
-    "Regression of the realised next return on the expected one: slope 1, intercept 0, and nothing left to earn."
+    """Regression of the realised next return on the expected one: slope 1, intercept 0, and nothing left to
+    earn."""
     z, expected, state = pooled(symbol, edge)
     assert np.allclose(expected, edge * state, rtol=1e-12)
     error = (expected @ expected) ** -0.5
@@ -102,7 +105,8 @@ def test_expected_return_is_exact(symbol, edge):
 
 
 def test_the_opening_gap_carries_its_share_of_the_drift():
-    "Overnight moves of an equity: what is expected by variance share, so that no leg of the bar is free money."
+    """Overnight moves of an equity: what is expected by variance share, so that no leg of the bar is free
+    money."""
     gaps, days = [], []
     for seed in range(40):
         bars, truth = simulate_market("SIMA", "1Day", "2000-01-01", "2008-01-01", seed, 0.5)
@@ -166,7 +170,8 @@ def test_stylised_facts(symbol, other, correlation):
 
 
 def test_scales():
-    "About 0.3 % per quarter-hour in crypto, 0.25 % in equities, growing with the root of the bar's length; prices that a small account can buy."
+    """About 0.3 % per quarter-hour in crypto, 0.25 % in equities, growing with the root of the bar's length;
+    prices that a small account can buy."""
     for symbol, volatility in (("SIM-USD", 0.003), ("SIMA", 0.0025)):
         r = np.concatenate(
             [
@@ -251,7 +256,13 @@ def test_simulated_bars_are_good_bars(symbol, timeframe):
 
 def test_same_seed_same_market_in_any_process():
     "Python's own hash differs from process to process; the market must not."
-    code = "from trading_lib.data.simulation import simulate_bars; from trading_lib.bars import fingerprint; print(fingerprint(simulate_bars('SIM-USD', '15Min', '2022-01-01', '2022-02-01', 7, 0.1))['sha256'])"
+    code = """if True:
+        from trading_lib.bars import fingerprint
+        from trading_lib.data.simulation import simulate_bars
+
+        bars = simulate_bars("SIM-USD", "15Min", "2022-01-01", "2022-02-01", 7, 0.1)
+        print(fingerprint(bars)["sha256"])
+    """
     prints = {
         subprocess.run(
             [sys.executable, "-c", code],
@@ -287,11 +298,12 @@ def test_simulation_refuses():
             simulate_market(**wrong)
 
 
-# --- recipes --------------------------------------------------------------------------------------------------------
+# --- recipes ------------------------------------------------------------------------------------------------
 
 
 def test_the_default_market_is_the_one_that_results_were_calibrated_on():
-    "A pin, not a truth: trained agents and stated results belong to these bars. Change the recipe, not the default."
+    """A pin, not a truth: trained agents and stated results belong to these bars. Change the recipe, not the
+    default."""
     pinned = {
         ("SIM-USD", "15Min"): (300.205989183, 300.537050355, 300.043115307, 300.053629204, 18496.9091222),
         ("SIMA", "15Min"): (20.6234018555, 20.9074611264, 20.6171955667, 20.8473042723, 2926692),
@@ -342,7 +354,8 @@ def test_every_recipe_gives_good_bars_and_a_known_truth(recipe):
 
 @pytest.mark.parametrize("symbol", ["SIM-USD", "SIMA"])
 def test_high_and_low_of_a_bridge_are_those_of_a_continuous_walk(symbol):
-    "Of a Brownian motion, E[(ln H/L)^2] = 4 ln 2 times its variance (Parkinson 1980), and P(high is x above the larger end) follows the reflection principle."
+    """Of a Brownian motion, E[(ln H/L)^2] = 4 ln 2 times its variance (Parkinson 1980), and P(high is x above
+    the larger end) follows the reflection principle."""
     b = pd.concat(
         [
             simulate_bars(symbol, "15Min", "2022-01-01", "2023-01-01", seed, 0.0, recipe="bridged")
@@ -363,7 +376,8 @@ def test_high_and_low_of_a_bridge_are_those_of_a_continuous_walk(symbol):
 @pytest.mark.parametrize("symbol", ["SIM-USD", "SIMA"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_what_orders_inside_a_bar_earn(recipe, symbol):
-    "A stop or a target half a percent from every close, for one bar. Its fill is worth the bar's close, but for plain bars, whose path jumps over the level."
+    """A stop or a target half a percent from every close, for one bar. Its fill is worth the bar's close, but
+    for plain bars, whose path jumps over the level."""
     stops, targets = [], []
     for seed in range(12):
         b = simulate_bars(symbol, "15Min", *SPAN, 50 + seed, 0.0, recipe=recipe)
@@ -382,7 +396,7 @@ def test_what_orders_inside_a_bar_earn(recipe, symbol):
             assert abs(gift.mean()) < 3.5 * error and error < 1.5
 
 
-# --- symbols together -----------------------------------------------------------------------------------------------
+# --- symbols together ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -395,7 +409,8 @@ def test_what_orders_inside_a_bar_earn(recipe, symbol):
     ],
 )
 def test_symbols_of_one_seed_share_the_stated_part(recipe, symbol, other):
-    "Noise in units of volatility: the market's share times E[width]^2, since turbulence is each symbol's own. Trends are not shared."
+    """Noise in units of volatility: the market's share times E[width]^2, since turbulence is each symbol's
+    own. Trends are not shared."""
     share = RECIPES[recipe]["crypto" if "-" in symbol else "equity"].market_share
     assert share == (0.8 if recipe == "lifelike" and "-" in symbol else 0.5)
     width = 0.05 * 2 + 0.95 * math.sqrt((1 - 0.05 * 4) / 0.95)
@@ -416,7 +431,8 @@ def test_symbols_of_one_seed_share_the_stated_part(recipe, symbol, other):
 
 
 def test_raw_returns_and_volatilities_correlate_as_computed():
-    "corr(r1, r2) = share E[width]^2 E[s1 s2] / E[s^2], with log-volatilities of variance 1/4 that share one half: a factor exp(-1/8). Shocks to log-volatility share one half."
+    """corr(r1, r2) = share E[width]^2 E[s1 s2] / E[s^2], with log-volatilities of variance 1/4 that share one
+    half: a factor exp(-1/8). Shocks to log-volatility share one half."""
     returns, shocks = [], []
     for seed in range(20):
         parts = [
@@ -446,11 +462,12 @@ def test_other_seeds_and_other_asset_classes_are_other_markets():
     assert len(z) > 7000 and abs(z.corr().to_numpy()[np.triu_indices(3, 1)]).max() < 4 / len(z) ** 0.5
 
 
-# --- nobody earns on a martingale -----------------------------------------------------------------------------------
+# --- nobody earns on a martingale ---------------------------------------------------------------------------
 
 
 def simple_strategies(bars, asset_class):
-    "Name -> position after each close, from bars up to it: a family that people try first. Opposites are the same test with the other sign."
+    """Name -> position after each close, from bars up to it: a family that people try first. Opposites are
+    the same test with the other sign."""
     close, log_volume, last = bars.close, np.log(bars.volume), bars.close.pct_change()
     family = {f"momentum {k}": np.sign(close.pct_change(k)) for k in (1, 2, 4, 16, 96)}
     family |= {
@@ -535,15 +552,17 @@ def threshold(n):
 
 @pytest.mark.parametrize("symbol, recipe", MARKETS)
 def test_no_simple_strategy_earns_before_costs(symbol, recipe):
-    "Neither any of the family nor the family as a whole: t-values are as large as chance makes them, and no smaller."
+    """Neither any of the family nor the family as a whole: t-values are as large as chance makes them, and no
+    smaller."""
     t = scores(symbol, recipe, simple_strategies)
     assert len(t) > 25
     worst = max(t, key=lambda name: abs(t[name]))
+    size = np.mean(np.square(list(t.values()))) ** 0.5
     print(
-        f"\n{symbol}, {recipe}: {len(t)} strategies, largest |t| {abs(t[worst]):.2f} ({worst}), limit {threshold(len(t)):.2f}, root mean square {np.mean(np.square(list(t.values()))) ** 0.5:.2f}"
+        f"\n{symbol}, {recipe}: {len(t)} strategies, largest |t| {abs(t[worst]):.2f} ({worst}), "
+        f"limit {threshold(len(t)):.2f}, root mean square {size:.2f}"
     )
-    assert abs(t[worst]) < threshold(len(t))
-    assert 0.6 < np.mean(np.square(list(t.values()))) ** 0.5 < 1.4
+    assert abs(t[worst]) < threshold(len(t)) and 0.6 < size < 1.4
 
 
 @pytest.mark.parametrize("symbol, recipe", MARKETS)
@@ -575,7 +594,8 @@ def test_means_and_variance_ratios_at_many_horizons(symbol, recipe):
 
 @pytest.mark.parametrize("recipe", ["plain", "lifelike"])
 def test_after_costs_they_lose_exactly_their_costs(recipe):
-    "The project's own account at 27 basis points a side, 120 histories: profit before costs is 0 within its error; what is lost is rate times traded value."
+    """The project's own account at 27 basis points a side, 120 histories: profit before costs is 0 within its
+    error; what is lost is rate times traded value."""
     n, rate = 120, 27e-4
     histories = [
         simulate_bars("SIM-USD", "15Min", "2022-01-01", "2022-01-06", 1000 + seed, 0.0, recipe=recipe)
@@ -629,7 +649,8 @@ def test_after_costs_they_lose_exactly_their_costs(recipe):
     ):
         error = before.std() / n**0.5
         print(
-            f"\n{recipe}, {name}: before costs {before.mean():+.1f} ± {error:.1f}, costs {paid.mean():.1f}, after {after.mean():+.1f}"
+            f"\n{recipe}, {name}: before costs {before.mean():+.1f} ± {error:.1f}, "
+            f"costs {paid.mean():.1f}, after {after.mean():+.1f}"
         )
         assert (
             abs(before.mean()) < 3.5 * error
@@ -638,7 +659,7 @@ def test_after_costs_they_lose_exactly_their_costs(recipe):
         )
 
 
-# --- what an oracle earns -------------------------------------------------------------------------------------------
+# --- what an oracle earns -----------------------------------------------------------------------------------
 
 
 def made_by(bars, truth, cost, allow_short):
@@ -703,7 +724,8 @@ def test_oracle_figures_by_hand():
     ],
 )
 def test_an_oracle_makes_what_is_computed(symbol, recipe, edge, cost, allow_short):
-    "70 histories: standardised profits have mean 0 and spread 1; growth over its expectation has mean 1; Sharpe ratios are centred on the computed ones."
+    """70 histories: standardised profits have mean 0 and spread 1; growth over its expectation has mean 1;
+    Sharpe ratios are centred on the computed ones."""
     profits, growths, sharpes, expected_sharpes = [], [], [], []
     for seed in range(400, 470):
         bars, truth = simulate_market(
@@ -736,7 +758,8 @@ def test_an_oracle_makes_what_is_computed(symbol, recipe, edge, cost, allow_shor
 
 
 def test_the_long_run_sharpe_ratio_has_a_closed_form():
-    "Daily crypto has no time of day: edge E[s] / sqrt(E[s^2] + var(edge s)), with s log-normal of log-variance 1/4 whose normal is cut off at 3."
+    """Daily crypto has no time of day: edge E[s] / sqrt(E[s^2] + var(edge s)), with s log-normal of
+    log-variance 1/4 whose normal is cut off at 3."""
     edge, cut, std = 0.3, np.linspace(-8, 8, 400_001), 0.5
     weight = np.exp(-(cut**2) / 2) / np.exp(-(cut**2) / 2).sum()
     s = np.exp(std * np.clip(cut, -3, 3))
@@ -785,7 +808,8 @@ def test_the_long_run_sharpe_ratio_has_a_closed_form():
     ],
 )
 def test_a_simulated_market_has_a_name_that_is_no_tickers(name, simulated):
-    "By the source, by the command, and at every path of a symbol that is simulated; the function that makes the bars takes any name."
+    """By the source, by the command, and at every path of a symbol that is simulated; the function that makes
+    the bars takes any name."""
     assert is_simulated_name(name) is simulated
     if simulated or not name or name != name.strip():
         return
@@ -827,8 +851,8 @@ def test_one_rule_says_whether_bars_are_simulated(symbol, source, simulated):
     "The ledger's, the verdict's and the card's: a file under a simulated market's name holds no real bars."
     from types import SimpleNamespace
 
-    from trading_lib.ledger import run_trials
     from trading_lib.evaluation.comparison import is_simulated
+    from trading_lib.ledger import run_trials
 
     data = {"source": source, "sha256": "0" * 64, "first": "2024-01-01", "last": "2024-02-01"}
     looked = {"update": 1, "sharpe_per_bar": 0.1, "bars": 9, "days": [], "returns": []}

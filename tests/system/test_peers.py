@@ -1,4 +1,6 @@
-"""Our figures beside other libraries', live, on results of real backtests of intraday bars: the same number to twelve digits, or the definition that differs, named, and the same number once it is taken away. Run with -s for the tables."""
+"""Our figures beside other libraries', live, on results of real backtests of intraday bars: the same number
+to twelve digits, or the definition that differs, named, and the same number once it is taken away. Run with
+-s for the tables."""
 
 import functools
 import math
@@ -42,7 +44,8 @@ CASES = {
 
 @functools.cache
 def result_of(symbol: str, folder: str):
-    "A backtest of a moving-average cross that also sells short where it may; long enough for weeks of both signs."
+    """A backtest of a moving-average cross that also sells short where it may; long enough for weeks of both
+    signs."""
     asset_class = "crypto" if "-" in symbol else "equity"
     if folder:
         bars = load_bars(symbol, "15Min", "files", path=folder, asset_class=asset_class).loc[
@@ -103,9 +106,8 @@ def compared(title: str, rows):
     "Print ours, theirs and the difference; each must be the same number."
     print(f"\n{title}\n  {'figure':32} {'ours':>24} {'theirs':>24} {'difference':>11}  library")
     for name, ours, theirs, library in rows:
-        print(
-            f"  {name:32} {float(ours):24.16g} {float(theirs):24.16g} {abs(float(ours) - float(theirs)):11.1e}  {library}"
-        )
+        ours, theirs = float(ours), float(theirs)
+        print(f"  {name:32} {ours:24.16g} {theirs:24.16g} {abs(ours - theirs):11.1e}  {library}")
     for name, ours, theirs, library in rows:
         assert math.isfinite(theirs) and math.isclose(ours, theirs, rel_tol=1e-12, abs_tol=1e-15), (
             name,
@@ -155,9 +157,10 @@ def test_figures_of_a_backtest_are_the_libraries_own(result):
         warnings.simplefilter("ignore")
         q, e = quantstats.stats, empyrical
         pnl = result.trades.loc[result.trades["exit"] != "still open", "profit"].reset_index(drop=True)
-        of_weeks = lambda values: (
-            np.diff(np.r_[values.iloc[0], values.resample("W-SUN").last().dropna()]) > 0
-        ).mean()
+
+        def of_weeks(values):
+            return (np.diff(np.r_[values.iloc[0], values.resample("W-SUN").last().dropna()]) > 0).mean()
+
         day = 96 if "-" in result.symbol else 26
         below = equity < equity.cummax()
         run = below.groupby((~below).cumsum()).sum().max()
@@ -240,7 +243,8 @@ def test_figures_of_a_backtest_are_the_libraries_own(result):
             ),
         ]
     compared(
-        f"{result.symbol} 15Min, {ours['bars']} bars from {equity.index[0]:%Y-%m-%d} to {equity.index[-1]:%Y-%m-%d}, {ours['trades']} trades, {periods} periods a year",
+        f"{result.symbol} 15Min, {ours['bars']} bars from {equity.index[0]:%Y-%m-%d} to "
+        f"{equity.index[-1]:%Y-%m-%d}, {ours['trades']} trades, {periods} periods a year",
         rows,
     )
     assert 0 < ours["win_rate"] < 1
@@ -253,7 +257,8 @@ TRIALS = 24
 
 
 def trials_of(returns: pd.Series, edge: float = 0.0) -> pd.DataFrame:
-    "Worthless variations of one strategy: its returns, each bar's sign drawn anew; the first may have an edge."
+    """Worthless variations of one strategy: its returns, each bar's sign drawn anew; the first may have an
+    edge."""
     signs = np.random.default_rng(11).choice([-1.0, 1.0], (len(returns), TRIALS))
     table = pd.DataFrame(returns.to_numpy()[:, None] * signs, returns.index)
     table[0] += edge * returns.std()
@@ -262,7 +267,8 @@ def trials_of(returns: pd.Series, edge: float = 0.0) -> pd.DataFrame:
 
 @pytest.mark.parametrize("length", [600, None], ids=["600 bars", "all bars"])
 def test_deflated_sharpe_ratio_of_four_libraries(one_of_three, length):
-    "vectorbt and skfolio: ours. ffn: ours with the moments adjusted for the sample's size. purgedcv: that, and the divisor n in the standard deviation. Each difference is taken away in turn."
+    """vectorbt and skfolio: ours. ffn: ours with the moments adjusted for the sample's size. purgedcv: that,
+    and the divisor n in the standard deviation. Each difference is taken away in turn."""
     table = trials_of(returns_of(one_of_three).iloc[:length], edge=0.05)
     returns, sharpes = table[0], (table.mean() / table.std(ddof=1)).to_numpy()
     n, variance, theirs = len(returns), sharpes.var(ddof=1), scipy_stats
@@ -354,7 +360,8 @@ def test_deflated_sharpe_ratio_of_four_libraries(one_of_three, length):
 
 
 def overfitting_matrices(returns: pd.Series) -> dict:
-    "name -> (observations, configurations); 480 observations, so that eight or ten blocks are of equal length."
+    """name -> (observations, configurations); 480 observations, so that eight or ten blocks are of equal
+    length."""
     noise, random = trials_of(returns.iloc[:480]).to_numpy(), np.random.default_rng(12)
     edge = trials_of(returns.iloc[:480], edge=0.4).to_numpy()
     return {
@@ -373,7 +380,8 @@ def overfitting_matrices(returns: pd.Series) -> dict:
 
 
 def test_overfitting_probability_of_two_libraries(one_of_three):
-    "ffn: ours. purgedcv wants configurations × observations, and does not count a winner that is exactly the median of an odd number of configurations: counted from its own logits, ours."
+    """ffn: ours. purgedcv wants configurations × observations, and does not count a winner that is exactly
+    the median of an odd number of configurations: counted from its own logits, ours."""
     rows, medians, blocks = [], 0.0, 10 if one_of_three.symbol == "SIM-USD" else 8
     for name, matrix in overfitting_matrices(returns_of(one_of_three)).items():
         ours, theirs = (
@@ -445,7 +453,8 @@ def test_optimal_block_length_is_that_of_arch(one_of_three):
 
 
 def exact_deviation(values: np.ndarray, block_length: float) -> float:
-    "Standard deviation of the mean over all stationary resamples, in closed form (Politis & Romano 1994): circular autocovariances, weighted by the chance that two values are from one block."
+    """Standard deviation of the mean over all stationary resamples, in closed form (Politis & Romano 1994):
+    circular autocovariances, weighted by the chance that two values are from one block."""
     n, p = len(values), 1 / block_length
     spectrum = np.abs(np.fft.fft(values - values.mean())) ** 2
     covariance, lag = np.fft.ifft(spectrum).real / n, np.arange(1, n)
@@ -454,7 +463,8 @@ def exact_deviation(values: np.ndarray, block_length: float) -> float:
 
 @pytest.mark.parametrize("block_length", [1.0, 25.0])
 def test_bootstrap_interval_is_that_of_arch(one_of_three, block_length):
-    "Two streams of random numbers: the ends agree within a quarter of a standard deviation of the mean, and its spread with the closed form."
+    """Two streams of random numbers: the ends agree within a quarter of a standard deviation of the mean, and
+    its spread with the closed form."""
     values, n = (
         np.abs(returns_of(one_of_three).to_numpy()[:1500]),
         4000,
@@ -473,7 +483,9 @@ def test_bootstrap_interval_is_that_of_arch(one_of_three, block_length):
     )
     apart = np.abs(np.array(ours) - theirs) / exact
     print(
-        f"\n{one_of_three.symbol}, mean size of 1500 returns, blocks of {block_length:g}: ours {ours[0]:.3e} to {ours[1]:.3e}, arch {theirs[0]:.3e} to {theirs[1]:.3e}; ends apart {apart[0]:.3f} and {apart[1]:.3f} standard deviations;"
+        f"\n{one_of_three.symbol}, mean size of 1500 returns, blocks of {block_length:g}: "
+        f"ours {ours[0]:.3e} to {ours[1]:.3e}, arch {theirs[0]:.3e} to {theirs[1]:.3e}; "
+        f"ends apart {apart[0]:.3f} and {apart[1]:.3f} standard deviations;"
         f" spread {spread:.3e}, closed form {exact:.3e}"
     )
     assert apart.max() < 0.25 and abs(spread / exact - 1) < 0.05
