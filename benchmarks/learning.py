@@ -163,9 +163,9 @@ def run(way: str, seed: int) -> dict:
         plain_operations()
     trainer, watch, judged = made(way, seed)
     if "known bars" in WAYS[way][1]:
-        trainer._known_of_bars = lambda: None
+        trainer.collector.known_of_bars = lambda: None
     if "whole bars" in WAYS[way][1]:
-        trainer._whole_bars = False
+        trainer.learner.whole_bars = False
     trainer.train()
     figures = judged(trainer.best)
     first = next((row for row in watch.rows if row["return"] >= THRESHOLD), {"seconds": None, "update": None})
@@ -178,8 +178,8 @@ def run(way: str, seed: int) -> dict:
         "update": first["update"],
         "all_seconds": watch.rows[-1]["seconds"],
         "updates": trainer.updates,
-        "whole_bars": trainer._whole_bars,
-        "computed_share": trainer.computed_share,
+        "whole_bars": trainer.learner.whole_bars,
+        "computed_share": trainer.learner.computed_share,
     }
 
 

@@ -364,7 +364,7 @@ def iteration_of(row: dict, env, settings: dict, device: torch.device):  # calle
     }
     trainer = our_trainer(_peers.DenseEnv(env) if row.get("dense") else env, settings, **config)
     if row.get("every_sample"):
-        trainer._whole_bars = False
+        trainer.learner.whole_bars = False
     return lambda n_epochs: trainer.train(1)
 
 
@@ -379,7 +379,7 @@ def flops_of(row: dict, env, settings: dict) -> int:  # per step
     return round(
         flops["forward"]
         + (flops["step"] - flops["forward"])
-        * (our_trainer(env, settings).computed_share if folded and not row.get("every_sample") else 1.0)
+        * (our_trainer(env, settings).learner.computed_share if folded and not row.get("every_sample") else 1.0)
     )
 
 

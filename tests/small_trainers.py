@@ -1,4 +1,5 @@
-"""Small trainers that many tests share: markets, environments and configurations that train in seconds, and what to compare."""
+"""Small trainers that many tests share: markets, environments and configurations that train in seconds, and
+what to compare."""
 
 import functools
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
 from trading_lib.training.progress import LineProgress
 
-# --- comparing ------------------------------------------------------------------------------------------------------
+# --- comparing ----------------------------------------------------------------------------------------------
 
 
 def refusal(make, *arguments, **named) -> str:
@@ -48,15 +49,15 @@ def everything(trainer) -> dict:
         "weights": weights(trainer),
         "buffers": dict(trainer.policy.named_buffers()),
         "moments": {own[id(p)]: s for p, s in trainer.optimizers[0].state.items()},
-        "random": trainer._random.get_state(),
+        "random": trainer.random.get_state(),
         "env": trainer.env.state_dict(),
-        "obs": list(trainer._obs),
+        "obs": list(trainer.collector.obs),
         "rules": trainer.env.rules,
         "counters": [trainer.update, trainer.global_step],
     }
 
 
-# --- a trading environment ------------------------------------------------------------------------------------------
+# --- a trading environment ----------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -92,7 +93,7 @@ def trading_trainer(seed=0, validation=None, version="5.6.0", env=None, **settin
     return NativePPOTrainer(env or trading_env(version), config, validation, progress=None)
 
 
-# --- an environment without a market --------------------------------------------------------------------------------
+# --- an environment without a market ------------------------------------------------------------------------
 
 
 class Plain:
@@ -115,7 +116,7 @@ def plain_trainer(**settings):
     return NativePPOTrainer(Plain(), NativePPOConfig(**{**plain, **settings}), progress=None)
 
 
-# --- scripted validations, spoilt policies --------------------------------------------------------------------------
+# --- scripted validations, spoilt policies ------------------------------------------------------------------
 
 
 def scripted_figures(**figures):

@@ -125,7 +125,7 @@ def test_bars_that_are_computed_once_count_once(benchmark, env):
         hidden_dims=[4], n_epochs=1, n_envs=one.n_envs, n_steps=bars // one.n_envs, minibatch_size=bars
     )
     flops = benchmark.flops_per_step(79, [4], 8, 1, 1)
-    assert math.isclose(benchmark.our_trainer(one, settings).computed_share, 1 - 1 / math.e, rel_tol=0.01)
+    assert math.isclose(benchmark.our_trainer(one, settings).learner.computed_share, 1 - 1 / math.e, rel_tol=0.01)
     assert math.isclose(
         benchmark.flops_of(benchmark.ROWS[benchmark.DEFAULTS], one, settings),
         flops["forward"] + (1 - 1 / math.e) * (flops["forward"] + flops["backward"]),

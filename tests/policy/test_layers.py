@@ -18,6 +18,8 @@ from trading_lib.kernels.layers import _medium_is_exact, fast_products, fuses, h
 from trading_lib.networks import NativeActorCritic
 from trading_lib.policy.recurrent import RecurrentActorCritic
 from trading_lib.training.ppo import Minibatch, group_minibatches
+from trading_lib.training.rollout import decision_rows
+from trading_lib.training.update import answers_of_samples, padded_rows
 
 WIDTHS = [(1, 1, 1), (7, 355, 64), (300, 64, 5), (513, 33, 17)]
 
@@ -207,9 +209,9 @@ def test_each_bar_once_is_the_same_update(settings):
     weights, rows = [], []
     for once in (True, False):
         t = trading_trainer(0, None, n_steps=600, minibatch_size=1500, **settings)
-        assert t.table.n_account == 0 and t._whole_bars
+        assert t.table.n_account == 0 and t.learner.whole_bars
         if not once:
-            t._epochs = functools.partial(sample_by_sample, t._epochs)
+            t.learner.epochs = functools.partial(sample_by_sample, t.learner.epochs)
         rows.append(t.train(2)[-1])
         weights.append({name: v.detach().clone() for name, v in t.policy.named_parameters()})
     fresh = dict(
@@ -223,32 +225,32 @@ def test_each_bar_once_is_the_same_update(settings):
 
 def test_it_is_chosen_where_bars_repeat_and_nothing_else_is_seen():
     few = trading_trainer(0, None, n_steps=32)
-    bars = len(few._bars())
-    assert not few._whole_bars and few.computed_share == 1  # 256 of thousands of bars: hardly any twice
+    bars = len(decision_rows(few.env.market))
+    # 256 of thousands of bars: hardly any twice
+    assert not few.learner.whole_bars and few.learner.computed_share == 1
     many = trading_trainer(0, None, n_steps=bars // 8, minibatch_size=bars)
-    assert many._whole_bars and many.computed_share == pytest.approx(
+    assert many.learner.whole_bars and many.learner.computed_share == pytest.approx(
         1 - 1 / math.e, abs=1e-3
     )  # as many samples as bars: a share of 1 - 1/e of them is seen
     assert not trading_trainer(
         0, None, version="2.7.0", n_steps=bars // 8, minibatch_size=bars
-    )._whole_bars  # accounts are seen too
-    first, some = many._bars().start, torch.arange(3, 73)
-    rows = many._rows_of(some, 1000)
+    ).learner.whole_bars  # accounts are seen too
+    first, some = decision_rows(many.env.market).start, torch.arange(3, 73)
+    rows = padded_rows(some, 1000, first)
     assert (
         torch.equal(rows[:70], some + first) and len(rows) == 128 and bool((rows[70:] == 72 + first).all())
     )  # a handful of sizes, whatever is drawn
-    assert torch.equal(many._rows_of(some, 70), some + first)  # never more than there were samples
+    assert torch.equal(padded_rows(some, 70, first), some + first)  # never more than there were samples
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (9,)])
 def test_a_look_up_is_a_selection(shape):
     "The way that other devices take, on this one: the same answers, and the same gradients."
-    t, place = trading_trainer(0, None), torch.tensor([0, 0, 3, 8, 8, 8])
+    place = torch.tensor([0, 0, 3, 8, 8, 8])
     answers = torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
     weight, found = torch.randn(6, *shape[1:], generator=torch.Generator().manual_seed(1)), []
     for device in ("cpu", "meta"):
-        t.device = torch.device(device)
-        out = t._of_samples(answers, place)
+        out = answers_of_samples(answers, place, torch.device(device))
         assert torch.equal(out, answers[place])
         found.append(torch.autograd.grad(out, answers, weight)[0])
     assert torch.equal(*found) and bool(found[0].any())

@@ -9,8 +9,8 @@ from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, Obs
 from trading_lib.networks import FoldedInputs, NativeActorCritic
 from trading_lib.policy.cache import FirstLayerCache, PolicyOutputCache
 from trading_lib.seeds import SeedsTrainer, StackedActorCritic
-from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
+from trading_lib.training.rollout import RolloutCollector
 from trading_lib.training.validation import Validation
 
 
@@ -65,9 +65,9 @@ def rollouts(
     )
     out = []
     for most in (10**9, 0):
-        monkeypatch.setattr(NativePPOTrainer, "_acting_bytes", most)
+        monkeypatch.setattr(RolloutCollector, "cache_bytes", most)
         t = make()
-        t._begin()
+        t.collector.begin()
         out.append({name: v.clone() for name, v in t._rollout().items()})
     return *out, shown
 
@@ -123,7 +123,9 @@ def test_no_bar_is_shown_twice(monkeypatch):
         "_look_at",
         lambda self, k, bars: (shown.append((bars + 99).tolist()), look(self, k, bars))[1],
     )
-    answers = PolicyOutputCache([t.policy], t._inputs, range(99, 5500), ends=lambda: torch.tensor([900, 807]))
+    answers = PolicyOutputCache(
+        [t.policy], t.runner.inputs, range(99, 5500), ends=lambda: torch.tensor([900, 807])
+    )
     for first, left in (([800, 803], 5), ([798, 806], 4), ([800, 802], 9), ([900, 807], 3)):
         answers(Obs(torch.tensor(first), torch.empty(2, 0)), left)
     assert shown == [
@@ -145,7 +147,7 @@ def test_no_bar_is_shown_twice(monkeypatch):
 def test_a_bar_of_another_range_is_an_error(networks, bar):
     "With several networks too, where the answers of the next one lie behind."
     t = trading_trainer(0)
-    answers = PolicyOutputCache([t.policy] * networks, t._inputs, range(200, 300))
+    answers = PolicyOutputCache([t.policy] * networks, t.runner.inputs, range(200, 300))
     answers(Obs(torch.tensor([200, 299] * networks), torch.empty(2 * networks, 0)))
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         answers(Obs(torch.tensor([250, bar] + [250] * (2 * networks - 2)), torch.empty(2 * networks, 0)))
@@ -223,10 +225,10 @@ def test_what_is_known_of_all_bars_takes_no_more_than_a_minibatch():
     """Which is not there meanwhile: 5.6.0 has 3 columns that change along the window and 55 that do not, 8
     actions and a value."""
     t = trading_trainer(0, n_steps=1400, minibatch_size=100, hidden_dims=(32, 16))
-    assert t._acting_bytes == 4 * 100 * (3 * t.env.config.window + 55 + 3 * (32 + 16 + 8 + 1))
+    assert t.collector.cache_bytes == 4 * 100 * (3 * t.env.config.window + 55 + 3 * (32 + 16 + 8 + 1))
     assert (
-        trading_trainer(0, n_steps=1400, minibatch_size=10**9, hidden_dims=(32, 16))._acting_bytes
-        == t._acting_bytes // 100 * t.env.n_envs * 1400
+        trading_trainer(0, n_steps=1400, minibatch_size=10**9, hidden_dims=(32, 16)).collector.cache_bytes
+        == t.collector.cache_bytes // 100 * t.env.n_envs * 1400
     )  # the whole rollout at most
 
 
@@ -249,7 +251,7 @@ def test_a_network_that_reads_whole_windows_is_validated_too():
 def test_a_cut_episode_is_valued_by_its_own_last_observation():
     "Not by the first of the episode that follows: against the policy on every last observation, one by one."
     t = trading_trainer(0, market().span(5500, 5700), n_steps=300)
-    t._begin()
+    t.collector.begin()
     step, seen = t.env.step_index, []
     t.env.step_index = lambda actions: (
         lambda out: (seen.append((out[3].clone(), out[4]["final_obs"])), out)[1]
@@ -260,7 +262,9 @@ def test_a_cut_episode_is_valued_by_its_own_last_observation():
         for account in (truncated & (rollout["ended"][at] == 2)).nonzero().flatten().tolist():
             with torch.no_grad():
                 value = t.policy.evaluate(
-                    t._inputs(Obs(final.index[account : account + 1], final.dense[account : account + 1]))
+                    t.runner.inputs(
+                        Obs(final.index[account : account + 1], final.dense[account : account + 1])
+                    )
                 )[1]
             assert abs(float(value) - float(rollout["next_value"][at, account])) < 1e-4
             checked += 1

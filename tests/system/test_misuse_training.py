@@ -1,4 +1,6 @@
-"Nearly fifty careless uses of training: what people do, and the one line they get. `pytest -s tests/test_careless_training.py` prints the table."
+"""Nearly fifty misuses of training: what people do, and the one line they get.
+
+`pytest -s tests/system/test_misuse_training.py` prints the table."""
 
 import contextlib
 import io
@@ -20,7 +22,7 @@ from trading_lib.training.config import NativePPOConfig, get_a100_config, get_au
 from trading_lib.training.progress import LineProgress
 from trading_lib.training.run_folder import RunFolder
 
-# --- how things are done ----------------------------------------------------------------------------------------------
+# --- how things are done ------------------------------------------------------------------------------------
 
 
 def train(*options):
@@ -41,7 +43,8 @@ def refused(call):
 
 
 def trained(env=None, folder=None, goes_on=True, **settings):
-    "A run that ends badly; the weights must be finite all the same, and those of the last good update where they are kept."
+    """A run that ends badly; the weights must be finite all the same, and those of the last good update
+    where they are kept."""
     trainer = NativePPOTrainer(
         env or Kept(),
         NativePPOConfig(
@@ -191,7 +194,7 @@ def cut_file(path):
     path.write_bytes(path.read_bytes()[:-1000])
 
 
-# --- the table --------------------------------------------------------------------------------------------------------
+# --- the table ----------------------------------------------------------------------------------------------
 
 # what was done -> (how, exit status, words of the answer)
 USES = {
@@ -313,7 +316,8 @@ USES = {
     "a minibatch larger than the rollout": (
         lambda p: train("SIM-USD", "--minibatch-size", "5000"),
         0,
-        "note: minibatch_size: 5,000 is more than the 256 samples of a rollout (8 environments × 32 steps); all of them are one minibatch",
+        "note: minibatch_size: 5,000 is more than the 256 samples of a rollout (8 environments × 32 "
+        "steps); all of them are one minibatch",
     ),
     "another number of accounts than configured": (
         lambda p: refused(lambda: plain_trainer(n_envs=4)),
@@ -370,12 +374,14 @@ USES = {
     "--resume from another network": (
         lambda p: resumed_from(p, plain_trainer(hidden_dims=(4,)).save),
         0,
-        "holds a network of 6 inputs, mlp, hidden [4], 3 actions; asked for 6 inputs, mlp, hidden [16, 8], 3 actions; starting fresh",
+        "holds a network of 6 inputs, mlp, hidden [4], 3 actions; asked for 6 inputs, mlp, hidden [16, "
+        "8], 3 actions; starting fresh",
     ),
     "a checkpoint of another layout": (
         lambda p: loads(model_of(p), trading_trainer(version="2.7.0")),
         2,
-        "holds a network of 5800 inputs, mlp, hidden [16], 8 actions; asked for 5900 inputs, mlp, hidden [16], 7 actions",
+        "holds a network of 5800 inputs, mlp, hidden [16], 8 actions; asked for 5900 inputs, mlp, "
+        "hidden [16], 7 actions",
     ),
     "a checkpoint of another number of accounts": (
         lambda p: (
@@ -404,7 +410,8 @@ USES = {
     "NaN in a reward": (
         lambda p: trained(Wrong(30, bad_reward(math.nan)), p / "run"),
         2,
-        "in update 3 the rewards became nan, first of account 3 at step 5 of the rollout; check the environment's data and rewards. The weights are those of update 2",
+        "in update 3 the rewards became nan, first of account 3 at step 5 of the rollout; check the "
+        "environment's data and rewards. The weights are those of update 2",
     ),
     "an infinite reward": (
         lambda p: trained(Wrong(1, bad_reward(math.inf)), p / "run"),
@@ -419,7 +426,8 @@ USES = {
     "NaN in the last observation of a rollout": (
         lambda p: trained(Wrong(24, bad_observation), p / "run"),
         2,
-        "in update 2 the value of a last observation became nan, first of account 0 at step 11 of the rollout; check the environment's data",
+        "in update 2 the value of a last observation became nan, first of account 0 at step 11 of the "
+        "rollout; check the environment's data",
     ),
     "NaN in the last observation of an episode": (
         lambda p: trained(Wrong(30, bad_last_observation), p / "run"),
@@ -457,7 +465,7 @@ USES = {
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_careless_use_gets_one_line(project, use):
+def test_a_misuse_gets_one_line(project, use):
     act, expected_status, words = USES[use]
     if use == "a GPU where there is none" and torch.cuda.is_available():
         pytest.skip("there is one here")

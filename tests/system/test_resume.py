@@ -1,4 +1,6 @@
-"""Stopped and gone on with: the resumed run is the uninterrupted one to the last bit, through real files, real signals and the real command. `pytest -s` prints the counts."""
+"""Stopped and gone on with: the resumed run is the uninterrupted one to the last bit.
+
+Through real files, real signals and the real command. `pytest -s` prints the counts."""
 
 import contextlib
 import functools
@@ -41,7 +43,7 @@ from trading_lib.training.run_folder import RunFolder
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# --- 5 stopping points × 3 seeds -----------------------------------------------------------------------------------------
+# --- 5 stopping points × 3 seeds ----------------------------------------------------------------------------
 
 UPDATES, SEEDS, N_ENVS, N_STEPS = 6, (0, 1, 2), 8, 16
 KINDS = {
@@ -78,7 +80,8 @@ def market():
 
 
 def trainer_in(folder: Path, seed: int, said: list | None = None, **settings) -> NativePPOTrainer:
-    "Costs rise over the first three of six updates, episodes are shorter than a rollout, the exploration component of the reward remembers 64 actions."
+    """Costs rise over the first three of six updates, episodes are shorter than a rollout, the exploration
+    component of the reward remembers 64 actions."""
     env = GPUVectorizedTradingEnv(
         market().span(0, 1200),
         GPUEnvConfig(n_envs=N_ENVS, version="5.6.0", window=5, episode_length=12, reward_preset="v2.5.0"),
@@ -103,7 +106,8 @@ def trainer_in(folder: Path, seed: int, said: list | None = None, **settings) ->
 
 
 def sha256(value) -> str:
-    "Of plain values, containers and tensors, to the last bit; written here, not taken from the checkpoint's code."
+    """Of plain values, containers and tensors, to the last bit; written here, not taken from the
+    checkpoint's code."""
     digest = hashlib.sha256()
 
     def add(v):
@@ -131,7 +135,8 @@ def sha256(value) -> str:
 
 
 def digests(trainer: NativePPOTrainer) -> dict[str, str]:
-    "SHA-256 of each part of a run, read from the live objects: what a checkpoint forgets to hold is not forgotten here."
+    """SHA-256 of each part of a run, read from the live objects: what a checkpoint forgets to hold is not
+    forgotten here."""
     name_of, env = {id(p): name for name, p in trainer.policy.named_parameters()}, trainer.env
     moments = {
         name_of[id(p)]: dict(state)
@@ -154,20 +159,20 @@ def digests(trainer: NativePPOTrainer) -> dict[str, str]:
                 [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups],
                 trainer.recoveries,
             ],
-            "RNG": [trainer._random.get_state(), *(random.get_state() for random in env._random)],
+            "RNG": [trainer.random.get_state(), *(random.get_state() for random in env._random)],
             "environment": [
                 env.state_dict(),
                 env.rules,
                 env.account,
                 env.bar,
                 env.end,
-                list(trainer._obs),
-                trainer._state,
+                list(trainer.collector.obs),
+                trainer.collector.state,
             ],
             "best": [
                 trainer.best_score,
                 trainer.best_update,
-                trainer._without_better,
+                trainer.without_better,
                 best
                 and {
                     name: best[name]
@@ -198,7 +203,8 @@ def digests(trainer: NativePPOTrainer) -> dict[str, str]:
     ],
 )
 def test_a_resumed_run_ends_as_the_uninterrupted_one(kind, tmp_path, monkeypatch):
-    "Five stopping points, three seeds; half of them go on from an interrupted file, half from a numbered one."
+    """Five stopping points, three seeds; half of them go on from an interrupted file, half from a numbered
+    one."""
     monkeypatch.chdir(tmp_path)  # no git here to be asked at each checkpoint
     equal, differing, seen = (
         0,
@@ -207,7 +213,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(kind, tmp_path, monkeypatch
     )
     for seed in SEEDS:
         whole = trainer_in(tmp_path / f"whole {seed}", seed, **KINDS[kind])
-        assert whole._whole_bars == (kind == "mlp, whole bars")
+        assert whole.learner.whole_bars == (kind == "mlp, whole bars")
         whole.train()
         expected, first = digests(whole), trainer_in(tmp_path / f"first {seed}", seed, **KINDS[kind])
         assert whole.update == UPDATES and [v["update"] for v in whole.validations] == [2, 4, 6]
@@ -252,10 +258,13 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(kind, tmp_path, monkeypatch
                 if first.best_update == whole.best_update
                 else "ahead"
             )
-            seen["remembered"].add(first._state is not None and bool(first._state.abs().sum() > 0))
+            seen["remembered"].add(
+                first.collector.state is not None and bool(first.collector.state.abs().sum() > 0)
+            )
     print(f"\n{kind}: {equal} of {len(SEEDS) * (UPDATES - 1)}")
     assert differing == [] and equal == 15
-    # the runs were worth stopping: while costs rose and after; with the best policy unknown, ahead and behind; between recoveries; in the middle of a memory
+    # the runs were worth stopping: while costs rose and after; with the best policy unknown, ahead and
+    # behind; between recoveries; in the middle of a memory
     assert (
         seen["cost"] == {True, False}
         and seen["best is"] >= {"unknown", "behind"}
@@ -264,7 +273,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(kind, tmp_path, monkeypatch
     ), seen
 
 
-# --- the real command in a project ---------------------------------------------------------------------------------------
+# --- the real command in a project --------------------------------------------------------------------------
 
 COMMAND = Path(sys.executable).parent / "trading-lib"
 PROJECT = {
@@ -361,7 +370,8 @@ class Project:
     def signalled(
         self, *arguments, numbers=(signal.SIGINT,), when: str = "update ", wait: float = 0.0
     ) -> tuple[int, str, str]:
-        "The same; after a line that begins with `when` the first signal is sent, and each further one when the line that answers it has come."
+        """The same; after a line that begins with `when` the first signal is sent, and each further one when
+        the line that answers it has come."""
         process, seen, left = self.start(*arguments), [], [*numbers]
         try:
             for line in process.stdout:
@@ -431,13 +441,15 @@ def is_left_to_go_on_from(project: Project, done: tuple, name: str, earlier: lis
     assert out.splitlines().count(f"{name}: the iteration is being finished; a second one quits at once") == 1
     assert (
         out.splitlines()[-1]
-        == f"stopped after update {content['update']} of {LAST}; saved {path}; go on with `trading-lib train SIM-USD --resume`"
+        == f"stopped after update {content['update']} of {LAST}; saved {path}; go on with `trading-lib "
+        "train SIM-USD --resume`"
     )
     card = path.with_suffix(".md").read_text()
     assert (
         "trading-lib train" in card and f"{content['update']} of {LAST}" in card and not project.kept.exists()
     )
-    # the iteration that was being made when the signal came is complete: its row is there, and the ledger has what was validated
+    # the iteration that was being made when the signal came is complete: its row is there, and the ledger has
+    # what was validated
     assert [row["update"] for row in content["history"]] == list(range(1, content["update"] + 1)) and len(
         project.trials()
     ) == len(content["validations"]) == content["update"] // 3
@@ -483,7 +495,8 @@ def test_an_interrupted_and_terminated_command_goes_on_to_the_same_bytes(whole, 
         before = count
     ends_as(left, whole)
     print(
-        f"\nSIGINT after update {first['update']}, SIGTERM after {second['update']} of {LAST}, resumed: SHA-256 of both models equal"
+        f"\nSIGINT after update {first['update']}, SIGTERM after {second['update']} of {LAST}, resumed: "
+        "SHA-256 of both models equal"
     )
 
 
@@ -511,7 +524,9 @@ def test_a_command_that_ends_at_any_moment_goes_on_to_the_same_bytes(project, wh
     if kind == "mlp":
         ends_as(left, whole)
     print(
-        f"\n{kind}, {number.name}: {next(line for line in out.splitlines() if line.startswith('going on')).rpartition('/')[2]}; SHA-256 of both models equal"
+        f"\n{kind}, {number.name}: "
+        f"{next(line for line in out.splitlines() if line.startswith('going on')).rpartition('/')[2]}; "
+        "SHA-256 of both models equal"
     )
 
 
@@ -553,7 +568,8 @@ def test_ctrl_c_at_a_terminal(project, whole, tmp_path):
     assert left.main("train", "--resume")[0] == 0
     ends_as(left, whole)
     print(
-        f"\nCtrl+C at a terminal after update {update} of {LAST}: exit status {status}, resumed: SHA-256 of both models equal"
+        f"\nCtrl+C at a terminal after update {update} of {LAST}: exit status {status}, resumed: "
+        "SHA-256 of both models equal"
     )
 
 
@@ -584,7 +600,7 @@ def test_a_second_interrupt_quits_at_once_and_checkpoints_stay(project, tmp_path
     print(f"\nsecond SIGINT: exit status {status}, {path.name} intact")
 
 
-# --- damage, other networks, foreign files, nothing ----------------------------------------------------------------------
+# --- damage, other networks, foreign files, nothing ---------------------------------------------------------
 
 
 def flipped(data: bytes, place: float) -> bytes:
@@ -630,8 +646,11 @@ def test_a_checkpoint_of_another_network_starts_fresh_with_a_message_that_names_
     ]
     aside = left.runs.with_name("SIM-USD_15Min.1")
     assert (status, error) == (0, "") and said == [
-        f"resume: {path}: holds a network of 1160 inputs, mlp, hidden [16], 8 actions; asked for 1160 inputs, mlp, hidden [8, 4], 8 actions; starting fresh",
-        f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with it); what is put aside as {left.runs}.1 and so on, {memory_text(sum(map(len, map(Path.read_bytes, aside.iterdir()))))} by now, may be deleted",
+        f"resume: {path}: holds a network of 1160 inputs, mlp, hidden [16], 8 actions; asked for 1160 "
+        "inputs, mlp, hidden [8, 4], 8 actions; starting fresh",
+        f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with it); "
+        f"what is put aside as {left.runs}.1 and so on, "
+        f"{memory_text(sum(map(len, map(Path.read_bytes, aside.iterdir()))))} by now, may be deleted",
     ]
     assert {p.name: p.read_bytes() for p in aside.iterdir()} == before  # nothing is lost
     content = load_checkpoint(left.model("_last"))
@@ -656,7 +675,8 @@ def test_a_fresh_start_puts_an_unfinished_run_aside(project, stopped, tmp_path):
             status == 0
             and [line for line in out.splitlines() if "put aside as" in line]
             == [
-                f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with it); what is put aside as {left.runs}.1 and so on, {size} by now, may be deleted"
+                f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with "
+                f"it); what is put aside as {left.runs}.1 and so on, {size} by now, may be deleted"
             ]
             and "going on from" not in out
         )
@@ -682,7 +702,8 @@ def test_with_nothing_to_resume_nothing_begins(project, whole, tmp_path):
     status, _, error = done.main("train", "--resume")
     assert (
         status == 2
-        and f"the last complete run left {done.model()} (--checkpoint {done.model('_last')} with a larger budget extends it)"
+        and f"the last complete run left {done.model()} "
+        f"(--checkpoint {done.model('_last')} with a larger budget extends it)"
         in error
         and error.count("\n") == 1
     )
@@ -725,7 +746,8 @@ OTHERS = {  # what --checkpoint is given -> the file, further arguments, words o
         lambda project, path: interrupted_files(project)[0],
         ["--hidden-dims", "8"],
         [
-            "holds a network of 1160 inputs, mlp, hidden [16], 8 actions; asked for 1160 inputs, mlp, hidden [8], 8 actions"
+            "holds a network of 1160 inputs, mlp, hidden [16], 8 actions; asked for 1160 inputs, mlp, "
+            "hidden [8], 8 actions"
         ],
     ),
     "of another number of accounts": (
@@ -807,7 +829,7 @@ def test_a_given_checkpoint_is_gone_on_from(whole, stopped, tmp_path):
     ends_as(left, whole)
 
 
-# --- what a checkpoint is of ---------------------------------------------------------------------------------------------
+# --- what a checkpoint is of --------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -866,7 +888,8 @@ def test_a_whole_file_that_is_no_runs_state_is_refused_in_one_line(tmp_path, con
 
 
 def test_another_run_is_not_gone_on_from(ran):
-    "Of another seed it would be counted as what it is not; on other bars it would stand at places that mean nothing."
+    """Of another seed it would be counted as what it is not; on other bars it would stand at places that
+    mean nothing."""
     folder, said = ran(**KINDS["mlp"]), []
     assert (
         resume(trainer_in(folder, 1, said, **KINDS["mlp"])) is False
@@ -889,7 +912,8 @@ def test_a_run_can_be_gone_on_with_from_another_folder(project, whole, stopped, 
 
 
 def test_the_best_policy_can_be_gone_on_from(project, tmp_path):
-    "It is the state after its update: the rest of the run follows again. Of a seed whose best policy is not its last."
+    """It is the state after its update: the rest of the run follows again. Of a seed whose best policy is
+    not its last."""
     whole, left = (project.copied(tmp_path / name) for name in ("whole", "left"))
     for p in (whole, left):
         p.edit(seed=1)
@@ -959,7 +983,10 @@ def test_a_step_back_puts_aside_what_came_after(tmp_path):
         resume(back, tmp_path / "runs" / "checkpoint_000001.pt")
         and f"what came after update 1: put aside as {tmp_path / 'runs.1'}" in said
     )
-    names = lambda folder: sorted(p.name for p in folder.glob("checkpoint*.pt"))
+
+    def names(folder):
+        return sorted(p.name for p in folder.glob("checkpoint*.pt"))
+
     assert names(tmp_path / "runs") == ["checkpoint_000001.pt"] and names(tmp_path / "runs.1") == [
         "checkpoint_000002.pt",
         "checkpoint_000003.pt",
@@ -991,7 +1018,7 @@ def test_other_settings_are_said(ran):
     )
 
 
-# --- what cannot be gone on from changes nothing ---------------------------------------------------------------------------
+# --- what cannot be gone on from changes nothing ------------------------------------------------------------
 
 
 @functools.cache
@@ -1101,15 +1128,16 @@ def test_a_checkpoint_that_lacks_something_is_one_line_and_changes_nothing(name,
     trainer = trainer_in(tmp_path / "run", 0, hidden_dims=(16,))
     trainer.train(1)
     before, obs = (
-        sha256([trainer.content(), list(trainer._obs), dict(trainer.policy.named_buffers())]),
-        trainer._obs,
+        sha256([trainer.content(), list(trainer.collector.obs), dict(trainer.policy.named_buffers())]),
+        trainer.collector.obs,
     )
     with pytest.raises(InputError) as e:
         trainer.restore(SPOILT[name](run_content()), "spoilt.pt")
     assert str(e.value).startswith("spoilt.pt: ") and "\n" not in str(e.value) and len(str(e.value)) < 500
     assert (
-        sha256([trainer.content(), list(trainer._obs), dict(trainer.policy.named_buffers())]) == before
-        and trainer._obs is obs
+        sha256([trainer.content(), list(trainer.collector.obs), dict(trainer.policy.named_buffers())])
+        == before
+        and trainer.collector.obs is obs
     )
 
 

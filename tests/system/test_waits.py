@@ -1,4 +1,5 @@
-"""What of an update the host must wait for where the work is done by a GPU, counted without one: on torch's device that has shapes and no data."""
+"""What of an update the host must wait for where the work is done by a GPU, counted without one: on torch's
+device that has shapes and no data."""
 
 import contextlib
 from collections import Counter
@@ -11,6 +12,7 @@ from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, market_data
 from trading_lib.features import fit_features
 from trading_lib.sources import simulate_bars
 from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
+from trading_lib.training.rollout import RolloutCollector
 
 
 class Waits(TorchDispatchMode):
@@ -63,9 +65,9 @@ def without_data(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     adam = torch.optim.Adam
     monkeypatch.setattr(torch.optim, "Adam", lambda groups, fused, **options: adam(groups, **options))
-    monkeypatch.setattr(NativePPOTrainer, "_acting_bytes", 10**9)
+    monkeypatch.setattr(RolloutCollector, "cache_bytes", 10**9)
     monkeypatch.setattr(
-        NativePPOTrainer, "_race", lambda self, logits: torch.empty_like(logits).exponential_()
+        RolloutCollector, "race", lambda self, logits: torch.empty_like(logits).exponential_()
     )
     with _config.patch(meta_nonzero_assume_all_nonzero=True):
         yield
@@ -92,7 +94,7 @@ def waits(version: str, n_steps: int, n_epochs: int) -> dict[str, int]:  # phase
         optimizer.step = lambda: (
             None
         )  # a GPU has the fused one, which waits for nothing; without data there is none
-    trainer._begin()
+    trainer.collector.begin()
     counts = {}
     for phase, answer, work in (
         ("rollout", False, trainer._rollout),
@@ -120,11 +122,11 @@ def test_waits_do_not_grow_with_steps_or_epochs(without_data, version, bars):
 
 
 def test_a_question_at_every_step_is_seen(without_data, monkeypatch):
-    draw = NativePPOTrainer._race
+    draw = RolloutCollector.race
 
     def asking(self, logits):
         assert not bool((logits > 1e9).any())
         return draw(self, logits)
 
-    monkeypatch.setattr(NativePPOTrainer, "_race", asking)
+    monkeypatch.setattr(RolloutCollector, "race", asking)
     assert waits("5.6.0", 24, 1)["rollout"] == 1 + 24

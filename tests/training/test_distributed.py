@@ -1,4 +1,5 @@
-"""Two real processes, started by torchrun, that train one policy: the same update as one process with all accounts, one writer, one end, and an exact resume."""
+"""Two real processes, started by torchrun, that train one policy: the same update as one process with all
+accounts, one writer, one end, and an exact resume."""
 
 import contextlib
 import os
@@ -22,7 +23,8 @@ TESTS = Path(__file__).resolve().parent
 
 
 class Ledger:
-    "Accounts that are told apart by their number: what each sees, earns and how its episodes end follows from it and the step alone."
+    """Accounts that are told apart by their number: what each sees, earns and how its episodes end follows
+    from it and the step alone."""
 
     n_actions, obs_dim, device = 3, 4, "cpu"
 
@@ -106,7 +108,7 @@ from datetime import datetime
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path[:0] = [{str(TESTS)!r}, {str(TESTS.parent)!r}]
+sys.path[:0] = {[str(TESTS), str(TESTS.parent), str(TESTS.parent / 'system')]!r}
 from test_distributed import *
 from small_trainers import Plain, market, trading_trainer, weights
 from trading_lib.config import InputError
@@ -156,7 +158,8 @@ def said(folder: Path, name: str) -> list:
 
 @pytest.fixture(scope="module")
 def updates(tmp_path_factory):
-    "Two processes: an update of each kind, the seeds that their environments are given, and a reward that becomes NaN in one of them."
+    """Two processes: an update of each kind, the seeds that their environments are given, and a reward that
+    becomes NaN in one of them."""
     folder = tmp_path_factory.mktemp("updates")
     torchrun(
         folder,
@@ -166,8 +169,12 @@ def updates(tmp_path_factory):
             row = trainer.train()[-1]
             say(name, {"weights": weights(trainer), "row": row, "updates": trainer.updates})
         class Seeds(Plain):
-            def reset(self, seed=0): say("seeds", list(range(seed, seed + self.n_envs))); return super().reset(seed)
-        NativePPOTrainer(Seeds(), NativePPOConfig(hidden_dims=(8,), n_steps=2, minibatch_size=16, n_epochs=1, total_timesteps=32, seed=3), progress=None).train()
+            def reset(self, seed=0):
+                say("seeds", list(range(seed, seed + self.n_envs)))
+                return super().reset(seed)
+        small = dict(hidden_dims=(8,), n_epochs=1)
+        config = NativePPOConfig(**small, n_steps=2, minibatch_size=16, total_timesteps=32, seed=3)
+        NativePPOTrainer(Seeds(), config, progress=None).train()
         class Broken(Plain):
             def step(self, actions):
                 obs, reward, *rest = super().step(actions)
@@ -175,7 +182,9 @@ def updates(tmp_path_factory):
                 if self.steps == 30 and rank == who: reward[5] = float("nan")
                 return obs, reward, *rest
         for who in (0, 1):
-            trainer = NativePPOTrainer(Broken(), NativePPOConfig(hidden_dims=(8,), n_steps=12, minibatch_size=96, n_epochs=1, total_timesteps=192 * 5), progress=None, folder=RunFolder(out / f"run_{who}"))
+            config = NativePPOConfig(**small, n_steps=12, minibatch_size=96, total_timesteps=192 * 5)
+            folder = RunFolder(out / f"run_{who}")
+            trainer = NativePPOTrainer(Broken(), config, progress=None, folder=folder)
             try: trainer.train()
             except InputError as e: say(f"end_{who}", str(e))
     """,
@@ -185,7 +194,8 @@ def updates(tmp_path_factory):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_full_batch_update_of_two_processes_is_that_of_one(updates, name):
-    "Four accounts each, or all eight in one: weights that move by thousandths agree to a millionth, and so do the figures that are logged."
+    """Four accounts each, or all eight in one: weights that move by thousandths agree to a millionth, and so
+    do the figures that are logged."""
     single = ledger_trainer(0, 8, OPTIONS[name])
     before = {key: p.detach().clone() for key, p in single.policy.named_parameters()}
     row = single.train()[-1]
@@ -217,7 +227,8 @@ def test_a_full_batch_update_of_two_processes_is_that_of_one(updates, name):
 
 
 def test_each_process_has_accounts_of_its_own(updates):
-    "Environments of Gymnasium have the seeds that follow the first one's: those of the second process begin where those of the first end."
+    """Environments of Gymnasium have the seeds that follow the first one's: those of the second process
+    begin where those of the first end."""
     first, second = said(updates, "seeds")
     assert first[0] == 3 and not set(first) & set(second)
 
@@ -247,13 +258,15 @@ RUN = """
         trainer.folder, trainer.progress = Watched(out / folder, 3), LineProgress(lines.append)
         return trainer
     budget = lambda updates: dict(total_timesteps=2 * 8 * 16 * updates, checkpoint_interval=updates)
-    NETWORKS = {"mlp": budget(20), "gru": dict(budget(12), network="gru", gru_hidden_dim=8, n_gru_layers=1, separate_optimizers=True, critic_epochs=1)}
+    GRU = dict(network="gru", gru_hidden_dim=8, n_gru_layers=1, separate_optimizers=True, critic_epochs=1)
+    NETWORKS = {"mlp": budget(20), "gru": dict(budget(12), **GRU)}
 """
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    "A whole run; one that was stopped after seven updates because the second process was asked to; the rest of that in two new processes."
+    """A whole run; one that was stopped after seven updates because the second process was asked to; the
+    rest of that in two new processes."""
     folder = tmp_path_factory.mktemp("runs")
     torchrun(
         folder,
@@ -262,7 +275,8 @@ def runs(tmp_path_factory):
     for name, options in NETWORKS.items():
         whole = make(name, options)
         whole.train()
-        say(name, {"weights": weights(whole), "written": list(written), "best": whole.best_update, "history": whole.history})
+        ran = {"weights": weights(whole), "written": list(written), "history": whole.history}
+        say(name, ran | {"best": whole.best_update})
         half = make("half_" + name, options)
         half.train(stop=lambda: rank == 1 and half.update >= 7)
         content = half.content()
@@ -278,7 +292,8 @@ def runs(tmp_path_factory):
         again = make("half_" + name, options)
         assert resume(again) and again.update == 7
         again.train()
-        say("again_" + name, {"weights": weights(again), "history": again.history, "best": again.best_update, "score": again.best_score})
+        ran = {"weights": weights(again), "history": again.history, "score": again.best_score}
+        say("again_" + name, ran | {"best": again.best_update})
     """,
     )
     return folder
@@ -370,19 +385,23 @@ def test_the_command_trains_with_two_processes(tmp_path):
         "train",
         "SIM-USD",
     ]
-    run = lambda *more: subprocess.run(
-        [*command, *more],
-        cwd=tmp_path,
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(TESTS.parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+
+    def run(*more):
+        return subprocess.run(
+            [*command, *more],
+            cwd=tmp_path,
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(TESTS.parents[1])},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
     done = run("--checkpoint-interval", "4")
-    newest = lambda: max(
-        tmp_path.glob("models/kept/SIM-USD_15Min/*_last.pt"), key=lambda p: p.stat().st_mtime_ns
-    )
+
+    def newest():
+        return max(tmp_path.glob("models/kept/SIM-USD_15Min/*_last.pt"), key=lambda p: p.stat().st_mtime_ns)
+
     assert done.returncode == 0, done.stderr[-3000:]
     assert (
         done.stdout.count("network       mlp") == 1

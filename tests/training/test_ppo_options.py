@@ -1,4 +1,5 @@
-"""The options of PPO, each against a plain reimplementation with autograd and torch.optim.Adam: optimizers, critic epochs, recovery, precision, compilation, memory, what is saved and what is logged."""
+"""The options of PPO, each against a plain reimplementation with autograd and torch.optim.Adam: optimizers,
+critic epochs, recovery, precision, compilation, memory, what is saved and what is logged."""
 
 import copy
 import math
@@ -30,12 +31,12 @@ from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig
 from trading_lib.training.run_folder import RunFolder
 
-# --- a plain reimplementation ---------------------------------------------------------------------------------------
+# --- a plain reimplementation -------------------------------------------------------------------------------
 
 
 def spied(trainer):
     "What a trainer learns from: every rollout, and the samples of every minibatch, in order."
-    rollouts, batches, rollout, split = [], [], trainer._rollout, trainer._epochs
+    rollouts, batches, rollout, split = [], [], trainer._rollout, trainer.learner.epochs
 
     def roll():
         out = rollout()
@@ -47,7 +48,7 @@ def spied(trainer):
             batches.append([batch.samples for batch in epoch])
             yield epoch
 
-    trainer._rollout, trainer._epochs = roll, cut
+    trainer._rollout, trainer.learner.epochs = roll, cut
     return rollouts, batches
 
 
@@ -136,7 +137,7 @@ def close(policy, other, tolerance=2e-6):
         assert torch.allclose(a, b, rtol=0, atol=tolerance), (name, float((a - b).abs().max()))
 
 
-# --- two optimizers, epochs of the critic alone -----------------------------------------------------------------------
+# --- two optimizers, epochs of the critic alone -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,8 @@ def close(policy, other, tolerance=2e-6):
     ],
 )
 def test_updates_are_those_of_a_plain_reimplementation(settings, separate, critic_epochs):
-    "The value head learns at 9e-4 and everything else at 3e-4, each times the schedule; what is logged is the mean over the minibatches of exact figures."
+    """The value head learns at 9e-4 and everything else at 3e-4, each times the schedule; what is logged is
+    the mean over the minibatches of exact figures."""
     trainer = plain_trainer(**{"total_timesteps": 96 * 3, "warmup_fraction": 0, **settings})
     plain = PlainPPO(copy.deepcopy(trainer.policy), separate)
     before, peak = weights(trainer), trainer.config.learning_rate
@@ -224,11 +226,11 @@ def test_critic_epochs_change_the_value_head_and_nothing_else():
         dict(network="gru", gru_hidden_dim=8, n_gru_layers=1),
     ):
         trainer, seen = plain_trainer(**settings), []
-        learn = trainer._learn_values
+        learn = trainer.learner.learn_values
 
-        def watch(data):
+        def watch(data, phase):
             before = weights(trainer), copy.deepcopy([o.state_dict()["state"] for o in trainer.optimizers])
-            learn(data)
+            learn(data, phase)
             after = weights(trainer), [o.state_dict()["state"] for o in trainer.optimizers]
             seen.append({name for name, v in after[0].items() if not same(v, before[0][name])})
             steps = sum(
@@ -236,9 +238,9 @@ def test_critic_epochs_change_the_value_head_and_nothing_else():
                 for old, new in zip(before[1], after[1])
                 for a, b in zip(old.values(), new.values())
             )
-            assert steps == len(trainer._head)  # nobody else's moments fade either
+            assert steps == len(trainer.learner.head)  # nobody else's moments fade either
 
-        trainer._learn_values = watch
+        trainer.learner.learn_values = watch
         trainer.train(2)
         assert seen == [{name for name in weights(trainer) if name.startswith("critic_head")}] * 2
         assert all(p.requires_grad for p in trainer.policy.parameters())
@@ -276,11 +278,12 @@ def test_a_checkpoint_of_one_optimizer_goes_on_with_two_and_back():
     assert {float(m["step"]) for m in moments(two).values()} == {24.0}
 
 
-# --- stopping epochs ----------------------------------------------------------------------------------------------------
+# --- stopping epochs ----------------------------------------------------------------------------------------
 
 
 def test_epochs_end_where_the_exact_divergence_says_so():
-    "The target lies between the divergences of the second and the third epoch: there are exactly three, and then those of the critic."
+    """The target lies between the divergences of the second and the third epoch: there are exactly three,
+    and then those of the critic."""
     settings = dict(n_epochs=6, total_timesteps=96, learning_rate=3e-3, warmup_fraction=0)
     free = plain_trainer(**settings)
     plain = PlainPPO(copy.deepcopy(free.policy), False)
@@ -297,7 +300,7 @@ def test_epochs_end_where_the_exact_divergence_says_so():
     close(held.policy, other.policy, 2e-5)
 
 
-# --- recovery, ending early ----------------------------------------------------------------------------------------------
+# --- recovery, ending early ---------------------------------------------------------------------------------
 
 
 def rate_on_paper(update, updates, peak=3e-4):
@@ -386,7 +389,8 @@ def test_patience_goes_on_counting_in_a_resumed_run():
 
 
 def test_the_composite_score_of_a_validation_is_that_of_its_row():
-    "40 points for the average return in percent times the win rate, 20 for the reward over its deviation, 20 for explained variance, 10 for entropy, less 10 for instability."
+    """40 points for the average return in percent times the win rate, 20 for the reward over its deviation,
+    20 for explained variance, 10 for entropy, less 10 for instability."""
     trainer, _ = judged([0.0] * 3)
     trainer.validation.summarise = lambda played: scripted_figures(
         run_return=0.005, win_rate=0.6, reward=0.02, reward_deviation=0.1, sharpe=0.0
@@ -407,13 +411,16 @@ def test_the_composite_score_of_a_validation_is_that_of_its_row():
         )
 
 
-# --- precision -----------------------------------------------------------------------------------------------------------
+# --- precision ----------------------------------------------------------------------------------------------
 
 
 def gradients_of(trainer, rollout=None, factor=1.0):
-    "Of the first gradient step, before clipping matters; from the same rollout where one is given, and with a loss that is `factor` times as large."
-    found, losses, step = [], trainer._losses, trainer.optimizers[0].step
-    trainer._losses = lambda *arguments: (lambda loss, watch: (factor * loss, watch))(*losses(*arguments))
+    """Of the first gradient step, before clipping matters; from the same rollout where one is given, and
+    with a loss that is `factor` times as large."""
+    found, losses, step = [], trainer.learner.losses, trainer.optimizers[0].step
+    trainer.learner.losses = lambda *arguments: (lambda loss, watch: (factor * loss, watch))(
+        *losses(*arguments)
+    )
 
     def catch(*arguments, **named):
         if not found:
@@ -422,7 +429,7 @@ def gradients_of(trainer, rollout=None, factor=1.0):
 
     trainer.optimizers[0].step = catch
     if rollout is not None:
-        trainer._rollout, trainer._component_means = (
+        trainer._rollout, trainer.collector.component_means = (
             lambda: {name: v.clone() for name, v in rollout.items()},
             None,
         )
@@ -446,12 +453,19 @@ def test_half_precision_gradients_are_close_to_those_of_single_precision(dtype, 
 
 def test_small_gradients_survive_in_fp16():
     "A millionth of the loss: without a scaler most of its gradients are less than fp16 can say."
-    make = lambda **settings: plain_trainer(minibatch_size=96, max_grad_norm=1e9, **settings)
+
+    def make(**settings):
+        return plain_trainer(minibatch_size=96, max_grad_norm=1e9, **settings)
+
     whole, scaled, bare = make(), make(amp=True, amp_dtype="fp16"), make(amp=True, amp_dtype="fp16")
     rollouts, _ = spied(whole)
     expected = gradients_of(whole)
-    bare._scaler = None
-    assert scaled._scaler is not None and whole._scaler is None and plain_trainer(amp=True)._scaler is None
+    bare.runner.scaler = None
+    assert (
+        scaled.runner.scaler is not None
+        and whole.runner.scaler is None
+        and plain_trainer(amp=True).runner.scaler is None
+    )
     found, lost = (1e6 * gradients_of(trainer, rollouts[0], 1e-6) for trainer in (scaled, bare))
     assert (found - expected).norm() < 0.01 * expected.norm() and (
         lost - expected
@@ -462,17 +476,17 @@ def test_small_gradients_survive_in_fp16():
 def test_an_overflow_in_fp16_is_no_step_and_a_smaller_scale(settings):
     "For all weights, whichever of them overflowed."
     trainer = plain_trainer(amp=True, amp_dtype="fp16", n_epochs=1, minibatch_size=96, **settings)
-    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    before, backward = weights(trainer), trainer._scaler.scale
+    trainer.runner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before, backward = weights(trainer), trainer.runner.scaler.scale
 
     def overflow(loss):
         for p in trainer.policy.trunk.parameters():
             p.register_hook(lambda grad: torch.full_like(grad, math.nan) if len(hooks) == 0 else grad)
         return backward(loss)
 
-    hooks, trainer._scaler.scale = [], overflow
+    hooks, trainer.runner.scaler.scale = [], overflow
     trainer.train(1)
-    assert same(weights(trainer), before) and trainer._scaler.get_scale() == 2.0**9
+    assert same(weights(trainer), before) and trainer.runner.scaler.get_scale() == 2.0**9
     hooks.append("from now on nothing overflows")
     trainer.train(1)
     assert all(
@@ -538,15 +552,15 @@ def test_half_precision_learns_what_single_precision_learns(settings):
 
 def test_the_scale_of_fp16_is_resumed():
     trainer, other = (plain_trainer(amp=True, amp_dtype="fp16") for _ in range(2))
-    trainer._scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
+    trainer.runner.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**7)
     trainer.train(1)
     other.restore(trainer.content())
-    assert trainer._scaler.get_scale() == other._scaler.get_scale() == 2.0**7 and same(
-        trainer._scaler.state_dict(), other._scaler.state_dict()
+    assert trainer.runner.scaler.get_scale() == other.runner.scaler.get_scale() == 2.0**7 and same(
+        trainer.runner.scaler.state_dict(), other.runner.scaler.state_dict()
     )
 
 
-# --- compilation ----------------------------------------------------------------------------------------------------------
+# --- compilation --------------------------------------------------------------------------------------------
 
 COMPILES = """
 import sys, torch
@@ -558,14 +572,17 @@ said = []
 trainer = plain_trainer(compile={compile}, total_timesteps=96 * 3)
 trainer.progress = LineProgress(said.append)
 trainer.train()
-torch.save([dict(trainer.policy.state_dict()), [line for line in said if not line.startswith("update")]], {out!r})
+said = [line for line in said if not line.startswith("update")]
+torch.save([dict(trainer.policy.state_dict()), said], {out!r})
 """
 
 
 def compiled(folder, compile, **environment):
     "Weights, and what was said, of a run in a process of its own with an empty cache."
     out = folder / "out.pt"
-    code = textwrap.dedent(COMPILES).format(tests=os.path.dirname(os.path.dirname(__file__)), compile=compile, out=str(out))
+    code = textwrap.dedent(COMPILES).format(
+        tests=os.path.dirname(os.path.dirname(__file__)), compile=compile, out=str(out)
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ
@@ -609,11 +626,12 @@ def test_a_compiled_run_has_the_same_weights(tmp_path):
         assert torch.allclose(found[name], v, rtol=0, atol=2e-6), name
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 class Episodes:
-    "Six accounts whose episodes end at random, some of them truncated; rewards and observations by the account's own numbers."
+    """Six accounts whose episodes end at random, some of them truncated; rewards and observations by the
+    account's own numbers."""
 
     n_envs, n_actions, obs_dim, device = 6, 3, 4, "cpu"
 
@@ -662,10 +680,18 @@ def gru_trainer(env=None, **settings):
 
 
 def remembers(weight, x, state):
-    "One step of the network by its formulas: Linear-ReLU-LayerNorm twice, gated recurrent units (Cho et al. 2014, with the reset gate on the product as in cuDNN), two heads."
-    w = lambda name: weight[name]
-    normal = lambda x, name: F.layer_norm(x, x.shape[-1:], w(name + ".weight"), w(name + ".bias"))
-    linear = lambda x, name: x @ w(name + ".weight").T + w(name + ".bias")
+    """One step of the network by its formulas: Linear-ReLU-LayerNorm twice, gated recurrent units (Cho et
+    al. 2014, with the reset gate on the product as in cuDNN), two heads."""
+
+    def w(name):
+        return weight[name]
+
+    def normal(x, name):
+        return F.layer_norm(x, x.shape[-1:], w(name + ".weight"), w(name + ".bias"))
+
+    def linear(x, name):
+        return x @ w(name + ".weight").T + w(name + ".bias")
+
     for i in (0, 4):
         x = normal(torch.relu(linear(x, f"encoder.{i}")), f"encoder.{i + 2}")
     after = []
@@ -688,7 +714,8 @@ def remembers(weight, x, state):
 
 
 def replayed(policy, rollout, state, accounts):
-    "Logits and values of some accounts, step by step, with nothing remembered from one episode to the next; and the state after the last step."
+    """Logits and values of some accounts, step by step, with nothing remembered from one episode to the
+    next; and the state after the last step."""
     weight, logits, values, state = dict(policy.named_parameters()), [], [], state[:, accounts]
     for x, ended in zip(rollout["dense"][:, accounts], rollout["ended"][:, accounts]):
         some, value, state = remembers(weight, x, state)
@@ -699,7 +726,8 @@ def replayed(policy, rollout, state, accounts):
 
 
 def test_recurrent_updates_are_those_of_a_plain_reimplementation():
-    "Two joint epochs and four of the critic, in three updates; states are taken along from one rollout into the next."
+    """Two joint epochs and four of the critic, in three updates; states are taken along from one rollout
+    into the next."""
     trainer = gru_trainer()
     state = torch.zeros(2, 6, 8)
     plain = PlainPPO(
@@ -746,11 +774,12 @@ def test_a_minibatch_of_a_recurrent_policy_is_whole_sequences():
 
 
 def test_advantages_of_a_recurrent_policy_remember_the_episode_that_was_cut():
-    "The value of a truncated episode's last observation is that of its own memory; by a loop over accounts and steps."
+    """The value of a truncated episode's last observation is that of its own memory; by a loop over accounts
+    and steps."""
     trainer, finals = gru_trainer(), []
     step = trainer.env.step
     trainer.env.step = lambda actions: (finals.append(step(actions)), finals[-1])[1]
-    trainer._begin()
+    trainer.collector.begin()
     rollout, weight, state = trainer._rollout(), dict(trainer.policy.named_parameters()), torch.zeros(2, 6, 8)
     values, follows = [], []
     with torch.no_grad():
@@ -777,7 +806,8 @@ def test_advantages_of_a_recurrent_policy_remember_the_episode_that_was_cut():
 
 
 class Recall:
-    "The first observation of four shows one of two cues, the last one asks; a reward of 1 for the right name, at the end."
+    """The first observation of four shows one of two cues, the last one asks; a reward of 1 for the right
+    name, at the end."""
 
     n_envs, n_actions, obs_dim, device = 32, 2, 3, "cpu"
 
@@ -825,18 +855,20 @@ def test_a_task_that_needs_memory_is_learned_with_one_and_not_without():
 
 @pytest.mark.parametrize("settings", [dict(), dict(separate_optimizers=True)])
 def test_a_recurrent_run_is_resumed_bit_for_bit(settings, tmp_path):
-    make = lambda: trading_trainer(
-        2, network="gru", gru_hidden_dim=8, n_gru_layers=2, total_timesteps=8 * 16 * 3, **settings
-    )
+    def make():
+        return trading_trainer(
+            2, network="gru", gru_hidden_dim=8, n_gru_layers=2, total_timesteps=8 * 16 * 3, **settings
+        )
+
     whole, first, second = make(), make(), make()
     whole.train()
     first.train(1)
-    assert first._state.abs().max() > 0
+    assert first.collector.state.abs().max() > 0
     second.load(first.save(tmp_path / "model.pt"))
     second.train()
     assert (
         same(everything(whole), everything(second))
-        and same(whole._state, second._state)
+        and same(whole.collector.state, second.collector.state)
         and whole.history == second.history
     )
 
@@ -852,7 +884,7 @@ def test_a_recurrent_network_of_another_size_is_refused_in_one_line(tmp_path):
         assert "holds a network of" in line and "gru" in line and words in line.partition("asked for")[2]
 
 
-# --- what is kept -----------------------------------------------------------------------------------------------------------
+# --- what is kept -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,7 @@ def shown(make, updates=40, every=8, **settings):
     return trainer, said
 
 
-# --- lines --------------------------------------------------------------------------------------------------------------
+# --- lines --------------------------------------------------------------------------------------------------
 
 
 def test_twenty_lines_whatever_the_length():
@@ -70,8 +70,9 @@ def test_twenty_lines_whatever_the_length():
     row = trainer.history[-1]
     assert re.match(r"update 40/40 \| 0\.00 M steps, [\d,]+/s \| ", said[-1])
     assert (
-        f" | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | explained variance {row['explained_variance']:+.2f} | validation return +1.23%, Sharpe +1.50, score {row['validation_composite']:+.0f}"
-        in said[-1]
+        f" | reward {row['reward']:+.4f} | entropy {row['entropy']:.2f} | explained variance "
+        f"{row['explained_variance']:+.2f} | validation return +1.23%, Sharpe +1.50, score "
+        f"{row['validation_composite']:+.0f}" in said[-1]
     )
     assert "validation" not in said[0] and "validation" in said[4]  # from the first one on, at update 8
 
@@ -136,7 +137,7 @@ def test_minibatches_move_the_bar_and_a_line_says_what_each_part_took():
     )
 
 
-# --- a terminal -----------------------------------------------------------------------------------------------------------
+# --- a terminal ---------------------------------------------------------------------------------------------
 
 
 def test_bars_keep_validations_as_lines_and_close():
@@ -224,7 +225,7 @@ def test_a_terminal_gets_bars_that_are_drawn_over_and_a_score_in_colour():
     assert re.search(r"updates:\s+\d+%", text)
 
 
-# --- a notebook -------------------------------------------------------------------------------------------------------------
+# --- a notebook ---------------------------------------------------------------------------------------------
 
 
 def executed(folder: Path, *cells: str):
@@ -256,7 +257,8 @@ def text_of(output) -> str:
 
 
 def test_a_notebook_has_one_output_for_a_run_of_hundreds_of_updates(tmp_path, kernel):
-    "It is replaced as the run goes on; what is said before the run stays, and a run that goes on in another cell has an output there."
+    """It is replaced as the run goes on; what is said before the run stays, and a run that goes on in
+    another cell has an output there."""
     path, book = executed(
         tmp_path,
         """
@@ -295,7 +297,7 @@ def test_a_notebook_has_one_output_for_a_run_of_hundreds_of_updates(tmp_path, ke
     assert text_of(runs[2][-1]).strip() == "NotebookProgress"
 
 
-# --- the choice -----------------------------------------------------------------------------------------------------------------
+# --- the choice ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -342,7 +344,7 @@ def test_an_unknown_name_is_refused():
     assert "expected one of bars, cell, lines, quiet, verbose, was 'loud'" in refusal(progress_for, "loud")
 
 
-# --- DVC's files beside it ------------------------------------------------------------------------------------------------------------
+# --- DVC's files beside it ----------------------------------------------------------------------------------
 
 
 def test_curves_are_those_of_the_run_whether_it_was_interrupted_or_not(tmp_path):

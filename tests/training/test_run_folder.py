@@ -1,4 +1,5 @@
-"""The folder of a run: after a kill at any moment, and with damaged files, there is something whole to go on from, and nothing else is touched."""
+"""The folder of a run: after a kill at any moment, and with damaged files, there is something whole to go on
+from, and nothing else is touched."""
 
 import io
 import os
@@ -55,7 +56,7 @@ def newest(run: RunFolder) -> tuple[str, int, list[str]]:
     return path.name, found["update"], lines
 
 
-# --- names and numbers ---------------------------------------------------------------------------------------------
+# --- names and numbers --------------------------------------------------------------------------------------
 
 
 def test_an_empty_or_missing_folder_holds_nothing(run):
@@ -115,7 +116,7 @@ def test_an_interrupted_file_never_overwrites_another(run):
     assert newest(run) == (paths[2].name, 9, [])
 
 
-# --- what stays ----------------------------------------------------------------------------------------------------
+# --- what stays ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5])
@@ -141,7 +142,8 @@ def test_saving_again_replaces_the_file_and_counts_once(tmp_path):
 
 
 def test_what_was_just_saved_stays_beside_later_ones_of_a_run_that_was_left(tmp_path):
-    "Somebody went back to update 50 with --checkpoint: its checkpoints must not fall to the higher numbers that lie there."
+    """Somebody went back to update 50 with --checkpoint: its checkpoints must not fall to the higher numbers
+    that lie there."""
     run = RunFolder(tmp_path, keep=2)
     for n in (300, 400, 500):
         run.save(content(n))
@@ -160,7 +162,10 @@ def test_interrupted_ones_stay_until_the_run_is_finished(tmp_path):
 
 def test_a_best_policy_stays_as_long_as_something_refers_to_it(tmp_path):
     run = RunFolder(tmp_path, keep=2)
-    best = lambda: {n for n in names(run) if n.startswith("best")}
+
+    def best():
+        return {n for n in names(run) if n.startswith("best")}
+
     run.save_best(content(5))
     run.save(content(10, 5))
     run.save_best(content(15))
@@ -269,7 +274,7 @@ def test_finished_leaves_nothing_of_its_own_and_is_idempotent(run):
     run.finished()
 
 
-# --- which one -----------------------------------------------------------------------------------------------------
+# --- which one ----------------------------------------------------------------------------------------------
 
 
 def test_the_update_decides_between_numbered_and_interrupted(run):
@@ -294,7 +299,7 @@ def test_the_later_file_decides_where_updates_are_equal(run, later):
     assert newest(run)[0] == paths[later].name
 
 
-# --- damage --------------------------------------------------------------------------------------------------------
+# --- damage -------------------------------------------------------------------------------------------------
 
 
 class Bomb:
@@ -417,7 +422,7 @@ def test_a_damaged_one_does_not_hold_a_best_policy(run):
     assert {n for n in names(run) if n.startswith("best")} == {"best_000015.pt"}
 
 
-# --- reading no more than needed -------------------------------------------------------------------------------------
+# --- reading no more than needed ----------------------------------------------------------------------------
 
 
 def bytes_read() -> int:
@@ -432,9 +437,9 @@ def bytes_read() -> int:
     not Path("/proc/self/io").exists(), reason="the system does not count what a process reads"
 )
 def test_one_file_is_read_of_four_and_none_to_tidy_up(run):
-    big = lambda n: (
-        content(n, None) | {"policy_state_dict": {"w": torch.full((1_000_000,), float(n))}}
-    )  # 4 MB
+    def big(n):
+        return content(n, None) | {"policy_state_dict": {"w": torch.full((1_000_000,), float(n))}}  # 4 MB
+
     for n in (1, 2, 3):
         run.save(big(n))
     run.save_interrupted(big(2), NOON)
@@ -446,11 +451,12 @@ def test_one_file_is_read_of_four_and_none_to_tidy_up(run):
     assert 4_000_000 < found - start < 5_000_000 and tidied - found < 1_000_000
 
 
-# --- kill -9 ---------------------------------------------------------------------------------------------------------
+# --- kill -9 ------------------------------------------------------------------------------------------------
 
 
 def live(path: Path, acknowledged: int, until: int = 10**9):
-    "A run in a process of its own: goes on from what there is, validates now and then, saves, and tells what is safe."
+    """A run in a process of its own: goes on from what there is, validates now and then, saves, and tells
+    what is safe."""
     run = RunFolder(path, keep=2)
     found = run.newest_good(say=lambda line: os._exit(3))
     update, best = (found[1]["update"], found[1]["best_update"]) if found else (0, None)
@@ -466,7 +472,8 @@ def live(path: Path, acknowledged: int, until: int = 10**9):
 
 
 def in_a_child(work) -> tuple[int, int]:
-    "Process id of a child that does `work(pipe)`, and the end of the pipe at which to read which updates are safe."
+    """Process id of a child that does `work(pipe)`, and the end of the pipe at which to read which updates
+    are safe."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -488,7 +495,8 @@ def the_end(child: int, reading: int) -> tuple[int, int]:
 
 
 def is_resumable(run: RunFolder, safe: int) -> int:
-    "What is found is whole, as new as what was safe, and has the best policy that belongs to it; returns its update."
+    """What is found is whole, as new as what was safe, and has the best policy that belongs to it; returns
+    its update."""
     found = run.newest_good(say=pytest.fail)
     if found is None:
         assert safe == 0
@@ -518,7 +526,10 @@ def test_kill_at_any_moment_leaves_a_run_to_go_on_from(tmp_path):
     run, generator, safe, torn = RunFolder(tmp_path), random.Random(0), 0, 0
     for kill in range(40):
         earlier = set(tmp_path.glob(".*.tmp"))  # of those killed before; they go with the finished run
-        is_half_written = lambda: not earlier.issuperset(tmp_path.glob(".*.tmp"))
+
+        def is_half_written():
+            return not earlier.issuperset(tmp_path.glob(".*.tmp"))
+
         child, reading = in_a_child(lambda pipe: live(tmp_path, pipe))
         first = int(os.read(reading, 100).split()[-1])
         time.sleep(generator.uniform(0, 0.03))
@@ -571,7 +582,8 @@ def copied(run: RunFolder, folder: Path) -> Path:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("start, until", [(0, 2), (6, 7)])
 def test_kill_before_every_single_file_operation(tmp_path, start, until):
-    "Updates that save a best policy, numbered ones, and the last an interrupted state too; one process for each place at which it dies."
+    """Updates that save a best policy, numbered ones, and the last an interrupted state too; one process for
+    each place at which it dies."""
     source, n, killed = RunFolder(tmp_path / "source", keep=2), 1, 0
     source.path.mkdir()
     if start:

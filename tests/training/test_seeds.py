@@ -87,7 +87,7 @@ def largest_difference(a, b) -> float:
     return max(float((x - y).detach().abs().max()) for x, y in zip(a.parameters(), b.parameters()))
 
 
-# --- the environment -----------------------------------------------------------------------------------------------
+# --- the environment ----------------------------------------------------------------------------------------
 
 
 def test_a_group_of_accounts_is_an_environment_of_its_own(markets):
@@ -111,7 +111,7 @@ def test_a_group_of_accounts_is_an_environment_of_its_own(markets):
         groups.reset([1, 2, 3, 4, 5])
 
 
-# --- the same numbers ------------------------------------------------------------------------------------------------
+# --- the same numbers ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_group_of_accounts_is_an_environment_of_its_own(markets):
 def test_each_seed_is_the_run_it_would_be_alone(markets, version, settings):
     version = ACCOUNT if version == "account" else version
     together, alone = trained(markets, replace(CONFIG, **settings), version=version)
-    assert {trainer._whole_bars for trainer in (together, *alone)} == {
+    assert {trainer.learner.whole_bars for trainer in (together, *alone)} == {
         "n_steps" in settings
     }  # as many samples as bars: those of a bar are learnt from together
     for k, single in enumerate(alone):
@@ -139,9 +139,9 @@ def test_each_seed_is_the_run_it_would_be_alone(markets, version, settings):
             largest_difference(policy, single.policy) < 2e-5 < 2e-3 < largest_difference(begun, single.policy)
         )  # they have moved a hundred times as far
         assert largest_difference(policy, alone[k - 1].policy) > 0.01  # and another seed's is another
-        mine = together._buffer["action"][:, 12 * k : 12 * k + 12]
-        assert torch.equal(mine, single._buffer["action"]) and torch.equal(
-            together._buffer["index"][:, 12 * k : 12 * k + 12], single._buffer["index"]
+        mine = together.collector.buffer["action"][:, 12 * k : 12 * k + 12]
+        assert torch.equal(mine, single.collector.buffer["action"]) and torch.equal(
+            together.collector.buffer["index"][:, 12 * k : 12 * k + 12], single.collector.buffer["index"]
         )
         assert len(together.histories[k]) == len(single.history) == 4
         for row, of_one in zip(together.histories[k], single.history):
@@ -206,7 +206,7 @@ def test_gradients_are_clipped_one_network_at_a_time():
     assert norms[0] < 0.5 < norms[1] < norms[2]  # one of them was left as it was
 
 
-# --- what comes out --------------------------------------------------------------------------------------------------
+# --- what comes out -----------------------------------------------------------------------------------------
 
 
 def test_each_best_policy_is_a_file_that_plays_as_it_was_judged(markets, tmp_path):
@@ -307,13 +307,14 @@ def test_what_would_make_seeds_part_ways_is_refused(markets, change, message):
         (5, "5 seeds × equally many, was 36"),
     ],
 )
-def test_careless_seeds(markets, seeds, message):
+def test_misused_seeds(markets, seeds, message):
     with pytest.raises(InputError, match=message):
         SeedsTrainer(env_of(markets, 36), CONFIG, seeds, progress=None)
 
 
 def test_what_one_seed_may_ask_for_and_several_need_not(markets):
-    "A tier that compiles, and critic epochs that are none: settings stay what they were, so the ledger counts a checkpoint once."
+    """A tier that compiles, and critic epochs that are none: settings stay what they were, so the ledger
+    counts a checkpoint once."""
     trainer = SeedsTrainer(
         env_of(markets, 36),
         replace(CONFIG, compile=True, critic_epochs=0, checkpoint_interval=2),
@@ -324,7 +325,7 @@ def test_what_one_seed_may_ask_for_and_several_need_not(markets):
     assert trainer.config.compile and trainer.update == 1
 
 
-# --- the command -----------------------------------------------------------------------------------------------------
+# --- the command --------------------------------------------------------------------------------------------
 
 
 def test_the_command_trains_what_train_would_and_leaves_models_alone(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,5 @@
-"""PPO: each piece against arithmetic or plain torch, an exact resume, budgets as data, and tasks that only a working whole solves."""
+"""PPO: each piece against arithmetic or plain torch, an exact resume, budgets as data, and tasks that only a
+working whole solves."""
 
 import copy
 import functools
@@ -56,7 +57,7 @@ def gapped():
     )
 
 
-# --- learning rate, minibatches -------------------------------------------------------------------------------------
+# --- learning rate, minibatches -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -144,8 +145,8 @@ def test_minibatches_are_by_ceil_division():
 def test_every_sample_is_used_once_per_epoch():
     "96 samples in minibatches of 40: 40, 40 and 16."
     trainer, used = plain_trainer(n_epochs=3), []
-    losses = trainer._losses
-    trainer._losses = lambda data, batch, coefficient: (
+    losses = trainer.learner.losses
+    trainer.learner.losses = lambda data, batch, coefficient: (
         used.append(batch.samples),
         losses(data, batch, coefficient),
     )[1]
@@ -155,7 +156,7 @@ def test_every_sample_is_used_once_per_epoch():
     )
 
 
-# --- advantages -----------------------------------------------------------------------------------------------------
+# --- advantages ---------------------------------------------------------------------------------------------
 
 
 def column(*values):
@@ -170,7 +171,8 @@ def flags(*places):
     "lam, expected",
     [
         # rewards 1..5, gamma 0.5; the second step terminates, the fourth is truncated with a value of 8 left
-        # one-step errors: 1 + 0.5×4 - 2 = 1; 2 - 4 = -2; 3 + 0.5×2 - 6 = -2; 4 + 0.5×8 - 2 = 6; 5 + 0.5×10 - 4 = 6
+        # one-step errors: 1 + 0.5×4 - 2 = 1; 2 - 4 = -2; 3 + 0.5×2 - 6 = -2; 4 + 0.5×8 - 2 = 6; 5 + 0.5×10 -
+        # 4 = 6
         (0.0, [1, -2, -2, 6, 6]),
         (1.0, [1 + 0.5 * -2, -2, -2 + 0.5 * 6, 6, 6]),
         (0.95, [1 + 0.475 * -2, -2, -2 + 0.475 * 6, 6, 6]),
@@ -226,7 +228,8 @@ def test_advantages_with_lambda_one_are_returns_less_values():
 
 
 class Scripted:
-    "Two accounts; the observation is the value. Account 0 is truncated at every third step, account 1 terminates at every second."
+    """Two accounts; the observation is the value. Account 0 is truncated at every third step, account 1
+    terminates at every second."""
 
     n_envs, n_actions, obs_dim, device = 2, 2, 1, "cpu"
 
@@ -253,12 +256,12 @@ def test_a_rollout_bootstraps_from_the_last_observation_of_a_truncated_episode()
         ),
         progress=None,
     )
-    trainer.policy = SimpleNamespace(
+    trainer.runner.policy = SimpleNamespace(
         inputs=lambda obs, table: obs.dense,
         initial_state=lambda n, device: None,
         evaluate_step=lambda x, state: (torch.zeros(len(x), 2), x[:, 0], None),
     )
-    trainer._begin()
+    trainer.collector.begin()
     rollout, env = trainer._rollout(), Scripted()
     env.reset()
     steps = [(env.obs.clone(), *env.step(None)) for _ in range(7)]
@@ -272,7 +275,7 @@ def test_a_rollout_bootstraps_from_the_last_observation_of_a_truncated_episode()
             assert math.isclose(rollout["advantage"][t, n], running, rel_tol=1e-5), (t, n)
             assert math.isclose(rollout["return"][t, n], running + before[n, 0], rel_tol=1e-5, abs_tol=1e-5)
     assert math.isclose(
-        trainer._obs.dense[0, 0], env.obs[0, 0]
+        trainer.collector.obs.dense[0, 0], env.obs[0, 0]
     )  # the next rollout goes on where this one stopped
 
 
@@ -302,7 +305,8 @@ class Endless:
 
 @pytest.mark.parametrize("ends, expected", [(False, 10.0), (True, (1 + 1.9 + 2.71 + 3.439) / 4)])
 def test_values_see_past_a_truncation_and_not_past_an_end(ends, expected):
-    "With gamma 0.9 an endless reward of 1 is worth 1 / (1 - 0.9); four steps at a random moment are worth 2.26."
+    """With gamma 0.9 an endless reward of 1 is worth 1 / (1 - 0.9); four steps at a random moment are worth
+    2.26."""
     trainer = NativePPOTrainer(
         Endless(ends),
         NativePPOConfig(
@@ -322,7 +326,7 @@ def test_values_see_past_a_truncation_and_not_past_an_end(ends, expected):
     assert math.isclose(value, expected, rel_tol=0.1)
 
 
-# --- the loss -------------------------------------------------------------------------------------------------------
+# --- the loss -----------------------------------------------------------------------------------------------
 
 
 def plain_loss(policy, data, config):
@@ -381,7 +385,10 @@ def plain_loss(policy, data, config):
 )
 def test_every_term_of_the_loss_equals_a_plain_reimplementation(settings):
     trainer, random = plain_trainer(**settings), torch.Generator().manual_seed(1)
-    draw = lambda *shape: torch.randn(*shape, generator=random)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=random)
+
     with torch.no_grad():
         for p in trainer.policy.parameters():
             p += 0.3 * draw(*p.shape)  # away from the uniform policy
@@ -400,7 +407,7 @@ def test_every_term_of_the_loss_equals_a_plain_reimplementation(settings):
         }
     other = copy.deepcopy(trainer.policy)
     batch = torch.randperm(64, generator=random)[:50]
-    loss, watched = trainer._losses(data, Minibatch(batch), trainer.config.entropy_coefficient)
+    loss, watched = trainer.learner.losses(data, Minibatch(batch), trainer.config.entropy_coefficient)
     expected, terms = plain_loss(other, {name: v[batch] for name, v in data.items()}, trainer.config)
     loss.backward()
     expected.backward()
@@ -454,12 +461,12 @@ def test_explained_variance_is_that_of_the_values_before_the_update():
 def test_actions_are_drawn_with_the_policys_probabilities():
     trainer = plain_trainer(n_steps=2000)
     logits = torch.tensor([0.0, 1.0, -1.0])
-    trainer.policy = SimpleNamespace(
+    trainer.runner.policy = SimpleNamespace(
         inputs=lambda obs, table: obs.dense,
         initial_state=lambda n, device: None,
         evaluate_step=lambda x, state: (logits.expand(len(x), 3), x[:, 0], None),
     )
-    trainer._begin()
+    trainer.collector.begin()
     rollout, probabilities = trainer._rollout(), torch.softmax(logits, 0)
     shares = torch.bincount(rollout["action"].flatten(), minlength=3) / 16_000
     assert ((shares - probabilities).abs() < 4 * (probabilities * (1 - probabilities) / 16_000).sqrt()).all()
@@ -469,18 +476,18 @@ def test_actions_are_drawn_with_the_policys_probabilities():
 def test_actions_are_drawn_by_the_seed():
     def drawn(seed):
         trainer = plain_trainer(seed=seed)
-        trainer.policy = SimpleNamespace(
+        trainer.runner.policy = SimpleNamespace(
             inputs=lambda obs, table: obs.dense,
             initial_state=lambda n, device: None,
             evaluate_step=lambda x, state: (torch.zeros(len(x), 3), x[:, 0], None),
         )  # the same for every seed
-        trainer._begin()
+        trainer.collector.begin()
         return trainer._rollout()["action"]
 
     assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), drawn(2))
 
 
-# --- repeatable, and resumed exactly --------------------------------------------------------------------------------
+# --- repeatable, and resumed exactly ------------------------------------------------------------------------
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not():
@@ -502,15 +509,19 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not():
     "seed, settings", [(0, {}), (1, dict(shared_trunk=False)), (2, dict(version="2.7.0"))]
 )
 def test_a_resumed_run_is_the_uninterrupted_run_bit_for_bit(seed, settings, tmp_path):
-    "Stopped after one update, while costs still rise, and after three; weights, optimizer, random numbers, accounts, and every figure that is shown."
+    """Stopped after one update, while costs still rise, and after three; weights, optimizer, random numbers,
+    accounts, and every figure that is shown."""
     settings = settings | dict(cost_warm_up=0.5, total_timesteps=8 * 16 * 4)
     reward = dict(reward_preset="v2.5.0", n_envs=8)  # its exploration component remembers 64 actions
-    make = lambda: trading_trainer(
-        seed,
-        market().span(5500, 5700) if seed == 0 else None,
-        env=trading_env(settings.get("version", "5.6.0"), **reward),
-        **{k: v for k, v in settings.items() if k != "version"},
-    )
+
+    def make():
+        return trading_trainer(
+            seed,
+            market().span(5500, 5700) if seed == 0 else None,
+            env=trading_env(settings.get("version", "5.6.0"), **reward),
+            **{k: v for k, v in settings.items() if k != "version"},
+        )
+
     whole = make()
     whole.train()
     assert whole.update == 4 and whole.env._full_rules == whole.env.rules
@@ -560,7 +571,8 @@ class BreaksOff(LineProgress):
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])
 def test_a_rollout_that_was_broken_off_is_begun_anew(network, tmp_path):
-    "Accounts have moved on meanwhile: an observation from before must not meet a reward from after, here or in a file."
+    """Accounts have moved on meanwhile: an observation from before must not meet a reward from after, here
+    or in a file."""
     trainer = trading_trainer(0, network=network, gru_hidden_dim=8)
     trainer.train(1)
     trainer.progress, before = BreaksOff("rollout", 5), trainer.env.bar.clone()
@@ -572,11 +584,11 @@ def test_a_rollout_that_was_broken_off_is_begun_anew(network, tmp_path):
     resumed.load(trainer.save(tmp_path / "a.pt"))
     for t in (trainer, resumed):
         t.train(1)
-        index, ended = t._buffer["index"], t._buffer["ended"] > 0
+        index, ended = t.collector.buffer["index"], t.collector.buffer["ended"] > 0
         assert (
             t.update == 2
             and torch.equal(index[1:] == index[:-1] + 1, ~ended[:-1])
-            and torch.equal(t._obs.index, t.env.bar)
+            and torch.equal(t.collector.obs.index, t.env.bar)
         )
     assert all(torch.equal(*pair) for pair in zip(weights(trainer).values(), weights(resumed).values()))
 
@@ -603,7 +615,10 @@ def test_a_run_can_be_resumed_before_its_first_update(tmp_path):
 def test_a_resumed_run_remembers_the_best_policy(tmp_path):
     "Otherwise the first validation after a resume is always the best so far, and the better policy is lost."
     validation = market().span(5500, 6500)
-    make = lambda: trading_trainer(0, validation, validation_interval=1)
+
+    def make():
+        return trading_trainer(0, validation, validation_interval=1)
+
     scripted = iter([3.0, 1.0, 2.0])
 
     def run(trainer):
@@ -623,7 +638,7 @@ def test_a_served_policy_is_the_trained_one(tmp_path):
     trainer = trading_trainer()
     trainer.train(2)
     trainer.save(tmp_path / "model.pt")
-    policy, obs = build_policy(load_checkpoint(tmp_path / "model.pt")), trainer._obs
+    policy, obs = build_policy(load_checkpoint(tmp_path / "model.pt")), trainer.collector.obs
     with torch.no_grad():
         expected = trainer.policy.evaluate(trainer.policy.inputs(obs, trainer.table))
         for out in (
@@ -649,12 +664,12 @@ def test_a_loaded_policy_reads_the_table_with_the_scale_it_was_trained_with(tmp_
     second = NativePPOTrainer(
         GPUVectorizedTradingEnv(other.span(0, 5500), first.env.config), first.config, progress=None
     )
-    first._begin()
-    obs = first._obs
+    first.collector.begin()
+    obs = first.collector.obs
     with torch.no_grad():
-        assert not same(list(first._acting()(obs, None)), list(second._acting()(obs, None)))
+        assert not same(list(first.collector.acting()(obs, None)), list(second.collector.acting()(obs, None)))
         second.load(tmp_path / "model.pt")
-        assert same(list(first._acting()(obs, None)), list(second._acting()(obs, None)))
+        assert same(list(first.collector.acting()(obs, None)), list(second.collector.acting()(obs, None)))
 
 
 def test_a_real_checkpoint_weighs_what_was_estimated(tmp_path):
@@ -704,7 +719,7 @@ def test_another_number_of_accounts_is_refused(tmp_path):
     assert "n_envs" in refusal(other.load, tmp_path / "model.pt")
 
 
-# --- running --------------------------------------------------------------------------------------------------------
+# --- running ------------------------------------------------------------------------------------------------
 
 
 def test_counters_budget_and_rows():
@@ -753,9 +768,12 @@ def test_every_kind_of_network_trains(settings):
 
 def test_mixed_precision_is_at_work_and_close():
     a, b = trading_trainer(amp=False), trading_trainer(amp=True)
-    a._begin()
+    a.collector.begin()
     with torch.no_grad():
-        plain, mixed = a._acting()(a._obs, None)[:2], b._acting()(a._obs, None)[:2]
+        plain, mixed = (
+            a.collector.acting()(a.collector.obs, None)[:2],
+            b.collector.acting()(a.collector.obs, None)[:2],
+        )
     assert all(v.dtype == torch.float32 for v in mixed) and not torch.equal(plain[1], mixed[1])
     assert (plain[1] - mixed[1]).norm() < 0.02 * plain[1].norm() and (
         plain[0] - mixed[0]
@@ -802,7 +820,7 @@ def test_an_environment_without_costs_trains_with_an_automatic_configuration():
     assert trainer.config.cost_warm_up > 0 and len(trainer.train()) == 2
 
 
-# --- validation -----------------------------------------------------------------------------------------------------
+# --- validation ---------------------------------------------------------------------------------------------
 
 
 class ByBar:
@@ -824,7 +842,8 @@ class ByBar:
 
 
 def walks(history, start, stop, config, policy):
-    "Independent single-account walks over the span's decisions, 512 bars at most, found by a loop over the bars."
+    """Independent single-account walks over the span's decisions, 512 bars at most, found by a loop over the
+    bars."""
     history, runs = history.span(start, stop), []
     for t in range(start, stop - 1):
         if not (history.can_decide[t] and history.segment[t] == history.segment[t + 1]):
@@ -936,7 +955,8 @@ class Seller:
 
 
 def test_nobody_comes_back_from_bankruptcy_in_a_validation():
-    "Prices rise to 3.5 times over a bar and a short account owes more than it has: the run is over, as in a walk; the next ones have nothing to go on with."
+    """Prices rise to 3.5 times over a bar and a short account owes more than it has: the run is over, as in
+    a walk; the next ones have nothing to go on with."""
     plain, jump = market(), 5700
     prices, seller = plain.prices.copy(), Seller()
     prices[:4, jump:] *= 3.5
@@ -1067,7 +1087,7 @@ def test_validation_comes_at_its_interval_and_at_the_end():
     )
 
 
-# --- does it learn? -------------------------------------------------------------------------------------------------
+# --- does it learn? -----------------------------------------------------------------------------------------
 
 
 def signalled(informative, bars=3000, window=5):
@@ -1105,7 +1125,8 @@ def signalled(informative, bars=3000, window=5):
 
 @pytest.mark.parametrize("informative", [True, False])
 def test_a_signal_is_learned_and_noise_is_not(informative):
-    "On bars never seen: what an oracle earns that buys before each rise and closes before each fall, at least nine tenths of it; without the signal next to nothing."
+    """On bars never seen: what an oracle earns that buys before each rise and closes before each fall, at
+    least nine tenths of it; without the signal next to nothing."""
     history, up = signalled(informative)
     config = GPUEnvConfig(
         n_envs=64,
@@ -1141,7 +1162,8 @@ def test_a_signal_is_learned_and_noise_is_not(informative):
 
 
 class CartPole:
-    "Barto, Sutton and Anderson 1983, with the constants of Gymnasium's CartPole-v0: 200 steps, ±12 degrees, ±2.4 units."
+    """Barto, Sutton and Anderson 1983, with the constants of Gymnasium's CartPole-v0: 200 steps, ±12
+    degrees, ±2.4 units."""
 
     n_envs, n_actions, obs_dim, device, limit = 16, 2, 4, "cpu", 200
 
@@ -1185,7 +1207,8 @@ class CartPole:
 
 @pytest.mark.parametrize("bootstrap", [True, False])
 def test_cartpole_is_balanced_and_its_value_sees_past_the_time_limit(bootstrap):
-    "A balanced pole earns 1 / (1 - 0.99) = 100 for ever; where the time limit counts as a fall, no state is worth more than (1 - 0.99^200) × 100 = 87."
+    """A balanced pole earns 1 / (1 - 0.99) = 100 for ever; where the time limit counts as a fall, no state
+    is worth more than (1 - 0.99^200) × 100 = 87."""
     env = CartPole(bootstrap)
     trainer = NativePPOTrainer(
         env,
@@ -1232,7 +1255,7 @@ def test_a_rollout_of_one_sample_trains_and_is_judged():
     )
 
 
-# --- a policy that answers NaN --------------------------------------------------------------------------------------
+# --- a policy that answers NaN ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1262,7 +1285,7 @@ def test_finite_logits_name_the_first_bar():
         assert said in message and "in 2 of 4 answers" in message and "\n" not in message
 
 
-# --- a network from its weights alone -----------------------------------------------------------------------------------
+# --- a network from its weights alone -----------------------------------------------------------------------
 
 NETWORKS = [
     dict(hidden_dims=(16, 8)),
@@ -1286,11 +1309,14 @@ def test_a_network_is_what_its_weights_are(make, settings):
         "shared_trunk": "perhaps",
     }
     x = torch.randn(5, trainer.env.obs_dim, generator=torch.Generator().manual_seed(0))
-    answer = lambda policy: (
-        policy(x)
-        if settings.get("network") != "gru"
-        else policy.evaluate_step(policy.window_inputs(x), policy.initial_state(5))[:2]
-    )
+
+    def answer(policy):
+        return (
+            policy(x)
+            if settings.get("network") != "gru"
+            else policy.evaluate_step(policy.window_inputs(x), policy.initial_state(5))[:2]
+        )
+
     expected = answer(trainer.policy)
     for changes in (
         {},

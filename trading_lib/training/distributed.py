@@ -12,33 +12,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..config import require
+from ..config import InputError
 
 # %% ../../nbs/06_training/03_distributed.ipynb #54b16c62
 def processes() -> tuple[int, int]:  # this one's number from 0, and how many there are
     "Where this process stands among those that train together."
-    return (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-    )
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def join_processes(
     device: torch.device,  # of this process
 ) -> bool:  # whether there are others
-    "Join the others where `torchrun` started this process; gloo on CPUs, nccl on GPUs."
+    "Join the others where `torchrun` started this process: gloo on CPUs, nccl on GPUs; raises `InputError`."
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return False
     if not dist.is_initialized():
-        require(
-            dist.is_available(),
-            "torchrun: this torch was built without torch.distributed; train in one process",
-        )
+        if not dist.is_available():
+            raise InputError("torchrun: this torch was built without torch.distributed; train in one process")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what is gathered goes over this one
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_world_size() > 1
 
-
+# %% ../../nbs/06_training/03_distributed.ipynb #9bc4da31
 def all_reduce_mean(
     values: Tensor,
 ) -> Tensor:  # the mean over all processes; the very tensor where there is one

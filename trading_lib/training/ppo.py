@@ -22,18 +22,17 @@ from ..kernels import cpu as cpu_kernels
 def learning_rate_at(
     update: int,  # from 0
     updates: int,  # in all
-    peak: float,
+    peak: float,  # the highest rate
     warmup_fraction: float = 0.05,  # of the updates; 0: none, else at least one update
     min_lr_fraction: float = 0.01,  # of the peak, where the cosine ends
 ) -> float:
-    "Linear warm-up from peak/10, then cosine down to a share of the peak."
+    "Linear warm-up from peak/10, then a cosine (Loshchilov and Hutter 2016) down to a share of the peak."
     warm_up = max(int(warmup_fraction * updates), warmup_fraction > 0)
     if update < warm_up:
         return peak * (0.1 + 0.9 * update / warm_up)
     progress = (update - warm_up) / max(1, updates - 1 - warm_up)
-    return peak * (
-        min_lr_fraction + (1 - min_lr_fraction) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    )
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return peak * (min_lr_fraction + (1 - min_lr_fraction) * cosine)
 
 # %% ../../nbs/06_training/02_ppo.ipynb #5053ed04
 def generalized_advantages(
@@ -42,16 +41,13 @@ def generalized_advantages(
     next_values: Tensor,  # (steps, n) of the observation after it, the last of its episode where that ended
     terminated: Tensor,  # (steps, n) bool: nothing follows
     done: Tensor,  # (steps, n) bool: terminated or truncated
-    gamma: float,
-    gae_lambda: float,
+    gamma: float,  # discount per step
+    gae_lambda: float,  # 1: Monte Carlo, 0: TD(0)
 ) -> Tensor:  # (steps, n)
-    "Schulman et al. 2015, 'High-dimensional continuous control using generalized advantage estimation', equation 16."
+    "Generalized advantage estimation (Schulman et al. 2015), equation 16."
     delta = rewards + gamma * next_values * (~terminated) - values
-    carry, advantages, running = (
-        gamma * gae_lambda * (~done),
-        torch.empty_like(delta),
-        torch.zeros_like(delta[0]),
-    )
+    carry = gamma * gae_lambda * (~done)
+    advantages, running = torch.empty_like(delta), torch.zeros_like(delta[0])
     for t in range(len(delta) - 1, -1, -1):
         running = delta[t] + carry[t] * running
         advantages[t] = running
@@ -74,6 +70,25 @@ def minibatches(
     "Shuffle and split; the last partial batch counts."
     return list(torch.randperm(n, generator=generator, device=generator.device).split(size))
 
+# %% ../../nbs/06_training/02_ppo.ipynb #5858df21
+def _counts(group: Tensor, n_groups: int) -> Tensor:  # (n_groups,)
+    "How many samples each group has."
+    counts = torch.zeros(n_groups, dtype=torch.int64, device=group.device)
+    return counts.scatter_add_(0, group, torch.ones_like(group))
+
+
+def _shuffles(n: int, epochs: int, generator: torch.Generator) -> Tensor:  # (epochs, n)
+    return torch.stack(
+        [torch.randperm(n, generator=generator, device=generator.device) for _ in range(epochs)]
+    )
+
+
+def _edges(ends: Tensor, ranges: list[tuple[int, int]]) -> list:  # of each epoch, for each range: two places
+    "Which group each minibatch begins in, and which it ends in: one answer to wait for, however many epochs."
+    first_and_last = torch.tensor([[begin, end - 1] for begin, end in ranges], device=ends.device)
+    wanted = first_and_last.view(1, -1).expand(len(ends), -1).contiguous()
+    return torch.searchsorted(ends, wanted, right=True).view(len(ends), -1, 2).cpu().tolist()
+
 
 def group_minibatches(
     group: Tensor,  # (n,) of each sample, from 0
@@ -82,34 +97,23 @@ def group_minibatches(
     epochs: int,
     generator: torch.Generator,
 ) -> Iterator[list[Minibatch]]:  # once per epoch: minibatches that cover every sample once
-    "`minibatches` of shuffled groups instead of shuffled samples: only where a minibatch is full is a group divided between two."
-    n, ranges = len(group), [(begin, min(begin + size, len(group))) for begin in range(0, len(group), size)]
-    counts = torch.zeros(n_groups, dtype=torch.int64, device=group.device).scatter_add_(
-        0, group, torch.ones_like(group)
-    )
+    "`minibatches` of shuffled groups: only where a minibatch is full is a group divided between two."
+    n = len(group)
+    ranges = [(begin, min(begin + size, n)) for begin in range(0, n, size)]
+    counts = _counts(group, n_groups)
     present, order = counts.nonzero().squeeze(1), group.argsort(stable=True)
     counts = counts[present]
     first_sample = counts.cumsum(0) - counts
-    shuffled = torch.stack(
-        [torch.randperm(len(present), generator=generator, device=generator.device) for _ in range(epochs)]
-    )
+    shuffled = _shuffles(len(present), epochs, generator)
     ends = counts[shuffled].cumsum(1)
-    # which group each minibatch begins in, and which it ends in: one answer to wait for, however many epochs
-    edges = (
-        torch.tensor([[begin, end - 1] for begin, end in ranges], device=group.device)
-        .view(1, -1)
-        .expand(epochs, -1)
-        .contiguous()
+    ranks, samples_in_order = (
+        torch.arange(len(present), device=group.device),
+        torch.arange(n, device=group.device),
     )
-    for of_epoch, end, edge in zip(
-        shuffled, ends, torch.searchsorted(ends, edges, right=True).view(epochs, -1, 2).cpu().tolist()
-    ):
-        place = torch.arange(len(present), device=group.device).repeat_interleave(
-            counts[of_epoch], output_size=n
-        )
-        samples = order[
-            (first_sample[of_epoch] - (end - counts[of_epoch]))[place] + torch.arange(n, device=group.device)
-        ]
+    for of_epoch, end, edge in zip(shuffled, ends, _edges(ends, ranges)):
+        place = ranks.repeat_interleave(counts[of_epoch], output_size=n)
+        shift = first_sample[of_epoch] - (end - counts[of_epoch])
+        samples = order[shift[place] + samples_in_order]
         yield [
             Minibatch(samples[begin:stop], present[of_epoch[first : last + 1]], place[begin:stop] - first)
             for (begin, stop), (first, last) in zip(ranges, edge)
@@ -135,39 +139,33 @@ def value_loss(
         squared = torch.maximum(squared, (old + (value - old).clamp(-clip_range, clip_range) - target) ** 2)
     return squared.mean()
 
-
+# %% ../../nbs/06_training/02_ppo.ipynb #469467b6
 def plain_ppo_loss(
     logits: Tensor,  # (n, actions) now
     value: Tensor,  # (n,) now
-    data: dict[
-        str, Tensor
-    ],  # of the same n samples: action, log_probability, logits (normalised: all log-probabilities), value, advantage (normalised), return
+    # of the same n samples: action, log_probability, logits (normalized: all log-probabilities), value,
+    # advantage (normalized), return
+    data: dict[str, Tensor],
     config,  # clip_range, value_clip_range, value_coefficient
     entropy_coefficient: float,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (), and what to watch
-    "Equation 9 of the paper, to be minimised."
-    log_probabilities = F.log_softmax(logits, 1)
+    "Equation 9 of Schulman et al. 2017, to be minimised."
+    log_probabilities, advantage = F.log_softmax(logits, 1), data["advantage"]
     ratio = (log_probabilities.gather(1, data["action"][:, None]).squeeze(1) - data["log_probability"]).exp()
-    advantage = data["advantage"]
-    policy_loss = -torch.minimum(
-        ratio * advantage, ratio.clamp(1 - config.clip_range, 1 + config.clip_range) * advantage
-    ).mean()
-    of_value, entropy = (
-        value_loss(value, data["value"], data["return"], config.value_clip_range),
-        -(log_probabilities.exp() * log_probabilities).sum(1).mean(),
-    )
+    clipped = ratio.clamp(1 - config.clip_range, 1 + config.clip_range)
+    policy_loss = -torch.minimum(ratio * advantage, clipped * advantage).mean()
+    of_value = value_loss(value, data["value"], data["return"], config.value_clip_range)
+    entropy = -(log_probabilities.exp() * log_probabilities).sum(1).mean()
     with torch.no_grad():
         before = data["logits"]
         watch = {
-            "policy_loss": policy_loss,
-            "value_loss": of_value,
-            "entropy": entropy,
+            "policy_loss": policy_loss.detach(),
+            "value_loss": of_value.detach(),
+            "entropy": entropy.detach(),
             "kl": (before.exp() * (before - log_probabilities)).sum(1).mean(),
             "clip_fraction": ((ratio - 1).abs() > config.clip_range).float().mean(),
         }
-    return policy_loss + config.value_coefficient * of_value - entropy_coefficient * entropy, {
-        name: v.detach() for name, v in watch.items()
-    }
+    return policy_loss + config.value_coefficient * of_value - entropy_coefficient * entropy, watch
 
 # %% ../../nbs/06_training/02_ppo.ipynb #c1557fe9
 class _CompiledLoss(torch.autograd.Function):
@@ -230,10 +228,10 @@ def ppo_losses(
     "`ppo_loss` of several networks."
     if not _is_compiled(logits):
         return torch.vmap(lambda *own: plain_ppo_loss(*own, config, entropy_coefficient))(logits, value, data)
-    losses, watch = zip(
-        *(
-            ppo_loss(*own, {name: of_all[k] for name, of_all in data.items()}, config, entropy_coefficient)
-            for k, own in enumerate(zip(logits, value))
-        )
-    )
-    return torch.stack(losses), {name: torch.stack([own[name] for own in watch]) for name in _WATCHED}
+    losses, watched = [], []
+    for k, own in enumerate(zip(logits, value)):
+        of_network = {name: of_all[k] for name, of_all in data.items()}
+        loss, watch = ppo_loss(*own, of_network, config, entropy_coefficient)
+        losses.append(loss)
+        watched.append(watch)
+    return torch.stack(losses), {name: torch.stack([own[name] for own in watched]) for name in _WATCHED}

@@ -181,7 +181,7 @@ class _Text:
 
 
 class NotebookProgress(LineProgress):
-    "One output in a notebook that is replaced as the run goes on: a bar, what it is doing, the last validations."
+    "One output in a notebook that is replaced as the run goes on: a bar, the phase, the last validations."
 
     _SHOWN, _SECONDS = 8, 0.5  # lines below the bar; the least time between two pictures
 
