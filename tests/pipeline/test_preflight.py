@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from small_trainers import Plain, market, plain_trainer, refusal, trading_trainer
 from prepared import prepare
+from small_trainers import Plain, market, plain_trainer, refusal, trading_trainer
 from test_pipeline import edit
 
 from trading_lib.cli import main

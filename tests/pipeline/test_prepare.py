@@ -10,8 +10,8 @@ import pytest
 from trading_lib.bars import COLUMNS, write_bars
 from trading_lib.config import InputError, parse_parameters
 from trading_lib.data.simulation import simulate_bars
-from trading_lib.pipeline.prepare import asset_class_for, prepare_symbol, prepared_market
-from trading_lib.pipeline.project import artefacts
+from trading_lib.pipeline.prepare import prepare_symbol
+from trading_lib.pipeline.project import artefacts, asset_class_for, prepared_market
 
 ROOT = Path(__file__).resolve().parents[2]
 DAYS = simulate_bars("SIMA", "1Day", "2015-01-01", "2021-01-01", 0, 0.0)  # 1510 bars
@@ -84,7 +84,8 @@ def test_a_share_class_with_a_dash_is_what_it_is_said_to_be(project):
     )
     assert prepared_market(parameters, "BRK-B", paths).asset_class == "equity"
     with pytest.raises(
-        InputError, match="was prepared as equity, and BRK-B is crypto; run `trading-lib stage prepare --symbol BRK-B` again"
+        InputError,
+        match="was prepared as equity, and BRK-B is crypto; run `trading-lib stage prepare --symbol BRK-B` again",
     ):
         prepared_market(same, "BRK-B", paths)
 

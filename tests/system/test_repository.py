@@ -423,20 +423,38 @@ def declared(stage: str, what: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_depends_on_its_notebook_and_on_what_that_imports(stage):
+def uncovered(stage: str, deps: list[str]) -> set[str]:
+    "Modules that a stage can lead to, and none of its dependencies holds."
+    covered = [Path(d) for d in deps]
+    files = {Path("trading_lib", *name.split(".")).with_suffix(".py") for name in import_closure(stage)}
+    return {str(file) for file in files if not any(file.is_relative_to(place) for place in covered)}
+
+
+@pytest.mark.parametrize("stage", [*STAGES, "find"])
+def test_what_a_stage_declares_covers_what_it_imports(stage):
     deps = declared(stage, "deps")
     assert len(deps) == len(set(deps))
-    code_deps = {d for d in deps if d.endswith((".py", ".ipynb"))}
-    assert code_deps == {f"nbs/{stage}.ipynb"} | {
-        f"trading_lib/{name.replace('.', '/')}.py" for name in import_closure(stage)
-    }
+    assert stage == "find" or f"nbs/{stage}.ipynb" in deps
+    assert [d for d in deps if d.startswith("trading_lib") and not (ROOT / d).exists()] == []
+    assert uncovered(stage, deps) == set()
+
+
+@pytest.mark.parametrize("stage", ["train", "walk_forward", "seeds"])
+def test_each_dependency_of_a_training_is_needed_and_its_absence_is_noticed(stage):
+    deps = declared(stage, "deps")
+    for taken_out in (d for d in deps if d.startswith("trading_lib")):
+        assert uncovered(stage, [d for d in deps if d != taken_out]), taken_out
+
+
+@pytest.mark.parametrize("stage", ["train", "walk_forward", "seeds"])
+def test_what_downloads_bars_makes_no_training_stale(stage):
+    deps = [Path(d) for d in declared(stage, "deps")]
+    for file in ("data/alpaca.py", "data/cache.py", "data/user_files.py", "sources.py", "cli.py"):
+        assert not any(Path("trading_lib", file).is_relative_to(place) for place in deps), file
+    assert len((ROOT / "dvc.yaml").read_text().splitlines()) <= 160
 
 
 def test_a_symbols_own_file_is_found_by_its_rule_and_never_kept_in_the_cache():
-    assert {d for d in declared("find", "deps") if d.endswith(".py")} == {
-        f"trading_lib/{name.replace('.', '/')}.py" for name in import_closure("find")
-    }
     (place,) = DVC["find"]["do"]["outs"]
     assert (
         set(place) <= set(declared("prepare", "deps"))

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy import stats
 from prepared import prepare
+from scipy import stats
 from test_pipeline import edit
 
 from trading_lib.checkpoint import load_checkpoint

@@ -16,7 +16,7 @@ def _model_line(path, symbol: str, pipeline: bool) -> str:
     import time
 
     from trading_lib.checkpoint import load_checkpoint
-    from trading_lib.data.simulation import simulated_bars
+    from trading_lib.data.simulated_names import simulated_bars
     from trading_lib.training.memory import memory_text
 
     content, facts = load_checkpoint(path), path.stat()

@@ -125,8 +125,7 @@ def _preflight(arguments):
     from trading_lib.bars import read_bars
     from trading_lib.env import split_bounds
     from trading_lib.pipeline.preflight import preflight
-    from trading_lib.pipeline.prepare import prepared_market
-    from trading_lib.pipeline.project import artefacts
+    from trading_lib.pipeline.project import artefacts, prepared_market
     from trading_lib.pipeline.train import make_trainer
 
     parameters = train_parameters(arguments)

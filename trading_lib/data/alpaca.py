@@ -24,7 +24,14 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
-from ..bars import ASSET_CLASSES, COLUMNS, parse_time, path_symbol, timeframe_name, timeframe_seconds
+from trading_lib.bars import (
+    ASSET_CLASSES,
+    COLUMNS,
+    parse_time,
+    path_symbol,
+    timeframe_name,
+    timeframe_seconds,
+)
 from ..config import InputError, require, unknown_name
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #3d93111d

@@ -22,8 +22,8 @@ import pandas as pd
 from trading_lib.bars import (
     ASSET_CLASSES,
     COLUMNS,
-    parse_time,
     parquet_table,
+    parse_time,
     path_symbol,
     timeframe_name,
     timeframe_seconds,

@@ -13,7 +13,7 @@ from datetime import date
 
 from ..checkpoint import library_versions
 from ..config import InputError, require, unknown_name
-from ..data.simulation import is_simulated_name, simulated_bars
+from ..data.simulated_names import is_simulated_name, simulated_bars
 from .code_identity import code_identity
 from .ledger_file import json_text, plain_value
 

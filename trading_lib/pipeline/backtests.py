@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from .truth import market_truth
 
 from ..backtest import BacktestResult, probe_baselines, run_backtests, training_spans
 from ..bars import parse_time, read_bars
@@ -23,12 +24,17 @@ from trading_lib.config import (
     project_root,
     typed,
 )
-from ..data.simulation import simulated_bars
+from ..data.simulated_names import simulated_bars
 from ..env import market_data, split_bounds
 from ..features import FeatureFit
 from ..ledger import comparable_trials
-from .prepare import asset_class_for, market_truth, prepared_market, source_facts
-from .project import artefacts, newest_model
+from trading_lib.pipeline.project import (
+    artefacts,
+    asset_class_for,
+    newest_model,
+    prepared_market,
+    source_facts,
+)
 from ..reporting.verdict import assess
 from ..sources import load_with_report
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint import load_checkpoint
 from ..config import InputError, Parameters, parameters_path, project_root
-from ..data.simulation import simulated_bars
+from ..data.simulated_names import simulated_bars
 from ..ledger import comparable_trials, gather_ledgers
 from .project import Artefacts, artefacts
 from ..reporting.registry import json_table, write_deploy_zip

@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoint import count_parameters, flat_facts
 from ..config import require
-from ..data.simulation import simulated_bars
+from ..data.simulated_names import simulated_bars
 from ..files import atomic_write
 from ..files import markdown as _plain
 from ..metrics import TRADE_FIGURES, too_few_trades

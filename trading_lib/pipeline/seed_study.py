@@ -16,8 +16,7 @@ from ..env import split_bounds
 from ..files import atomic_write
 from ..ledger import check_ledger
 from ..metrics import interval_says, interval_text
-from .prepare import prepared_market
-from .project import Artefacts
+from .project import Artefacts, prepared_market
 from .stopping import READER_GONE, StopRequest
 from .train import enter_trials, make_trainer, unread
 from ..seeds import SeedsTrainer, mean_interval

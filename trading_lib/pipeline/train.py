@@ -27,7 +27,7 @@ import torch
 from ..bars import read_bars
 from ..checkpoint import checkpoint_size, load_checkpoint, save_checkpoint
 from ..config import InputError, Parameters, project_root, require
-from ..data.simulation import simulated_bars
+from ..data.simulated_names import simulated_bars
 from trading_lib.env import (
     GPUEnvConfig,
     GPUVectorizedTradingEnv,
@@ -48,8 +48,7 @@ from trading_lib.ledger import (
 )
 from .model_card import write_model_card
 from .preflight import preflight
-from .prepare import prepared_market
-from .project import Artefacts, kept_models
+from .project import Artefacts, kept_models, prepared_market
 from .stopping import READER_GONE, StopRequest
 from ..reporting.training_curves import Curves
 from ..seeds import SeedsTrainer

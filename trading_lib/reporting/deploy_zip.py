@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ..checkpoint import load_checkpoint
 from ..config import InputError, require
-from ..data.simulation import simulated_bars
+from ..data.simulated_names import simulated_bars
 from ..evaluation.ledger_file import plain_value
 from ..files import markdown, printable
 from ..version import declared_version
