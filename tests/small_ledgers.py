@@ -55,29 +55,21 @@ def lines_of(path) -> list[dict]:
 
 
 def sweep(runs=8, checkpoints=5, **parameters) -> list:
-    rows = lambda seed: [
-        dict(
-            update=5 * (i + 1),
-            sharpe_per_bar=0.01 * seed,
-            bars=960,
-            days=day_names(10),
-            returns=np.random.default_rng((seed, i)).normal(0, 0.01, 10),
-        )
-        for i in range(checkpoints)
-    ]
-    return [
-        t
-        for seed in range(runs)
-        for t in ledger.run_trials(
-            "SIM-USD",
-            "15Min",
-            DATA,
-            SPAN,
-            {"train": {"hidden_dims": (256, 128), "seed": seed, **parameters}, "seed": seed},
-            seed,
-            rows(seed),
-        )
-    ]
+    trials = []
+    for seed in range(runs):
+        settings = {"train": {"hidden_dims": (256, 128), "seed": seed, **parameters}, "seed": seed}
+        validations = [
+            dict(
+                update=5 * (i + 1),
+                sharpe_per_bar=0.01 * seed,
+                bars=960,
+                days=day_names(10),
+                returns=np.random.default_rng((seed, i)).normal(0, 0.01, 10),
+            )
+            for i in range(checkpoints)
+        ]
+        trials += ledger.run_trials("SIM-USD", "15Min", DATA, SPAN, settings, seed, validations)
+    return trials
 
 
 def run(**other) -> dict:

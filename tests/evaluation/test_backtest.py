@@ -1,4 +1,4 @@
-"""The backtest is the environment, walked through once: the same equity to the last bit, the same as the slow account of `scalar_account`, and books, baselines and reports that add up."""
+"""The backtest is the environment, replayed to the last bit; books, baselines and reports add up."""
 
 import json
 import math
@@ -55,7 +55,7 @@ BUY_75, SELL_75, CLOSE = 3, 6, 7
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_the_equity_of_environment_backtest_and_slow_account_is_one(asset_class):
-    "Random actions in an environment of 1,024 accounts; some of them replayed as a backtest over their own bars, and by the slow account: the same bits at every bar."
+    "Random actions of 1,024 accounts; a backtest and the slow account give the same bits at every bar."
     market, steps = market_of(asset_class), 90
     env = GPUVectorizedTradingEnv(
         market,
@@ -103,7 +103,7 @@ def test_the_equity_of_environment_backtest_and_slow_account_is_one(asset_class)
     "asset_class,version",
     [("crypto", "5.6.0"), ("equity", "5.3.0"), ("equity", "2.7.0"), ("crypto", "2.3.0")],
 )
-def test_a_walk_of_many_is_many_slow_accounts(asset_class, version):
+def test_a_replay_of_many_is_many_slow_accounts(asset_class, version):
     "Every variable of every account at every step, whatever the layout's actions."
     market, n_actions = (
         market_of(asset_class, version).span(FITTED, FITTED + 120),
@@ -130,7 +130,7 @@ def test_a_walk_of_many_is_many_slow_accounts(asset_class, version):
 
 
 def test_other_decisions_change_nothing_before_them():
-    "Two lists that differ from the 60th decision on have one equity until then; the future of the bars does not reach the past of the account."
+    "Two lists that differ from the 60th decision on have one equity until then; so have two futures."
     first = random_list(119)
     second = np.concatenate([first[:60], random_list(59, 5)])
     bars = simulated("crypto")[0]
@@ -148,7 +148,7 @@ def test_other_decisions_change_nothing_before_them():
 
 
 def test_a_gap_settles_the_position_and_nothing_trades_in_warm_up():
-    "At the last close before the gap everything is sold, with costs; the account carries over, and decides again `min_history` bars later."
+    "All is sold at the last close before a gap, with costs; decisions go on `min_history` bars later."
     market = market_data(gap_bars(), "5.6.0", fitted("crypto"), "15Min", "crypto").span(3300, 4100)
     at = decision_bars(market)
     assert np.array_equal(at, np.concatenate([np.arange(3300, 3399), np.arange(4000, 4099)]))
@@ -193,11 +193,14 @@ def ruin_market():
 
 
 def test_a_bankrupt_account_stays_bankrupt():
-    "A short that loses more than everything ends its walk; among others it stands still to the end, also where a gap settles the others at a friendlier price."
+    "A short that loses more than all stands still to the end, also where a gap settles the others."
     market, config = ruin_market(), replace(FREE, stop_pct=0.0, target_pct=0.0)
     at = decision_bars(market)
     orders = torch.from_numpy(np.where(at < 14, SELL_75, 0))
-    own = lambda account, i: [float(getattr(account, f.name)[i]) for f in fields(AccountState)]
+
+    def own(account, i):
+        return [float(getattr(account, f.name)[i]) for f in fields(AccountState)]
+
     alone = list(replay(runs_of(market, config, orders[:, None])))
     assert int(alone[-1].bar[0]) == 19 and float(alone[-1].account.equity[0]) == -400
     lists = torch.stack(
@@ -214,9 +217,7 @@ def test_a_bankrupt_account_stays_bankrupt():
         "the others do not notice"
     )
     kept, _ = replay_and_keep(runs_of(market, config, lists))
-    assert [len(walked.bar) for walked in kept] == [len(alone), len(at), len(at)] and kept[0].equity[
-        -1
-    ] == -400
+    assert [len(path.bar) for path in kept] == [len(alone), len(at), len(at)] and kept[0].equity[-1] == -400
 
 
 # the books
@@ -224,7 +225,7 @@ def test_a_bankrupt_account_stays_bankrupt():
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_trades_and_costs_add_up_to_the_profit(asset_class):
-    "Profits of trades are the net profit, costs of trades and of components are the costs, gross is net and costs, counts agree with the account's own."
+    "Profits of trades are the net profit, their costs the costs, and counts agree with the account's."
     result, actions = long_run(asset_class)
     m, trades = result.metrics, result.trades
     assert m["net_profit"] == result.equity.iloc[-1] - 1000 and trades["profit"].sum() == pytest.approx(
@@ -272,9 +273,8 @@ def test_every_trade_is_found_again_in_the_actions(asset_class):
     held, trades, now = 0.0, [], None
     for t, row in prices.iterrows():
         when = bars.index[FITTED + 1 + t]
-        left = lambda price: trades.append(now | {"exit_time": when, "exit_price": price})
         if row["gap_quantity"]:
-            left(row["fill_price"])
+            trades.append(now | {"exit_time": when, "exit_price": row["fill_price"]})
             held, now = 0.0, None
         if held == 0 and row["quantity"]:
             now = {
@@ -292,7 +292,8 @@ def test_every_trade_is_found_again_in_the_actions(asset_class):
             now["largest_quantity"] = max(now["largest_quantity"], abs(held))
         inside = row["exit_quantity"] != row["gap_quantity"]
         if now and (held == 0 or inside):
-            left(row["exit_price"] if inside else row["fill_price"])
+            price = row["exit_price"] if inside else row["fill_price"]
+            trades.append(now | {"exit_time": when, "exit_price": price})
             held, now = 0.0, None
     closed = result.trades[result.trades["exit"] != "still open"].reset_index(drop=True)
     pd.testing.assert_frame_equal(
@@ -404,7 +405,7 @@ def test_buy_and_hold_earns_nothing_in_a_gap():
 
 @pytest.mark.parametrize("asset_class,version", [("crypto", "5.6.0"), ("equity", "2.3.0")])
 def test_moving_average_cross_by_hand(asset_class, version):
-    "Mean close of 20 bars above that of 100: the largest purchase; else out. In plain numpy, through the slow account."
+    "Mean close of 20 bars above that of 100: the largest purchase; else out. By the slow account."
     market = market_of(asset_class, version).span(FITTED, FITTED + 300)
     at, close, n_actions = decision_bars(market), market.prices[3], MODEL_SPECS[version].n_actions
     buy, out = (BUY_75, CLOSE) if n_actions == 8 else (1, 2)
@@ -423,7 +424,7 @@ def test_moving_average_cross_by_hand(asset_class, version):
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_the_oracle_earns_where_there_is_an_edge_and_rests_where_there_is_none(asset_class):
-    "Edge 0.2 at low costs: a profit above buy-and-hold's at the same exposure; edge 0: not one order. Its own shifts in time earn less."
+    "Edge 0.2 at low costs: more than buy-and-hold and than its own shifts in time; edge 0: not one order."
     cheap = replace(FREE, half_spread_bps=1.0)
     for edge in (0.2, 0.0):
         bars, truth = simulated(asset_class, edge)
@@ -510,7 +511,7 @@ def test_the_percentile_is_the_agents_place_among_its_shifts():
 
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_a_policy_that_sees_its_account_is_asked_with_its_account(asset_class):
-    "Layout 5.3.0: the backtest of a policy is the backtest of the list of its actions, and those are what it does in the environment, seeing the environment's own windows."
+    "Layout 5.3.0: a policy's backtest is that of the list of its actions in the environment."
     trainer, n = small_trainer(asset_class, "5.3.0"), 120
     policy, account = trainer.policy.eval(), trainer.env.config.account
     options = dict(version="5.3.0", window=20, account=account, start=FITTED, stop=FITTED + n)
@@ -567,7 +568,7 @@ def test_a_policy_without_its_account_is_asked_in_one_go():
 
 @pytest.mark.parametrize("version", ["5.6.0", "5.3.0"])
 def test_a_recurrent_policy_remembers_from_bar_to_bar(version):
-    "With and without an account in its sight: as in the environment, where it is asked step by step; what it remembers matters."
+    "With and without an account in its sight: as in the environment; what it remembers matters."
     torch.manual_seed(3)
     env = GPUVectorizedTradingEnv(
         market_data(simulated("crypto")[0], version, fitted("crypto", version), "15Min", "crypto", 20).span(
@@ -601,7 +602,7 @@ def test_a_recurrent_policy_remembers_from_bar_to_bar(version):
 
 @pytest.mark.parametrize("version", ["5.6.0", "5.3.0"])
 def test_a_checkpoint_brings_everything_that_its_backtest_needs(tmp_path, version):
-    "Saved by the trainer after a tiny run: layout, window, fit, account and symbol come from the file, and the result is that of the network in memory."
+    "Layout, window, fit, account and symbol come from the file; the result is the network's."
     trainer = small_trainer("crypto", version)
     trainer.train(1)
     path = trainer.save(tmp_path / "SIM-USD_15Min.pt")
@@ -630,14 +631,15 @@ def test_a_checkpoint_brings_everything_that_its_backtest_needs(tmp_path, versio
     assert result.metrics["orders"] > 0
 
 
-# many questions, many symbols: one walk
+# many scenarios, many symbols: one replay
 
 
 def test_many_symbols_in_one_call_are_each_alone(monkeypatch):
-    "Crypto and equities, lists and policies, layouts with and without the account, spans of other lengths, a gap: to the last bit what each gives by itself."
+    "Other markets, layouts, lists, policies, spans, and a gap: to the last bit what each gives by itself."
     trainer, seeing = small_trainer("crypto", "5.6.0"), small_trainer("equity", "5.3.0")
-    of = lambda asset_class, version, **o: (
-        {
+
+    def of(asset_class, version, **options):
+        return {
             "fit": fitted(asset_class, version),
             "version": version,
             "timeframe": "15Min",
@@ -645,9 +647,8 @@ def test_many_symbols_in_one_call_are_each_alone(monkeypatch):
             "bars": simulated(asset_class)[0],
             "model": None,
             "random_policies": 7,
-        }
-        | o
-    )
+        } | options
+
     jobs = [
         of(
             "crypto",
@@ -706,7 +707,7 @@ def test_many_symbols_in_one_call_are_each_alone(monkeypatch):
 
 @pytest.mark.parametrize("asset_class,version", [("crypto", "5.6.0"), ("equity", "5.3.0")])
 def test_each_stress_is_a_backtest_of_its_own(asset_class, version):
-    "Costs times 0, 2 and 3, and other sizes of account, from a run with those very settings; a policy that sees its account is asked for each of them."
+    "From a run with those very costs and sizes; a policy that sees its account is asked for each of them."
     trainer = small_trainer(asset_class, version)
     account, options = (
         trainer.env.config.account,
@@ -761,7 +762,7 @@ def test_a_late_order_is_the_same_list_shifted():
 
 def test_an_order_that_could_not_be_placed_is_not_placed_late():
     "Equities: what was decided on a session's last bar lapses, also for the account whose orders come late."
-    bars, n = simulated("equity")[0], 120
+    n = 120
     market = market_of("equity").span(FITTED, FITTED + n)
     at = decision_bars(market)
     last = np.flatnonzero(~market.can_fill[at])
@@ -818,7 +819,7 @@ def test_shorts_too_small_for_a_share_are_counted():
 
 
 def test_a_late_order_of_a_policy_that_sees_its_account_is_its_own_decision():
-    "Layout 5.3.0: at every bar the late account decides on what it sees; the order comes two bars later. By hand in the environment."
+    "Layout 5.3.0: the late account decides on what it sees; the order comes two bars later. By hand."
     trainer, n, late = small_trainer("crypto", "5.3.0"), 80, 2
     policy, account = trainer.policy.eval(), trainer.env.config.account
     result = backtest(
@@ -842,7 +843,7 @@ def test_a_late_order_of_a_policy_that_sees_its_account_is_its_own_decision():
 
 
 def test_capacity_falls_by_the_square_root_law():
-    "Impact per unit of value grows tenfold where the account grows a hundredfold; everything else is proportional (crypto: no whole shares, and a market with room for all)."
+    "Impact per unit of value grows tenfold where the account grows a hundredfold; all else is proportional."
     only_impact = replace(FREE, impact_coefficient=1.0, stop_pct=0.0, target_pct=0.0)
     deep = simulated("crypto")[0].assign(volume=1e9)
     result = backtest(
@@ -857,7 +858,7 @@ def test_capacity_falls_by_the_square_root_law():
 
 
 def test_the_curve_of_larger_accounts_ends_where_an_order_is_too_much_of_its_bar():
-    "One order of 78.75 of 1,000, in a bar of which 10,000 currency units trade: of an account of 10,000 it would be 7.9 %, of 100,000 it would be 79 %."
+    "An order of 78.75 of 1,000 where 10,000 trade in a bar: of 10,000 it is 7.9 %, of 100,000 79 %."
     bars = simulated("crypto")[0].copy()
     bars["volume"] = 1e12 / bars["close"]
     bars.iloc[FITTED + 1, 4] = 1e4 / bars["close"].iloc[FITTED + 1]
@@ -887,7 +888,7 @@ def test_the_curve_of_larger_accounts_ends_where_an_order_is_too_much_of_its_bar
 
 
 def test_without_any_volume_no_impact_is_charged_and_that_is_said():
-    "Indices and currency pairs: costs are those of a market without impact, to the last bit; a market that has traded before it stands still charges all of it."
+    "Costs are those without impact; a market that traded before it stands still charges all of it."
     bars, account = simulated("crypto")[0], replace(BROKER["crypto"], stop_pct=0.0, target_pct=0.0)
     options = dict(actions=random_list(99, 8), start=FITTED, stop=FITTED + 100)
     silent, free = (
@@ -904,8 +905,9 @@ def test_without_any_volume_no_impact_is_charged_and_that_is_said():
         and free.provenance["has_volume"] is True
         and len(silent.capacity) == 1
     )
-    said = [" ".join(assess(result)["sentences"]) for result in (silent, free)]
-    assert "no volume" in said[0] and "with an account of" not in said[0] and "no volume" not in said[1]
+    sentences = [" ".join(assess(result)["sentences"]) for result in (silent, free)]
+    assert "no volume" in sentences[0] and "no volume" not in sentences[1]
+    assert "with an account of" not in sentences[0]
     began = bars.assign(volume=np.where(np.arange(len(bars)) == 0, 1.0, 0.0))
     assert (
         backtest(bars=began, account=account, **options).costs["impact"]
@@ -914,7 +916,7 @@ def test_without_any_volume_no_impact_is_charged_and_that_is_said():
     )
 
 
-def test_other_baselines_are_walked_under_the_agents_account():
+def test_other_baselines_are_replayed_under_the_agents_account():
     "A list that is given by name earns what the same list earns as the agent."
     own = backtest(actions=random_list(119, 8), start=FITTED, stop=FITTED + 120)
     result = backtest(
@@ -946,7 +948,7 @@ def test_a_backtest_can_be_read_back(tmp_path):
 
 
 def test_intervals_hold_what_they_are_about():
-    "The bootstrap's 95 % interval of return and Sharpe ratio contains the figure, and is that of the `arch` package with the same blocks."
+    "The 95 % intervals contain their figures, and are those of the `arch` package with the same blocks."
     from arch.bootstrap import StationaryBootstrap
 
     from trading_lib.metrics import optimal_block_length
@@ -983,11 +985,11 @@ def test_figures_by_bar_stand_beside_those_by_trade():
     ) and m["cost_bps"] == pytest.approx(m["costs"] / (m["turnover"] * 1000) * 1e4)
 
 
-# careless people
+# misuse
 
 
 @pytest.mark.parametrize(
-    "careless,words",
+    "misuse,words",
     [
         (
             lambda: backtest(actions=[1, 2], start=4000, stop=4100),
@@ -1075,21 +1077,21 @@ def test_figures_by_bar_stand_beside_those_by_trade():
         "other asset class",
     ],
 )
-def test_a_careless_call_gets_one_line(careless, words):
+def test_a_misuse_gets_one_line(misuse, words):
     "What was given, what was expected; never a traceback from within, never something else done instead."
     with pytest.raises(InputError) as e:
-        careless()
+        misuse()
     assert words in str(e.value) and "\n" not in str(e.value)
 
 
-# --- models of older systems ------------------------------------------------------------------------------------------------
+# --- models of older systems ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version, n_actions", [("2.3.0", 3), ("2.6.0", 3), ("2.7.0", 7)])
 @pytest.mark.parametrize("names", ["", "_orig_mod.module."])
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_that_holds_weights_and_nothing_else_is_backtested(version, n_actions, names, tmp_path):
-    "As versions 2.3.0 to 2.7.0 left them: no version, no configuration, no fitted features; those come from the bars before the test span."
+    "As 2.3.0 to 2.7.0 left them: no version, no configuration; features of the bars before the test."
     bars = simulate_bars("SIM-USD", "15Min", "2023-01-01", "2023-03-01", seed=1, asset_class="crypto")
     torch.manual_seed(0)
     policy = NativeActorCritic(MODEL_SPECS[version].obs_dim, n_actions, (16, 8))

@@ -35,7 +35,7 @@ def ledger(tmp_path) -> Path:
     return ledgers.ledger_path(tmp_path, "SIM-USD")
 
 
-# --- what a trial is -----------------------------------------------------------------------------------------------
+# --- what a trial is ------------------------------------------------------------------------------
 
 
 def test_the_key_is_the_hash_of_what_was_tried_and_of_what_it_showed():
@@ -116,7 +116,10 @@ def test_lines_hold_eight_significant_digits_and_nothing_about_when_or_where(tmp
     )
     # another place, another time, another process, another hash seed: the same bytes
     time.sleep(0.01)
-    script = "import sys; from tests_trial import t; from trading_lib import ledger as ledgers; ledgers.record_trials(sys.argv[1], [t])"
+    script = (
+        "import sys; from tests_trial import t; from trading_lib.ledger import record_trials; "
+        "record_trials(sys.argv[1], [t])"
+    )
     (tmp_path / "tests_trial.py").write_text(f"t = {dict(reversed(odd.items()))!r}")
     other = tmp_path / "other" / "SIM-USD.jsonl"
     subprocess.run(
@@ -235,13 +238,13 @@ def test_the_seed_of_training_is_no_parameter_and_the_seed_of_the_data_is():
 
 def test_the_same_settings_with_other_outcomes_are_other_runs(ledger):
     "Thirty versions of a formula, tried one after the other: nobody said so but the outcomes."
-    look = lambda update, drift: dict(
-        update=update, sharpe_per_bar=0.01 + drift, bars=900, days=day_names(2), returns=[drift, 0.0]
-    )
-    of = lambda k: ledgers.run_trials(
-        "BTC-USD", "15Min", DATA, SPAN, {}, 0, [look(u, 0.001 * k) for u in (5, 10)]
-    )
-    assert [ledgers.record_trials(ledger, of(k)) for k in [*range(30), 7]] == [2] * 30 + [0]
+
+    def tried(k):
+        shown = dict(sharpe_per_bar=0.01 + 0.001 * k, bars=900, days=day_names(2), returns=[0.001 * k, 0.0])
+        validations = [dict(update=update, **shown) for update in (5, 10)]
+        return ledgers.run_trials("BTC-USD", "15Min", DATA, SPAN, {}, 0, validations)
+
+    assert [ledgers.record_trials(ledger, tried(k)) for k in [*range(30), 7]] == [2] * 30 + [0]
     assert ledgers.ledger_summary(ledgers.read_trials(ledger)) == {
         "n_trials": 60,
         "n_runs": 30,
@@ -297,7 +300,7 @@ def test_an_older_ledger_is_read_with_its_own_keys(ledger):
     assert ledgers.luck_adjusted([0.1, 0.2, -0.1], ledgers.read_trials(ledger))["n_trials"] == 2
 
 
-# --- many writers, killed writers, damage ---------------------------------------------------------------------------
+# --- many writers, killed writers, damage ---------------------------------------------------------
 
 
 def write_25(path, number, counts):
@@ -460,9 +463,9 @@ def test_a_full_disk_leaves_the_ledger_as_it_was(ledger, room):
     before, answer = ledger.read_bytes(), fork.SimpleQueue()
     process = fork.Process(target=write_on_a_full_disk, args=(ledger, len(before) + room, answer))
     process.start()
-    said = answer.get()
+    message = answer.get()
     process.join()
-    assert "cannot be written" in said and "\n" not in said and ledger.read_bytes() == before
+    assert "cannot be written" in message and "\n" not in message and ledger.read_bytes() == before
 
 
 def test_a_file_that_was_replaced_while_waiting_is_the_one_that_is_written(ledger, tmp_path):
@@ -513,9 +516,11 @@ def test_no_line_goes_to_a_file_that_is_no_longer_there(ledger):
 def test_trials_that_cannot_be_written_wait_beside_the_model(tmp_path, ledger):
     "And count, and are added by the next training."
     ledger.mkdir(parents=True)  # a folder where the file should be
-    said = ledgers.add_trials(tmp_path, "SIM-USD", [trial(seed=0), trial(seed=1)])
+    message = ledgers.add_trials(tmp_path, "SIM-USD", [trial(seed=0), trial(seed=1)])
     kept = tmp_path / "models" / "SIM-USD.trials.jsonl"
-    assert "cannot be written" in said and f"2 trials are kept in {kept}" in said and "\n" not in said
+    assert (
+        "cannot be written" in message and f"2 trials are kept in {kept}" in message and "\n" not in message
+    )
     ledger.rmdir()
     assert [t["seed"] for t in ledgers.read_trials(ledger)] == [0, 1] and not ledger.exists()
     assert {s: len(t) for s, t in ledgers.project_trials(tmp_path).items()} == {"SIM-USD": 2}
@@ -554,7 +559,12 @@ def test_a_ledger_that_could_not_take_a_trainings_trials_is_found_before_it(tmp_
 
 def test_a_full_disk_is_found_before_a_training(tmp_path, ledger):
     ledgers.record_trials(ledger, [trial()])
-    script = f"import resource, signal; from trading_lib import ledger as ledgers; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); signal.signal(signal.SIGXFSZ, signal.SIG_IGN); ledgers.check_ledger({str(tmp_path)!r}, 'SIM-USD')"
+    script = (
+        "import resource, signal; from trading_lib.ledger import check_ledger; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); "
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"check_ledger({str(tmp_path)!r}, 'SIM-USD')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         capture_output=True,
@@ -670,8 +680,16 @@ SIZED = """
 import resource, sys, time
 from trading_lib import ledger as ledgers
 from trading_lib.evaluation.code_identity import code_identity
-root, trial, base, told = sys.argv[1], eval(sys.argv[2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
-for what in (lambda: ledgers.add_trials(root, "SIM-USD", [trial]), lambda: ledgers.luck_adjusted([0.01, -0.01, 0.02], ledgers.comparable_trials(root, True))):
+root, trial, told = sys.argv[1], eval(sys.argv[2]), []
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def add():
+    ledgers.add_trials(root, "SIM-USD", [trial])
+
+def judge():
+    ledgers.luck_adjusted([0.01, -0.01, 0.02], ledgers.comparable_trials(root, True))
+
+for what in (add, judge):
     begun = time.process_time()
     what()
     told += [time.process_time() - begun, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) / 1024]
@@ -680,7 +698,7 @@ print(*told)
 
 
 def test_a_long_ledger_is_added_to_without_reading_what_it_says(tmp_path, ledger):
-    "20,000 lines, 80 MB: seconds of this process alone, and MB beyond what the modules take. It was 2 s and 640 MB."
+    "20,000 lines, 80 MB: seconds of this process alone, and MB beyond what the modules take."
     ledger.parent.mkdir()
     returns = np.random.default_rng(0).normal(0, 0.01, 100).round(8).tolist()
     record = ledgers.Trial(
@@ -739,7 +757,7 @@ def test_what_is_tried_in_a_temporary_copy_reaches_the_project(tmp_path):
 
 @pytest.mark.proof
 def test_what_dvc_tries_is_known_wherever_it_puts_the_projects_files(tmp_path):
-    "In the workspace, in copies of it, after another experiment was applied and after a stash; a stage that depends on the ledgers then runs again, once."
+    "In the workspace, in copies of it, after `exp apply`, after a stash; what depends on it runs once."
 
     def sh(*command):
         return subprocess.run(
@@ -760,10 +778,13 @@ def test_what_dvc_tries_is_known_wherever_it_puts_the_projects_files(tmp_path):
         ).stdout
 
     (tmp_path / "tried.py").write_text(
-        f"import yaml; from trading_lib import ledger as ledgers\nt = {trial()!r}\nt['seed'] = yaml.safe_load(open('params.yaml'))['seed']\nledgers.add_trials('.', 'SIM-USD', [t])\nopen('out.json', 'w').write(str(t['seed']))\n"
+        "import yaml; from trading_lib.ledger import add_trials\n"
+        f"t = {trial()!r}\nt['seed'] = yaml.safe_load(open('params.yaml'))['seed']\n"
+        "add_trials('.', 'SIM-USD', [t])\nopen('out.json', 'w').write(str(t['seed']))\n"
     )
     (tmp_path / "judged.py").write_text(
-        "from trading_lib import ledger as ledgers\nopen('said.json', 'w').write(str(len(ledgers.comparable_trials('.', True))))\n"
+        "from trading_lib.ledger import comparable_trials\n"
+        "open('said.json', 'w').write(str(len(comparable_trials('.', True))))\n"
     )
     (tmp_path / "params.yaml").write_text("seed: 0\n")
     for name in (".gitattributes", ".dvcignore"):
@@ -771,8 +792,9 @@ def test_what_dvc_tries_is_known_wherever_it_puts_the_projects_files(tmp_path):
     (tmp_path / "ledger").mkdir()
     (tmp_path / "ledger" / "README.md").write_text("")
     (tmp_path / "dvc.yaml").write_text(
-        "stages:\n  try:\n    cmd: python tried.py\n    deps: [tried.py]\n    params: [seed]\n    metrics: [out.json: {cache: false}]\n"
-        "  judge:\n    cmd: python judged.py\n    deps: [ledger, out.json]\n    metrics: [said.json: {cache: false}]\n"
+        "stages:\n  try:\n    cmd: python tried.py\n    deps: [tried.py]\n    params: [seed]\n"
+        "    metrics: [out.json: {cache: false}]\n  judge:\n    cmd: python judged.py\n"
+        "    deps: [ledger, out.json]\n    metrics: [said.json: {cache: false}]\n"
     )
     (
         sh("git", "init", "-q", "-b", "main"),

@@ -1,4 +1,4 @@
-"""What luck would show: probability of backtest overfitting and deflated Sharpe ratio, against plain formulas and the ledger."""
+"""What luck would show: overfitting and deflated Sharpe ratio, against plain formulas and the ledger."""
 
 import itertools
 import math
@@ -19,13 +19,16 @@ def ledger(tmp_path) -> Path:
     return ledgers.ledger_path(tmp_path, "SIM-USD")
 
 
-# --- luck -----------------------------------------------------------------------------------------------------------
+# --- luck -----------------------------------------------------------------------------------------
 
 
 def backtest_overfitting(matrix, n_blocks) -> float:
     "Bailey et al. 2017, algorithm 2.3, written plainly."
     blocks, overfitted, choices = np.array_split(np.arange(len(matrix)), n_blocks), 0, 0
-    sharpe = lambda rows: matrix[rows].mean(0) / matrix[rows].std(0, ddof=1)
+
+    def sharpe(rows):
+        return matrix[rows].mean(0) / matrix[rows].std(0, ddof=1)
+
     for chosen in itertools.combinations(range(n_blocks), n_blocks // 2):
         inside = sharpe(np.concatenate([blocks[i] for i in chosen]))
         outside = sharpe(np.concatenate([blocks[i] for i in range(n_blocks) if i not in chosen]))

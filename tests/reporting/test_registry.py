@@ -28,7 +28,7 @@ from trading_lib.version import get_checkpoint_metadata
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# --- index ----------------------------------------------------------------------------------------------------------
+# --- index ----------------------------------------------------------------------------------------
 
 
 def test_index_lists_each_run_once_in_order(tmp_path):
@@ -149,7 +149,7 @@ def test_runs_that_end_at_the_same_time_are_all_listed(tmp_path):
     } and len(lines_of(path)) == 100
 
 
-# --- deploy zip -----------------------------------------------------------------------------------------------------
+# --- deploy zip -----------------------------------------------------------------------------------
 
 FACTS = {"verdict": {"verdict": "REVIEW", "failed": {"APPROVED": ["fitness is 0.61, APPROVED needs >= 0.7"]}}}
 
@@ -292,7 +292,11 @@ def test_a_deploy_zip_comes_back_and_any_zip_program_can_check_it(deploy, model,
 def test_equal_inputs_give_equal_bytes_anywhere(tmp_path, deploy, model, files):
     for path in (model, *files.values()):
         os.utime(path, (1, 1)), path.chmod(0o600)
-    script = "import sys, json, os; from trading_lib.reporting import registry; os.umask(0o077); registry.write_deploy_zip(sys.argv[1], sys.argv[2], dict(reversed(json.loads(sys.argv[3]).items())), json.loads(sys.argv[4]))"
+    script = (
+        "import sys, json, os; from trading_lib.reporting.registry import write_deploy_zip; os.umask(0o077); "
+        "files = dict(reversed(json.loads(sys.argv[3]).items())); "
+        "write_deploy_zip(sys.argv[1], sys.argv[2], files, json.loads(sys.argv[4]))"
+    )
     elsewhere = tmp_path / "x" / "other.zip"
     subprocess.run(
         [
@@ -374,7 +378,10 @@ def test_truncated_at_the_end_of_the_model_which_is_an_archive_itself(deploy, mo
 @pytest.mark.parametrize("pack", [zipped, sealed])
 def test_names_and_manifest_must_fit(deploy, tmp_path, pack):
     parts, bad = parts_of(deploy), tmp_path / "bad.zip"
-    without = lambda name: {n: d for n, d in parts.items() if n != name}
+
+    def without(name):
+        return {n: d for n, d in parts.items() if n != name}
+
     refused(bad, pack(without("manifest.json")), "has no manifest.json")
     refused(bad, pack(without("metrics.json")), "lacks metrics.json")
     refused(bad, pack(without("model.pt")), "lacks model.pt")
@@ -464,15 +471,15 @@ def test_bombs_are_refused_before_they_are_unpacked(deploy, tmp_path):
 def judged_files(model, **other) -> dict:
     "verdict.json and metrics.json about a model, as the backtest writes them."
     digest = hashlib.sha256(model.read_bytes()).hexdigest()
-    said = {
+    verdict = {
         "verdict": "REVIEW",
         "failed": FACTS["verdict"]["failed"],
         "headline": "a line",
         "model_sha256": digest,
     } | other
     return {
-        "verdict.json": json.dumps(said).encode(),
-        "metrics.json": json.dumps({"provenance": {"model_sha256": said["model_sha256"]}}).encode(),
+        "verdict.json": json.dumps(verdict).encode(),
+        "metrics.json": json.dumps({"provenance": {"model_sha256": verdict["model_sha256"]}}).encode(),
     }
 
 
@@ -496,7 +503,7 @@ def test_verdict_and_model_belong_together_when_a_zip_is_written_and_when_it_is_
             registry.write_deploy_zip(model, tmp_path / "none.zip", changed, facts)
         assert "\n" not in str(e.value) and not (tmp_path / "none.zip").exists()
         refused(bad, sealed(relisted(parts | changed)), words)
-    # a manifest that praises what its verdict.json does not; a verdict that is no table; a model of somebody else
+    # a manifest that praises what its verdict.json does not; a verdict that is no table; another model
     refused(
         bad,
         sealed(relisted(parts, verdict={"verdict": "APPROVED", "failed": {}})),

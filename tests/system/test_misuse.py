@@ -1,4 +1,7 @@
-"Twenty careless uses of account, environment, backtest and verdict: what people do, and the one line they get. `pytest -s tests/test_careless.py` prints the table."
+"""What people do wrong with account, environment, backtest and verdict, and the one line they get.
+
+`pytest -s tests/system/test_misuse.py` prints the table.
+"""
 
 import functools
 import json
@@ -37,10 +40,10 @@ def command(project, *arguments):
     import contextlib
     import io
 
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         status = main(list(arguments))
-    return status, said.getvalue().strip()
+    return status, errors.getvalue().strip()
 
 
 def raised(call):
@@ -52,8 +55,8 @@ def raised(call):
 
 def all_hold(project):
     result = backtest(actions=np.zeros(99, int), start=4000, stop=4100)
-    said = assess(result)
-    return 0, f"{said['verdict']}: {said['headline']}"
+    verdict = assess(result)
+    return 0, f"{verdict['verdict']}: {verdict['headline']}"
 
 
 def damaged_ledger(project):
@@ -107,7 +110,8 @@ USES = {
     "a symbol that was never prepared": (
         lambda p: command(p, "backtest", "ABC-USD"),
         2,
-        "'ABC-USD' is not among the symbols of params.yaml (SIM-USD); add it there: symbols: [SIM-USD, ABC-USD]",
+        "'ABC-USD' is not among the symbols of params.yaml (SIM-USD); "
+        "add it there: symbols: [SIM-USD, ABC-USD]",
     ),
     "a listed symbol that was never prepared": (
         lambda p: command(p, "backtest", "SIM-USD"),
@@ -137,7 +141,8 @@ USES = {
     "negative costs": (
         lambda p: parameters(account={"commission_bps": -1}),
         2,
-        "account.commission_bps: expected 0 or more and less than 10000, was -1.0; 10000 is all that is traded",
+        "account.commission_bps: expected 0 or more and less than 10000, was -1.0; "
+        "10000 is all that is traded",
     ),
     "an unknown cost preset": (
         lambda p: parameters(account={"costs": "brocker"}),
@@ -217,7 +222,7 @@ def project(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_careless_use_gets_one_line(project, use):
+def test_a_misuse_gets_one_line(project, use):
     act, expected_status, words = USES[use]
     status, line = act(project)
     print(f"\n{use:45} {status}  {line}", end="")
@@ -250,17 +255,18 @@ def test_a_model_on_another_symbols_bars_is_discounted_by_the_trials_it_was_chos
         )
         == 0
     )
-    said = json.loads((project / "out" / "OTHER-USD" / "verdict.json").read_text())
+    verdict = json.loads((project / "out" / "OTHER-USD" / "verdict.json").read_text())
     assert (
-        said["trials"]["n_trials"] == 45
-        and said["trials"]["n_symbols"] == 2
-        and "45 trials of 2 symbols" in " ".join(said["reasons"])
+        verdict["trials"]["n_trials"] == 45
+        and verdict["trials"]["n_symbols"] == 2
+        and "45 trials of 2 symbols" in " ".join(verdict["reasons"])
     )
-    assert said["headline"].startswith("OTHER-USD") and "unseen" in said["headline"]
+    assert verdict["headline"].startswith("OTHER-USD") and "unseen" in verdict["headline"]
     assert (
-        said["verdict"] == "DROP"
-        and said["failed"]["REVIEW"]
-        and set(said["failed"]["REVIEW"]) <= {line.strip() for line in capsys.readouterr().out.splitlines()}
+        verdict["verdict"] == "DROP"
+        and verdict["failed"]["REVIEW"]
+        and set(verdict["failed"]["REVIEW"])
+        <= {line.strip() for line in capsys.readouterr().out.splitlines()}
     )
 
 
@@ -290,9 +296,9 @@ def test_a_model_without_a_ledger_is_discounted_by_what_its_checkpoint_has_seen(
             )
             == 0
         )
-        said = json.loads((project / "out" / "SIM-USD" / "verdict.json").read_text())
-        assert said["trials"]["n_trials"] == max(7, own + 2 * (own > 2)) and any(
-            words in reason for reason in said["reasons"]
+        verdict = json.loads((project / "out" / "SIM-USD" / "verdict.json").read_text())
+        assert verdict["trials"]["n_trials"] == max(7, own + 2 * (own > 2)) and any(
+            words in reason for reason in verdict["reasons"]
         ), own
 
 
@@ -303,14 +309,14 @@ def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):
     model = save_checkpoint(model_content(), project / "models" / "SIM-USD_15Min.pt")
     digest, report = sha256(model.read_bytes()).hexdigest(), project / "reports" / "SIM-USD_15Min"
     report.mkdir(parents=True)
-    said = {
+    verdict = {
         "verdict": "REVIEW",
         "headline": "a line",
         "failed": {"APPROVED": ["fitness 0.61, APPROVED needs >= 0.7"]},
         "model_sha256": digest,
     }
     for name, content in {
-        "verdict.json": json.dumps(said),
+        "verdict.json": json.dumps(verdict),
         "metrics.json": json.dumps({"provenance": {"model_sha256": digest}}),
         "report.html": "a page",
     }.items():
@@ -324,7 +330,7 @@ def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):
         and "- market: SIMULATED" in deployed["files"]["README.md"].decode()
     )
     assert (
-        deployed["manifest"]["verdict"] == {"verdict": "REVIEW", "failed": said["failed"]}
+        deployed["manifest"]["verdict"] == {"verdict": "REVIEW", "failed": verdict["failed"]}
         and "fitness 0.61, APPROVED needs >= 0.7" in deployed["files"]["README.md"].decode()
     )
     (project / "deploy.zip").unlink()
@@ -332,7 +338,7 @@ def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):
         ({"verdict": "APPROVED"}, "says APPROVED, but its bars are simulated; it lists gates that failed"),
         ({"verdict": "APPROVED", "failed": {}}, "says APPROVED, but its bars are simulated; it was changed"),
     ):
-        (report / "verdict.json").write_text(json.dumps(said | forged))
+        (report / "verdict.json").write_text(json.dumps(verdict | forged))
         for options in ([], ["--anyway"]):
             status, line = command(
                 project, "deploy", "SIM-USD", *options, "--out", str(project / "deploy.zip")
@@ -357,7 +363,7 @@ def test_a_model_that_is_deployed_anyway_carries_what_it_failed(project):
 
 
 def test_the_command_line_says_on_what_how_long_and_what_does_better(project, capsys):
-    "A model of a simulated market whose mode stands for more than it had: no other verdict than SMOKE TEST, probes on the model's own spans beside it, and their switch leaves them out."
+    "SMOKE TEST where a mode stands for more steps, with baselines on the model's own spans beside it."
     trainer = small_trainer("crypto", "5.6.0")
     bars, market = simulated("crypto")[0], trainer.env.market
     trainer = NativePPOTrainer(
@@ -372,15 +378,15 @@ def test_the_command_line_says_on_what_how_long_and_what_does_better(project, ca
     asked = ["backtest", "--model", path, "--bars", file_of(project, bars), "--start", start]
     for switch, probed in ((["--out", str(project / "out")], True), (["--no-probes"], False)):
         assert main(asked + switch) == 0
-        said = capsys.readouterr().out
+        output = capsys.readouterr().out
         assert (
-            "ridge regression" in said and "gradient boosting" in said and "left out" not in said
-        ) == probed and "the moving-average cross" in said
+            "ridge regression" in output and "gradient boosting" in output and "left out" not in output
+        ) == probed and "the moving-average cross" in output
         assert (
-            "SMOKE TEST" in said
-            and "256 of the 7,500,000 steps that mode standard stands for on tier cpu" in said
-            and " simulated bars" in said
-            and "APPROVED" not in said
+            "SMOKE TEST" in output
+            and "256 of the 7,500,000 steps that mode standard stands for on tier cpu" in output
+            and " simulated bars" in output
+            and "APPROVED" not in output
         )
     page, verdict = (
         (project / "out" / "SIM-USD" / name).read_text() for name in ("report.html", "verdict.json")
