@@ -173,7 +173,22 @@ def _setup_of_checkpoint(content: dict, policy, given: _Setup, past: pd.DataFram
     symbol = given.symbol or (content.get("data") or {}).get("symbol")
     return _Setup(fit, version, timeframe, asset_class, window, account, symbol)
 
-# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #9cc16415
+
+def _resolved(model, given: _Setup, past: pd.DataFrame) -> tuple[dict | None, object, _Setup]:
+    "Content of the checkpoint if there is one, the policy, and its setup with defaults."
+    content, policy, setup = None, model, given
+    if isinstance(model, (str, Path)):
+        content = load_checkpoint(model)
+    elif isinstance(model, dict):
+        content = model
+    if content is not None:
+        policy = build_policy(content)
+        setup = _setup_of_checkpoint(content, policy, given, past)
+    window = 100 if setup.window is None else setup.window
+    account, symbol = setup.account or AccountConfig(), setup.symbol or ""
+    return content, policy, setup._replace(account=account, window=window, symbol=symbol)
+
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #b90c4b98
 def checked_actions(
     actions,  # one for each decision bar
     n_actions: int,  # of the layout
@@ -212,7 +227,7 @@ def _check_options(model, bars, actions, truth, random_policies, setup: _Setup):
         if getattr(setup, name) is None:
             raise InputError(f"run_backtest: {name} is missing; pass it, or a checkpoint that holds it")
 
-# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #cbe1b2cd
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #bb187e49
 def backtest_task(
     model,  # path of a checkpoint, its content, a policy network, or None with `actions`
     bars: pd.DataFrame,  # validated bars, with history before the span for the indicators
@@ -233,20 +248,8 @@ def backtest_task(
     seed: int = 0,
 ) -> BacktestTask:
     "Everything decided and checked, before anything runs; None: as the checkpoint says."
-    content, policy = None, model
-    if isinstance(model, (str, Path)):
-        content = load_checkpoint(model)
-    elif isinstance(model, dict):
-        content = model
-    setup = _Setup(fit, version, timeframe, asset_class, window, account, symbol)
-    if content is not None:
-        policy = build_policy(content)
-        setup = _setup_of_checkpoint(content, policy, setup, bars.iloc[:start])
-    setup = setup._replace(
-        account=setup.account or AccountConfig(),
-        window=100 if setup.window is None else setup.window,
-        symbol=setup.symbol or "",
-    )
+    given = _Setup(fit, version, timeframe, asset_class, window, account, symbol)
+    content, policy, setup = _resolved(model, given, bars.iloc[:start])
     _check_options(model, bars, actions, truth, random_policies, setup)
     if isinstance(setup.fit, dict):
         setup = setup._replace(fit=FeatureFit.from_state(setup.fit))

@@ -257,7 +257,7 @@ def _add_baselines(result: BacktestResult, task: BacktestTask, final_equity: np.
             share = metrics["net_profit"] / rules.initial / oracle
         metrics["share_of_oracle"] = share
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #ebc8a25a
 def _periods(task: BacktestTask) -> float:
     "Bars per year over the span."
     market, bars = task.market, task.decisions.bars
@@ -299,7 +299,7 @@ def backtest_result(
     result.provenance = _provenance(task, equity, capacity_ends)
     return result
 
-# %% ../../nbs/07_evaluation/11_outcome.ipynb #ebc8a25a
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #8f512a7d
 _RESAMPLES = 500  # of the bootstrap; enough for two digits of a 95 % interval
 
 
