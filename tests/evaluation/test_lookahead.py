@@ -1,4 +1,7 @@
-"""The check that users run on their own bars: honest layouts and fills pass it, each known kind of leak is caught and named."""
+"""The check that users run on their own bars.
+
+Honest layouts and fills pass it, each known kind of leak is caught and named.
+"""
 
 import numpy as np
 import pandas as pd

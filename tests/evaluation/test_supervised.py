@@ -1,4 +1,6 @@
-"""The probe finds what is planted, finds nothing in a martingale, trades through the real account, and never sees what comes later."""
+"""The probe finds what is planted, finds nothing in a martingale, trades through the real account, and
+never sees what comes later.
+"""
 
 import functools
 import math
@@ -66,7 +68,10 @@ def span_for_test(symbol, edge, seed=5):
 
 
 def environment_walk(market, account, actions=None, decide=None):
-    "One account through all decision bars of a span, in the training environment: (bar decided at, action, state before, state after)."
+    """One account through all decision bars of a span, in the training environment.
+
+    (bar decided at, action, state before, state after).
+    """
     env = GPUVectorizedTradingEnv(
         market,
         GPUEnvConfig(
@@ -88,15 +93,10 @@ def environment_walk(market, account, actions=None, decide=None):
             after = env.step_index(torch.tensor([action]))[4]["account"]
             steps.append((bar, action, state, after))
             state, number = after, number + 1
-        at = lambda a: torch.tensor([a[stretch[-1] + 1]], dtype=torch.float64)
         if float(state.quantity) != 0:
-            state = settle(
-                state,
-                at(market.prices[3]),
-                at(market.daily_volatility),
-                at(market.daily_dollar_volume),
-                env.rules,
-            )[0]
+            columns = (market.prices[3], market.daily_volatility, market.daily_dollar_volume)
+            last = (torch.tensor([a[stretch[-1] + 1]], dtype=torch.float64) for a in columns)
+            state = settle(state, *last, env.rules)[0]
     return steps, state
 
 
@@ -128,7 +128,7 @@ def same(a: SupervisedBaseline, b: SupervisedBaseline, market, bars):
     ) and np.array_equal(a.predict(market, bars), b.predict(market, bars))
 
 
-# --- what it sees and what it predicts -------------------------------------------------------------------------------
+# what it sees and what it predicts
 
 
 def test_target_is_the_return_from_the_next_open_in_units_of_volatility():
@@ -217,7 +217,7 @@ def test_targets_stop_before_gaps_span_ends_and_orders_that_cannot_fill():
     )
 
 
-# --- the learners and their figures ----------------------------------------------------------------------------------
+# the learners and their figures
 
 
 def test_ridge_is_least_squares_with_rows_for_the_penalty():
@@ -266,8 +266,9 @@ def test_the_penalty_and_the_trees_are_the_best_on_the_validation_span():
     )
     boosted = probe_of("SIM-USD", 0.2, "boosting", BROKER)
     trees = boosted.setting["trees"]
-    alike = lambda n: (
-        HistGradientBoostingRegressor(
+
+    def alike(n):
+        learner = HistGradientBoostingRegressor(
             max_iter=n,
             learning_rate=0.05,
             max_leaf_nodes=8,
@@ -275,9 +276,8 @@ def test_the_penalty_and_the_trees_are_the_best_on_the_validation_span():
             early_stopping=False,
             random_state=0,
         )
-        .fit(x, y)
-        .predict(vx)
-    )
+        return learner.fit(x, y).predict(vx)
+
     errors = {
         n: mean_squared_error(vy, alike(n)) for n in {1, trees - 1, trees, trees + 1, 80} if 1 <= n <= 80
     }
@@ -314,7 +314,7 @@ def test_figures_agree_with_independent_ones(kind):
     assert figures["information_coefficient"] == pytest.approx(
         spearmanr(predicted, target).statistic, abs=1e-12
     )
-    # scikit-learn measures against the mean of the bars themselves, the probe against that of the training span
+    # scikit-learn measures against the mean of the bars themselves, the probe against the training span's
     own, trained = np.sum((target - target.mean()) ** 2), np.sum((target - probe.target_mean) ** 2)
     assert figures["r_squared"] == pytest.approx(
         1 - (1 - r2_score(target, predicted)) * own / trained, abs=1e-12
@@ -338,7 +338,7 @@ def test_rank_correlation_with_ties():
     )
 
 
-# --- two markets whose truth is known --------------------------------------------------------------------------------
+# two markets whose truth is known
 
 
 @functools.cache
@@ -401,7 +401,10 @@ def test_a_martingale_holds_nothing(symbol, seed):
 
 @pytest.mark.parametrize("kind", PROBES)
 def test_a_leak_is_exploited_without_measure(kind):
-    "The probe can fail the other way: a column that knows the next return makes a fortune where there is none."
+    """The probe can fail the other way.
+
+    A column that knows the next return makes a fortune where there is none.
+    """
     market, spans = market_of("SIM-USD", 0.0), spans_of("SIM-USD")
     known = np.zeros(len(market.timestamp), np.float32)
     known[:-4] = market.prices[3, 4:] / market.prices[0, 1:-3] - 1
@@ -417,7 +420,7 @@ def test_a_leak_is_exploited_without_measure(kind):
     assert probe.trades and profit(test, BROKER, probe_actions(probe, test, bars)) > 0.05
 
 
-# --- nothing from the future -----------------------------------------------------------------------------------------
+# nothing from the future
 
 
 @functools.cache
@@ -475,7 +478,7 @@ def test_a_long_history_is_thinned_evenly(monkeypatch):
     )
 
 
-# --- orders ------------------------------------------------------------------------------------------------------------
+# orders
 
 CASES = [("SIM-USD", "5.6.0"), ("SIM-USD", "2.3.0"), ("SIMA", "5.6.0"), ("SIMA", "2.7.0"), ("SIMA", "2.3.0")]
 
@@ -559,7 +562,7 @@ def test_each_candidates_profit_is_that_of_the_environments_account():
         steps, end = environment_walk(
             run,
             BROKER,
-            decide=lambda bar, held: rule(
+            decide=lambda bar, held, forecast=forecast: rule(
                 forecast[bar], held, entry * 54e-4, exit * 54e-4, False, BUY_75, SELL_75, CLOSE, CLOSE
             ),
         )
@@ -603,7 +606,7 @@ def test_a_probe_trades_if_it_can_foretell_and_if_that_pays():
     assert len(outcomes) == 4  # each case has been met
 
 
-# --- what people get wrong ---------------------------------------------------------------------------------------------
+# what people get wrong
 
 
 @pytest.mark.parametrize(

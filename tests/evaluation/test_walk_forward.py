@@ -1,4 +1,6 @@
-"""Folds by arithmetic and against skfolio, folds that are one direct backtest each to the last bit, models that have seen too much, runs that are killed and go on."""
+"""Folds by arithmetic and against skfolio, folds that are one direct backtest each to the last bit,
+models that have seen too much, runs that are killed and go on.
+"""
 
 import functools
 import itertools
@@ -120,7 +122,9 @@ def retrained(folds=None):
 
 
 def test_expanding_folds_on_paper():
-    "1000 bars, tests from the middle, a fifth of what lies before them to choose; the purge is 10 + 2 + 3 = 15. Tests begin at 500, 666 and 833; a fifth of those is 100, 133 and 166."
+    """1000 bars, tests from the middle, a fifth of what lies before them to choose; the purge is 10 + 2
+    + 3 = 15. Tests begin at 500, 666 and 833; a fifth of those is 100, 133 and 166.
+    """
     assert walk_forward_folds(
         1000,
         3,
@@ -180,7 +184,9 @@ def settings():
 
 
 def test_folds_keep_apart_whatever_is_asked_for():
-    "No bar that a sample of a later span sees has paid a training sample; tests follow each other to the end; what the error says would fit, fits."
+    """No bar that a sample of a later span sees has paid a training sample; tests follow each other to
+    the end; what the error says would fit, fits.
+    """
     refused = 0
     for s in settings():
         try:
@@ -288,7 +294,9 @@ def test_what_cannot_be_folded_is_said_in_one_line(case):
 
 
 def test_the_last_bar_that_is_too_few():
-    "The blocks of 612 bars are just long enough, those of 611 are not; so are hand-written spans at just the distance."
+    """The blocks of 612 bars are just long enough, those of 611 are not; so are hand-written spans at
+    just the distance.
+    """
     assert len(combinatorial_purged_folds(612)) == 15 and check_folds([hand()])
     with pytest.raises(InputError):
         combinatorial_purged_folds(611)
@@ -308,7 +316,10 @@ GRID = [
 
 
 def test_combinatorial_folds_are_those_of_skfolio():
-    "Purging `horizon` on both sides and an embargo of `window - 1 + embargo` is what skfolio is told: the same rows in the same order, the same tests, the same paths."
+    """Purging `horizon` on both sides and an embargo of `window - 1 + embargo` is what skfolio is told.
+
+    The same rows in the same order, the same tests, the same paths.
+    """
     compared = 0
     for n, blocks, tested, window, horizon, embargo in GRID:
         peer = CombinatorialPurgedCV(
@@ -330,12 +341,14 @@ def test_combinatorial_folds_are_those_of_skfolio():
 
 
 def test_where_skfolio_alone_would_leave_windows_over_the_tests():
-    "Told the horizon and the embargo only, it keeps window - 1 rows behind every test block whose windows reach into the block."
+    """Told the horizon and the embargo only, it keeps window - 1 rows behind every test block whose
+    windows reach into the block.
+    """
     folds, peer = (
         combinatorial_purged_folds(1000, 5, 2, 30, 2, 4),
         CombinatorialPurgedCV(5, 2, purged_size=2, embargo_size=4),
     )
-    for fold, (train, tests) in zip(folds, peer.split(np.zeros((1000, 1)))):
+    for fold, (train, _) in zip(folds, peer.split(np.zeros((1000, 1)))):
         left = sorted(set(train) - {t for span in fold.train for t in range(*span)})
         ends = [
             b for (a, b), after in zip(fold.test, [*(a for a, _ in fold.test[1:]), 1000]) if b < after
@@ -349,7 +362,10 @@ def test_where_skfolio_alone_would_leave_windows_over_the_tests():
 def test_no_training_sample_touches_a_tested_bar_and_no_more_than_those_are_left_out(
     blocks, tested, window, horizon
 ):
-    "Sample by sample: what it sees and what pays it, against bars that were decided at or paid a tested decision."
+    """Sample by sample.
+
+    What it sees and what pays it, against bars that were decided at or paid a tested decision.
+    """
     n = 203
     for fold in combinatorial_purged_folds(n, blocks, tested, window, horizon):
         used = {bar for a, b in fold.test for bar in range(a, b + horizon)}
@@ -380,7 +396,9 @@ def test_paths_use_every_tested_block_once(blocks, tested):
 
 
 def test_a_fold_is_a_direct_backtest_to_the_last_bit():
-    "Every fold of a fixed model, through the whole history at once, with another account than it was trained with."
+    """Every fold of a fixed model, through the whole history at once, with another account than it was
+    trained with.
+    """
     account = AccountConfig(costs="broker", initial_account_value=5000.0)
     result = walk(models=model(), account=account, truth=simulated()[1], random_policies=20, seed=5)
     assert len(result.folds) == 3 and (result.folds["trades"] > 0).all()
@@ -433,7 +451,9 @@ def test_a_fold_is_a_direct_backtest_to_the_last_bit():
 
 
 def test_a_retrained_agent_is_trained_and_tested_fold_by_fold():
-    "A real, very short training for each fold; each fold is the direct backtest of that fold's own model, and the account starts afresh."
+    """A real, very short training for each fold; each fold is the direct backtest of that fold's own
+    model, and the account starts afresh.
+    """
     made, config = {}, NativePPOConfig(**SETTINGS)
 
     def train(market, fold):
@@ -474,7 +494,11 @@ def test_a_retrained_agent_is_trained_and_tested_fold_by_fold():
 
 
 def test_train_is_given_nothing_from_after_validation():
-    "Bars after each fold's validation multiplied by noise: every array, the fit and the fingerprint that train receives have the same bits, and no row from later."
+    """Bars after each fold's validation multiplied by noise.
+
+    Every array, the fit and the fingerprint that train receives have the same bits, and no row from
+    later.
+    """
     got, noise = [[], []], np.random.default_rng(0)
     for fold in FOLDS:
         end, other = fold.validation[1], bars().copy()
@@ -483,7 +507,7 @@ def test_train_is_given_nothing_from_after_validation():
             walk(
                 [replace(fold, test=(fold.test[0], fold.test[0] + 5))],
                 bars=history,
-                train=lambda market, fold: received.append(market) or untrained(market),
+                train=lambda market, fold, got=received: got.append(market) or untrained(market),
             )
     for fold, market, changed in zip(FOLDS, *got):
         assert len(market.timestamp) == fold.validation[1] and (market.start, market.stop) == fold.train
@@ -516,7 +540,9 @@ def test_a_rolling_fold_is_fitted_on_its_own_span():
 
 
 def test_a_model_that_has_seen_a_test_is_refused_by_name(tmp_path):
-    "By the span of its fit, as content, from a file, from the past's future, or by what it says about validation."
+    """By the span of its fit, as content, from a file, from the past's future, or by what it says about
+    validation.
+    """
     path = save_checkpoint(model((0, 1700), 1700), tmp_path / "eager.pt")
     told = {
         **model(),
@@ -531,7 +557,8 @@ def test_a_model_that_has_seen_a_test_is_refused_by_name(tmp_path):
     for models, words in (
         (
             path,
-            r"eager: was trained or chosen on bars up to 2023-01-18 16:45 UTC, and the test of fold 1 begins at 2023-01-17 21:15",
+            "eager: was trained or chosen on bars up to 2023-01-18 16:45 UTC, "
+            "and the test of fold 1 begins at 2023-01-17 21:15",
         ),
         ({"honest": model(), "peeker": model((0, 1622), 1700)}, "peeker: .* fold 1"),
         ([model(), model((0, 1881), 1900)], "model 2: .* fold 1"),
@@ -548,7 +575,9 @@ def test_a_model_that_has_seen_a_test_is_refused_by_name(tmp_path):
 
 
 def test_what_is_not_recorded_is_said():
-    "A model from a longer history than it was fitted on may have been chosen on the test; one that says nothing may have seen anything."
+    """A model from a longer history than it was fitted on may have been chosen on the test; one that
+    says nothing may have seen anything.
+    """
     result = walk(
         SHORT,
         models={
@@ -730,7 +759,9 @@ def with_rivals(**columns):
 
 
 def test_the_verdict_names_what_did_better():
-    "Altogether, by the product of the folds' returns, and in how many folds; what did worse everywhere is not named."
+    """Altogether, by the product of the folds' returns, and in how many folds; what did worse everywhere
+    is not named.
+    """
     result = with_rivals(
         moving_average_cross=[0.02, 0.03, -0.5, 0.0],
         ridge=[0.0, 0.0, 0.0, 0.0],
@@ -739,10 +770,12 @@ def test_the_verdict_names_what_did_better():
     chained = {
         name: float(np.prod(1 + result.folds[name]) - 1) for name in ("moving_average_cross", "boosting")
     }
-    assert (
-        f"What did better, altogether or in folds: the moving-average cross {chained['moving_average_cross']:+.2%}, in 2 of 4, gradient boosting {chained['boosting']:+.2%}, in 4 of 4."
-        in result.verdict.replace("buy-and-hold at its own exposure +0.00%, in 2 of 4, ", "")
+    words = (
+        "What did better, altogether or in folds: "
+        f"the moving-average cross {chained['moving_average_cross']:+.2%}, in 2 of 4, "
+        f"gradient boosting {chained['boosting']:+.2%}, in 4 of 4."
     )
+    assert words in result.verdict.replace("buy-and-hold at its own exposure +0.00%, in 2 of 4, ", "")
     assert (
         "ridge" not in result.verdict
         and result.summary["baselines"]["ridge"] == {"total_return": 0.0, "better_in": 0}
@@ -766,7 +799,10 @@ def test_one_fold_that_is_a_smoke_test_is_enough():
 
 
 def test_bounds_that_say_nothing_are_not_written():
-    "Twenty bars of large noise: a year of them might end anywhere. In the line, and in the page's rows; nor is a profit factor of three trades."
+    """Twenty bars of large noise: a year of them might end anywhere.
+
+    In the line, and in the page's rows; nor is a profit factor of three trades.
+    """
     wide, narrow = (
         made_of(np.random.default_rng(1).normal(0, 0.01, 20)),
         made_of(np.random.default_rng(1).normal(0, 1e-4, 20_000)),
@@ -782,7 +818,9 @@ def test_bounds_that_say_nothing_are_not_written():
 
 
 def test_each_fold_is_beside_what_needs_no_agent(tmp_path):
-    "The moving-average cross as in a backtest of the fold; ridge regression and boosting where they are asked for, on the fold's own spans; who did better is named; and the page shows it all, escaped."
+    """The moving-average cross as in a backtest of the fold; ridge regression and boosting where they
+    are asked for, on the fold's own spans; who did better is named; and the page shows it all, escaped.
+    """
     longer = [Fold(1, (0, 1300), (1321, 1700), (1721, 2000))]
     result = walk(longer, train=untrained, probes=("ridge",), truth=simulated()[1])
     row, test = (
@@ -851,7 +889,9 @@ def test_an_agent_that_does_nothing():
 
 
 def test_a_batch_has_a_row_for_each_model_and_fold(tmp_path):
-    "From files and from memory; each model's part is what it is alone; nothing is averaged over models, and nothing speaks for all of them."
+    """From files and from memory; each model's part is what it is alone; nothing is averaged over
+    models, and nothing speaks for all of them.
+    """
     path = save_checkpoint(model(), tmp_path / "one.pt")
     batch = walk(SHORT, models=[path, model(seed=5)])
     assert batch.models == ["one", "model 2"] and batch.folds[["fold", "model"]].values.tolist() == [
@@ -879,7 +919,11 @@ def test_a_batch_has_a_row_for_each_model_and_fold(tmp_path):
 
 
 def test_the_best_of_many_is_deflated():
-    "Five worthless agents: the best one's Sharpe ratio against what the best of five shows by luck, from the formulas of Bailey & López de Prado (2014)."
+    """Five worthless agents.
+
+    The best one's Sharpe ratio against what the best of five shows by luck, from the formulas of Bailey
+    & López de Prado (2014).
+    """
     noise = np.random.default_rng(5).normal(0, 1e-3, (5, 1500))
     parts = {f"agent {k}": made_of(r) for k, r in enumerate(noise)}
     many = WalkForwardResult(
@@ -946,7 +990,8 @@ def test_a_killed_run_goes_on_with_the_missing_folds(tmp_path):
         [
             sys.executable,
             "-c",
-            f"import torch; torch.set_num_threads(1); import test_walk_forward as t; t.killed({str(tmp_path)!r})",
+            "import torch; torch.set_num_threads(1); import test_walk_forward as t; "
+            f"t.killed({str(tmp_path)!r})",
         ],
         cwd=Path(__file__).parent,
         capture_output=True,
@@ -981,16 +1026,21 @@ def test_a_fold_that_was_trained_but_not_tested_is_not_trained_again(tmp_path):
     next(tmp_path.glob("fold_02_*.json")).unlink()
     next(tmp_path.glob("fold_03_*.json")).write_text('{"key": "cut o')
     calls = []
-    whole = lambda: walk(SHORT, train=counting(calls), folder=tmp_path, train_settings={}).folds.equals(
-        retrained(tuple(SHORT)).folds
-    )
+
+    def whole():
+        result = walk(SHORT, train=counting(calls), folder=tmp_path, train_settings={})
+        return result.folds.equals(retrained(tuple(SHORT)).folds)
+
     assert whole() and calls == []
     next(tmp_path.glob("fold_02_*.json")).write_bytes(next(tmp_path.glob("fold_01_*.json")).read_bytes())
     assert whole() and calls == [], "a result under another's name is not taken for it"
 
 
 def test_another_input_is_not_mistaken_for_the_old_one(tmp_path):
-    "Settings of train, account, seeds, name, truth, one volume of one bar, a span: trained again where it matters; a history that ends elsewhere: not."
+    """Settings of train, account, seeds, name, truth, one volume of one bar, a span.
+
+    Trained again where it matters; a history that ends elsewhere: not.
+    """
     calls = []
     options = dict(train=counting(calls), folder=tmp_path, train_settings={"seed": 1})
     with pytest.raises(KeyboardInterrupt):
@@ -1021,7 +1071,10 @@ def test_another_input_is_not_mistaken_for_the_old_one(tmp_path):
 def test_kept_results_of_fixed_models_know_their_model(tmp_path):
     "The same weights from memory and from a file are one model; other weights, another fit are not."
     walk(SHORT, models={"m": model()}, folder=tmp_path)
-    names = lambda: {p.name for p in tmp_path.glob("*.json")}
+
+    def names():
+        return {p.name for p in tmp_path.glob("*.json")}
+
     before = names()
     walk(SHORT, models={"m": save_checkpoint(model(), tmp_path / "m.pt")}, folder=tmp_path)
     assert names() == before and len(before) == 3

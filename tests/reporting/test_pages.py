@@ -1,4 +1,7 @@
-"What a backtest is worth, in words and on a page: judgement, stress, capacity, and a report that stands alone."
+"""What a backtest is worth, in words and on a page.
+
+Judgement, stress, capacity, and a report that stands alone.
+"""
 
 import json
 import math
@@ -38,7 +41,10 @@ GOOD = {
 
 
 def test_the_deflated_sharpe_ratio_is_the_papers():
-    "Bailey and López de Prado 2014, with scipy's normal distribution: the expected maximum of n worthless trials, each with the standard error of a Sharpe ratio."
+    """Bailey and López de Prado 2014, with scipy's normal distribution.
+
+    The expected maximum of n worthless trials, each with the standard error of a Sharpe ratio.
+    """
     for n in (2, 8, 200):
         luck = (
             (1 - np.euler_gamma) * norm.ppf(1 - 1 / n) + np.euler_gamma * norm.ppf(1 - 1 / (n * math.e))
@@ -48,7 +54,10 @@ def test_the_deflated_sharpe_ratio_is_the_papers():
 
 
 def test_what_one_trial_approves_many_do_not():
-    "The same figures: APPROVED as the only trial; after a thousand the deflated Sharpe ratio is named as what failed."
+    """The same figures are APPROVED as the only trial.
+
+    After a thousand the deflated Sharpe ratio is named as what failed.
+    """
     weak = GOOD | {"moments": GOOD["moments"] | {"sharpe": 0.03}}
     assert judge(weak)["verdict"] == "APPROVED"
     said = judge(weak, 1000)
@@ -60,7 +69,9 @@ def test_what_one_trial_approves_many_do_not():
 
 
 def scripted(**rows):
-    "A result on real bars, better than every baseline, whose stress rows are given by name; the others are as good as the agent."
+    """A result on real bars, better than every baseline, whose stress rows are given by name; the others
+    are as good as the agent.
+    """
     base = long_run("crypto")[0]
     return replace(
         base,
@@ -155,7 +166,8 @@ SMOKE = {
 UNKNOWN = {
     "training": {
         "smoke": None,
-        "said": "how much training its mode (custom) stands for is not known; it was trained for 20,000 steps",
+        "said": "how much training its mode (custom) stands for is not known; "
+        "it was trained for 20,000 steps",
     }
 }
 
@@ -216,7 +228,10 @@ def changed(provenance=(), metrics=(), baselines=()):
     ],
 )
 def test_what_no_figure_makes_up_for(no_pictures, result, verdict, words):
-    "Figures that pass every gate are APPROVED on real bars alone, of a model that was trained as long as its mode says, where no simple thing did better; and every reason is said, in the report and under stress as well."
+    """Figures that pass every gate are APPROVED on real bars alone, of a model that was trained as long
+    as its mode says, where no simple thing did better; and every reason is said, in the report and under
+    stress as well.
+    """
     result = changed(**result)
     said, page = assess(result), render_report(result)
     assert said["verdict"] == verdict and (not words or any(words in line for line in said["reasons"])), (
@@ -286,7 +301,10 @@ def test_intervals_that_say_nothing_are_not_written(no_pictures):
 
 
 def test_text_from_outside_stays_text():
-    "Of checkpoints, ledgers, files and verdicts: nothing of it is markup in the page, and a picture is drawn of it."
+    """Of checkpoints, ledgers, files and verdicts.
+
+    Nothing of it is markup in the page, and a picture is drawn of it.
+    """
     evil = "<script>alert(1)</script>|$x$"
     result = changed(
         provenance={
@@ -317,7 +335,9 @@ def test_an_agent_that_never_trades_is_dropped_and_says_so():
 
 
 def test_an_agent_that_holds_is_called_one_that_holds():
-    "Buying once and holding on correlates with buy-and-hold by construction; an agent at random does not. The coefficient is pandas'."
+    """Buying once and holding on correlates with buy-and-hold by construction; an agent at random does
+    not. The coefficient is pandas'.
+    """
     holds = backtest(
         actions=np.array([3, *[0] * 298]),
         start=FITTED,
@@ -339,7 +359,9 @@ def test_an_earlier_checkpoint_that_was_fitter_is_named():
 
 
 def test_no_gate_is_passed_on_bars_that_training_saw():
-    "Figures that are APPROVED on unseen bars, and where it is not known, are DROP where the model was trained or chosen on them; under every stress as well."
+    """Figures that are APPROVED on unseen bars, and where it is not known, are DROP where the model was
+    trained or chosen on them; under every stress as well.
+    """
     base = scripted()
     said = {
         unseen: assess(
@@ -387,7 +409,9 @@ def outside_references(page):
 
 
 def test_the_report_stands_alone_and_says_on_what(tmp_path):
-    "Simulated or real, verdict, span, fingerprint, figures, stress and capacity are in one page that fetches nothing; the other files hold the same numbers."
+    """Simulated or real, verdict, span, fingerprint, figures, stress and capacity are in one page that
+    fetches nothing; the other files hold the same numbers.
+    """
     result = replace(long_run("crypto")[0])
     result.provenance = result.provenance | {
         "data": {"source": "simulated", "edge": 0.1, "seed": 3},

@@ -33,15 +33,20 @@ img{width:100%}
 .source{padding:.6rem 1rem;border-left:5px solid #0b5394;background:#eef4fa}
 .simulated{border-color:#e69138;background:#fdf3e6}
 .verdict{font-size:17px}
-.columns{display:flex;gap:3rem;flex-wrap:wrap}
+.columns{display:flex;gap:0 3rem;flex-wrap:wrap}
+.columns>*{flex:1 1 20rem}
+.columns table{width:100%}
 .wide{overflow-x:auto}
+.wide td{white-space:nowrap}
+.wide td.long{white-space:normal;min-width:18rem}
 .gate{padding:.2rem 1rem;border-left:5px solid #a61c00;background:#faeeec}
 .gate.review{border-color:#e69138;background:#fdf3e6}
 .gate.approved{border-color:#38761d;background:#eef6ea}
 """
 
 _BASE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{{ title }}</title>
 <style>{{ style | safe }}</style></head><body>
 <h1>{{ title }}</h1>
 <p class="source{{ '' if kind == 'Real data' else ' simulated' }}"><b>{{ kind }}.</b> {{ source }}</p>
@@ -55,7 +60,9 @@ _PARTS = """
 {%- endmacro %}
 {%- macro grid(header, rows) -%}
 <table><tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% for row in rows -%}
+<tr>{% for cell in row %}<td{% if cell | string | length > 30 %} class="long"{% endif %}>{{ cell }}</td>
+{%- endfor %}</tr>
 {% endfor %}</table>
 {%- endmacro %}
 {%- macro picture(source, alt) -%}<img alt="{{ alt }}" src="{{ source }}">{%- endmacro %}
@@ -277,7 +284,7 @@ _REPORT = """{% extends "base.html" %}
 {{ picture(backtest_picture, "price with trades, equity, drawdown, position") }}
 <h2>Figures, after costs</h2>
 {% set half = (figures | length + 1) // 2 %}
-<div class="columns">{{ table(figures[:half]) }}{{ table(figures[half:]) }}</div>
+<div class="columns"><div>{{ table(figures[:half]) }}</div><div>{{ table(figures[half:]) }}</div></div>
 <div class="columns">
 <div><h2>Return of the baselines</h2>{{ table(baselines) }}</div>
 <div><h2>Costs by component</h2>{{ table(costs) }}</div>
