@@ -50,6 +50,7 @@ CORE = {
     "env",
     "policy.cache",
     "kernels.cpp",
+    "kernels.cpp_loss",
     "kernels.cpp_library",
     "kernels.cpu",
     "kernels.layers",
