@@ -5,8 +5,8 @@ from trading_lib.pipeline.prepare import prepare_symbol
 from trading_lib.pipeline.project import artefacts
 
 
-def prepare():
-    "Prepare each symbol of the project that we are in."
+def prepare(*symbols: str):
+    "Prepare these symbols of the project that we are in; none: all of them."
     parameters = load_parameters()
-    for symbol in parameters.symbols:
+    for symbol in symbols or parameters.symbols:
         prepare_symbol(parameters, symbol, artefacts(parameters, symbol))

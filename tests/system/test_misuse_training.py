@@ -5,9 +5,11 @@
 import contextlib
 import io
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from prepared import prepare
 from small_trainers import Plain, market, plain_trainer, same, trading_env, trading_trainer, weights
 from tensor_env import TensorEnv
 from test_pipeline import edit
@@ -28,6 +30,8 @@ from trading_lib.training.run_folder import RunFolder
 def train(*options):
     "What `trading-lib train` says: its exit status, and the line of the error or all that it printed."
     said, printed = io.StringIO(), io.StringIO()
+    if not Path("data").exists():
+        prepare("SIM-USD")
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(printed):
         status = main(["train", *options])
     return status, said.getvalue().strip() or next(
