@@ -32,6 +32,11 @@ HELPERS = {
     "verdict": "trading-lib verdict",
 }  # stages of DVC that are no notebooks -> their commands
 CORE = {
+    "parameters.errors",
+    "parameters.documents",
+    "parameters.fields",
+    "parameters.symbols",
+    "parameters.sections",
     "config",
     "files",
     "market.layouts",
