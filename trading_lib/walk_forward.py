@@ -21,6 +21,7 @@ from .checkpoint import library_versions, load_checkpoint, save_checkpoint
 from .config import AccountConfig, InputError, typed
 from .env import layout_of, market_data
 from .evaluation.comparison import baseline_name, better_baselines
+from .evaluation.fold_models import check_content, minute_text, named_models, refuse_seen
 from trading_lib.evaluation.fold_results import (
     CURVES,
     RIVALS,
@@ -166,80 +167,6 @@ def _check_arguments(bars, account, train, models, truth, folder, train_settings
             "depends on, such as train_settings=asdict(config)"
         )
 
-# %% ../nbs/07_evaluation/14_walk_forward.ipynb #2a273609
-def _minute(moment: pd.Timestamp | None) -> str:
-    return "an unknown time" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
-
-
-def _refuse_seen(
-    content: dict, name: str, fold: Fold, times: pd.DatetimeIndex
-) -> bool:  # whether it is certain that nothing was seen
-    "Refuse a model that has seen a fold's test span."
-    seen, begins = training_span(content), times[fold.test[0]]
-    if seen["last"] is not None and seen["last"] >= begins:
-        raise InputError(
-            f"{name}: was trained or chosen on bars up to {_minute(seen['last'])} UTC, and the test of "
-            f"fold {fold.number} begins at {_minute(begins)}: it has seen what it would be tested on or what "
-            "comes after; use folds whose tests begin later, or retrain for each fold with train="
-        )
-    return seen["last"] is not None and seen["possible"] is not None and seen["possible"] < begins
-
-# %% ../nbs/07_evaluation/14_walk_forward.ipynb #05193f95
-_CONTENT = ("policy_state_dict", "model_version", "config", "fit")  # without which a table is no checkpoint
-
-
-def _check_content(content, name: str, kind: dict):
-    "A checkpoint of these features and this market."
-    missing = [key for key in _CONTENT if not isinstance(content, dict) or key not in content]
-    if missing:
-        found = type(content).__name__
-        if isinstance(content, dict):
-            found = f"a table without {', '.join(missing)}"
-        raise InputError(
-            f"{name}: expected the content of a checkpoint, "
-            f"such as trainer.best or trainer.content(), was {found}"
-        )
-    trained = content["config"]["env"] | {"version": content["model_version"]}
-    for key, value in kind.items():
-        found = timeframe_name(trained[key]) if key == "timeframe" else trained[key]
-        if found != value:
-            raise InputError(
-                f"{name}: was trained with {key} {trained[key]}, this walk-forward has {value}; "
-                "use models of one kind, or retrain with train="
-            )
-
-
-def _listed(models) -> list[tuple[str, object]]:
-    "Name and model, as they were given."
-    if isinstance(models, dict) and "policy_state_dict" not in models:
-        return [(str(name), model) for name, model in models.items()]
-    models = list(models) if isinstance(models, (list, tuple)) else [models]
-    items = []
-    for number, model in enumerate(models, 1):
-        is_path = isinstance(model, (str, Path))
-        items.append((Path(model).stem if is_path else f"model {number}", model))
-    return items
-
-
-def _named(models) -> dict[str, object]:
-    "Name -> model, each name once."
-    items, named = _listed(models), {}
-    if not items:
-        raise InputError(
-            "models: expected one model or more, was none; give paths or contents of checkpoints, or train="
-        )
-    for name, model in items:
-        is_path = isinstance(model, (str, Path))
-        if name in named:
-            whole = str(model) if is_path else name
-            name = whole if whole not in named else f"{name} ({len(named) + 1})"
-        if not is_path and not isinstance(model, dict):
-            raise InputError(
-                f"{name}: expected the path or the content of a checkpoint, was {type(model).__name__}"
-            )
-        named[name] = model
-    return named
-
 # %% ../nbs/07_evaluation/14_walk_forward.ipynb #4a50b26f
 class _Given(NamedTuple):
     "A model that existed before."
@@ -251,17 +178,17 @@ class _Given(NamedTuple):
 def _given(task: _Task, models) -> dict[str, _Given]:
     "Models by name, refused where they have seen a test; what is not known is noted."
     given = {}
-    for name, model in _named(models).items():
+    for name, model in named_models(models).items():
         content = load_checkpoint(model) if isinstance(model, (str, Path)) else model
-        _check_content(content, name, task.kind)
-        unseen = {f.number: _refuse_seen(content, name, f, task.bars.index) for f in task.folds}
+        check_content(content, name, task.kind)
+        unseen = {f.number: refuse_seen(content, name, f, task.bars.index) for f in task.folds}
         given[name] = _Given(content, unseen)
         unsure = [str(number) for number, certain in unseen.items() if not certain]
         if unsure:
             seen = training_span(content)
             task.notes.append(
-                f"{name}: trained on bars up to {_minute(seen['last'])}, from a history up to "
-                f"{_minute(seen['possible'])}; it is not recorded which bars chose it, "
+                f"{name}: trained on bars up to {minute_text(seen['last'])}, from a history up to "
+                f"{minute_text(seen['possible'])}; it is not recorded which bars chose it, "
                 f"so it may have seen the test of fold {', '.join(unsure)}."
             )
         other = (content.get("data") or {}).get("symbol")
@@ -286,7 +213,7 @@ def _trained(task: _Task, fold: Fold, fit: FeatureFit, path: Path | None) -> dic
         return load_checkpoint(saved)
     market = task.market(fold.validation[1], task.kind["version"], fit)
     content = task.train(market.span(*fold.train), fold)
-    _check_content(content, f"train, fold {fold.number}", task.kind)
+    check_content(content, f"train, fold {fold.number}", task.kind)
     content = _with_spans(content, market, task.spans(fold))
     if saved is not None:
         save_checkpoint(content, saved)
@@ -426,7 +353,7 @@ def _retrained(task: _Task, job: _Job, fit: FeatureFit) -> _Trained:
     "A model of the fold's own."
     content, spans = _trained(task, job.fold, fit, job.path), task.spans(job.fold)
     who = f"the model that train gave for fold {job.fold.number}"
-    certain = _refuse_seen(content, who, job.fold, task.bars.index)
+    certain = refuse_seen(content, who, job.fold, task.bars.index)
     seen = {
         f"{span}_{end}": spans[span][end] for span in ("train", "validation") for end in ("first", "last")
     }
