@@ -1,4 +1,5 @@
-"""Prints the tests of the chapters that changed since the last push, or since the last commit: what `make check` runs."""
+"""Prints the tests of the chapters that changed since the last push, or since the last commit:
+what `make check` runs."""
 
 import re
 import subprocess

@@ -1,4 +1,5 @@
-"""Shared fixtures. Real market bars are used where TRADING_LIB_BARS names a folder that holds them; they are not part of the project."""
+"""Shared fixtures. Real market bars are used where TRADING_LIB_BARS names a folder that holds them;
+they are not part of the project."""
 
 import os
 import shutil
@@ -15,7 +16,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 @pytest.fixture(scope="session")
 def real_bars_folder() -> Path:
-    "Folder with {asset_class}/{timeframe}/{SYMBOL}.parquet; tests that need it are skipped, with the reason, where there is none."
+    """Folder with {asset_class}/{timeframe}/{SYMBOL}.parquet;
+    tests that need it are skipped, with the reason, where there is none."""
     folder = os.environ.get("TRADING_LIB_BARS")
     if not folder:
         pytest.skip("TRADING_LIB_BARS is not set: no folder of real market bars here")

@@ -1,4 +1,5 @@
-"""Parameters: every field is checked, every mistake is one line that names the field, and text means what a person meant by it."""
+"""Parameters: every field is checked, every mistake is one line that names the field,
+and text means what a person meant by it."""
 
 import ast
 import re
@@ -168,7 +169,7 @@ def written(folder: Path, text: str) -> Path:
     return folder / "params.yaml"
 
 
-# --- every field has a check that can fail --------------------------------------------------------------------------
+# --- every field has a check that can fail ------------------------------------------------------------------
 
 
 def test_no_field_lacks_a_check():
@@ -208,7 +209,8 @@ def test_a_bad_value_of_a_mode_is_refused(name):
 def test_what_is_said_of_one_symbol():
     data = parse_parameters(
         yaml.safe_load(
-            "data: {asset_classes: {BRK/B: equity}, allow_steps: {EARN: [2002-10-16, '2008-09-15'], A/B: true, ONE: 2020-03-16}}"
+            "data: {asset_classes: {BRK/B: equity}, allow_steps: {EARN: [2002-10-16, '2008-09-15'], "
+            "A/B: true, ONE: 2020-03-16}}"
         )
     ).data
     assert (data.asset_class("BRK-B"), data.asset_class("SPY")) == ("equity", None)
@@ -299,7 +301,7 @@ def test_params_yaml_lists_every_setting_and_dvc_can_set_each(tmp_path):
     )
 
 
-# --- types ----------------------------------------------------------------------------------------------------------
+# --- types --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -439,7 +441,7 @@ def test_the_dataclass_owns_what_it_holds():
     assert p.hidden_dims == [64, 64]
 
 
-# --- unknown names --------------------------------------------------------------------------------------------------
+# --- unknown names ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -533,7 +535,8 @@ NO_SYMBOLS = {
 
 @pytest.mark.parametrize("symbol", NO_SYMBOLS)
 def test_a_name_that_is_no_symbol_gets_one_line_at_every_door(symbol, tmp_path, monkeypatch, capsys):
-    "params.yaml, its lists, the ledger, a notebook's parameter and every command that takes one: before anything is written or run."
+    """params.yaml, its lists, the ledger, a notebook's parameter and every command that takes one:
+    before anything is written or run."""
     from trading_lib.cli import main
     from trading_lib.ledger import ledger_path
     from trading_lib.pipeline.project import stage_parameters
@@ -580,9 +583,9 @@ def test_symbols_that_differ_in_case_only_are_refused():
 def test_what_is_not_listed_is_refused_and_the_listed_are_named():
     p = parse_parameters({"symbols": ["SPY", "BTC-USD"]})
     assert p.listed("BTC/USD") == "BTC-USD" and p.listed("SPY") == "SPY"
-    assert (
-        refusal(p.listed, "QQQ", "--symbol")
-        == "--symbol: 'QQQ' is not among the symbols of params.yaml (SPY, BTC-USD); add it there: symbols: [SPY, BTC-USD, QQQ]"
+    assert refusal(p.listed, "QQQ", "--symbol") == (
+        "--symbol: 'QQQ' is not among the symbols of params.yaml (SPY, BTC-USD); add it there: "
+        "symbols: [SPY, BTC-USD, QQQ]"
     )
     assert refusal(p.listed, "spy").endswith("; write SPY")
 
@@ -618,7 +621,7 @@ def test_overrides_are_what_a_person_has_set():
     )
 
 
-# --- checked: the same for constructors -----------------------------------------------------------------------------
+# --- checked: the same for constructors ---------------------------------------------------------------------
 
 
 @checked
@@ -697,7 +700,7 @@ def test_bad_widths_from_a_command_line_are_refused(text):
     )
 
 
-# --- the file -------------------------------------------------------------------------------------------------------
+# --- the file -----------------------------------------------------------------------------------------------
 
 
 def test_overrides_win_over_the_file_and_null_leaves_it(tmp_path):
@@ -802,7 +805,10 @@ FILES = {
     ),
     "a tab": (
         "train:\n\tseed: 1\n",
-        "line 2, column 1: while scanning for the next token found character '\\t' that cannot start any token; indent with blanks, not with tabs",
+        (
+            "line 2, column 1: while scanning for the next token found character '\\t' that cannot start "
+            "any token; indent with blanks, not with tabs"
+        ),
     ),
     "billions of laughs": (
         "x0: &x0 [a, b]\n"
@@ -866,7 +872,10 @@ def test_a_file_that_is_no_file_gets_one_line(tmp_path):
 
 def test_a_byte_order_mark_anchors_and_windows_line_ends_are_read(tmp_path):
     (tmp_path / "params.yaml").write_bytes(
-        b"\xef\xbb\xbftrain: &t {seed: 3}\r\nmodes:\r\n  own: &o {total_timesteps: 5, validation_interval: 1, checkpoint_interval: 0}\r\n  two: {<<: *o, total_timesteps: 6}\r\n"
+        b"\xef\xbb\xbftrain: &t {seed: 3}\r\n"
+        b"modes:\r\n"
+        b"  own: &o {total_timesteps: 5, validation_interval: 1, checkpoint_interval: 0}\r\n"
+        b"  two: {<<: *o, total_timesteps: 6}\r\n"
     )
     p = load_parameters(tmp_path / "params.yaml")
     assert p.train.seed == 3 and p.modes["two"] == C.ModeParameters(6, 1, 0)
@@ -997,7 +1006,7 @@ def test_text_from_papermill_means_the_same_as_the_file(tmp_path):
     )
 
 
-# --- under papermill ------------------------------------------------------------------------------------------------
+# --- under papermill ----------------------------------------------------------------------------------------
 
 
 def test_a_notebook_parameter_that_nobody_knows_is_refused():

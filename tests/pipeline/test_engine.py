@@ -1,4 +1,5 @@
-"""Notebooks that papermill runs: real kernels, real signals. The notebook is a loop that looks for a stop request, as a training does."""
+"""Notebooks that papermill runs: real kernels, real signals.
+The notebook is a loop that looks for a stop request, as a training does."""
 
 import os
 import re
@@ -139,7 +140,10 @@ def test_a_stage_saves_and_ends_when_dvc_is_killed(folder, short):
         before=[
             sys.executable,
             "-c",
-            "import os, subprocess, sys; subprocess.run(['sh', '-c', '\"$@\"; exit $?', 'sh', *sys.argv[1:]], env=os.environ | {'DVC_STAGE': 'train@SIM-USD'})",
+            (
+                "import os, subprocess, sys; subprocess.run(['sh', '-c', '\"$@\"; exit $?', 'sh', "
+                "*sys.argv[1:]], env=os.environ | {'DVC_STAGE': 'train@SIM-USD'})"
+            ),
         ],
     )
     wait_for((folder / "ready").exists)

@@ -1,4 +1,5 @@
-"""What took hours is kept: models that another run or the pipeline would replace, and runs whose disk is full at the last save."""
+"""What took hours is kept: models that another run or the pipeline would replace,
+and runs whose disk is full at the last save."""
 
 import contextlib
 import io
@@ -107,7 +108,7 @@ def test_an_earlier_study_of_seeds_is_put_aside(project):
     )
 
 
-# --- disks ------------------------------------------------------------------------------------------------------------
+# --- disks --------------------------------------------------------------------------------------------------
 
 
 def go_on(error: str, *more) -> tuple[int, str, str]:
@@ -198,12 +199,18 @@ def test_curves_and_reports_end_no_run(project):
     )
 
 
-# --- one at a time ----------------------------------------------------------------------------------------------------
+# --- one at a time ------------------------------------------------------------------------------------------
 
 
 def test_a_second_training_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
     run = RunFolder(tmp_path / "runs" / "SIM-USD_15Min")
-    held = "import sys, time\nfrom trading_lib.training.run_folder import RunFolder\nwith RunFolder(sys.argv[1]).alone():\n    print('held', flush=True)\n    time.sleep(60)"
+    held = (
+        "import sys, time\n"
+        "from trading_lib.training.run_folder import RunFolder\n"
+        "with RunFolder(sys.argv[1]).alone():\n"
+        "    print('held', flush=True)\n"
+        "    time.sleep(60)"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", held, str(run.path)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -226,7 +233,7 @@ def test_a_second_training_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
         assert lock.read_bytes() == b""  # a file that says the same after every run, and names nobody
 
 
-# --- the way on is the way it began ----------------------------------------------------------------------------------
+# --- the way on is the way it began -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""The card of a checkpoint: it names every number that it must, follows the content, and no text from elsewhere breaks it."""
+"""The card of a checkpoint:
+it names every number that it must, follows the content, and no text from elsewhere breaks it."""
 
 import copy
 import functools
@@ -85,11 +86,12 @@ def set_in(content: dict, path: str, value) -> dict:
     return content
 
 
-# --- read by somebody else's parser ----------------------------------------------------------------------------------
+# --- read by somebody else's parser -------------------------------------------------------------------------
 
 
 def parsed(card: str):
-    "Sections, as an independent implementation of CommonMark and GitHub's tables reads them: title -> (text, tables, code); a cell is its literal text."
+    """Sections, as an independent implementation of CommonMark and GitHub's tables reads them:
+    title -> (text, tables, code); a cell is its literal text."""
     MarkdownIt = pytest.importorskip("markdown_it").MarkdownIt
     literal = lambda token: "".join(
         child.content if child.type == "text" else f"<{child.type}>" for child in token.children
@@ -141,7 +143,7 @@ SECTIONS = [
 ]
 
 
-# --- every number ----------------------------------------------------------------------------------------------------
+# --- every number -------------------------------------------------------------------------------------------
 
 
 def test_sections_and_the_sentence(content):
@@ -149,14 +151,16 @@ def test_sections_and_the_sentence(content):
     assert list(sections) == SECTIONS
     (sentence,) = sections[SECTIONS[0]][0]
     assert sentence == (
-        "A policy trained with PPO to trade SIM-USD 15Min bars, for the observation layout 5.6.0: 5,800 inputs, 8 actions, 93,033 parameters, "
+        "A policy trained with PPO to trade SIM-USD 15Min bars, for the observation layout 5.6.0: "
+        "5,800 inputs, 8 actions, 93,033 parameters, "
         f"after update {content['update']} of 7."
     )
     assert sections["Command"][2] == [("sh", COMMAND + "\n")]
 
 
 def test_budget_by_hand(content):
-    "8 accounts × 16 bars are 128 steps; 891 steps need 7 updates; validation looks at 2, 4, 6 and, because it is the last, at 7."
+    """8 accounts × 16 bars are 128 steps; 891 steps need 7 updates;
+    validation looks at 2, 4, 6 and, because it is the last, at 7."""
     for update, looks in ((0, 0), (1, 0), (2, 1), (3, 1), (6, 3), (7, 4)):
         content |= {"update": update, "global_step": 128 * update}
         assert rows(model_card(content, COMMAND), "Budget") == {
@@ -294,7 +298,7 @@ def test_simulated_or_real(content, source, row, limit):
     assert ("of a simulated market" in card.partition("\n")[0]) == limit.startswith("nothing here")
 
 
-# --- limits ----------------------------------------------------------------------------------------------------------
+# --- limits -------------------------------------------------------------------------------------------------
 
 
 def limits(content) -> list[str]:
@@ -304,7 +308,8 @@ def limits(content) -> list[str]:
 def test_limits_say_among_how_many_it_was_chosen(content):
     said = limits(content | {"update": 4})
     assert said[0].startswith(
-        "Validation chose it, on one span, among the checkpoints of its run: 2 looked at up to this one, 4 in the whole run."
+        "Validation chose it, on one span, among the checkpoints of its run: 2 looked at up to this "
+        "one, 4 in the whole run."
     )
     assert said[1] == "It is the policy of update 4 of 7, not of the end of the run." and len(said) == 5
     assert any("other markets and other timeframes were not tested" in line for line in said) and any(
@@ -325,7 +330,7 @@ def test_a_checkpoint_without_validation_claims_none():
     assert "| updates | 7 of 7 |" in card
 
 
-# --- it follows the content, and nothing else ------------------------------------------------------------------------
+# --- it follows the content, and nothing else ---------------------------------------------------------------
 
 CHANGES = {
     "global_step": 5,
@@ -415,7 +420,7 @@ def test_the_commands_it_recommends_exist(content, tmp_path, capsys):
     assert cli.main(["inspect", str(path)]) == 0 and "SIM-USD" in capsys.readouterr().out
 
 
-# --- text from elsewhere ---------------------------------------------------------------------------------------------
+# --- text from elsewhere ------------------------------------------------------------------------------------
 
 HOSTILE = [
     "A|B",
@@ -505,7 +510,7 @@ def test_the_command_is_shown_exactly(content, command):
     assert list(sections) == SECTIONS and sections["Command"][2] == [("sh", command + "\n")]
 
 
-# --- what is missing -------------------------------------------------------------------------------------------------
+# --- what is missing ----------------------------------------------------------------------------------------
 
 
 def test_nothing_at_all_still_makes_a_card():

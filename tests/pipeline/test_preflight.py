@@ -1,4 +1,5 @@
-"""The preflight: it passes on a sound run, names the check that does not pass, and comes before every long run and no short one."""
+"""The preflight: it passes on a sound run, names the check that does not pass,
+and comes before every long run and no short one."""
 
 import contextlib
 import io
@@ -36,7 +37,7 @@ def sound(validation=(5500, 5700), **settings):
     return trading_trainer(0, market().span(*validation), **settings)
 
 
-# --- a sound run ------------------------------------------------------------------------------------------------------
+# --- a sound run --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_what_cannot_be_compared_is_said():
     )
 
 
-# --- what does not pass ------------------------------------------------------------------------------------------------
+# --- what does not pass -------------------------------------------------------------------------------------
 
 
 def failing(fresh, given=None) -> tuple[str, list[str]]:
@@ -142,7 +143,8 @@ def test_an_environment_whose_state_cannot_be_restored_is_found():
     line, passed = failing(plain_trainer)
     assert (
         line.startswith(
-            "preflight: save and load: a checkpoint that was loaded and saved again has other bytes; a resumed run would not be the same run"
+            "preflight: save and load: a checkpoint that was loaded and saved again has other bytes; "
+            "a resumed run would not be the same run"
         )
         and passed == CHECKS[:3]
     )
@@ -193,7 +195,7 @@ def test_what_nobody_expected_is_named_too():
     )
 
 
-# --- when it is made -----------------------------------------------------------------------------------------------------
+# --- when it is made ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture

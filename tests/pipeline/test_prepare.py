@@ -85,7 +85,10 @@ def test_a_share_class_with_a_dash_is_what_it_is_said_to_be(project):
     assert prepared_market(parameters, "BRK-B", paths).asset_class == "equity"
     with pytest.raises(
         InputError,
-        match="was prepared as equity, and BRK-B is crypto; run `trading-lib stage prepare --symbol BRK-B` again",
+        match=(
+            "was prepared as equity, and BRK-B is crypto; run `trading-lib stage prepare --symbol BRK-B` "
+            "again"
+        ),
     ):
         prepared_market(same, "BRK-B", paths)
 

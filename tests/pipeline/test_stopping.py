@@ -1,4 +1,5 @@
-"""Real signals to real processes: the first one asks, the second one insists, and the handlers of before come back."""
+"""Real signals to real processes:
+the first one asks, the second one insists, and the handlers of before come back."""
 
 import contextlib
 import os
@@ -39,7 +40,7 @@ def send(number):
     )  # to this very thread: os.kill may choose another one, and then it takes a moment
 
 
-# --- in this process -------------------------------------------------------------------------------------------------
+# --- in this process ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -202,12 +203,16 @@ def test_no_thread_and_no_open_file_is_left():
     assert (threading.active_count(), open_files()) == (threads, files)
 
 
-# --- in a process of its own -----------------------------------------------------------------------------------------
+# --- in a process of its own --------------------------------------------------------------------------------
 
 
 def run(code: str, then=lambda process: None) -> tuple[int, str, str]:
     "Exit status and what was printed; `then` is called once the process has said ready."
-    head = "import os, signal, sys, threading, time\nfrom trading_lib.pipeline.stopping import StopRequest\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    head = (
+        "import os, signal, sys, threading, time\n"
+        "from trading_lib.pipeline.stopping import StopRequest\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    )
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-u", "-c", head + textwrap.dedent(code)],
@@ -322,7 +327,7 @@ def test_a_line_that_cannot_be_said_does_not_stop_the_loop_from_ending():
     assert status == 0
 
 
-# --- in a Jupyter kernel ---------------------------------------------------------------------------------------------
+# --- in a Jupyter kernel ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -333,7 +338,8 @@ def short_folder():
 
 
 def test_in_a_jupyter_kernel(short_folder, monkeypatch):
-    "The stop button sends SIGINT to the kernel: the cell's loop ends in good order, and the next cell is interrupted as ever."
+    """The stop button sends SIGINT to the kernel:
+    the cell's loop ends in good order, and the next cell is interrupted as ever."""
     manager = pytest.importorskip("jupyter_client.manager")
     pytest.importorskip("ipykernel")
     for name in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
@@ -365,7 +371,9 @@ def test_in_a_jupyter_kernel(short_folder, monkeypatch):
                     return reply["content"], printed
 
         reply, _ = cell(
-            "import signal, time\nfrom trading_lib.pipeline.stopping import StopRequest\nbefore = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)"
+            "import signal, time\n"
+            "from trading_lib.pipeline.stopping import StopRequest\n"
+            "before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)"
         )
         assert reply["status"] == "ok"
         reply, printed = cell(

@@ -1,4 +1,5 @@
-"""Downloads from end to end: the command line, the real client, the cache and the prepare stage, against a server on this computer."""
+"""Downloads from end to end:
+the command line, the real client, the cache and the prepare stage, against a server on this computer."""
 
 import hashlib
 import os
@@ -206,7 +207,8 @@ def test_stocks_without_keys_and_a_start_that_is_missing_get_one_line(project):
 
 @pytest.mark.proof
 def test_twenty_kills_leave_the_files_of_an_undisturbed_download(project):
-    "Three symbols × two years of 15Min bars, in pages; then nothing is asked for again, and one more day is exactly that day."
+    """Three symbols × two years of 15Min bars, in pages;
+    then nothing is asked for again, and one more day is exactly that day."""
     generator = random.Random(0)
     arguments = ["data", "download", *MARKET, "--start", START, "--adjustment", "raw"]
     with AlpacaServer(served("2024-01-03"), keys=(KEY, SECRET)) as server:
@@ -247,7 +249,10 @@ def test_twenty_kills_leave_the_files_of_an_undisturbed_download(project):
             for r in server.requests[finished:]
         ]
         print(
-            f"\nundisturbed: {undisturbed} requests; {kills} kills during {asked} requests, then {finished - killed} more; the same {len(expected)} files, byte for byte; again: 0 requests; one more day: {new}"
+            "\n"
+            f"undisturbed: {undisturbed} requests; {kills} kills during {asked} requests, then "
+            f"{finished - killed} more; the same {len(expected)} files, byte for byte; again: 0 "
+            f"requests; one more day: {new}"
         )
         assert sorted(new) == sorted(
             (symbol.replace("-", "/"), "2024-01-01T00:00", "2024-01-01T23:59") for symbol in MARKET

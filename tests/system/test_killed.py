@@ -1,4 +1,5 @@
-"""`dvc repro` killed at thirty random moments, without a chance to tidy up: the next one makes what an undisturbed one makes, byte for byte."""
+"""`dvc repro` killed at thirty random moments, without a chance to tidy up:
+the next one makes what an undisturbed one makes, byte for byte."""
 
 import os
 import random

@@ -1,4 +1,5 @@
-"""The pipeline as people run it: real DVC and papermill on fresh clones of the working tree, with small budgets."""
+"""The pipeline as people run it:
+real DVC and papermill on fresh clones of the working tree, with small budgets."""
 
 import hashlib
 import json
@@ -94,7 +95,8 @@ class Tree:
     def run(
         self, *command, fails: bool = False, activated: bool = False, settings: dict = {}
     ) -> subprocess.CompletedProcess:
-        "Run a command in the clone, its environment activated or not; it must succeed, or fail if that is what is expected."
+        """Run a command in the clone, its environment activated or not;
+        it must succeed, or fail if that is what is expected."""
         env = (
             self.env
             | (
@@ -149,7 +151,7 @@ class Tree:
         }
 
 
-# --- what runs beside each other ---------------------------------------------------------------------------------------
+# --- what runs beside each other ----------------------------------------------------------------------------
 
 
 def reproduce_twice(tree: Tree):
@@ -281,7 +283,8 @@ def name_a_shell_would_run(tree: Tree):
 
 
 def a_persons_own_settings(tree: Tree):
-    "Startup files with variables, a matplotlibrc that needs LaTeX, a kernel python3 that is another program, a notebook that was saved with another kernel."
+    """Startup files with variables, a matplotlibrc that needs LaTeX,
+    a kernel python3 that is another program, a notebook that was saved with another kernel."""
     home = tree.root.parent / "home"
     for name, text in {
         "rc.py": "histfile = '~/.history'\n",
@@ -402,7 +405,8 @@ def origin(tmp_path_factory) -> Tree:
 
 @pytest.fixture(scope="module")
 def job(origin, request):
-    "Runs in clones of their own, named; two at a time, all of them ahead of the tests when the whole file is run."
+    """Runs in clones of their own, named;
+    two at a time, all of them ahead of the tests when the whole file is run."""
     work = {
         "first": (reproduce_twice,),
         "second": (reproduce_one_symbol,),
@@ -435,7 +439,7 @@ def job(origin, request):
     pool.shutdown(cancel_futures=True)
 
 
-# --- a fresh clone -----------------------------------------------------------------------------------------------------
+# --- a fresh clone ------------------------------------------------------------------------------------------
 
 
 def test_commands_run_the_clones_own_code(origin):
@@ -580,7 +584,8 @@ def test_nothing_made_by_the_pipeline_is_offered_to_git(job):
 
 
 def test_a_walk_forward_is_a_stage_of_its_own(job):
-    "For those that ask for it: every fold is trained anew, counted in the ledger, and told on a page; the second time nothing runs."
+    """For those that ask for it: every fold is trained anew, counted in the ledger, and told on a page;
+    the second time nothing runs."""
     tree, said, again = job("walk forward")
     assert (
         "Running stage 'prepare@SIM-USD'" in said
@@ -604,7 +609,8 @@ def test_a_walk_forward_is_a_stage_of_its_own(job):
 
 
 def test_a_study_of_seeds_is_a_stage_of_its_own(job):
-    "For those that ask for it: means with intervals among the metrics, a picture, every checkpoint in the ledger, and no model; the second time nothing runs."
+    """For those that ask for it: means with intervals among the metrics, a picture,
+    every checkpoint in the ledger, and no model; the second time nothing runs."""
     tree, said, again, metrics = job("seeds")
     assert (
         "Running stage 'prepare@SIM-USD'" in said
@@ -643,7 +649,7 @@ def test_a_repro_without_a_wish_walks_nobody_forward(job):
     )
 
 
-# --- what makes which stage stale ----------------------------------------------------------------------------------------
+# --- what makes which stage stale ---------------------------------------------------------------------------
 
 
 def shown_in(notebook: dict) -> str:
@@ -716,7 +722,7 @@ def test_a_notebook_run_in_jupyter_is_up_to_date_once_cleaned(job):
     assert tree.stale() == {} and tree.files() == before
 
 
-# --- DVC's commands ------------------------------------------------------------------------------------------------------
+# --- DVC's commands -----------------------------------------------------------------------------------------
 
 
 def test_metrics_and_plots_are_shown(job):
@@ -773,7 +779,7 @@ def test_an_experiment_trains_another_shape(job):
     )
 
 
-# --- papermill -----------------------------------------------------------------------------------------------------------
+# --- papermill ----------------------------------------------------------------------------------------------
 
 
 def test_papermill_trains_on_a_bare_clone_with_and_without_an_output_path(job):
@@ -817,7 +823,7 @@ def test_papermill_refuses_a_misspelt_parameter(job):
     assert not tree.model("SIM-USD").exists() and not tree.report("SIM-USD").exists()
 
 
-# --- files of one's own --------------------------------------------------------------------------------------------------
+# --- files of one's own -------------------------------------------------------------------------------------
 
 
 def test_csv_and_parquet_are_prepared_as_they_were_written(job):
@@ -843,7 +849,8 @@ def test_new_content_of_a_file_prepares_again_and_a_new_date_or_another_file_doe
 
 
 def test_bars_on_another_disk_and_edits_of_params_yaml_survive_experiments(job):
-    "In the workspace and in a copy that DVC makes, which has no data/raw of its own; and no file of the person's is changed."
+    """In the workspace and in a copy that DVC makes, which has no data/raw of its own;
+    and no file of the person's is changed."""
     tree, _, _, _, (kept, there, git, experiment, elsewhere) = job("own files")
     assert (
         kept == there
@@ -870,7 +877,8 @@ def test_bars_on_another_disk_and_edits_of_params_yaml_survive_experiments(job):
 
 
 def test_symbols_that_are_not_listed_for_a_while_lose_nothing(job):
-    "DVC's checkout, with which every experiment begins, deletes what it wrote for stages that are gone; the last stage of a chain holds it."
+    """DVC's checkout, with which every experiment begins, deletes what it wrote for stages that are gone;
+    the last stage of a chain holds it."""
     tree, *_ = job("second")
     tree.run("dvc", "repro", "verdict@SIMA")
     text, before = (tree.root / "params.yaml").read_text(), tree.files()
@@ -883,12 +891,13 @@ def test_symbols_that_are_not_listed_for_a_while_lose_nothing(job):
         (tree.root / "params.yaml").write_text(text)
 
 
-# --- a sweep -------------------------------------------------------------------------------------------------------------
+# --- a sweep ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.proof
 def test_a_sweep_of_eight_runs_is_counted_as_eight(origin):
-    "`dvc exp run` over eight seeds, queued in copies of the project: eight runs and all their checkpoints are in the ledger; the report of the next repro discounts them all."
+    """`dvc exp run` over eight seeds, queued in copies of the project: eight runs and all their
+    checkpoints are in the ledger; the report of the next repro discounts them all."""
     tree = origin.clone("sweep")
     tree.edit(symbols=["SIM-USD"])
     for command in (("add", "--all"), ("commit", "--quiet", "--no-verify", "-m", "one symbol")):
@@ -916,7 +925,7 @@ def test_a_sweep_of_eight_runs_is_counted_as_eight(origin):
     )
 
 
-# --- when something is wrong ---------------------------------------------------------------------------------------------
+# --- when something is wrong --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CARELESS)

@@ -1,4 +1,5 @@
-"""The repository as a whole: floors, a core that stands on torch and numpy, notebooks and code that agree, stages that declare what they use."""
+"""The repository as a whole: floors, a core that stands on torch and numpy, notebooks and code that agree,
+stages that declare what they use."""
 
 import ast
 import asyncio
@@ -116,7 +117,8 @@ def floors() -> dict[str, int]:
 
 
 def imported(tree: ast.AST, module: str = "config") -> set[str]:
-    "Full names of imported modules, at any depth; in a module at the top `.bars` is read as trading_lib.bars."
+    """Full names of imported modules, at any depth;
+    in a module at the top `.bars` is read as trading_lib.bars."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -160,7 +162,7 @@ def read_ini(path=ROOT / "settings.ini"):
     return ini["DEFAULT"]
 
 
-# --- floors --------------------------------------------------------------------------------------------------------
+# --- floors -------------------------------------------------------------------------------------------------
 
 
 def test_every_module_has_one_notebook():
@@ -189,7 +191,17 @@ def test_the_core_stands_on_torch_and_numpy(name):
 
 def test_the_two_import_readers_tell_lazy_from_top_level():
     tree = ast.parse(
-        "import a.b\nfrom .bars import x\nfrom . import env\nif 1:\n    import c\ndef f():\n    from trading_lib.report import y\n    import d\nclass K:\n    import e\n    g = lambda: __import__('z')"
+        "import a.b\n"
+        "from .bars import x\n"
+        "from . import env\n"
+        "if 1:\n"
+        "    import c\n"
+        "def f():\n"
+        "    from trading_lib.report import y\n"
+        "    import d\n"
+        "class K:\n"
+        "    import e\n"
+        "    g = lambda: __import__('z')"
     )
     known = {"bars", "env", "report", "data.bars"}
     assert ours(imported(tree), known) == {"bars", "env", "report"} and {"a.b", "c", "d", "e"} <= imported(
@@ -201,7 +213,7 @@ def test_the_two_import_readers_tell_lazy_from_top_level():
     assert ours(imported(tree, "data.cache"), known) == {"data.bars", "report"}
 
 
-# --- where only torch and numpy are installed ------------------------------------------------------------------------
+# --- where only torch and numpy are installed ---------------------------------------------------------------
 
 
 def _closure(names) -> set[str]:
@@ -226,7 +238,8 @@ def _closure(names) -> set[str]:
 
 @pytest.fixture(scope="module")
 def bare_site(tmp_path_factory) -> Path:
-    "A folder that stands for site-packages: links to torch, numpy and what torch itself needs; nothing else can be found there."
+    """A folder that stands for site-packages: links to torch, numpy and what torch itself needs;
+    nothing else can be found there."""
     site = tmp_path_factory.mktemp("site")
     for name in _closure(["torch", "numpy"]):
         files = importlib.metadata.distribution(name).files
@@ -297,7 +310,7 @@ def test_training_and_saving_need_torch_and_numpy_only(bare_site, tmp_path):
     assert (done.returncode, done.stdout) == (0, "trained []\n"), done.stderr
 
 
-# --- notebooks and exported code -------------------------------------------------------------------------------------
+# --- notebooks and exported code ----------------------------------------------------------------------------
 
 
 def contents(folder: Path, pattern: str) -> dict[str, bytes]:
@@ -398,7 +411,7 @@ def test_stage_notebooks_have_one_cell_of_literal_parameters(stage):
         assert name.split(".")[1] in field_names(section_class(name.split(".")[0])), name
 
 
-# --- stages and parameters -------------------------------------------------------------------------------------------
+# --- stages and parameters ----------------------------------------------------------------------------------
 
 
 def section_class(name: str):
@@ -410,7 +423,8 @@ def field_names(cls) -> set[str]:
 
 
 def import_closure(stage: str) -> set[str]:
-    "Modules that a stage's notebook imports, directly or through others, lazily or not; `find` goes by the rule that is in own_files."
+    """Modules that a stage's notebook imports, directly or through others, lazily or not;
+    `find` goes by the rule that is in own_files."""
     found, todo = (
         set(),
         {"data.user_files"}
@@ -514,7 +528,8 @@ def test_stages_are_chained_by_their_files():
     )
     for stage in ("walk_forward", "seeds"):
         assert list(DVC).index(stage) < list(DVC).index("report"), (
-            "the report reads the ledger that it adds to; stages that do not depend on each other run in the order of the file"
+            "the report reads the ledger that it adds to; stages that do not depend on each other "
+            "run in the order of the file"
         )
     for stage in STAGES:
         assert DVC[stage]["foreach"] == (
@@ -540,7 +555,8 @@ def looked_up(dotted: str):
 
 @pytest.mark.parametrize("stage", DVC)
 def test_no_text_from_params_yaml_reaches_a_shell(stage):
-    "DVC names the stage, and with it the symbol, in the environment; quotes around a symbol could be broken out of."
+    """DVC names the stage, and with it the symbol, in the environment;
+    quotes around a symbol could be broken out of."""
     assert (
         DVC[stage]["do"]["cmd"] == f"PATH=.venv/bin:$PATH {HELPERS.get(stage, f'trading-lib stage {stage}')}"
     )
@@ -630,7 +646,7 @@ def test_what_may_be_set_for_training_is_a_field_of_the_trainer():
     get_auto_config(device="cpu", **overrides)
 
 
-# --- what is in the repository ---------------------------------------------------------------------------------------
+# --- what is in the repository ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -715,7 +731,7 @@ def test_no_file_names_a_folder_of_one_machine(tracked):
             assert not re.search(r"(?<![\w.])/(?:home|Users|root)/\w", path.read_text(encoding="utf-8")), path
 
 
-# --- commands --------------------------------------------------------------------------------------------------------
+# --- commands -----------------------------------------------------------------------------------------------
 
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = set(re.findall(r"(?m)^([a-z]+):", MAKEFILE))
@@ -772,9 +788,10 @@ def test_a_python_that_is_too_old_is_one_line(found, tmp_path):
         text=True,
     )
     assert done.returncode != 0 and done.stdout == ""
-    assert (
-        done.stderr.splitlines()[0]
-        == f"trading_lib needs Python 3.11 or newer, found {'none' if found == 'none' else 'Python 3.10.13'} as {python}; name another, such as: make run PYTHON=python3.12"
+    assert done.stderr.splitlines()[0] == (
+        "trading_lib needs Python 3.11 or newer, found "
+        f"{'none' if found == 'none' else 'Python 3.10.13'} as {python}; name another, such as: make "
+        "run PYTHON=python3.12"
     )
 
 
@@ -798,7 +815,7 @@ def test_the_readme_speaks_of_things_that_exist():
     assert [link for link in links if not (ROOT / link).exists()] == []
 
 
-# --- environment -----------------------------------------------------------------------------------------------------
+# --- environment --------------------------------------------------------------------------------------------
 
 
 def pins() -> dict[str, str]:
@@ -851,12 +868,13 @@ def test_constraints_pin_what_requirements_bring_along():
     )
 
 
-# --- JupyterLab ------------------------------------------------------------------------------------------------------
+# --- JupyterLab ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def lab_contents(tmp_path):
-    "The contents manager that JupyterLab uses, with the configuration of a project that has these notebooks, in that project's folder."
+    """The contents manager that JupyterLab uses,
+    with the configuration of a project that has these notebooks, in that project's folder."""
     from jupyter_server.serverapp import ServerApp
     from traitlets.config import PyFileConfigLoader
 
@@ -975,7 +993,7 @@ def test_make_lab_uses_the_hook():
     assert "clear_outputs" in shown.stdout, shown.stderr
 
 
-# --- what `make check` runs ------------------------------------------------------------------------------------------
+# --- what `make check` runs ---------------------------------------------------------------------------------
 
 
 def test_every_chapter_has_its_folder_of_tests():

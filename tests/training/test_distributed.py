@@ -108,7 +108,7 @@ from datetime import datetime
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-sys.path[:0] = {[str(TESTS), str(TESTS.parent), str(TESTS.parent / 'system')]!r}
+sys.path[:0] = {[str(TESTS), str(TESTS.parent), str(TESTS.parent / "system")]!r}
 from test_distributed import *
 from small_trainers import Plain, market, trading_trainer, weights
 from trading_lib.config import InputError

@@ -1,4 +1,5 @@
-"""What a run is made of, and who decided it: tiers, modes, durations and explicit numbers, on devices that need not be here; what does not fit is cut."""
+"""What a run is made of, and who decided it:
+tiers, modes, durations and explicit numbers, on devices that need not be here; what does not fit is cut."""
 
 import math
 from dataclasses import asdict, fields, replace
@@ -45,7 +46,7 @@ def refusal(make, *arguments, **named) -> str:
     return str(e.value)
 
 
-# --- the numbers ----------------------------------------------------------------------------------------------------
+# --- the numbers --------------------------------------------------------------------------------------------
 
 
 def test_the_defaults_are_the_stated_ones():
@@ -296,9 +297,9 @@ def test_tier_then_mode_then_explicit_values():
 def test_a_budget_that_crypto_overtrains_with_is_said_in_one_line(mode, crypto, equity):
     assert (len(budget_warnings(mode, "crypto")), len(budget_warnings(mode, "equity"))) == (crypto, equity)
     for line in budget_warnings(mode, "crypto"):
-        assert (
-            line
-            == f"mode {mode}: crypto agents peak at 50 M to 100 M steps and overtrade at 200 M; `auto` has the budget that suits crypto"
+        assert line == (
+            f"mode {mode}: crypto agents peak at 50 M to 100 M steps and overtrade at 200 M; `auto` "
+            "has the budget that suits crypto"
         )
     assert "did you mean 'production'" in refusal(
         budget_warnings, "produktion", "crypto"
@@ -377,7 +378,7 @@ def test_a100_configurations(vram_gb, hidden_dims, n_envs, minibatch_size):
     assert "expected 40 or 80" in refusal(get_a100_config, 60)
 
 
-# --- what is left to the class --------------------------------------------------------------------------------------
+# --- what is left to the class ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -469,7 +470,7 @@ def test_who_decided_is_no_setting():
     assert NativePPOConfig().decided_by == {} == NativePPOConfig(**asdict(a)).decided_by
 
 
-# --- devices that are not here --------------------------------------------------------------------------------------
+# --- devices that are not here ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name, gigabytes, tier, hidden_dims, n_envs, n_steps, minibatch_size", GPUS)
@@ -567,7 +568,7 @@ def test_recurrent_runs_on_all_gpus_start_alike():
     )  # what you say wins
 
 
-# --- durations and presets ------------------------------------------------------------------------------------------
+# --- durations and presets ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -626,7 +627,8 @@ def test_presets_of_memory_come_before_the_recurrent_start_and_after_you(preset,
 
 @pytest.mark.parametrize("network", ["mlp", "gru"])
 def test_the_low_preset_fits_on_eight_gigabytes_whatever_is_stored(network):
-    "Whole windows of 5,800 numbers: 65,536 × 23,253 × 1.5 = 2.3 GB; the largest preset network: 14,637,065 × 20 = 0.3 GB."
+    """Whole windows of 5,800 numbers: 65,536 × 23,253 × 1.5 = 2.3 GB; the largest preset network:
+    14,637,065 × 20 = 0.3 GB."""
     use = memory_of(
         get_auto_config(tier="low", low_vram=True, network=network, hidden_dims=(2048, 1024, 512, 256)),
         RolloutShape(5800, 8),
@@ -664,7 +666,7 @@ def test_tier_then_preset_then_mode_then_you_and_who_it_was():
     )
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 def test_widths_of_the_layers():
@@ -721,7 +723,8 @@ def test_a_prediction_is_what_the_buffers_take(settings, shape):
 
 
 def test_an_absurd_request_is_cut_and_its_intervals_follow():
-    "65,536 × 512 whole windows are 1,175 GB; of 45 GB 2,048 × 512 are used, and 50 M steps are 48 updates instead of 2."
+    """65,536 × 512 whole windows are 1,175 GB;
+    of 45 GB 2,048 × 512 are used, and 50 M steps are 48 updates instead of 2."""
     greedy = get_auto_config(training_mode="standard", tier="h200", high_vram=True)
     c, lines = fit_config(greedy, RolloutShape(5800, 8), device_cap(0, 150 * 10**9))
     assert (
@@ -763,7 +766,7 @@ def test_an_environment_that_stands_keeps_its_accounts():
     )  # 1,024 × 16 × 23,253 × 1.5 = 571 MB, and as much again for 32
 
 
-# --- said at the start ----------------------------------------------------------------------------------------------
+# --- said at the start --------------------------------------------------------------------------------------
 
 
 def lines_of(text):
@@ -843,7 +846,7 @@ def test_devices_for_planning():
     assert [tier_of(*d) for d in DEVICES.values()] == ["h200", "a100-80", "a100-40", "medium", "low", "cpu"]
 
 
-# --- was it enough? -------------------------------------------------------------------------------------------------
+# --- was it enough? -----------------------------------------------------------------------------------------
 
 MADE = {"mode": "standard", "tier": "cpu", "mode_timesteps": 7_500_000, "total_timesteps": 7_500_000}
 

@@ -1,4 +1,5 @@
-"""The command line: options are written in full, each says what it is, mistakes are one line, and whoever listens need not listen to the end."""
+"""The command line: options are written in full, each says what it is, mistakes are one line,
+and whoever listens need not listen to the end."""
 
 import json
 import os
@@ -48,7 +49,7 @@ def process(*arguments, **environment):
     ], {**os.environ, "OMP_NUM_THREADS": "1", **environment}
 
 
-# --- options --------------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------
 
 
 def test_every_option_says_what_it_is_and_every_command_has_an_example(capsys):
@@ -110,7 +111,10 @@ def test_a_duration_of_the_command_line_takes_the_place_of_the_files(project):
 
 
 MISTAKES = {
-    "train --hidden-dim 64": "--hidden-dim: is of a recurrent policy; add --network gru, or name the layers of an mlp by --hidden-dims",
+    "train --hidden-dim 64": (
+        "--hidden-dim: is of a recurrent policy; add --network gru, or name the layers of an mlp by "
+        "--hidden-dims"
+    ),
     "train --hidden-dim 64,32 --network gru": "train.gru_hidden_dim: expected a whole number or null, was '64,32'",
     "train --see 3": "trading-lib train: unknown option '--see'; did you mean --seed?",
     "train --hiden-dims=3": "did you mean --hidden-dims?",
@@ -142,7 +146,7 @@ def test_a_mistake_is_one_line(project, capsys, line):
     assert status == 2 and answer.startswith("error: ") and MISTAKES[line] in answer, answer
 
 
-# --- another file of parameters --------------------------------------------------------------------------------------
+# --- another file of parameters -----------------------------------------------------------------------------
 
 
 def test_any_command_takes_another_file_of_parameters(project, capsys, monkeypatch):
@@ -168,7 +172,7 @@ def test_any_command_takes_another_file_of_parameters(project, capsys, monkeypat
     assert main(["verdict"]) == 0 and "SIM-USD" in capsys.readouterr().out
 
 
-# --- terminals and pipes ----------------------------------------------------------------------------------------------
+# --- terminals and pipes ------------------------------------------------------------------------------------
 
 
 def test_a_terminal_without_utf_8_gets_what_it_can_show(prepared):
@@ -221,7 +225,8 @@ def test_ctrl_c_while_the_command_is_still_loading():
     "command, left", [("train", "models/runs/SIM-USD_15Min/*.pt"), ("seeds", "reports/*/own/seeds.json")]
 )
 def test_a_training_that_nobody_reads_ends_and_is_saved(prepared, command, left):
-    "As `trading-lib train | head -1` does: after the present update, with something to go on from, and the status of SIGPIPE."
+    """As `trading-lib train | head -1` does:
+    after the present update, with something to go on from, and the status of SIGPIPE."""
     arguments, environment = process(
         command, "SIM-USD", "--iterations", "40", "--validation-interval", "1", TRADING_LIB_PROGRESS="lines"
     )
@@ -293,10 +298,9 @@ def test_a_file_where_the_ledgers_belong_is_named(prepared, capsys):
     (prepared / "ledger").write_text("mine\n")
     for arguments in (["trials"], ["trials", "SIM-USD"], ["train", "SIM-USD"]):
         status, line = said(capsys, *arguments)
-        assert (
-            status == 2
-            and line
-            == f"error: {prepared}/ledger: is no folder, and what was tried is kept in one of that name; move it out of the way"
+        assert status == 2 and line == (
+            f"error: {prepared}/ledger: is no folder, and what was tried is kept in one of that "
+            "name; move it out of the way"
         ), arguments
     assert (prepared / "ledger").read_text() == "mine\n" and not list(prepared.glob("models/**/*.pt"))
 
@@ -370,7 +374,8 @@ def test_a_file_of_bars_that_went_away_is_asked_for(project, capsys):
 
 
 def test_a_link_in_place_of_the_folder_of_bars_is_warned_of(project, capsys):
-    "Until git has let go of what it keeps there: DVC's experiments would fail and leave edits in git's stash."
+    """Until git has let go of what it keeps there:
+    DVC's experiments would fail and leave edits in git's stash."""
     git = lambda *words: subprocess.run(
         ["git", "-c", "user.name=n", "-c", "user.email=n@example.org", *words],
         cwd=project,
@@ -416,14 +421,17 @@ def test_a_model_of_another_kind_of_market_is_refused_by_its_name(project, capsy
     )
 
 
-# --- several GPUs, versions --------------------------------------------------------------------------------------------
+# --- several GPUs, versions ---------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there are several GPUs here")
 def test_several_gpus_where_there_are_none(project, capsys):
     assert said(capsys, "train", "--multi-gpu") == (
         2,
-        f"error: --multi-gpu: torch sees {torch.cuda.device_count()} GPU{'' if torch.cuda.device_count() == 1 else 's'} here, and it takes two; train without it",
+        (
+            f"error: --multi-gpu: torch sees {torch.cuda.device_count()} "
+            f"GPU{'' if torch.cuda.device_count() == 1 else 's'} here, and it takes two; train without it"
+        ),
     )
 
 
