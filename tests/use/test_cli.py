@@ -242,7 +242,7 @@ def test_a_training_that_nobody_reads_ends_and_is_saved(prepared, command, left)
     else:
         assert (
             "nobody reads the output any more: stopped after update " in errors
-            and "trading-lib train SIM-USD --resume" in errors
+            and "trading-lib train SIM-USD --iterations 40 --validation-interval 1 --resume" in errors
         ), errors
         assert len(list(prepared.glob(left))) >= 1 and (prepared / "ledger" / "SIM-USD.jsonl").exists()
         assert (

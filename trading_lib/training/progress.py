@@ -276,6 +276,7 @@ class Unharmed:
         shown,  # like `LineProgress`
     ):
         self._shown = shown
+        self.unread = False  # whether it went into a pipe whose reader is gone
 
     def __getattr__(self, name):
         shown = getattr(self._shown, name)
@@ -285,7 +286,8 @@ class Unharmed:
         def show(*arguments):
             try:
                 return shown(*arguments)
-            except OSError:
+            except OSError as e:
+                self.unread |= isinstance(e, BrokenPipeError)
                 return None
             except ValueError as e:
                 if "closed" not in str(e):
