@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-# a job that a shell has put into the background ignores Ctrl+C, and so would every process that a test starts and interrupts
+# a job that a shell has put into the background ignores Ctrl+C,
+# and so would every process that a test starts and interrupts
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -277,8 +277,15 @@ def test_params_yaml_lists_every_setting_and_dvc_can_set_each(tmp_path):
         "train.warmup_fraction": "0.1",
         "walk_forward.symbols": "[NO]",
     }
+
+    def text(value) -> str:
+        "As YAML has it."
+        if value is None or isinstance(value, bool):
+            return {None: "null", True: "true", False: "false"}[value]
+        return "[]" if value == () else str(value)
+
     everything = [
-        f"{f.name}.{g.name}={'null' if (v := getattr(f.default, g.name)) is None else str(v).lower() if isinstance(v, bool) else v if v != () else '[]'}"
+        f"{f.name}.{g.name}={text(getattr(f.default, g.name))}"
         for f in fields(Parameters)
         if f.name not in ("symbols", "modes")
         for g in fields(f.default)

@@ -141,14 +141,12 @@ def test_where_the_model_cannot_be_written_the_run_is_saved_and_gone_on_with(
         (project / "models" / name).unlink()
     status, out, second = go_on(error)
     assert (status, second) == (0, "") and f"saved {paths.kept}" in out
-    facts = lambda: (
-        lambda content: (
-            {name: v.tolist() for name, v in content["policy_state_dict"].items()},
-            content["update"],
-            content["metrics"],
-            content["validations"],
-        )
-    )(load_checkpoint(kept_models(paths)[0]))
+
+    def facts():
+        content = load_checkpoint(kept_models(paths)[0])
+        weights = {name: v.tolist() for name, v in content["policy_state_dict"].items()}
+        return weights, content["update"], content["metrics"], content["validations"]
+
     found = facts()
     shutil.rmtree(project / "models")
     assert command("train")[0] == 0 and facts() == found  # as if nothing had been
@@ -168,11 +166,14 @@ def largest_file(size: int):
 def test_checkpoints_for_which_there_is_no_room_are_said_and_the_older_ones_stay(tmp_path):
     run, said = RunFolder(tmp_path / "run", keep=1), []
     run.say = said.append
-    content = lambda update, best: {
-        "update": update,
-        "best_update": best,
-        "policy_state_dict": {"x": torch.ones(5000)},
-    }
+
+    def content(update, best):
+        return {
+            "update": update,
+            "best_update": best,
+            "policy_state_dict": {"x": torch.ones(5000)},
+        }
+
     run.save_best(content(1, 1)), run.save(content(1, 1))
     before = hashes(run.path)
     with largest_file(1000):

@@ -93,9 +93,12 @@ def parsed(card: str):
     """Sections, as an independent implementation of CommonMark and GitHub's tables reads them:
     title -> (text, tables, code); a cell is its literal text."""
     MarkdownIt = pytest.importorskip("markdown_it").MarkdownIt
-    literal = lambda token: "".join(
-        child.content if child.type == "text" else f"<{child.type}>" for child in token.children
-    )
+
+    def literal(token):
+        return "".join(
+            child.content if child.type == "text" else f"<{child.type}>" for child in token.children
+        )
+
     sections, title, tokens, row = (
         {},
         None,
@@ -205,13 +208,12 @@ def test_every_parameter_is_there_with_its_value(content):
         and {f"train.{name}" for name in asdict(NativePPOConfig())} <= table.keys()
         and "env.account.stop_pct" in table
     )
-    words = lambda v: (
-        {None: "null", True: "true", False: "false"}[v]
-        if v is None or isinstance(v, bool)
-        else str(list(v))
-        if isinstance(v, (list, tuple))
-        else str(v)
-    )
+
+    def words(v):
+        if v is None or isinstance(v, bool):
+            return {None: "null", True: "true", False: "false"}[v]
+        return str(list(v)) if isinstance(v, (list, tuple)) else str(v)
+
     assert table == {name: words(v) for name, v in flat_facts(config).items()}
     assert (
         table["train.learning_rate"],
@@ -247,7 +249,9 @@ def test_data_results_and_origin(content):
 
 
 def test_changes_to_the_code_are_confessed(content):
-    made = lambda git: rows(model_card(content | {"git": git}, COMMAND), "Made with")["git commit"]
+    def made(git):
+        return rows(model_card(content | {"git": git}, COMMAND), "Made with")["git commit"]
+
     assert (
         made({"commit": "abc", "dirty": True}) == "abc, with uncommitted changes"
         and made({"commit": None, "dirty": None}) == made({}) == made(None) == "not recorded"
@@ -459,10 +463,12 @@ def literal(text: str) -> str:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_from_elsewhere_is_shown_and_does_nothing(content, text):
-    shape = lambda card: [
-        (len(texts), [[len(row) for row in table] for table in tables], len(code))
-        for texts, tables, code in parsed(card).values()
-    ]
+    def shape(card):
+        return [
+            (len(texts), [[len(row) for row in table] for table in tables], len(code))
+            for texts, tables, code in parsed(card).values()
+        ]
+
     plain, expected = shape(model_card(content, COMMAND)), literal(text)
     hostile = content | {
         "data": content["data"] | {"symbol": text, "timeframe": text, "source": text},

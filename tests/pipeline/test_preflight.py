@@ -53,7 +53,10 @@ def test_a_sound_run_passes_every_check(settings):
     "And says so in a line each; nothing of the run itself is touched."
     said = []
     version = settings.get("version", "5.6.0")
-    fresh = lambda: trading_trainer(0, market(version).span(5500, 5700), **settings)
+
+    def fresh():
+        return trading_trainer(0, market(version).span(5500, 5700), **settings)
+
     found = preflight(fresh, bars(), said.append)
     assert [name for name, *_ in found] == CHECKS == [
         re.match(r"preflight: (.*?)\s+[\d.]+ s  ", line)[1] for line in said
@@ -80,11 +83,14 @@ def test_what_cannot_be_compared_is_said():
             self.random = torch.Generator()
             self.random.set_state(state["random"])
 
-    plain = lambda: NativePPOTrainer(
-        Kept(),
-        NativePPOConfig(hidden_dims=(4,), n_steps=4, minibatch_size=32, n_epochs=1, total_timesteps=32),
-        progress=None,
-    )  # one update is all there is
+    def plain():
+        "One update is all there is."
+        return NativePPOTrainer(
+            Kept(),
+            NativePPOConfig(hidden_dims=(4,), n_steps=4, minibatch_size=32, n_epochs=1, total_timesteps=32),
+            progress=None,
+        )
+
     found = {name: fact for name, _, fact in preflight(plain, bars(), lambda line: None)}
     assert (
         found["validation"] == "no validation span"
@@ -234,17 +240,23 @@ def test_a_long_run_begins_with_it_and_a_short_one_does_not(project):
     "By the mode, whatever the budget; what went before is not in the run."
     _, short, _ = command("train", "SIM-USD")
     _, long, _ = command("train", "SIM-USD", "--mode", "standard")
-    made = lambda text: [
-        re.match(r"preflight: (.*?)\s+[\d.]+ s  ", line)[1]
-        for line in text.splitlines()
-        if line.startswith("preflight")
-    ]
+
+    def made(text):
+        return [
+            re.match(r"preflight: (.*?)\s+[\d.]+ s  ", line)[1]
+            for line in text.splitlines()
+            if line.startswith("preflight")
+        ]
+
     assert made(short) == [] and made(long) == CHECKS and "5 bars, largest difference" in long
-    results = lambda text: [
-        re.sub(r", [\d,]+/s| \| rollout .*", "", line)
-        for line in text.splitlines()
-        if line.startswith("update ")
-    ]
+
+    def results(text):
+        return [
+            re.sub(r", [\d,]+/s| \| rollout .*", "", line)
+            for line in text.splitlines()
+            if line.startswith("update ")
+        ]
+
     assert len(results(long)) == 2 and results(long) == results(
         short
     )  # weights, accounts and random numbers are those of a run without it

@@ -83,7 +83,9 @@ def test_the_second_signal_quits_at_once_each_in_its_way(first, second, monkeypa
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit])
 def test_handlers_come_back_after_an_exception(error):
-    mine = lambda number, frame: None
+    def mine(number, frame):
+        pass
+
     for number in SIGNALS:
         signal.signal(number, mine)
     with pytest.raises(error):
@@ -192,7 +194,9 @@ def test_the_same_one_cannot_be_entered_twice():
 
 
 def test_no_thread_and_no_open_file_is_left():
-    open_files = lambda: len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    def open_files():
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
     with StopRequest(lambda line: None):
         pass
     threads, files = threading.active_count(), open_files()

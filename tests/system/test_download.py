@@ -94,21 +94,11 @@ def served(until: str, timeframe: str = "15Min") -> dict:
 
 def test_download_fetches_once_and_then_only_what_is_new(project):
     with AlpacaServer(served("2022-03-05"), keys=(KEY, SECRET)) as server:
-        ask = lambda end: (
-            run(
-                project,
-                server,
-                "data",
-                "download",
-                *MARKET,
-                "--start",
-                START,
-                "--end",
-                end,
-                "--adjustment",
-                "raw",
-            ).stdout
-        )
+
+        def ask(end):
+            span = ("--start", START, "--end", end)
+            return run(project, server, "data", "download", *MARKET, *span, "--adjustment", "raw").stdout
+
         first = ask("2022-03-01")
         assert len(server.requests) == 3 and all(f"{symbol}: " in first for symbol in MARKET)
         ask("2022-03-01")

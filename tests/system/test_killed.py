@@ -75,10 +75,13 @@ def test_kills_at_random_moments_change_nothing(origin):  # noqa: F811
         and not processes_in(killed.root)
         and not list(killed.root.glob("kernel-ipc*"))
     )
-    for name in ("data", "models", "reports"):
-        made = lambda tree: {
+
+    def made(tree: Tree, name: str) -> dict[str, bytes]:
+        return {
             str(p.relative_to(tree.root)): p.read_bytes()
             for p in (tree.root / name).rglob("SIM-USD_15Min*")
             if p.is_file() and p.parent == tree.root / name
         }
-        assert made(killed) == made(whole)
+
+    for name in ("data", "models", "reports"):
+        assert made(killed, name) == made(whole, name)

@@ -93,7 +93,7 @@ class Tree:
         )
 
     def run(
-        self, *command, fails: bool = False, activated: bool = False, settings: dict = {}
+        self, *command, fails: bool = False, activated: bool = False, settings: dict | None = None
     ) -> subprocess.CompletedProcess:
         """Run a command in the clone, its environment activated or not;
         it must succeed, or fail if that is what is expected."""
@@ -104,7 +104,7 @@ class Tree:
                 if activated
                 else {}
             )
-            | settings
+            | (settings or {})
         )
         command = [COMMANDS / command[0] if (COMMANDS / command[0]).exists() else command[0], *command[1:]]
         done = subprocess.run(

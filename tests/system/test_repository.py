@@ -291,17 +291,25 @@ def test_training_and_saving_need_torch_and_numpy_only(bare_site, tmp_path):
         """
         import sys
         from importlib.util import find_spec
-        assert not any(map(find_spec, ("pandas", "yaml", "talib", "exchange_calendars", "pyarrow", "matplotlib", "papermill", "dvc", "alpaca", "nbdev")))
+        absent = "pandas yaml talib exchange_calendars pyarrow matplotlib papermill dvc alpaca nbdev"
+        assert not any(map(find_spec, absent.split()))
         from trading_lib.checkpoint import inspect_checkpoint, load_checkpoint
         from trading_lib.env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData
         from trading_lib.trainer import NativePPOTrainer, get_auto_config
         market, cut = MarketData.load("market.npz"), int(sys.argv[1])
-        config = get_auto_config(training_mode="quick_test", device="cpu", hidden_dims=[8], n_envs=4, n_steps=16, total_timesteps=128)
-        env = GPUVectorizedTradingEnv(market.span(0, cut), GPUEnvConfig(n_envs=4, version="5.6.0", timeframe="15Min", asset_class="crypto", episode_length=64), device="cpu")
+        config = get_auto_config(
+            training_mode="quick_test", device="cpu", hidden_dims=[8],
+            n_envs=4, n_steps=16, total_timesteps=128
+        )
+        env_config = GPUEnvConfig(
+            n_envs=4, version="5.6.0", timeframe="15Min", asset_class="crypto", episode_length=64
+        )
+        env = GPUVectorizedTradingEnv(market.span(0, cut), env_config, device="cpu")
         trainer = NativePPOTrainer(env, config, market.span(cut, len(market.timestamp)), progress=None)
         rows = trainer.train(max_updates=2)
         trainer.save("model.pt")
-        assert load_checkpoint("model.pt")["update"] == 2 == len(rows) and inspect_checkpoint("model.pt")["hidden_dims"] == [8]
+        assert load_checkpoint("model.pt")["update"] == 2 == len(rows)
+        assert inspect_checkpoint("model.pt")["hidden_dims"] == [8]
         assert all(abs(r["validation_sharpe"]) < 1e6 for r in rows)
         print("trained", sorted({m.partition(".")[0] for m in sys.modules} & {"pandas", "yaml"}))
     """,
@@ -488,7 +496,7 @@ def test_tables_of_experiments_hold_a_handful_of_figures():
 
     for stage in STAGES:
         assert declared(stage, "metrics") == (
-            [] if stage == "prepare" else ["reports/${item}_${data.timeframe}/compared/%s.json" % stage]
+            [] if stage == "prepare" else ["reports/${item}_${data.timeframe}/compared/" + stage + ".json"]
         )
     names = [name for _, places in _COMPARED.values() for name in places]
     assert (
@@ -533,7 +541,7 @@ def test_stages_are_chained_by_their_files():
         )
     for stage in STAGES:
         assert DVC[stage]["foreach"] == (
-            "${%s.symbols}" % stage if stage in ("walk_forward", "seeds") else "${symbols}"
+            "${" + stage + ".symbols}" if stage in ("walk_forward", "seeds") else "${symbols}"
         )  # the list itself is no parameter of a stage, so a new symbol leaves the others alone
         assert not any(p.split(".")[0] == "symbols" for p in declared(stage, "params"))
         for file in made[stage] | set(declared(stage, "metrics")) | set(declared(stage, "plots")):

@@ -98,8 +98,8 @@ def waits(version: str, n_steps: int, n_epochs: int) -> dict[str, int]:  # phase
     counts = {}
     for phase, answer, work in (
         ("rollout", False, trainer._rollout),
-        ("check", True, lambda: trainer._check(rollout)),
-        ("learn", True, lambda: trainer._learn(rollout)),
+        ("check", True, lambda: trainer._check(rollout)),  # noqa: B023
+        ("learn", True, lambda: trainer._learn(rollout)),  # noqa: B023
     ):
         with Waits(answer) as counting:
             result = work()

@@ -228,7 +228,7 @@ def test_critic_epochs_change_the_value_head_and_nothing_else():
         trainer, seen = plain_trainer(**settings), []
         learn = trainer.learner.learn_values
 
-        def watch(data, phase):
+        def watch(data, phase, trainer=trainer, learn=learn, seen=seen):
             before = weights(trainer), copy.deepcopy([o.state_dict()["state"] for o in trainer.optimizers])
             learn(data, phase)
             after = weights(trainer), [o.state_dict()["state"] for o in trainer.optimizers]

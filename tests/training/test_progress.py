@@ -279,7 +279,7 @@ def test_a_notebook_has_one_output_for_a_run_of_hundreds_of_updates(tmp_path, ke
     )
     runs = [cell.outputs for cell in book.cells]
     assert path.stat().st_size < 100_000
-    for number, outputs in enumerate(runs):
+    for outputs in runs:
         shown_once = [text_of(output) for output in outputs if "update " in text_of(output)]
         assert len(shown_once) == 1, [text_of(output) for output in outputs]
         lines = shown_once[0].splitlines()

@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import zipfile
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -110,7 +110,7 @@ def test_an_interrupted_file_never_overwrites_another(run):
     ]
     assert [load_checkpoint(p)["update"] for p in paths] == [7, 8, 9]
     assert (
-        run.save_interrupted(content(1), datetime(2026, 2, 1, 3, 4, 5, 678, timezone.utc)).name
+        run.save_interrupted(content(1), datetime(2026, 2, 1, 3, 4, 5, 678, UTC)).name
         == "model_interrupted_20260201_030405.pt"
     )
     assert newest(run) == (paths[2].name, 9, [])
@@ -527,7 +527,7 @@ def test_kill_at_any_moment_leaves_a_run_to_go_on_from(tmp_path):
     for kill in range(40):
         earlier = set(tmp_path.glob(".*.tmp"))  # of those killed before; they go with the finished run
 
-        def is_half_written():
+        def is_half_written(earlier=earlier):
             return not earlier.issuperset(tmp_path.glob(".*.tmp"))
 
         child, reading = in_a_child(lambda pipe: live(tmp_path, pipe))
@@ -591,7 +591,7 @@ def test_kill_before_every_single_file_operation(tmp_path, start, until):
     while True:
         folder = copied(source, tmp_path / str(n))
 
-        def die(pipe):
+        def die(pipe, n=n, folder=folder):
             kill_at(n)
             live(folder, pipe, until)
 
@@ -615,7 +615,7 @@ def test_kill_while_tidying_up_leaves_something_whole_or_nothing(tmp_path):
     while True:
         folder = copied(source, tmp_path / str(n))
 
-        def die(pipe):
+        def die(pipe, n=n, folder=folder):
             kill_at(n)
             RunFolder(folder).finished()
 

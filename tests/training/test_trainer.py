@@ -423,10 +423,12 @@ def test_gradients_are_clipped_before_every_step():
     for max_norm in (0.05, 0.5):
         trainer, norms = plain_trainer(max_grad_norm=max_norm, learning_rate=1e-2), []
         step = trainer.optimizers[0].step
-        trainer.optimizers[0].step = lambda: (
-            norms.append(math.sqrt(sum(float((p.grad**2).sum()) for p in trainer.policy.parameters()))),
-            step(),
-        )
+
+        def measured(trainer=trainer, norms=norms, step=step):
+            norms.append(math.sqrt(sum(float((p.grad**2).sum()) for p in trainer.policy.parameters())))
+            step()
+
+        trainer.optimizers[0].step = measured
         trainer.train(3)
         assert (
             len(norms) == 3 * 2 * 3
@@ -441,7 +443,7 @@ def test_a_target_divergence_stops_the_epochs_of_a_rollout():
     for target in (None, 1e-9, 1e9):
         trainer, counted = plain_trainer(n_epochs=5, target_kl=target, learning_rate=1e-2), []
         step = trainer.optimizers[0].step
-        trainer.optimizers[0].step = lambda: (counted.append(1), step())
+        trainer.optimizers[0].step = lambda counted=counted, step=step: (counted.append(1), step())
         trainer.train(2)
         steps[target] = len(counted)
     assert steps[None] == steps[1e9] == 2 * 5 * 3 and 2 * 1 * 3 <= steps[1e-9] <= 2 * 2 * 3

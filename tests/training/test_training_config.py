@@ -520,7 +520,8 @@ def test_the_device_that_is_here(device):
     )
 
 
-# updates, validation interval and checkpoint interval, on paper: ceil(steps / (n_envs × n_steps)); min(mode's, updates // 10); the mode's
+# updates, validation interval and checkpoint interval, on paper:
+# ceil(steps / (n_envs × n_steps)); min(mode's, updates // 10); the mode's
 SAVING = {"quick_test": 0, "standard": 50, "thorough": 75, "production": 75, "extended": 100, "auto": 75}
 BUDGET = {
     "quick_test": 10e6,

@@ -115,7 +115,9 @@ MISTAKES = {
         "--hidden-dim: is of a recurrent policy; add --network gru, or name the layers of an mlp by "
         "--hidden-dims"
     ),
-    "train --hidden-dim 64,32 --network gru": "train.gru_hidden_dim: expected a whole number or null, was '64,32'",
+    "train --hidden-dim 64,32 --network gru": (
+        "train.gru_hidden_dim: expected a whole number or null, was '64,32'"
+    ),
     "train --see 3": "trading-lib train: unknown option '--see'; did you mean --seed?",
     "train --hiden-dims=3": "did you mean --hidden-dims?",
     "train --verb": "unknown option '--verb'",
@@ -376,12 +378,11 @@ def test_a_file_of_bars_that_went_away_is_asked_for(project, capsys):
 def test_a_link_in_place_of_the_folder_of_bars_is_warned_of(project, capsys):
     """Until git has let go of what it keeps there:
     DVC's experiments would fail and leave edits in git's stash."""
-    git = lambda *words: subprocess.run(
-        ["git", "-c", "user.name=n", "-c", "user.email=n@example.org", *words],
-        cwd=project,
-        check=True,
-        capture_output=True,
-    )
+
+    def git(*words):
+        named = ["git", "-c", "user.name=n", "-c", "user.email=n@example.org"]
+        subprocess.run([*named, *words], cwd=project, check=True, capture_output=True)
+
     raw, disk = project / "data" / "raw", project / "disk"
     raw.mkdir(parents=True), disk.mkdir()
     (raw / ".gitignore").write_text("*\n!.gitignore\n")
