@@ -47,7 +47,7 @@ class AccountState:
         cls,
         config: AccountConfig | AccountRules | None = None,  # None: the default configuration
         n: int = 1,  # number of accounts
-        device: str | torch.device | None = None,
+        device: str | torch.device | None = None,  # where they live
     ) -> "AccountState":
         "Fresh accounts: all cash, flat."
         if config is None:
@@ -133,7 +133,8 @@ def order_quantity(
     room = (state.equity * rules.max_position - (held * bar.close).abs()).clamp(min=0)
     value = state.equity * rules.full_order * size
     value = _choose(opposite, value, torch.minimum(value, room)).clamp(min=0)
-    price, lots, funds = bar.open, rules.lots, cash
+    price, funds = bar.open, cash
+    lots: Tensor | float = rules.lots
     if rules.allow_short is not False:
         short_side = torch.add(direction, side, alpha=2).lt_(0)  # the order opens, adds to or covers a short
         price = _choose(short_side, bar.close, bar.open)
@@ -246,8 +247,9 @@ def _costs(
     rules: AccountRules,
 ) -> _Costs:
     spread, slippage = traded * rules.half_spread, traded * rules.slippage
+    in_kind: Tensor | float = 0.0
     if rules.fee_in_kind is False:
-        commission, in_kind = traded * rules.commission, 0.0
+        commission = traded * rules.commission
     else:
         commission = (traded - paid.clamp(min=0) * rules.fee_in_kind) * rules.commission
         in_kind = fee * bar.open

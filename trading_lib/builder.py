@@ -85,14 +85,19 @@ class BacktestObservationBuilder(_Builder):
         account_config: AccountConfig | None = None,  # of the account whose state is shown
     ):
         super().__init__(version, fit, timeframe, asset_class, window, account_config)
-        self.bars, self.table = bars, None
+        self.bars = bars
+        self.table: ObservationTable | None = None
 
     def precompute(self) -> "BacktestObservationBuilder":
         "Build the feature table once, for every bar."
+        self._precomputed()
+        return self
+
+    def _precomputed(self) -> ObservationTable:
         clock = bar_clock(self.bars.index, self.timeframe, self.asset_class)
         self.first_in_segment = np.searchsorted(clock.segment, clock.segment)
         self.table = self._table(self.bars)
-        return self
+        return self.table
 
     def observations(
         self,
@@ -100,8 +105,7 @@ class BacktestObservationBuilder(_Builder):
         account: AccountState | None = None,  # of n accounts, for layouts that show it
     ) -> Tensor:  # (n, window, n_features) float32
         "Windows that end at these bars. An `InputError` where there is no such bar, or no whole window."
-        if self.table is None:
-            self.precompute()
+        table = self._precomputed() if self.table is None else self.table
         index = np.asarray(index, dtype=np.int64)
         outside = index[(index < 0) | (index >= len(self.bars))]
         if len(outside):
@@ -112,7 +116,7 @@ class BacktestObservationBuilder(_Builder):
                 f"bar {early[0]}: fewer than {self.window} bars since the history began or broke off; "
                 "a window never crosses a gap"
             )
-        return self._windows(self.table, torch.as_tensor(index), account)
+        return self._windows(table, torch.as_tensor(index), account)
 
     def get_obs_at_bar(
         self,

@@ -91,7 +91,7 @@ def load_checkpoint(
 # %% ../nbs/05_policy/09_checkpoint.ipynb #693f4377
 def library_versions() -> dict[str, str | None]:  # name -> version; None: not installed
     "Versions of what the result depends on."
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for name in ("trading_lib", "torch", "numpy", "pandas", "pyarrow", "TA-Lib", "exchange_calendars"):
         try:
             versions[name] = str(importlib.metadata.version(name))

@@ -8,6 +8,7 @@ __all__ = ['layout_of', 'GPUEnvConfig', 'GPUVectorizedTradingEnv', 'MarketData',
            'StepFacts', 'reward_preset', 'StepResult']
 
 # %% ../nbs/03_env/07_env.ipynb #7dbcf709
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,21 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .account import AccountConfig, AccountState, account_rules
+from .account import AccountConfig, AccountRules, AccountState, account_rules
 from .config import InputError, checked
 from .market.episodes import ResumableEpisodes, episode_starts
 from .market.layouts import get_layout
 from .market.market_data import MarketData, decision_span, market_data
 from .market.observations import Obs, ObservationTable, own_columns
 from .market.rewards import full_move, reward_preset
-from .market.step import StepInput, step_function, step_table
+from .market.step import StepInput, StepResult, step_function, step_table
 from .version import MODEL_SPECS, action_table
 
 # %% ../nbs/03_env/07_env.ipynb #bbcaeab6
 from .market.market_data import bar_table, next_bar, split_bounds  # noqa: F401
 from .market.observations import column_order  # noqa: F401
 from .market.rewards import REWARD_COMPONENTS, RewardPreset, StepFacts  # noqa: F401
-from .market.step import StepResult  # noqa: F401
 
 layout_of = get_layout
 
@@ -67,6 +67,14 @@ class GPUEnvConfig:
 # %% ../nbs/03_env/07_env.ipynb #b110d965
 class _ByIndex(ResumableEpisodes):
     "Resets and steps whose observations are indices."
+
+    # the environment's own
+    decision_bars: np.ndarray
+    _market: Tensor
+    _actions: tuple[Tensor, Tensor, Tensor]
+    _step_rules: AccountRules
+    _advance: Callable[..., StepResult]
+    _no_columns: Tensor
 
     def _observe(self) -> Obs:
         return Obs(self.bar, self._own_columns(self.account))

@@ -195,9 +195,9 @@ def _segments(bars, timeframe, asset_class, context, chains=None) -> list[_Segme
     prices = [
         np.ascontiguousarray(bars[c].to_numpy(np.float64)) for c in ("open", "high", "low", "close", "volume")
     ]
-    starts = (
-        np.flatnonzero(np.concatenate([[True], clock.segment[1:] != clock.segment[:-1]])) if len(bars) else []
-    )
+    starts: list[int] = []
+    if len(bars):
+        starts = np.flatnonzero(np.concatenate([[True], clock.segment[1:] != clock.segment[:-1]])).tolist()
     names = ("start", "close", "session", "session_close", "session_progress", "hour", "weekday", "month")
     return [
         _Segment([p[a:b] for p in prices], {n: getattr(clock, n)[a:b] for n in names}, chains, context)

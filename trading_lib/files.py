@@ -84,7 +84,7 @@ def _replace(path: Path, data: bytes | str):
 
 def atomic_write(
     path: str | Path,  # the file to write; its folder is made if need be
-    data: bytes | str,  # the whole content; text is written as UTF-8
+    data: bytes | memoryview | str,  # the whole content; text is written as UTF-8
 ) -> Path:  # the file written
     "Write a file in one step; what goes wrong is a `WriteError`."
     path = Path(path)

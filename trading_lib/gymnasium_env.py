@@ -9,6 +9,7 @@ __all__ = ['INFOS', 'ENV_ID', 'TradingEnv', 'TradingVectorEnv', 'column_bounds']
 from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -126,7 +127,7 @@ def _line(state: dict) -> str:
     return f"{time}  price {state['price']:,.2f}  {position}  equity {state['equity']:,.2f}"
 
 # %% ../nbs/03_env/10_gymnasium_env.ipynb #19ffa2f6
-def _check_settings(kind: type, settings: dict, known: tuple, num_envs, render_mode):
+def _check_settings(kind: "type[_Trading]", settings: dict, known: tuple, num_envs, render_mode):
     "Refuse what no environment of this kind has."
     for name in settings:
         if name not in _SETTINGS:
@@ -140,6 +141,8 @@ def _check_settings(kind: type, settings: dict, known: tuple, num_envs, render_m
 # %% ../nbs/03_env/10_gymnasium_env.ipynb #2f8bf138
 class _Trading:
     "Spaces, infos and words of an environment with one account or many."
+
+    metadata: dict[str, Any]  # Gymnasium's
 
     def _build(self, bars, fit, span, num_envs, flatten, scaled, render_mode, device, settings, *known):
         known = ("bars", "fit", "span", "flatten", "scaled", "render_mode", "device", *known)
@@ -165,7 +168,7 @@ class _Trading:
 
     def _observations(self, obs: Obs) -> np.ndarray:  # (n, *shape of one) float32
         windows = self.tensor_env.table.materialise(obs).cpu().numpy()
-        windows = windows.reshape(len(obs.index), self.tensor_env.config.window, -1)
+        windows = windows.reshape(len(obs.rows), self.tensor_env.config.window, -1)
         return self._scale(windows).reshape(-1, *self.single_observation_space.shape)
 
     def _states(self, account: AccountState, bar: torch.Tensor) -> dict[str, np.ndarray]:  # name -> (n,)
@@ -175,7 +178,7 @@ class _Trading:
         "Unweighted parts of the reward."
         return dict(zip(self.tensor_env.reward_names, infos["reward_components"].T.cpu().numpy()))
 
-    def _begin(self, seed: int | None, options: dict | None) -> Obs:
+    def _begin(self, seed: int | None, options: dict | None, random: np.random.Generator) -> Obs:
         "Start all accounts, at random bars or where `options` say."
         env, options = self.tensor_env, options or {}
         for name in options:
@@ -185,7 +188,7 @@ class _Trading:
             raise InputError("reset options: end needs a start as well, such as {'start': 700, 'end': 1500}")
         if seed is None:
             # Gymnasium's generator: what follows a seed repeats, without any it never does
-            seed = int(self.np_random.integers(2**63))
+            seed = int(random.integers(2**63))
         obs = env.reset(seed % 2**63)
         return env.reset_at(*self._stated(options)) if "start" in options else obs
 
@@ -255,26 +258,29 @@ class TradingEnv(_Trading, gym.Env):
     ):
         self._build(bars, fit, span, 1, flatten, scaled, render_mode, device, settings)
         self.observation_space, self.action_space = self.single_observation_space, self.single_action_space
-        self._state, self._running, self._episode = None, False, []
+        self._running = False
+        self._state: dict | None = None
+        self._episode: list[dict] = []
 
     def _tell(self, state: dict) -> dict:
-        self._state = {name: values[0] for name, values in state.items()}
+        own = {name: values[0] for name, values in state.items()}
+        self._state = own
         if self.render_mode == "rgb_array":
-            self._episode.append(self._state)
-        return dict(self._state)
+            self._episode.append(own)
+        return dict(own)
 
     def reset(
         self,
         *,
         seed: int | None = None,  # makes this and all that follows repeatable
         # {"start": bar} begins there, {"start": bar, "end": bar} also sets the last bar
-        options: dict | None = None,
+        options: dict | None = None,  # None: a random bar
     ) -> tuple[np.ndarray, dict]:  # observation, info
         "Begin an episode, at a random bar unless options say where."
         super().reset(seed=seed)
-        obs = self._begin(seed, options)
+        obs = self._begin(seed, options, self.np_random)
         self._running, self._episode = True, []
-        return self._observations(obs)[0], self._tell(self._states(self.tensor_env.account, obs.index))
+        return self._observations(obs)[0], self._tell(self._states(self.tensor_env.account, obs.rows))
 
     def step(
         self,
@@ -286,13 +292,13 @@ class TradingEnv(_Trading, gym.Env):
             raise InputError("step: no episode is running; call reset() first")
         if not self.action_space.contains(action):
             raise InputError(
-                f"step: expected an action from 0 to {self.action_space.n - 1} "
+                f"step: expected an action from 0 to {self.tensor_env.n_actions - 1} "
                 f"({', '.join(self.action_meanings)}), was {action!r}"
             )
         _, reward, terminated, truncated, infos = self.tensor_env.step(torch.tensor([int(action)]))
         seen = infos["final_obs"]  # the tensors may have begun another episode already
         self._running = not (terminated.item() or truncated.item())
-        info = self._tell(self._states(infos["account"], seen.index))
+        info = self._tell(self._states(infos["account"], seen.rows))
         info["reward_components"] = {name: float(v[0]) for name, v in self._components(infos).items()}
         return self._observations(seen)[0], reward.item(), terminated.item(), truncated.item(), info
 
@@ -302,9 +308,9 @@ class TradingEnv(_Trading, gym.Env):
             return None
         if self._state is None:
             raise InputError("render: no episode has begun; call reset() first")
-        return _line(self._state) if self.render_mode == "ansi" else self._picture()
+        return _line(self._state) if self.render_mode == "ansi" else self._picture(self._state)
 
-    def _picture(self) -> np.ndarray:  # (height, width, 3) uint8
+    def _picture(self, now: dict) -> np.ndarray:  # (height, width, 3) uint8
         "Price, position and equity of the episode so far."
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -317,14 +323,14 @@ class TradingEnv(_Trading, gym.Env):
             axis.plot(time, [state[name] for state in self._episode], drawstyle=style)
             axis.set_ylabel(name)
         axis.tick_params("x", rotation=20)
-        figure.suptitle(_line(self._state), fontsize=9)
+        figure.suptitle(_line(now), fontsize=9)
         canvas.draw()
         return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 # %% ../nbs/03_env/10_gymnasium_env.ipynb #742e5e66
 def _masked(values: dict, mask: np.ndarray) -> dict:
     "Infos as Gymnasium batches them, in new arrays: each with a mask of the accounts it speaks of."
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             out[name] = _masked(value, mask)
@@ -369,18 +375,18 @@ class TradingVectorEnv(_Trading, VectorEnv):
         seed: int | None = None,  # makes this and all that follows repeatable
         # {"start": bars} begins there, {"start": bars, "end": bars} also sets the last bars; one for all or
         # one for each
-        options: dict | None = None,
+        options: dict | None = None,  # None: random bars
     ) -> tuple[np.ndarray, dict]:  # observations, infos
         "Begin all episodes, at random bars unless options say where."
         if seed is not None and not isinstance(seed, (int, np.integer)):
             raise InputError(f"reset: expected one seed for all accounts, a whole number, was {seed!r}")
         super().reset(seed=seed)
-        obs = self._begin(seed, options)
+        obs = self._begin(seed, options, self.np_random)
         return self._observations(obs), _masked(self._now(), np.ones(self.num_envs, bool))
 
     def step(
         self,
-        actions,  # (num_envs,) whole numbers, see `action_meanings`
+        actions: np.ndarray,  # (num_envs,) whole numbers, see `action_meanings`
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
         # observations, rewards, terminated (bankrupt), truncated (end of the episode), infos
         "One bar for every account."
@@ -396,7 +402,7 @@ class TradingVectorEnv(_Trading, VectorEnv):
         components = {"reward_components": self._components(infos)}
         out = _masked(self._now(), np.ones(self.num_envs, bool)) | _masked(components, ~done)
         if done.any():
-            had = self._states(infos["account"], infos["final_obs"].index) | components
+            had = self._states(infos["account"], infos["final_obs"].rows) | components
             out |= {"final_obs": self._last_seen(infos["final_obs"], done), "_final_obs": done.copy()}
             out |= _masked({"final_info": had}, done)
         return (
@@ -410,9 +416,9 @@ class TradingVectorEnv(_Trading, VectorEnv):
     def _last_seen(self, last: Obs, done: np.ndarray) -> np.ndarray:  # (num_envs,) of observations, or None
         "What the accounts saw whose episodes are over."
         numbers = np.flatnonzero(done)
-        rows = torch.as_tensor(numbers, device=last.index.device)
+        rows = torch.as_tensor(numbers, device=last.dense.device)
         final = np.full(self.num_envs, None, dtype=object)
-        for i, seen in zip(numbers, self._observations(Obs(last.index[rows], last.dense[rows]))):
+        for i, seen in zip(numbers, self._observations(Obs(last.rows[rows], last.dense[rows]))):
             final[i] = seen
         return final
 

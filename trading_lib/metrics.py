@@ -211,8 +211,9 @@ def _gate_figures(metrics: dict) -> dict:
         figures["profit_factor"] = math.inf  # JSON's None for no losing trade
     for name, value in figures.items():
         figures[name] = None if value is None or math.isnan(value) else float(value)
-    parts = [figures[name] for name in ("profit_factor", "consistency", "max_drawdown")]
-    if figures["fitness"] is None and None not in parts:
+    needed = ("profit_factor", "consistency", "max_drawdown")
+    parts = [figure for name in needed if (figure := figures[name]) is not None]
+    if figures["fitness"] is None and len(parts) == len(needed):
         figures["fitness"] = fitness(*parts)
     return figures
 
@@ -231,7 +232,8 @@ def _oscillation(values: list[float]) -> float:
 
 def _flags(history: list) -> list[str]:
     "What the course of the fitness gives away."
-    flags, values = [], [float(value) for _, value in history]
+    values = [float(value) for _, value in history]
+    flags: list[str] = []
     if len(values) < 2:
         return flags
     peak = int(np.argmax(values))

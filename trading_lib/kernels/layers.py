@@ -194,7 +194,8 @@ def layers_and_heads(
     if not _compilable(x, layers):
         out = hidden_layers(rows_in_few_sizes(x), layers)
         return [F.linear(out, *head)[: len(x)] for head in heads]
-    together = heads[0] if len(heads) == 1 else tuple(map(torch.cat, zip(*heads)))
+    weights, biases = zip(*heads)
+    together = heads[0] if len(heads) == 1 else (torch.cat(weights), torch.cat(biases))
     out = _by_compiled_layers(x, [*layers, together], linear=True)
     return list(out.split([len(bias) for _, bias in heads], 1))
 

@@ -8,13 +8,15 @@ __all__ = ['episode_starts', 'ResumableEpisodes']
 # %% ../../nbs/03_env/06_episodes.ipynb #e6d35c00
 from collections import deque
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..account import AccountState
+from ..account import AccountRules, AccountState
 from ..config import InputError
+from .layouts import Layout
 from .observations import Obs
 from .rewards import COUNT_BITS, RECENT_ACTIONS
 from .step import reset_where
@@ -37,6 +39,19 @@ def episode_starts(
 # %% ../../nbs/03_env/06_episodes.ipynb #df2b6562
 class _Episodes:
     "Where each account's episode begins, where it ends, and where the account stands."
+
+    # the environment's own
+    device: torch.device
+    n_envs: int
+    config: Any  # with `episode_length`, in bars
+    rules: AccountRules
+    layout: Layout
+    compiled: bool  # steps by torch.compile
+    _starts: Tensor  # bars at which an episode may begin
+    _final: Tensor  # (T,) where an episode through this bar must end
+
+    def _own_columns(self, account: AccountState) -> Tensor:  # (n, D) float32
+        raise NotImplementedError
 
     def _seed(self, seeds: list[int]):
         "Random numbers for each group of accounts."
@@ -102,6 +117,18 @@ class _Episodes:
 # %% ../../nbs/03_env/06_episodes.ipynb #2fe16a54
 class ResumableEpisodes(_Episodes):
     "What a later run needs to go on."
+
+    _cost_scale: float  # the environment's own
+
+    def set_cost_scale(
+        self,
+        scale: float,  # 0: free trading, 1: the configured costs
+    ):
+        "The environment's own."
+        raise NotImplementedError
+
+    def _observe(self) -> Obs:
+        raise NotImplementedError
 
     _STATE = ("bar", "end", "_mean_return", "_mean_square")
 

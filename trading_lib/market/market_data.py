@@ -144,7 +144,9 @@ def _check_kinds(market: MarketData):
         value = getattr(market, f.name)
         if f.type != np.ndarray:
             if type(value) is not f.type:
-                raise InputError(f"{f.name} is {type(value).__name__}, expected {f.type.__name__}")
+                raise InputError(
+                    f"{f.name} is {type(value).__name__}, expected {getattr(f.type, '__name__', f.type)}"
+                )
             continue
         kind, shape = np.dtype(_KINDS.get(f.name, np.float64)), shapes.get(f.name, (n,))
         if value.dtype != kind or value.shape != shape:
@@ -298,14 +300,14 @@ class BarRow(NamedTuple):
 
 
 def bar_table(
-    market: MarketData,
+    market: MarketData,  # T bars
 ) -> Tensor:  # (T, 7) float64, columns as in `BarRow`
     "Prices and what costs depend on, one row for each bar."
     opening, high, low, close, volume = market.prices
     has_traded = np.logical_or.accumulate(volume > 0)
     turnover = np.where(has_traded, market.daily_dollar_volume, np.inf)
-    row = BarRow(close, market.daily_volatility, turnover, market.can_fill, opening, high, low)
-    return torch.as_tensor(np.stack([np.asarray(column, dtype=np.float64) for column in row], 1))
+    columns = (close, market.daily_volatility, turnover, market.can_fill, opening, high, low)
+    return torch.stack(BarRow(*(torch.tensor(column, dtype=torch.float64) for column in columns)), 1)
 
 
 def next_bar(

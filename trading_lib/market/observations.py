@@ -13,15 +13,23 @@ import torch
 from torch import Tensor
 
 from ..account import AccountState, account_columns
-from ..config import AccountConfig
+from ..config import AccountConfig, InputError
 from .layouts import get_layout
 
 # %% ../../nbs/03_env/03_observations.ipynb #4e6a457c
 class Obs(NamedTuple):
     "An observation of n accounts."
 
-    index: Tensor | None  # (n,) int64 rows of the observation table; None where there is no table
+    # (n,) int64 rows of the observation table; None where there is no table
+    index: Tensor | None  # type: ignore[assignment]  # hides the method of tuples, which nobody needs here
     dense: Tensor  # (n, D) float32 columns of each account's own
+
+    @property
+    def rows(self) -> Tensor:  # (n,) int64
+        "The index. An `InputError` where there is no table."
+        if self.index is None:
+            raise InputError("observation: has no index, only numbers; expected rows of an observation table")
+        return self.index
 
 
 def own_columns(
@@ -107,9 +115,10 @@ class ObservationTable:
         # a window is a run of numbers in the table
         starts = max(len(self._windowed_rows) - before, 0)
         windows = self._windowed_rows.as_strided((starts, in_windows), (columns, 1))
-        out = windows.new_empty(len(obs.index), in_market + self.n_account)
-        torch.index_select(windows, 0, obs.index - before, out=out[:, :in_windows])
-        torch.index_select(self._broadcast_rows, 0, obs.index, out=out[:, in_windows:in_market])
+        index = obs.rows
+        out = windows.new_empty(len(index), in_market + self.n_account)
+        torch.index_select(windows, 0, index - before, out=out[:, :in_windows])
+        torch.index_select(self._broadcast_rows, 0, index, out=out[:, in_windows:in_market])
         out[:, in_market:] = obs.dense
         return out
 

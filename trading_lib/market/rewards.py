@@ -9,7 +9,7 @@ __all__ = ['REWARD_COMPONENTS', 'RECENT_ACTIONS', 'COUNT_BITS', 'StepFacts', 'sh
 # %% ../../nbs/03_env/04_rewards.ipynb #caa793c8
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -157,7 +157,7 @@ def count_action(
 
 # %% ../../nbs/03_env/04_rewards.ipynb #4f66ed4f
 # preset -> bars of forward return, threshold of a direction, weights
-_REWARD_PRESETS = {
+_REWARD_PRESETS: dict[str, dict[str, Any]] = {
     "v2.4.5": dict(
         horizon=4,
         threshold=0.0,
@@ -231,26 +231,26 @@ class ForwardRow(NamedTuple):
 
 def forward_rows(
     market: MarketData,  # T bars
-    preset: RewardPreset,
+    preset: RewardPreset,  # its horizon and threshold
     usable: np.ndarray,  # (T,) bool: a decision may be made here
 ) -> ForwardRow:  # columns (T,) float64; without a forward return where no decision is made
     "Forward returns, and how they compare with the volatility known at decision."
     opening, _, _, close, _ = market.prices
     at, forward = np.flatnonzero(usable), np.zeros(len(usable))
     forward[at] = close[at + preset.horizon] / opening[at + 1] - 1
-    forward = torch.as_tensor(forward)
+    returns = torch.as_tensor(forward)
     volatility = torch.as_tensor(market.volatility.clip(_MINIMUM_VOLATILITY))
     return ForwardRow(
-        forward,
-        torch.sign(forward) * (forward.abs() > preset.threshold),
-        torch.tanh(forward.abs() / (volatility * preset.horizon**0.5)),
+        returns,
+        torch.sign(returns) * (returns.abs() > preset.threshold),
+        torch.tanh(returns.abs() / (volatility * preset.horizon**0.5)),
         volatility,
     )
 
 
 def full_move(
     market: MarketData,  # T bars
-    rules: AccountRules,
+    rules: AccountRules,  # whose largest position is meant
     usable: np.ndarray,  # (T,) bool: a decision may be made here
 ) -> float:  # share of equity
     "A typical bar's return of an account that holds all it may."

@@ -6,15 +6,18 @@
 __all__ = ['ORDER_RULES', 'COST_PRESETS', 'AccountRules', 'stack_rules', 'account_rules']
 
 # %% ../../nbs/03_env/00_rules.ipynb #2824f4b3
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import AccountConfig, InputError
 
 # %% ../../nbs/03_env/00_rules.ipynb #5f1c7a03
 # asset class -> what the broker takes; decimals of a quantity, None: cannot be sold short
-ORDER_RULES = {
+ORDER_RULES: dict[str, dict[str, Any]] = {
     "crypto": dict(minimum_order=10.0, size_decimals=9, short_decimals=None, fee_in_kind=True),
     "equity": dict(minimum_order=1.0, size_decimals=9, short_decimals=0, fee_in_kind=False),
 }
@@ -64,7 +67,7 @@ class AccountRules:
 
     def with_costs(
         self,
-        scale: float,  # 0: free trading, 1: as they are
+        scale: float | Tensor,  # 0: free trading, 1: as they are
     ) -> "AccountRules":
         "The same rules at other costs."
         names = ("commission", "half_spread", "slippage", "impact")
@@ -72,10 +75,10 @@ class AccountRules:
 
 
 def stack_rules(
-    rules: list[AccountRules],  # one for each account
+    rules: Sequence[AccountRules],  # one for each account
 ) -> AccountRules:  # every field a tensor (n,)
     "Accounts that live by different rules, side by side."
-    columns = {}
+    columns: dict[str, Any] = {}  # fields are numbers or tensors
     for f in fields(AccountRules):
         kind = torch.bool if f.type is bool else torch.float64
         columns[f.name] = torch.tensor([getattr(r, f.name) for r in rules], dtype=kind)

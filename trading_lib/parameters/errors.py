@@ -40,7 +40,7 @@ def cut(
 
 
 def require(
-    condition: bool,  # what must hold
+    condition: object,  # what must hold; true and false of numpy and torch will do
     message: str,  # what was given, what was expected, what to do
 ):
     "Raise `InputError(message)` unless `condition` holds."
