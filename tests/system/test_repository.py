@@ -375,6 +375,34 @@ def test_notebooks_open_with_a_title_and_one_line(path):
     assert re.match(r"# \S[^\n]*\n\n> \S", opening)
 
 
+def test_a_notebook_has_the_title_of_its_module():
+    modules = {p: re.search(r"(?m)^#\|\s*default_exp\s+([\w.]+)", code(p)) for p in notebooks()}
+    titles = {p: source(cells(p, "markdown")[0]).splitlines()[0] for p, m in modules.items() if m}
+    assert [p.stem for p, title in titles.items() if title != "# " + modules[p][1].split(".")[-1]] == []
+
+
+def dead_links(text: str, folder: Path) -> list[str]:
+    "Relative links and named notebooks of a Markdown text that are not there."
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text)
+    links = [link for link in links if not re.match(r"\w+:", link)]
+    named = re.findall(r"(?<![\w./])nbs/[\w./-]+\.ipynb", text)
+    return [link for link in links if not (folder / link).exists()] + [
+        name for name in named if not (ROOT / name).exists()
+    ]
+
+
+@pytest.mark.parametrize("path", notebooks(), ids=lambda p: p.stem)
+def test_links_and_paths_of_notebooks_exist(path):
+    dead = [link for cell in cells(path, "markdown") for link in dead_links(source(cell), path.parent)]
+    named = re.findall(r"(?<![\w./])nbs/[\w./-]+\.ipynb", "\n".join(map(source, cells(path))))
+    assert dead + [name for name in named if not (ROOT / name).exists()] == []
+
+
+def test_a_dead_link_is_seen():
+    text = "[a](env.ipynb#steps), [b](https://x.y/z), [c](07_env.ipynb), `nbs/train.ipynb`, nbs/none.ipynb"
+    assert dead_links(text, ROOT / "nbs" / "03_env") == ["env.ipynb", "nbs/none.ipynb"]
+
+
 def parameters_cell(stage: str) -> dict:
     "name -> value of the cell tagged `parameters`."
     tagged = [

@@ -159,7 +159,8 @@ def _read(manifest: Path) -> tuple[dict | None, _Held]:
             if not inside == entry["bars"] == len(bars):
                 raise ValueError
             times = [
-                parse_time(entry[name]) if entry.get(name) is not None else None for name in ("proven", "asked")
+                parse_time(entry[name]) if entry.get(name) is not None else None
+                for name in ("proven", "asked")
             ]
             return identity, _Held(
                 bars, ranges, tuple(entry["invalidated"]), entry["sha256"], *times, "next" in told
