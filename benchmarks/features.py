@@ -1,13 +1,16 @@
 """Feature tables and live observations: seconds per layout on one core, and where the time goes.
 
-    python benchmarks/features.py            # table for 35,040 bars (a year of 15Min crypto) and 140,000, live build, profile
+    python benchmarks/features.py     # tables of one and of four years of 15Min crypto, live build, profile
 
 Ratios between rows come from one run on one machine; absolute seconds depend on it.
 """
 
+# The number of threads is set before numpy is imported.
+# ruff: noqa: E402
 import os
 import platform
 import time
+from functools import partial
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -31,7 +34,8 @@ MOST_YEAR, MOST_LIVE = 1.0, 0.02  # seconds, of 5.6.0: its table of a year, and 
 def main():
     bars = simulate_bars("SIM-USD", "15Min", "2019-01-01", "2023-01-01", seed=0, edge=0.0)
     print(
-        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}, torch {torch.__version__}, one core, shortest of 3"
+        f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, numpy "
+        f"{np.__version__}, torch {torch.__version__}, one core, shortest of 3"
     )
     print(
         f"{'layout':8} {'columns':>7} "
@@ -43,15 +47,10 @@ def main():
         begin = time.perf_counter()
         fit = fit_features(bars.iloc[:25_000], version, "15Min", "crypto")
         fitting = time.perf_counter() - begin
-        tables = [
-            best_of(lambda: feature_table(bars.iloc[:n], version, fit, "15Min", "crypto"), 3) for n in SIZES
-        ]
-        builder, account = (
-            InferenceObservationBuilder(version, fit, "15Min", "crypto"),
-            AccountState.initial(),
-        )
-        tail = bars.iloc[-layout.min_history :]
-        live = best_of(lambda: builder.build(tail, account), 20)
+        of_bars = partial(feature_table, version=version, fit=fit, timeframe="15Min", asset_class="crypto")
+        tables = [best_of(partial(of_bars, bars.iloc[:n]), 3) for n in SIZES]
+        builder = InferenceObservationBuilder(version, fit, "15Min", "crypto")
+        live = best_of(partial(builder.build, bars.iloc[-layout.min_history :], AccountState.initial()), 20)
         print(
             f"{version:8} {layout.n_features:>7} "
             + " ".join(f"{t:>12.3f} s" for t in tables)
@@ -63,7 +62,8 @@ def main():
                 ("a live observation", live, MOST_LIVE),
             ):
                 print(
-                    f"{'met   ' if took <= most else 'missed'} {version}: {name} within {most:g} s of one core, is {took:.3f}"
+                    f"{'met   ' if took <= most else 'missed'} {version}: {name} within {most:g} s "
+                    f"of one core, is {took:.3f}"
                 )
     print_profile(
         f"5.6.0, {SIZES[1]:,} bars", feature_table, bars.iloc[: SIZES[1]], "5.6.0", fit, "15Min", "crypto"

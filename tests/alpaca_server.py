@@ -1,13 +1,17 @@
-"""A server on this computer that speaks the wire format of Alpaca's historical bars, and misbehaves on demand.
+"""A server on this computer that speaks the wire format of Alpaca's bars, and misbehaves on demand.
 
-    with AlpacaServer({("AAPL", "15Min"): bars}) as server:      # bars: start-labelled, UTC, columns open high low close volume
-        server.inject("429 once")                                # a name in FAULTS or MORE; times=None: always; after=2: the first two answers are good
+    with AlpacaServer({("AAPL", "15Min"): bars}) as server:  # labelled by start, UTC
+        server.inject("429 once")  # a name in FAULTS or MORE
         fetch_bars(["AAPL"], "15Min", start, end, "equity", url=server.url, ...)
         assert [r.query["symbols"] for r in server.requests] == ["AAPL", "AAPL"]
 
-It serves /v2/stocks/bars and /v1beta3/crypto/us/bars: symbols, timeframe, start, end (inclusive), limit (over all symbols), page_token, sort, feed, adjustment. Results sort by symbol, then time;
-daily bars of stocks are labelled with midnight in New York, as Alpaca's are. `feed=iex` has a fortieth of the volume. `splits` divides earlier prices where `adjustment` is split or all;
-both `bars` and `splits` may be changed while the server runs. Pass `keys` to have them checked. Every request is kept in `requests`.
+`times=None` injects a fault for ever, `after=2` once the first two answers were good.
+
+It serves /v2/stocks/bars and /v1beta3/crypto/us/bars: symbols, timeframe, start, end (inclusive), limit
+(over all symbols), page_token, sort, feed, adjustment. Results sort by symbol, then time; daily bars of
+stocks are labelled with midnight in New York, as Alpaca's are. `feed=iex` has a fortieth of the volume.
+`splits` divides earlier prices where `adjustment` is split or all; both `bars` and `splits` may be changed
+while the server runs. Pass `keys` to have them checked. Every request is kept in `requests`.
 """
 
 import base64
@@ -52,8 +56,10 @@ def _whole(bars: dict, i: int, symbol: str | None = None):
     return bars[symbol or next(iter(bars))][i]
 
 
-# --- faults: functions of (handler, payload) -------------------------------------------------------------------------
-# An HTTP fault answers by itself and returns True. A payload fault changes the good payload in place and returns False. None: does not apply to this request, and is kept for another.
+# --- faults: functions of (handler, payload)
+# -------------------------------------------------------------------------
+# An HTTP fault answers by itself and returns True. A payload fault changes the good payload in place and
+# returns False. None: does not apply to this request, and is kept for another.
 
 
 def _status(
@@ -461,7 +467,7 @@ class AlpacaServer:
     # faults
 
     def inject(self, name: str, times: int | None = 1, after: int = 0):
-        "Misbehave `times` times (None: always), after so many good answers. `refused` once: nobody listens for 0.15 s."
+        "Misbehave `times` times (None: always), after so many good answers; `refused`: nobody listens."
         if name == "refused":
             self._hang_up()
             if times is not None:

@@ -13,10 +13,11 @@ from functools import cached_property
 
 import numpy as np
 
-from .config import require
-from trading_lib.market.layouts import (
+from .config import InputError
+from trading_lib.market.layouts import (  # noqa: F401
     BLOCKS,
     LAYOUTS,
+    Layout,
     get_layout,
     get_target_features_from_obs_dim,
     layout_hash,
@@ -150,6 +151,7 @@ CONTEXTS = {
 }  # step -> default context
 _NS, _DAY, _WEEK = 1_000_000_000, 86_400, 604_800
 _EXCHANGE_SECONDS = 23_400  # 9:30 to 16:00
+_PRICES = ("open", "high", "low", "close", "volume")
 
 
 @dataclass(frozen=True)
@@ -169,35 +171,35 @@ def _context(timeframe, asset_class, name=None) -> _Context:
     step = timeframe_seconds(timeframe)
     name = name or CONTEXTS[timeframe_name(timeframe)]
     seconds = _WEEK if name == "1Week" else timeframe_seconds(name)
-    require(
-        seconds > step and seconds % step == 0,
-        f"features: a context of {name} does not hold a whole number of {timeframe} bars; choose a longer one, such as {CONTEXTS[timeframe_name(timeframe)]}",
-    )
-    require(
-        (seconds == _WEEK) == (step == _DAY),
-        f"features: bars of {timeframe} have a context of {'1Week' if step == _DAY else 'up to 1Day'}, was {name}",
-    )
+    if seconds <= step or seconds % step != 0:
+        raise InputError(
+            f"features: a context of {name} does not hold a whole number of {timeframe} bars; choose a "
+            f"longer one, such as {CONTEXTS[timeframe_name(timeframe)]}"
+        )
+    if (seconds == _WEEK) != (step == _DAY):
+        raise InputError(
+            f"features: bars of {timeframe} have a context of "
+            f"{'1Week' if step == _DAY else 'up to 1Day'}, was {name}"
+        )
     if asset_class == "crypto":
         return _Context(seconds, seconds // step, seconds, False)
     steps = 5 if seconds == _WEEK else -(-min(seconds, _EXCHANGE_SECONDS) // step)
     return _Context(seconds, steps, 5 * _DAY if seconds == _WEEK else seconds, seconds < _DAY)
 
-
+# %% ../nbs/02_features/02_features.ipynb #052da42c
 def _segments(bars, timeframe, asset_class, context, chains=None) -> list[_Segment]:
     "The unbroken stretches of a bar table."
     from trading_lib.bars import bar_clock
 
-    missing = [c for c in ("open", "high", "low", "close", "volume") if c not in bars.columns]
-    require(
-        not missing, f"bars: column {', '.join(missing)} is missing; expected open, high, low, close, volume"
-    )
+    missing = [c for c in _PRICES if c not in bars.columns]
+    if missing:
+        raise InputError(
+            f"bars: column {', '.join(missing)} is missing; expected open, high, low, close, volume"
+        )
     clock, context = bar_clock(bars.index, timeframe, asset_class), _context(timeframe, asset_class, context)
-    prices = [
-        np.ascontiguousarray(bars[c].to_numpy(np.float64)) for c in ("open", "high", "low", "close", "volume")
-    ]
-    starts: list[int] = []
-    if len(bars):
-        starts = np.flatnonzero(np.concatenate([[True], clock.segment[1:] != clock.segment[:-1]])).tolist()
+    prices = [np.ascontiguousarray(bars[c].to_numpy(np.float64)) for c in _PRICES]
+    fresh = np.concatenate([[True], clock.segment[1:] != clock.segment[:-1]])[: len(bars)]
+    starts = np.flatnonzero(fresh).tolist()
     names = ("start", "close", "session", "session_close", "session_progress", "hour", "weekday", "month")
     return [
         _Segment([p[a:b] for p in prices], {n: getattr(clock, n)[a:b] for n in names}, chains, context)
@@ -241,16 +243,14 @@ def _temporal(s):
     return [f(turn) for turn in turns for f in (np.sin, np.cos)] + [s.clock["session_progress"]]
 
 # %% ../nbs/02_features/02_features.ipynb #8ab0dcee
-_VOLATILITY_FLOOR = (
-    1e-6  # a hundredth of a basis point per bar: keeps the logarithm and the ratios of a flat market finite
-)
+# a hundredth of a basis point per bar: keeps the logarithm and the ratios of a flat market finite
+_VOLATILITY_FLOOR = 1e-6
 
 
 def chain_observations(
-    s,  # one segment
-) -> (
-    np.ndarray
-):  # (T, 4): log volatility; scaled return over 50, 10 and 200 bars; NaN until enough bars exist
+    s: _Segment,  # one unbroken stretch
+    # (T, 4): log volatility; scaled return over 50, 10 and 200 bars; NaN until enough bars exist
+) -> np.ndarray:
     "What the volatility, trend, momentum and macro chains observe."
     volatility = np.maximum(s.volatility(20), _VOLATILITY_FLOOR)
     columns = [np.where(s.index >= 20, np.log(volatility), np.nan)]
@@ -320,9 +320,8 @@ def _multi_window(s):
 def _groups(s):
     "Per bar: start of its context bar, when that one is over, and when the bar itself is known (ns)."
     start, seconds = s.clock["start"], s.context.seconds
-    if (
-        seconds == _WEEK
-    ):  # daily labels are dates; a week is over with Friday's bar, or Sunday's for what trades at weekends
+    if seconds == _WEEK:
+        # daily labels are dates; a week is over with Friday's bar, or Sunday's for what trades at weekends
         monday = start - s.clock["weekday"] * (_DAY * _NS)
         return monday, monday + s.context.elapsing * _NS, start + _DAY * _NS
     face = np.rint(s.clock["hour"] * 3600).astype(np.int64)  # seconds since midnight on the exchange's clock
@@ -330,18 +329,9 @@ def _groups(s):
     return begin, np.minimum(begin + seconds * _NS, s.clock["session_close"]), s.clock["close"]
 
 
-def _hourly_context(s):
-    r = s.context.steps
-    begin, over, known = _groups(s)
-    home = s.clock["session"] if s.context.within_session else np.zeros(len(s), np.int64)
-    fresh = np.concatenate([[True], home[1:] != home[:-1]])  # first bar of a session
-    place = s.index - np.maximum.accumulate(
-        np.where(fresh, s.index, 0)
-    )  # bars before this one in its session
-    before = s.close[np.maximum(s.index - 1, 0)]
-    steps = s.close / np.where(fresh, s.open, before) - 1
-
-    edge = fresh | np.concatenate([[True], begin[1:] != begin[:-1]])
+def _completed(s, steps, begin, over, known, home) -> list[np.ndarray]:
+    "Return, volatility and range of the last context bar that was over when each bar was known; or 0."
+    edge = np.concatenate([[True], (home[1:] != home[:-1]) | (begin[1:] != begin[:-1])])
     first, group = np.flatnonzero(edge), np.cumsum(edge) - 1
     final = np.concatenate([first[1:], [len(s)]]) - 1
     count = final - first + 1
@@ -354,7 +344,20 @@ def _hourly_context(s):
     ]
     last = np.where(over <= known, group, group - 1)  # the present one only once it is over
     exists = (last >= 0) & (home[first[np.maximum(last, 0)]] == home)
-    h1_return, h1_volatility, h1_range = (np.where(exists, x[np.maximum(last, 0)], 0.0) for x in whole)
+    return [np.where(exists, x[np.maximum(last, 0)], 0.0) for x in whole]
+
+
+def _hourly_context(s):
+    "The columns of `hourly_context`, in order."
+    r = s.context.steps
+    begin, over, known = _groups(s)
+    home = s.clock["session"] if s.context.within_session else np.zeros(len(s), np.int64)
+    fresh = np.concatenate([[True], home[1:] != home[:-1]])  # first bar of a session
+    place = s.index - np.maximum.accumulate(np.where(fresh, s.index, 0))  # bars before it in its session
+    before = s.close[np.maximum(s.index - 1, 0)]
+    steps = s.close / np.where(fresh, s.open, before) - 1
+
+    h1_return, h1_volatility, h1_range = _completed(s, steps, begin, over, known, home)
 
     def change(bars, end):
         return s.close[np.maximum(end, 0)] / s.close[np.maximum(end - bars, 0)] - 1
@@ -363,11 +366,9 @@ def _hourly_context(s):
     share = (ups - ups[np.maximum(s.index - 4 * r, 0)]) / (4 * r)
     trend = np.where(place >= 4 * r, change(4 * r, s.index), 0.0)
     momentum = np.where(place >= 2 * r, change(r, s.index) - change(r, s.index - r), 0.0)
-    elapsed = (
-        s.clock["session_progress"]
-        if s.context.seconds == _DAY
-        else (known - begin) / (s.context.elapsing * _NS)
-    )
+    elapsed = (known - begin) / (s.context.elapsing * _NS)
+    if s.context.seconds == _DAY:
+        elapsed = s.clock["session_progress"]
     return [
         h1_return,
         h1_volatility,
@@ -394,6 +395,21 @@ BLOCK_FUNCTIONS = {
 _CHAIN_BLOCKS = ("markov", "reversal", "regime_bars")  # these need fitted chains
 
 # %% ../nbs/02_features/02_features.ipynb #631e9770
+_PLAIN_FIELDS = ("version", "timeframe", "asset_class", "context", "first", "last", "bars", "tail_error")
+_CHAIN_ARRAYS = ("means", "variances", "transitions")
+
+
+def _chains_of(state: dict | None) -> MarkovChains | None:
+    "The chains in a stored fit, checked."
+    if state is None:
+        return None
+    chains = MarkovChains(*(np.array(state[name], float) for name in _CHAIN_ARRAYS))
+    shapes = chains.means.shape, chains.variances.shape, chains.transitions.shape
+    if shapes != ((4, 3), (4, 3), (4, 3, 3)):
+        raise InputError("feature fit: expected four chains of three states; fit again")
+    return chains
+
+
 @dataclass(frozen=True, eq=False)
 class FeatureFit:
     "All that is fitted on the training span: plain values, safe to store."
@@ -408,30 +424,17 @@ class FeatureFit:
     first: str  # first bar of the training span
     last: str  # its last bar
     bars: int  # number of bars in it
-    tail_error: float  # largest difference between a row from `min_history` bars and the same row from all bars, on the training span
+    # largest difference between a row from `min_history` bars and the same row from all bars, on the training
+    # span
+    tail_error: float
 
     def to_state(self) -> dict:  # lists, numbers and text
         "Plain containers, for a checkpoint or JSON."
-        chains = (
-            None
-            if self.chains is None
-            else {name: getattr(self.chains, name).tolist() for name in ("means", "variances", "transitions")}
-        )
-        plain = {
-            name: getattr(self, name)
-            for name in (
-                "version",
-                "timeframe",
-                "asset_class",
-                "context",
-                "first",
-                "last",
-                "bars",
-                "tail_error",
-            )
-        }
+        chains = None
+        if self.chains is not None:
+            chains = {name: getattr(self.chains, name).tolist() for name in _CHAIN_ARRAYS}
         return {
-            **plain,
+            **{name: getattr(self, name) for name in _PLAIN_FIELDS},
             "chains": chains,
             "shift": self.shift.tolist(),
             "scale": self.scale.tolist(),
@@ -445,55 +448,42 @@ class FeatureFit:
         state: dict,  # what `to_state` gave
     ):  # FeatureFit
         "The fit again, bit for bit; a fit of another layout is refused."
-        require(
-            isinstance(state, dict),
-            f"feature fit: expected a table of names and values, was {type(state).__name__}",
-        )
+        if not isinstance(state, dict):
+            raise InputError(f"feature fit: expected a table of names and values, was {type(state).__name__}")
         names = set(cls.__dataclass_fields__) | {"columns", "layout_hash"}
-        require(
-            set(state) == names,
-            f"feature fit: expected {', '.join(sorted(names))}; {', '.join(sorted(names ^ set(state)))} missing or unknown; it comes from another version of this library, fit again",
-        )
+        if set(state) != names:
+            raise InputError(
+                f"feature fit: expected {', '.join(sorted(names))}; "
+                f"{', '.join(sorted(names ^ set(state)))} missing or unknown; it comes from another "
+                "version of this library, fit again"
+            )
         layout = get_layout(state["version"])
-        require(
-            state["layout_hash"] == layout_hash(layout.version)
-            and list(state["columns"]) == list(layout.columns),
-            f"feature fit: its columns are not those of layout {layout.version} here; use the library version it was made with, or fit again",
-        )
-        chains = state["chains"]
-        if chains is not None:
-            chains = MarkovChains(
-                *(np.array(chains[name], float) for name in ("means", "variances", "transitions"))
+        same_columns = list(state["columns"]) == list(layout.columns)
+        if state["layout_hash"] != layout_hash(layout.version) or not same_columns:
+            raise InputError(
+                f"feature fit: its columns are not those of layout {layout.version} here; use the "
+                "library version it was made with, or fit again"
             )
-            require(
-                chains.means.shape == chains.variances.shape == (4, 3)
-                and chains.transitions.shape == (4, 3, 3),
-                "feature fit: expected four chains of three states; fit again",
-            )
+        chains = _chains_of(state["chains"])
         shift, scale = np.array(state["shift"], float), np.array(state["scale"], float)
-        require(
-            shift.shape == scale.shape == (layout.n_features,)
-            and bool(np.isfinite(shift).all() and np.isfinite(scale).all()),
-            f"feature fit: expected {layout.n_features} finite shifts and scales, were {shift.shape} and {scale.shape}; fit again",
-        )
-        return cls(
-            **{
-                **{k: state[k] for k in cls.__dataclass_fields__},
-                "chains": chains,
-                "shift": shift,
-                "scale": scale,
-            }
-        )
+        width = (layout.n_features,)
+        if shift.shape != width or scale.shape != width or not np.isfinite([shift, scale]).all():
+            raise InputError(
+                f"feature fit: expected {layout.n_features} finite shifts and scales, were "
+                f"{shift.shape} and {scale.shape}; fit again"
+            )
+        fields = {name: state[name] for name in _PLAIN_FIELDS}
+        return cls(**fields, chains=chains, shift=shift, scale=scale)
 
-
-def _table(segments, layout) -> np.ndarray:
-    "The market columns of a layout, (T, columns)."
+# %% ../nbs/02_features/02_features.ipynb #8821cd75
+def _table(segments: list[_Segment], layout: Layout) -> np.ndarray:  # (T, market columns)
+    "The market columns of a layout."
     blocks = [name for name in layout.blocks if BLOCKS[name].source == "market"]
     table = np.empty((sum(map(len, segments)), len(layout.market_columns)))
     begin = 0
     with np.errstate(
         all="ignore"
-    ):  # broken bars give NaN in their own rows and after; that is the answer, not a surprise
+    ):  # broken bars give NaN in their own rows and after, and that is the answer
         for s in segments:
             column = 0
             for name in blocks:
@@ -504,14 +494,55 @@ def _table(segments, layout) -> np.ndarray:
     return table
 
 
-def _warmed(segments, layout) -> np.ndarray:
+def _warmed(segments: list[_Segment], layout: Layout) -> np.ndarray:  # bool (T,)
     "Per bar: whether its segment has given it `min_history` bars, itself included."
     return np.concatenate([s.index >= layout.min_history - 1 for s in segments])
 
-
+# %% ../nbs/02_features/02_features.ipynb #d367356b
 _CALENDAR_COLUMNS = (*BLOCKS["temporal"].columns, "position_in_hour")
 
 
+def _fit_segments(segments: list[_Segment], layout: Layout) -> MarkovChains | None:
+    "Fit the chains and give them to the segments; None: the layout needs none."
+    if not any(name in _CHAIN_BLOCKS for name in layout.blocks):
+        return None
+    with np.errstate(all="ignore"):
+        observations = np.concatenate([chain_observations(s) for s in segments])
+    chains = fit_chains(observations, np.repeat(np.arange(len(segments)), [len(s) for s in segments]))
+    for s in segments:
+        s.chains = chains
+    return chains
+
+
+def _fit_scales(
+    warm: np.ndarray,  # (T, market columns): the table without warm-up
+    layout: Layout,  # of the table
+) -> tuple[np.ndarray, np.ndarray]:  # shift, scale: (n_features,) each
+    "Mean and 1 / standard deviation of each market column, with the two guards."
+    mean, deviation = warm.mean(0), warm.std(0)
+    moves = (deviation > 1e-6 * np.abs(mean)) & (deviation > 1e-12)
+    fixed = np.isin(layout.market_columns, _CALENDAR_COLUMNS)
+    shift, scale = np.zeros(layout.n_features), np.ones(layout.n_features)
+    market = np.isin(layout.columns, layout.market_columns)
+    shift[market] = np.where(fixed, 0.0, mean)
+    scale[market] = np.where(moves & ~fixed, 1 / np.where(moves, deviation, 1.0), 1.0)
+    return shift, scale
+
+
+def _tail_error(segments: list[_Segment], table: np.ndarray, layout: Layout) -> float:
+    "Largest difference between rows from a tail, as a live builder has it, and the same rows of the table."
+    sizes, history = [len(s) for s in segments], layout.min_history
+    longest = int(np.argmax(sizes))
+    # an age may differ where two states are equally likely
+    begin, compared = sum(sizes[:longest]), ~np.isin(layout.market_columns, BLOCKS["regime_bars"].columns)
+    errors = []
+    for k in (1, 2, 3, 4):
+        end = history + (sizes[longest] - history) * k // 4
+        row = _table([segments[longest].tail(end, history)], layout)[-1]
+        errors.append(np.abs(row - table[begin + end - 1])[compared].max())
+    return float(max(errors))
+
+# %% ../nbs/02_features/02_features.ipynb #c8484693
 def fit_features(
     bars,  # DataFrame of validated bars: the training span and nothing else
     version: str,  # layout, such as "5.6.0"
@@ -526,66 +557,34 @@ def fit_features(
     context = timeframe_name(context) if context and context != "1Week" else context or CONTEXTS[timeframe]
     segments = _segments(bars, timeframe, asset_class, context)
     longest, needed = max(map(len, segments), default=0), layout.min_history + 100
-    require(
-        longest >= needed,
-        f"features: the longest unbroken stretch of the training span has {longest} bars, layout {version} needs {needed} to be fitted ({layout.min_history} of them to warm up); use more history or a shorter timeframe",
-    )
-    chains = None
-    if any(name in _CHAIN_BLOCKS for name in layout.blocks):
-        with np.errstate(all="ignore"):
-            observations = [chain_observations(s) for s in segments]
-        chains = fit_chains(
-            np.concatenate(observations), np.repeat(np.arange(len(segments)), [len(s) for s in segments])
+    if not longest >= needed:
+        raise InputError(
+            f"features: the longest unbroken stretch of the training span has {longest} bars, layout "
+            f"{version} needs {needed} to be fitted ({layout.min_history} of them to warm up); use more "
+            "history or a shorter timeframe"
         )
-        for s in segments:
-            s.chains = chains
+    chains = _fit_segments(segments, layout)
     table = _table(segments, layout)
     bad = ~np.isfinite(table).all(0)
-    require(
-        not bad.any(),
-        f"features: {', '.join(np.array(layout.market_columns)[bad][:3])} is not finite on these bars; pass them through validate_bars first",
-    )
-
-    warm = table[_warmed(segments, layout)]
-    mean, deviation = warm.mean(0), warm.std(0)
-    moves = (deviation > 1e-6 * np.abs(mean)) & (deviation > 1e-12)
-    fixed = np.isin(layout.market_columns, _CALENDAR_COLUMNS)
-    shift, scale = np.zeros(layout.n_features), np.ones(layout.n_features)
-    market = np.isin(layout.columns, layout.market_columns)
-    shift[market] = np.where(fixed, 0.0, mean)
-    scale[market] = np.where(moves & ~fixed, 1 / np.where(moves, deviation, 1.0), 1.0)
-
-    # a tail of min_history bars, as a live builder has it, against the whole span; an age may differ where two states are equally likely
-    sizes = [len(s) for s in segments]
-    i = int(np.argmax(sizes))
-    begin, compared = sum(sizes[:i]), ~np.isin(layout.market_columns, BLOCKS["regime_bars"].columns)
-    ends = [layout.min_history + (longest - layout.min_history) * k // 4 for k in (1, 2, 3, 4)]
-    errors = [
-        np.abs(_table([segments[i].tail(end, layout.min_history)], layout)[-1] - table[begin + end - 1])[
-            compared
-        ].max()
-        for end in ends
-    ]
-    require(
-        max(errors) <= 1e-4,
-        f"features: {layout.min_history} bars of history are not enough on these bars: the last row differs by {max(errors):.1g} from that of the whole span; "
-        f"raise min_history of layout {version}",
-    )
+    if bad.any():
+        raise InputError(
+            f"features: {', '.join(np.array(layout.market_columns)[bad][:3])} is not finite on these bars; "
+            "pass them through validate_bars first"
+        )
+    shift, scale = _fit_scales(table[_warmed(segments, layout)], layout)
+    tail_error = _tail_error(segments, table, layout)
+    if not tail_error <= 1e-4:
+        raise InputError(
+            f"features: {layout.min_history} bars of history are not enough on these bars: the last row "
+            f"differs by {tail_error:.1g} from that of the whole span; "
+            f"raise min_history of layout {version}"
+        )
+    first, last = bars.index[0].isoformat(), bars.index[-1].isoformat()
     return FeatureFit(
-        version,
-        timeframe,
-        asset_class,
-        context,
-        chains,
-        shift,
-        scale,
-        bars.index[0].isoformat(),
-        bars.index[-1].isoformat(),
-        len(bars),
-        float(max(errors)),
+        version, timeframe, asset_class, context, chains, shift, scale, first, last, len(bars), tail_error
     )
 
-
+# %% ../nbs/02_features/02_features.ipynb #ef18c298
 def feature_table(
     bars,  # DataFrame of validated bars: any span
     version: str,  # layout, such as "5.6.0"
@@ -593,21 +592,25 @@ def feature_table(
     timeframe: str,  # of the bars, such as "15Min"
     asset_class: str,  # "crypto" or "equity"
 ):  # DataFrame, float64, (T, market columns): one row per bar, unscaled
-    "The market columns of every bar. Row t is a function of bars up to t; the first `min_history` rows of a segment are warm-up."
+    "The market columns of every bar: row t from bars up to t; a segment's first `min_history` rows warm up."
     import pandas as pd
 
     from trading_lib.bars import timeframe_name
 
     layout = get_layout(version)
-    require(
-        isinstance(fit, FeatureFit),
-        f"feature_table: expected a FeatureFit from fit_features (of the training span), was {type(fit).__name__}",
-    )
-    require(
-        layout_hash(fit.version) == layout_hash(version)
-        and fit.timeframe == timeframe_name(timeframe)
-        and fit.asset_class == asset_class,
-        f"feature_table: the fit is of layout {fit.version}, {fit.timeframe}, {fit.asset_class}; asked for {version}, {timeframe}, {asset_class}; use the fit that belongs to the model",
-    )
+    if not isinstance(fit, FeatureFit):
+        raise InputError(
+            "feature_table: expected a FeatureFit from fit_features (of the training span), was "
+            f"{type(fit).__name__}"
+        )
+    if (
+        layout_hash(fit.version) != layout_hash(version)
+        or fit.timeframe != timeframe_name(timeframe)
+        or fit.asset_class != asset_class
+    ):
+        raise InputError(
+            f"feature_table: the fit is of layout {fit.version}, {fit.timeframe}, {fit.asset_class}; "
+            f"asked for {version}, {timeframe}, {asset_class}; use the fit that belongs to the model"
+        )
     segments = _segments(bars, timeframe, asset_class, fit.context, fit.chains)
     return pd.DataFrame(_table(segments, layout), index=bars.index, columns=list(layout.market_columns))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .config import InputError, require, unknown_name
+from .config import InputError, unknown_name
 from .market.layouts import LAYOUTS, layout_hash
 
 # %% ../nbs/02_features/03_version.ipynb #06f169f1
@@ -147,7 +147,7 @@ def missing_parts(
     return [name for name, there in parts.items() if not there]
 
 # %% ../nbs/02_features/03_version.ipynb #ad1caa14
-def _as_spec(spec) -> ModelSpec:
+def _as_spec(spec: ModelSpec | str) -> ModelSpec:
     "A spec, or the spec of a version."
     if isinstance(spec, ModelSpec):
         return spec
@@ -156,12 +156,13 @@ def _as_spec(spec) -> ModelSpec:
     return MODEL_SPECS[spec]
 
 
-def _actions(spec) -> tuple[Action, ...]:
+def _actions(spec: ModelSpec | str) -> tuple[Action, ...]:
+    "The action set of a model, in the order of its outputs."
     spec = _as_spec(spec)
-    require(
-        spec.n_actions in ACTION_SETS,
-        f"model version {spec.version}: expected {_listed(ACTION_SETS)} actions, was {spec.n_actions}",
-    )
+    if spec.n_actions not in ACTION_SETS:
+        raise InputError(
+            f"model version {spec.version}: expected {_listed(ACTION_SETS)} actions, was {spec.n_actions}"
+        )
     return ACTION_SETS[spec.n_actions]
 
 
@@ -173,7 +174,7 @@ def interpret_action(
     action: int,  # output of the policy; a whole number of any library
     spec: ModelSpec | str,  # of the model that emitted it
 ) -> tuple[int, float, str]:  # (direction, size multiplier, name)
-    "What an action means: +1 buys, -1 sells; the size is a share of a full-size order. CLOSE is (0, 1.0, 'CLOSE')."
+    "What an action means: +1 buys, -1 sells; the size is a share of a full-size order."
     actions = _actions(spec)
     try:
         index = operator.index(action)
@@ -181,18 +182,15 @@ def interpret_action(
         raise InputError(
             f"action: expected a whole number from 0 to {len(actions) - 1}, was {action!r}"
         ) from None
-    require(
-        not isinstance(action, bool) and 0 <= index < len(actions),
-        f"action: expected a whole number from 0 to {len(actions) - 1}, was {action!r}",
-    )
+    if isinstance(action, bool) or not 0 <= index < len(actions):
+        raise InputError(f"action: expected a whole number from 0 to {len(actions) - 1}, was {action!r}")
     return actions[index].direction, actions[index].size_multiplier, actions[index].name
 
-
+# %% ../nbs/02_features/03_version.ipynb #ff0a2282
 def action_table(
     spec: ModelSpec | str,  # of the model
-) -> tuple[
-    np.ndarray, np.ndarray, np.ndarray
-]:  # direction int64, size multiplier float64, is_close bool; each (n_actions,)
+    # direction int64, size multiplier float64, is_close bool; each (n_actions,)
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "The decoder as arrays, to be indexed with actions."
     actions = _actions(spec)
     return (
@@ -208,7 +206,8 @@ def get_checkpoint_metadata(
 ) -> dict:  # plain values, to be merged into the checkpoint
     "What a checkpoint says about its model."
     spec = _as_spec(version)
-    require(window >= 1, f"window: expected 1 or more bars, was {window}")
+    if window < 1:
+        raise InputError(f"window: expected 1 or more bars, was {window}")
     return {
         "model_version": spec.version,
         "n_features": spec.n_features,
@@ -221,29 +220,27 @@ def get_checkpoint_metadata(
     }
 
 # %% ../nbs/02_features/03_version.ipynb #f1dd60fe
+def _declared(checkpoint: dict, *names: str):
+    "A metadata field, wherever an older writer may have put it; the first of its names that is there."
+    for place in (checkpoint, checkpoint.get("version_metadata"), checkpoint.get("metadata")):
+        if isinstance(place, dict):
+            for name in names:
+                if place.get(name) is not None:
+                    return place[name]
+    return None
+
+
 def declared_version(
     checkpoint: dict,  # content of a checkpoint
 ) -> str | None:  # the version it says it has
-    "The explicit version field, wherever an older writer may have put it."
-    for place in (checkpoint, checkpoint.get("version_metadata"), checkpoint.get("metadata")):
-        if isinstance(place, dict):
-            for name in ("model_version", "version"):
-                if place.get(name) is not None:
-                    return str(place[name])
-    return None
+    "The explicit version field."
+    version = _declared(checkpoint, "model_version", "version")
+    return None if version is None else str(version)
 
-
-def _declared(checkpoint: dict, name: str):
-    "A metadata field, wherever an older writer may have put it."
-    for place in (checkpoint, checkpoint.get("version_metadata"), checkpoint.get("metadata")):
-        if isinstance(place, dict) and place.get(name) is not None:
-            return place[name]
-    return None
-
-
+# %% ../nbs/02_features/03_version.ipynb #3fdd8118
 def plain_name(
-    name,  # of a weight
-) -> str:
+    name: str,  # of a weight
+) -> str:  # such as trunk.0.weight
     "Its name in the plain network: wrappers such as `module.` are cut off."
     return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))
 
@@ -252,10 +249,10 @@ def policy_matrices(
     checkpoint: dict,  # content of a checkpoint
 ) -> dict[str, tuple[int, int]]:  # name -> (outputs, inputs), in the order of the network
     "Shapes of the policy's matrices; wrappers such as `module.` and `_orig_mod.` are cut from their names."
-    require(
-        isinstance(checkpoint, dict),
-        f"checkpoint: expected a dictionary with policy_state_dict, was {type(checkpoint).__name__}",
-    )
+    if not isinstance(checkpoint, dict):
+        raise InputError(
+            f"checkpoint: expected a dictionary with policy_state_dict, was {type(checkpoint).__name__}"
+        )
     state = checkpoint.get("policy_state_dict")
     if not isinstance(state, dict):
         return {}
@@ -275,42 +272,70 @@ def policy_widths(
         return None
     # a value head has one output, a policy never has
     own = {
-        n: s for n, s in matrices.items() if s[0] != 1 and not re.search(r"critic|value|vf", n)
+        name: (outputs, inputs)
+        for name, (outputs, inputs) in matrices.items()
+        if outputs != 1 and not re.search(r"critic|value|vf", name)
     } or matrices
-    trunk = [n for n in own if re.match(r"(actor_)?trunk\.", n)] or list(own)
-    heads = [n for n in own if n.startswith("actor_head")] or list(own)
-    return own[trunk[0]][1], own[heads[-1]][0]
+    trunk = [name for name in own if re.match(r"(actor_)?trunk\.", name)] or list(own)
+    heads = [name for name in own if name.startswith("actor_head")] or list(own)
+    (_, first_inputs), (last_outputs, _) = own[trunk[0]], own[heads[-1]]
+    return first_inputs, last_outputs
 
-
+# %% ../nbs/02_features/03_version.ipynb #270ab36f
 def network_settings(
     checkpoint: dict,  # content of a checkpoint with a policy
 ) -> dict:  # network, hidden_dims, shared_trunk, gru_hidden_dim, n_gru_layers, dropout
     "What the shapes of its weights say of a network, as `NativePPOConfig` names it."
     matrices = policy_matrices(checkpoint)
-    state_width = next(
-        (shape[1] for name, shape in matrices.items() if re.fullmatch(r"gru\.weight_hh_l\d+", name)), None
-    )
-    trunk = [shape[0] for name, shape in matrices.items() if re.match(r"(actor_)?trunk\.", name)]
-    require(
-        state_width or trunk,
-        f"checkpoint: its weights are of no network that this library makes, with trunk and heads; they are {_listed(list(matrices)[:6])} …",
-    )
+    gru = [inputs for name, (_, inputs) in matrices.items() if re.fullmatch(r"gru\.weight_hh_l\d+", name)]
+    trunk = [outputs for name, (outputs, _) in matrices.items() if re.match(r"(actor_)?trunk\.", name)]
+    if not gru and not trunk:
+        raise InputError(
+            "checkpoint: its weights are of no network that this library makes, with trunk and heads; "
+            f"they are {_listed(list(matrices)[:6])} …"
+        )
     return {
-        "network": "gru" if state_width else "mlp",
+        "network": "gru" if gru else "mlp",
         "hidden_dims": tuple(trunk) or (1,),
         "shared_trunk": not any(name.startswith("actor_trunk.") for name in matrices),
-        "gru_hidden_dim": state_width or 2,
-        "n_gru_layers": sum(bool(re.fullmatch(r"gru\.weight_hh_l\d+", name)) for name in matrices) or 1,
+        "gru_hidden_dim": gru[0] if gru else 2,
+        "n_gru_layers": len(gru) or 1,
         "dropout": 0.0,
     }
 
-
+# %% ../nbs/02_features/03_version.ipynb #71b0e92d
 def _known_structures() -> dict[tuple[int, int], list[str]]:
     "(inputs, actions) -> versions, oldest first."
     known = {}
     for version in sorted(MODEL_SPECS, key=parse_version):
-        known.setdefault((MODEL_SPECS[version].obs_dim, MODEL_SPECS[version].n_actions), []).append(version)
+        spec = MODEL_SPECS[version]
+        known.setdefault((spec.obs_dim, spec.n_actions), []).append(version)
     return known
+
+
+def _version_of_widths(widths: tuple[int, int] | None) -> str:
+    "The newest version that has these inputs and actions; a warning where several have."
+    known = _known_structures()
+    words = _listed(f"{obs_dim} & {n_actions} ({'/'.join(v)})" for (obs_dim, n_actions), v in known.items())
+    if widths is None:
+        raise InputError(
+            "checkpoint: has neither model_version nor matrices in policy_state_dict; expected one of "
+            f"inputs & actions {words}"
+        )
+    inputs, actions = widths
+    if widths not in known:
+        raise InputError(
+            f"checkpoint: has no model_version, and its {inputs} inputs & {actions} actions fit no "
+            f"version; known: {words}"
+        )
+    *older, version = known[widths]
+    if older:
+        warnings.warn(
+            f"checkpoint: has no model_version; {inputs} inputs & {actions} actions fit "
+            f"{_listed([*older, version])}: taken as {version}",
+            stacklevel=3,
+        )
+    return version
 
 
 def detect_version_from_checkpoint(
@@ -324,28 +349,50 @@ def detect_version_from_checkpoint(
             return version, MODEL_SPECS[version]
         if compare_versions(version, CURRENT_MODEL_VERSION) > 0:
             raise InputError(
-                f"checkpoint: model version {version} is newer than this library's {CURRENT_MODEL_VERSION}; update trading_lib"
+                f"checkpoint: model version {version} is newer than this library's "
+                f"{CURRENT_MODEL_VERSION}; update trading_lib"
             )
         raise InputError(f"checkpoint: unknown model version {version}; known: {_listed(MODEL_SPECS)}")
-    known = _known_structures()
-    words = _listed(f"{obs_dim} & {n_actions} ({'/'.join(v)})" for (obs_dim, n_actions), v in known.items())
-    require(
-        widths is not None,
-        f"checkpoint: has neither model_version nor matrices in policy_state_dict; expected one of inputs & actions {words}",
-    )
-    require(
-        widths in known,
-        f"checkpoint: has no model_version, and its {widths[0]} inputs & {widths[1]} actions fit no version; known: {words}",
-    )
-    *older, version = known[widths]
-    if older:
-        warnings.warn(
-            f"checkpoint: has no model_version; {widths[0]} inputs & {widths[1]} actions fit {_listed([*older, version])}: taken as {version}",
-            stacklevel=2,
-        )
+    version = _version_of_widths(widths)
     return version, MODEL_SPECS[version]
 
 # %% ../nbs/02_features/03_version.ipynb #7cb56c9e
+def _check_declared(checkpoint: dict, version: str, spec: ModelSpec):
+    "Raise where the metadata contradicts the version."
+    where = f"checkpoint: model version {version}"
+    for name in ("n_features", "n_actions"):
+        value = _declared(checkpoint, name)
+        if value is not None and value != getattr(spec, name):
+            raise InputError(
+                f"{where} has {name} {getattr(spec, name)}, but the file says {value}; it cannot be served"
+            )
+    meanings = _declared(checkpoint, "action_meanings")
+    if meanings is not None:
+        pairs = meanings.items() if isinstance(meanings, dict) else enumerate(meanings)
+        if {int(k): str(v) for k, v in pairs} != spec.action_meanings:
+            raise InputError(
+                f"{where} has actions {_listed(spec.action_meanings.values())}, but the file says "
+                f"{meanings}; it cannot be served"
+            )
+    columns = _declared(checkpoint, "feature_columns")
+    if columns is not None:
+        expected = list(LAYOUTS[version].columns)
+        if list(columns) != expected:
+            pairs = enumerate(zip(columns, expected))
+            different = next((i for i, (a, b) in pairs if a != b), min(len(columns), len(expected)))
+            raise InputError(
+                f"{where}: the file's columns are not those of the layout, first at column {different}: "
+                f"{_listed(columns[different : different + 1]) or 'none'} instead of "
+                f"{_listed(expected[different : different + 1]) or 'none'}; it cannot be served"
+            )
+    digest = _declared(checkpoint, "layout_hash")
+    if digest is not None and digest != layout_hash(version):
+        raise InputError(
+            f"{where}: the file's layout_hash {digest} is not the layout's {layout_hash(version)}; it "
+            "cannot be served"
+        )
+
+# %% ../nbs/02_features/03_version.ipynb #e8a5b983
 def assert_compatibility(
     checkpoint: dict,  # content of a checkpoint
     strict: bool = False,  # raise where a warning would do
@@ -359,14 +406,15 @@ def assert_compatibility(
 
     obs_dim = int(_declared(checkpoint, "obs_dim") or spec.obs_dim)  # a window other than 100 is declared
     widths, name = policy_widths(checkpoint), f"checkpoint: model version {version}"
-    require(
-        obs_dim % spec.n_features == 0,
-        f"{name} has {spec.n_features} columns, so obs_dim must be a multiple of that, was {obs_dim}",
-    )
-    require(
-        widths is None or widths == (obs_dim, spec.n_actions),
-        f"{name} expects {obs_dim} inputs & {spec.n_actions} actions, but the weights have {widths and widths[0]} & {widths and widths[1]}; the file contradicts itself",
-    )
+    if obs_dim % spec.n_features != 0:
+        raise InputError(
+            f"{name} has {spec.n_features} columns, so obs_dim must be a multiple of that, was {obs_dim}"
+        )
+    if widths is not None and widths != (obs_dim, spec.n_actions):
+        raise InputError(
+            f"{name} expects {obs_dim} inputs & {spec.n_actions} actions, but the weights have "
+            f"{widths[0]} & {widths[1]}; the file contradicts itself"
+        )
 
     mismatches = [str(w.message) for w in caught]
     if declared is None and not mismatches:
@@ -383,37 +431,3 @@ def assert_compatibility(
     for m in mismatches:
         warnings.warn(m, stacklevel=2)
     return replace(spec, obs_dim=obs_dim)
-
-
-def _check_declared(checkpoint: dict, version: str, spec: ModelSpec):
-    "Raise where the metadata contradicts the version."
-    where = f"checkpoint: model version {version}"
-    for field in ("n_features", "n_actions"):
-        value = _declared(checkpoint, field)
-        require(
-            value is None or value == getattr(spec, field),
-            f"{where} has {field} {getattr(spec, field)}, but the file says {value}; it cannot be served",
-        )
-    meanings = _declared(checkpoint, "action_meanings")
-    if meanings is not None:
-        pairs = meanings.items() if isinstance(meanings, dict) else enumerate(meanings)
-        require(
-            {int(k): str(v) for k, v in pairs} == spec.action_meanings,
-            f"{where} has actions {_listed(spec.action_meanings.values())}, but the file says {meanings}; it cannot be served",
-        )
-    columns = _declared(checkpoint, "feature_columns")
-    if columns is not None:
-        expected = list(LAYOUTS[version].columns)
-        different = next(
-            (i for i, (a, b) in enumerate(zip(columns, expected)) if a != b), min(len(columns), len(expected))
-        )
-        require(
-            list(columns) == expected,
-            f"{where}: the file's columns are not those of the layout, first at column {different}: "
-            f"{_listed(columns[different : different + 1]) or 'none'} instead of {_listed(expected[different : different + 1]) or 'none'}; it cannot be served",
-        )
-    digest = _declared(checkpoint, "layout_hash")
-    require(
-        digest is None or digest == layout_hash(version),
-        f"{where}: the file's layout_hash {digest} is not the layout's {layout_hash(version)}; it cannot be served",
-    )

@@ -1,4 +1,4 @@
-"""Alpaca's historical bars, fetched by the real client from a server on this computer that misbehaves on demand."""
+"""Alpaca's bars, fetched by the real client from a server on this computer that misbehaves on demand."""
 
 import importlib.util
 import json
@@ -14,7 +14,6 @@ import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import pandas as pd
 import pytest
 from alpaca_server import FAULTS, HTTP_FAULTS, PAYLOAD_FAULTS, AlpacaServer
@@ -77,11 +76,14 @@ def one_line(error) -> str:
     return str(error)
 
 
-# --- the whole table of faults ---------------------------------------------------------------------------------------
+# --- the whole table of faults
+# ---------------------------------------------------------------------------------------
 
 GOOD = "all bars"
 BAR = "SIMA: bar 4 of a page, 2024-03-04T15:15:00"
-OUTCOMES = {  # fault: (where it happens once, where it stays): all bars, or words of the error. The third: requests, where it stays
+# fault: (where it happens once, where it stays): all bars, or words of the error. The third: requests, where
+# it stays
+OUTCOMES = {
     "429 once": (GOOD, None),
     "429 forever": (None, "too many requests .429.*4 times.*wait a minute", 4),
     "429 without headers": (GOOD, "too many requests .429", 4),
@@ -262,7 +264,8 @@ def test_threads_that_were_given_up_end():
     assert threads_left(2) == 0  # with the connection
 
 
-# --- waits -----------------------------------------------------------------------------------------------------------
+# --- waits
+# -----------------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -358,7 +361,8 @@ def test_wishes(headers, seconds):
     assert wish is None if seconds is None else seconds - 1.5 <= wish <= seconds
 
 
-# --- what is asked, what comes ---------------------------------------------------------------------------------------
+# --- what is asked, what comes
+# ---------------------------------------------------------------------------------------
 
 
 def test_many_symbols_in_pages(server):
@@ -532,7 +536,8 @@ def test_in_threads(server):
     assert len(server.requests) == 16 * 3 + 4
 
 
-# --- refusals before anything is sent --------------------------------------------------------------------------------
+# --- refusals before anything is sent
+# --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -576,7 +581,8 @@ def test_refused_before_any_request(server, change, words):
     assert "\n" not in str(error.value) and server.requests == []
 
 
-# --- keys ------------------------------------------------------------------------------------------------------------
+# --- keys
+# ------------------------------------------------------------------------------------------------------------
 
 
 def sent_keys(request):
@@ -707,9 +713,21 @@ def test_keys_appear_in_no_output_of_a_program(server, tmp_path):
     (tmp_path / "script.py").write_text(
         textwrap.dedent("""
         import logging, sys
+
         logging.basicConfig(level=logging.DEBUG)
         from trading_lib.data.alpaca import fetch_bars
-        bars = fetch_bars("SIMA", "15Min", "2024-03-04", "2024-03-16", "equity", url=sys.argv[1], attempts=2, back_off_s=0.01, progress=print)
+
+        bars = fetch_bars(
+            "SIMA",
+            "15Min",
+            "2024-03-04",
+            "2024-03-16",
+            "equity",
+            url=sys.argv[1],
+            attempts=2,
+            back_off_s=0.01,
+            progress=print,
+        )
         bars["SIMA"].to_csv("bars.csv")
     """)
     )

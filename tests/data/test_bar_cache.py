@@ -1,4 +1,5 @@
-"""The bar cache: what it asks for against a model of sets, and files that survive kills, full disks, other writers and other people's hands. Processes and signals are real."""
+"""The bar cache: what it asks for against a model of sets, and files that survive kills, full disks, other
+writers and other people's hands. Processes and signals are real."""
 
 import fcntl
 import functools
@@ -87,7 +88,7 @@ def files_of(folder):
 
 
 def audit(folder):
-    "Every parquet is one that its manifest names; told without the code under test. Returns how many manifests stood between two states."
+    "Every parquet is one that its manifest names; returns how many manifests stood between two states."
     between = 0
     for manifest in Path(folder).rglob("*.json"):
         told, file = json.loads(manifest.read_text()), manifest.with_suffix(".parquet")
@@ -105,9 +106,10 @@ def audit(folder):
 
 def test_range_arithmetic_against_sets():
     rng = random.Random(0)
-    some = lambda: [
-        (a, a + rng.randint(-2, 9)) for a in (rng.randint(0, 40) for _ in range(rng.randint(0, 6)))
-    ]
+
+    def some():
+        starts = [rng.randint(0, 40) for _ in range(rng.randint(0, 6))]
+        return [(start, start + rng.randint(-2, 9)) for start in starts]
 
     def moments(ranges):
         return {m for a, b in ranges for m in range(a, b)}
@@ -206,7 +208,8 @@ def test_long_histories_are_not_rewritten_with_every_request(tmp_path, monkeypat
     vendor = Vendor(truth("SIM-USD", end="2023-09-01"))
     _, facts = crypto(tmp_path, vendor, "2023-01-01", "2023-09-01", chunk=96)
     sizes = [n for suffix, n in written if suffix == ".parquet"]
-    # one by one to 20 days, then each 5 % longer than the one before, but for whole days: at most 20 + log(243 / 20) / log(1.05), and no more bytes than 21 times the last
+    # one by one to 20 days, then each 5 % longer than the one before, but for whole days: at most 20 +
+    # log(243 / 20) / log(1.05), and no more bytes than 21 times the last
     assert facts["requests"] == 243 and 20 < len(sizes) <= 71 and sum(sizes) < 21 * sizes[-1]
 
 
@@ -658,27 +661,47 @@ from trading_lib import files
 from trading_lib.data.cache import cache_info, cached_bars
 from trading_lib.config import InputError
 from trading_lib.data.simulation import simulate_bars
+
 sys.path.insert(0, TESTS)
 from test_bar_cache import audit, files_of
 
 folder, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]) if len(sys.argv) > 2 else 0)
 MARKET = {s: simulate_bars(s, "15Min", "2022-01-01", "2024-01-03", seed=5) for s in SYMBOLS}
 
+
 def fill(folder, symbol, start, end, pause=0.0, chunk=4000, log=None, progress=None, turn=None, **options):
     bars = MARKET[symbol]
+
     def fetch(start, end):
         if log:
-            with open(log, "a") as f: f.write(f"{symbol} {start} {end}\\n")
+            with open(log, "a") as f:
+                f.write(f"{symbol} {start} {end}\\n")
         time.sleep(random.random() * 2 * pause)
-        if turn: turn()
+        if turn:
+            turn()
         return bars[(bars.index >= start) & (bars.index < end)]
+
     asset_class = "crypto" if "-" in symbol else "equity"
-    return cached_bars(folder, symbol, "15Min", asset_class, start, end, fetch, chunk=chunk, progress=progress, now="2025-01-01", **options)
+    return cached_bars(
+        folder,
+        symbol,
+        "15Min",
+        asset_class,
+        start,
+        end,
+        fetch,
+        chunk=chunk,
+        progress=progress,
+        now="2025-01-01",
+        **options,
+    )
+
 
 def child(task, *args, **kwargs):
     "Start a process that does this and ends; 0 if all went well."
     pid = os.fork()
-    if pid: return pid
+    if pid:
+        return pid
     try:
         random.seed(os.getpid())
         task(*args, **kwargs)
@@ -686,11 +709,17 @@ def child(task, *args, **kwargs):
     except BaseException:
         traceback.print_exc()
         status = 1
-    sys.stdout.flush(); sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
 
-def ended(pid): return os.waitpid(pid, 0)[1]
-def requests(log): return Path(log).read_text().splitlines() if Path(log).exists() else []
+
+def ended(pid):
+    return os.waitpid(pid, 0)[1]
+
+
+def requests(log):
+    return Path(log).read_text().splitlines() if Path(log).exists() else []
 """
 
 
@@ -716,29 +745,50 @@ def test_killed_at_twenty_random_moments_the_files_are_those_of_an_undisturbed_r
     out = run(
         """
         def everything(folder, end, pause, log):
-            for symbol in SYMBOLS: fill(folder, symbol, "2022-01-01", end, pause, log=log)
+            for symbol in SYMBOLS:
+                fill(folder, symbol, "2022-01-01", end, pause, log=log)
+
 
         calm, killed = folder / "calm", folder / "killed"
         begun = time.monotonic()
         assert ended(child(everything, calm, "2024-01-01", 0.01, folder / "calm.log")) == 0
-        step = (time.monotonic() - begun) / len(requests(folder / "calm.log"))  # a life is up to three and a half requests long, on any machine
+        step = (time.monotonic() - begun) / len(
+            requests(folder / "calm.log")
+        )  # a life is up to three and a half requests long, on any machine
         kills = worked = between = temporary = 0
         while kills < 20:
             before = len(requests(folder / "killed.log"))
             pid = child(everything, killed, "2024-01-01", 0.01, folder / "killed.log")
             time.sleep(rng.uniform(0, 3.5 * step))
             os.kill(pid, signal.SIGKILL)
-            if os.WIFSIGNALED(ended(pid)): kills += 1
-            else: break  # it was done: too few moments, and the test says so
+            if os.WIFSIGNALED(ended(pid)):
+                kills += 1
+            else:
+                break  # it was done: too few moments, and the test says so
             worked += len(requests(folder / "killed.log")) > before
             between += audit(killed)
             temporary += any(p.suffix == ".tmp" for p in killed.rglob(".*"))
         assert ended(child(everything, killed, "2024-01-01", 0, folder / "killed.log")) == 0
-        facts = {"kills": kills, "worked": worked, "between": between, "temporary": temporary, "requests calm": len(requests(folder / "calm.log")), "requests killed": len(requests(folder / "killed.log"))}
+        facts = {
+            "kills": kills,
+            "worked": worked,
+            "between": between,
+            "temporary": temporary,
+            "requests calm": len(requests(folder / "calm.log")),
+            "requests killed": len(requests(folder / "killed.log")),
+        }
         assert ended(child(everything, killed, "2024-01-01", 0, folder / "again.log")) == 0
         facts["requests again"] = len(requests(folder / "again.log"))
-        facts["calm"], facts["killed"] = ({n: hashlib.sha256(b).hexdigest() for n, b in files_of(f).items()} for f in (calm, killed))
-        facts["info"] = [[{k: r[k] for k in ("symbol", "bars", "first", "last", "sha256", "problem")} for r in cache_info(f)] for f in (calm, killed)]
+        facts["calm"], facts["killed"] = (
+            {n: hashlib.sha256(b).hexdigest() for n, b in files_of(f).items()} for f in (calm, killed)
+        )
+        facts["info"] = [
+            [
+                {k: r[k] for k in ("symbol", "bars", "first", "last", "sha256", "problem")}
+                for r in cache_info(f)
+            ]
+            for f in (calm, killed)
+        ]
         assert ended(child(everything, killed, "2024-01-02", 0, folder / "day.log")) == 0
         facts["day"] = requests(folder / "day.log")
         print(json.dumps(facts))
@@ -768,42 +818,73 @@ def test_killed_at_twenty_random_moments_the_files_are_those_of_an_undisturbed_r
 
 
 def test_killed_before_every_line_that_writes(tmp_path):
-    "Not at random: at each line of the commit, of the atomic write and of the lock, in the first commit of a cache and in a later one."
+    "At each line of the commit, of the atomic write and of the lock, in the first commit and in a later one."
     out = run(
         """
-        WRITING = {f.__code__ for f in (bar_cache._Cache.commit, bar_cache._Cache._lock, bar_cache._Cache.locked.__wrapped__, files.atomic_write, files._replace)}
+        WRITING = {
+            f.__code__
+            for f in (
+                bar_cache._Cache.commit,
+                bar_cache._Cache._lock,
+                bar_cache._Cache.locked.__wrapped__,
+                files.atomic_write,
+                files._replace,
+            )
+        }
+
 
         def killed_at(n, *args):
             "Die before the n-th line of these functions."
             lines = 0
+
             def each(frame, event, arg):
                 nonlocal lines
                 if event == "line":
                     lines += 1
-                    if lines == n: os.kill(os.getpid(), signal.SIGKILL)
+                    if lines == n:
+                        os.kill(os.getpid(), signal.SIGKILL)
                 return each
+
             sys.settrace(lambda frame, event, arg: each if frame.f_code in WRITING else None)
             fill(*args, log=folder / "killed.log")
 
+
         ends = ("2022-01-02", "2022-01-04")
-        for i, end in enumerate(ends): fill(folder / f"calm{i}", "SIM-USD", "2022-01-01", end)
+        for i, end in enumerate(ends):
+            fill(folder / f"calm{i}", "SIM-USD", "2022-01-01", end)
         calm = [(folder / f"calm{i}/alpaca/raw/15Min/SIM-USD.parquet").read_bytes() for i in (0, 1)]
         lives, between, litter, again = [], 0, 0, 0
         for i, end in enumerate(ends):
             for n in range(1, 1000):
                 here = folder / "here"
                 shutil.rmtree(here, ignore_errors=True)
-                if i: shutil.copytree(folder / "calm0", here)
+                if i:
+                    shutil.copytree(folder / "calm0", here)
                 pid = child(killed_at, n, here, "SIM-USD", "2022-01-01", end)
-                if not os.WIFSIGNALED(ended(pid)): break
+                if not os.WIFSIGNALED(ended(pid)):
+                    break
                 between += audit(here)
                 litter += any(p.name.startswith(".") for p in here.rglob("*"))
                 fill(here, "SIM-USD", "2022-01-01", end, log=folder / "again.log")
                 found = files_of(here)
-                assert sorted(found) == [f"alpaca/raw/15Min/SIM-USD.{e}" for e in ("json", "parquet")], (n, found.keys())
-                assert found["alpaca/raw/15Min/SIM-USD.parquet"] == calm[i] and "next" not in json.loads(found["alpaca/raw/15Min/SIM-USD.json"]), n
+                assert sorted(found) == [f"alpaca/raw/15Min/SIM-USD.{e}" for e in ("json", "parquet")], (
+                    n,
+                    found.keys(),
+                )
+                assert found["alpaca/raw/15Min/SIM-USD.parquet"] == calm[i] and "next" not in json.loads(
+                    found["alpaca/raw/15Min/SIM-USD.json"]
+                ), n
             lives.append(n - 1)
-        print(json.dumps({"lives": lives, "between": between, "litter": litter, "again": len(requests(folder / "again.log"))}))
+        print(
+            json.dumps(
+                {
+                    "lives": lives,
+                    "between": between,
+                    "litter": litter,
+                    "again": len(requests(folder / "again.log")),
+                }
+            )
+        )
     """,
         tmp_path,
     )
@@ -819,12 +900,41 @@ def test_two_processes_fill_one_cache_together(tmp_path):
         """
         def one(name):
             lines = []
-            bars, facts = fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-03-01", 0.03, chunk=400, log=folder / "both.log", progress=lines.append)
-            (folder / name).write_text(json.dumps({"bars": len(bars), "requests": facts["requests"], "waited": sum("waiting for process" in line for line in lines)}))
+            bars, facts = fill(
+                folder / "cache",
+                "SIM-USD",
+                "2022-01-01",
+                "2022-03-01",
+                0.03,
+                chunk=400,
+                log=folder / "both.log",
+                progress=lines.append,
+            )
+            (folder / name).write_text(
+                json.dumps(
+                    {
+                        "bars": len(bars),
+                        "requests": facts["requests"],
+                        "waited": sum("waiting for process" in line for line in lines),
+                    }
+                )
+            )
+
+
         children = [child(one, name) for name in ("a", "b")]
         assert [ended(c) for c in children] == [0, 0]
         audit(folder / "cache")
-        print(json.dumps({"both": sorted((json.loads((folder / n).read_text()) for n in "ab"), key=lambda r: r["requests"]), "asked": requests(folder / "both.log"), "files": list(files_of(folder / "cache"))}))
+        print(
+            json.dumps(
+                {
+                    "both": sorted(
+                        (json.loads((folder / n).read_text()) for n in "ab"), key=lambda r: r["requests"]
+                    ),
+                    "asked": requests(folder / "both.log"),
+                    "files": list(files_of(folder / "cache")),
+                }
+            )
+        )
     """,
         tmp_path,
     )
@@ -845,8 +955,18 @@ def test_many_processes_and_many_locks(tmp_path):
             choose = random.Random(seed)
             for _ in range(12):
                 day = choose.randint(1, 27)
-                bars, _ = fill(folder / "cache", "SIM-USD", f"2022-01-{day:02d}", f"2022-01-{day + 2:02d}", 0.002, chunk=60, log=folder / "all.log")
+                bars, _ = fill(
+                    folder / "cache",
+                    "SIM-USD",
+                    f"2022-01-{day:02d}",
+                    f"2022-01-{day + 2:02d}",
+                    0.002,
+                    chunk=60,
+                    log=folder / "all.log",
+                )
                 assert len(bars) == 2 * 96
+
+
         children = [child(one, seed) for seed in range(6)]
         assert [ended(c) for c in children] == [0] * 6
         audit(folder / "cache")
@@ -864,16 +984,35 @@ def test_many_processes_and_many_locks(tmp_path):
 def test_a_process_waits_only_so_long_and_the_dead_hold_no_lock(tmp_path):
     out = run(
         """
-        holder = child(fill, folder / "cache", "SIM-USD", "2022-01-01", "2022-01-03", 100.0, log=folder / "log")
-        while not requests(folder / "log"): time.sleep(0.01)
+        holder = child(
+            fill, folder / "cache", "SIM-USD", "2022-01-01", "2022-01-03", 100.0, log=folder / "log"
+        )
+        while not requests(folder / "log"):
+            time.sleep(0.01)
         begun, lines = time.monotonic(), []
-        try: fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-05", wait_s=0.3, progress=lines.append)
-        except InputError as e: said = str(e)
+        try:
+            fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-05", wait_s=0.3, progress=lines.append)
+        except InputError as e:
+            said = str(e)
         waited = time.monotonic() - begun
-        other = fill(folder / "cache", "SIM2-USD", "2022-01-01", "2022-01-05", wait_s=0.0)[1]["requests"]  # another history has a lock of its own
-        os.kill(holder, signal.SIGKILL); ended(holder)
+        other = fill(folder / "cache", "SIM2-USD", "2022-01-01", "2022-01-05", wait_s=0.0)[1][
+            "requests"
+        ]  # another history has a lock of its own
+        os.kill(holder, signal.SIGKILL)
+        ended(holder)
         after = fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-05", wait_s=0.0)[1]["requests"]
-        print(json.dumps({"said": said.replace(str(holder), "PID"), "lines": [line.replace(str(holder), "PID") for line in lines], "waited": waited, "other": other, "after": after, "files": len(files_of(folder / "cache"))}))
+        print(
+            json.dumps(
+                {
+                    "said": said.replace(str(holder), "PID"),
+                    "lines": [line.replace(str(holder), "PID") for line in lines],
+                    "waited": waited,
+                    "other": other,
+                    "after": after,
+                    "files": len(files_of(folder / "cache")),
+                }
+            )
+        )
     """,
         tmp_path,
         symbols=("SIM-USD", "SIM2-USD"),
@@ -884,27 +1023,49 @@ def test_a_process_waits_only_so_long_and_the_dead_hold_no_lock(tmp_path):
 
 
 def test_readers_are_never_in_the_way_of_a_writer_nor_misled_by_it(tmp_path):
-    "The reader never stops; before each piece the writer waits until it has read twice, so that every state was read, however busy the machine."
+    "Before each piece the writer waits until the reader has read twice, so that every state was read."
     out = run(
         """
         fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-03")
         expected = MARKET["SIM-USD"].loc["2022-01-01":"2022-01-02"]
         shared, reader = memoryview(mmap.mmap(-1, 8)).cast("q"), os.getpid()  # how often was read
 
+
         def turn():
             seen = shared[0]
             while shared[0] < seen + 2:  # the first of them may have begun before the last commit
-                if os.getppid() != reader: os._exit(1)  # it has failed
+                if os.getppid() != reader:
+                    os._exit(1)  # it has failed
                 time.sleep(0.001)
 
-        writer = child(fill, folder / "cache", "SIM-USD", "2022-01-01", "2022-06-01", chunk=288, log=folder / "log", turn=turn)
+
+        writer = child(
+            fill,
+            folder / "cache",
+            "SIM-USD",
+            "2022-01-01",
+            "2022-06-01",
+            chunk=288,
+            log=folder / "log",
+            turn=turn,
+        )
         sizes = set()
         while not os.waitpid(writer, os.WNOHANG)[0]:
             bars, facts = fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-03")
-            row, = cache_info(folder / "cache")
+            (row,) = cache_info(folder / "cache")
             assert facts["requests"] == 0 and bars.equals(expected) and row["problem"] is None, row["problem"]
-            shared[0] += 1; sizes.add(row["bars"])
-        print(json.dumps({"reads": shared[0], "rounds": len(requests(folder / "log")), "sizes": len(sizes), "files": len(files_of(folder / "cache"))}))
+            shared[0] += 1
+            sizes.add(row["bars"])
+        print(
+            json.dumps(
+                {
+                    "reads": shared[0],
+                    "rounds": len(requests(folder / "log")),
+                    "sizes": len(sizes),
+                    "files": len(files_of(folder / "cache")),
+                }
+            )
+        )
     """,
         tmp_path,
     )
@@ -931,7 +1092,7 @@ def test_a_commit_between_the_two_reads_of_a_reader(tmp_path, monkeypatch):
 
 
 def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypatch):
-    "Opened while another process held it, locked after that process removed it: a third one would lock a new file."
+    "Opened while another process held it, locked after it was removed: a third one would lock a new file."
     lock, flock = tmp_path / "alpaca/raw/15Min/.SIM-USD.lock", fcntl.flock
     vendor, refused = Vendor(truth("SIM-USD")), []
 
@@ -952,7 +1113,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypa
 
 
 def test_a_full_disk_leaves_the_old_cache_good(tmp_path):
-    "A limit on the size of files stands for it: at nothing, between manifest and parquet, and at the second manifest."
+    "A limit on the size of files stands for it: at nothing, before the parquet, and at the second manifest."
     out = run(
         """
         file = folder / "cache/alpaca/raw/15Min/SIM-USD.parquet"
@@ -960,19 +1121,38 @@ def test_a_full_disk_leaves_the_old_cache_good(tmp_path):
         before = files_of(folder / "cache")
         errors = []
         for limit in (200, file.stat().st_size + 100):
+
             def full():
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-                try: fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-25")
-                except InputError as e: said = str(e)
-                assert len(fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-20")[0]) == 19 * 96  # while the disk is full
+                try:
+                    fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-25")
+                except InputError as e:
+                    said = str(e)
+                assert (
+                    len(fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-20")[0]) == 19 * 96
+                )  # while the disk is full
                 os.write(pipe, said.encode())
+
             reader, pipe = os.pipe()
             assert ended(child(full)) == 0
             errors.append(os.read(reader, 10000).decode())
-            assert files_of(folder / "cache")["alpaca/raw/15Min/SIM-USD.parquet"] == before["alpaca/raw/15Min/SIM-USD.parquet"]
+            assert (
+                files_of(folder / "cache")["alpaca/raw/15Min/SIM-USD.parquet"]
+                == before["alpaca/raw/15Min/SIM-USD.parquet"]
+            )
             audit(folder / "cache")
         bars, facts = fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-25")
-        print(json.dumps({"errors": errors, "requests": facts["requests"], "from cache": facts["bars_from_cache"], "bars": len(bars), "files": len(files_of(folder / "cache"))}))
+        print(
+            json.dumps(
+                {
+                    "errors": errors,
+                    "requests": facts["requests"],
+                    "from cache": facts["bars_from_cache"],
+                    "bars": len(bars),
+                    "files": len(files_of(folder / "cache")),
+                }
+            )
+        )
     """,
         tmp_path,
     )
@@ -994,21 +1174,31 @@ def test_a_read_only_folder_can_be_read_and_is_left_alone():
             fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-20")
             inner, before = folder / "cache/alpaca/raw/15Min", files_of(folder / "cache")
             (inner / ".SIM-USD.json.abc.tmp").write_text("left by a killed writer")
-            for path in [folder / "cache", *(p for p in (folder / "cache").rglob("*") if p.is_dir())]: path.chmod(0o555)
+            for path in [folder / "cache", *(p for p in (folder / "cache").rglob("*") if p.is_dir())]:
+                path.chmod(0o555)
+
 
             def reader():
-                if os.geteuid() == 0: os.setuid(65534)  # nothing is read-only to root
+                if os.geteuid() == 0:
+                    os.setuid(65534)  # nothing is read-only to root
                 bars, facts = fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-20")
                 assert len(bars) == 19 * 96 and facts["requests"] == 0
                 for symbol, end in (("SIM-USD", "2022-01-21"), ("SIM2-USD", "2022-01-21")):
-                    try: fill(folder / "cache", symbol, "2022-01-01", end, log=None)
-                    except InputError as e: os.write(pipe, f"{e}\\n".encode())
+                    try:
+                        fill(folder / "cache", symbol, "2022-01-01", end, log=None)
+                    except InputError as e:
+                        os.write(pipe, f"{e}\\n".encode())
+
+
             r, pipe = os.pipe()
             assert ended(child(reader)) == 0
             errors = os.read(r, 10000).decode().splitlines()
             assert {n: b for n, b in files_of(folder / "cache").items() if not n.endswith(".tmp")} == before
-            for path in [folder / "cache", *(p for p in (folder / "cache").rglob("*") if p.is_dir())]: path.chmod(0o755)
-            fill(folder / "cache", "SIM-USD", "2022-01-01", "2022-01-20")  # everything is there, and what was left is cleared away
+            for path in [folder / "cache", *(p for p in (folder / "cache").rglob("*") if p.is_dir())]:
+                path.chmod(0o755)
+            fill(
+                folder / "cache", "SIM-USD", "2022-01-01", "2022-01-20"
+            )  # everything is there, and what was left is cleared away
             print(json.dumps({"errors": errors, "files": len(files_of(folder / "cache"))}))
         """,
             folder,
@@ -1024,9 +1214,12 @@ def test_a_read_only_folder_can_be_read_and_is_left_alone():
 def test_only_its_own_litter_is_cleared(tmp_path):
     "BRK and BRK.B live side by side, and people keep files of their own."
     vendor = Vendor(truth("SIMA"))
-    call = lambda symbol, end: cached_bars(
-        tmp_path, symbol, "15Min", "equity", "2023-01-03", end, vendor, now=LATER, progress=None
-    )
+
+    def call(symbol, end):
+        return cached_bars(
+            tmp_path, symbol, "15Min", "equity", "2023-01-03", end, vendor, now=LATER, progress=None
+        )
+
     call("BRK", "2023-01-05")
     inner = tmp_path / "alpaca/raw/15Min"
     others = [

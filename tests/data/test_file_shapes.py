@@ -2,7 +2,6 @@
 
 import io
 import json
-import zipfile
 from decimal import Decimal
 
 import numpy as np
@@ -49,7 +48,8 @@ def refused(*arguments, **options):
     return str(e.value)
 
 
-# --- shapes that programs write --------------------------------------------------------------------------------------
+# --- shapes that programs write
+# --------------------------------------------------------------------------------------
 
 
 def yfinance(bars, symbols=("SIMA",), time="Date", by_ticker=False):
@@ -213,7 +213,8 @@ def test_shapes_that_programs_write_are_read(tmp_path, shape):
     assert file_timeframe(tmp_path / "SIMA.csv", symbol=options.get("symbol", "SIMA")) == timeframe
 
 
-# --- whose bars, of what length, on which days -----------------------------------------------------------------------
+# --- whose bars, of what length, on which days
+# -----------------------------------------------------------------------
 
 
 def test_a_file_that_says_whose_bars_it_holds_is_not_taken_for_anothers(tmp_path):
@@ -295,9 +296,9 @@ def test_the_length_of_bars_is_the_files_own_or_named(tmp_path, capsys):
 
 def test_what_a_file_lacks_is_said(tmp_path, capsys):
     assert (
-        "expected a column volume, found timestamp, open, high, low, close; rename the one that holds it, or add one of zeros where the market has none"
-        in refused(tmp_path, csv_of(DAYS.drop(columns="volume")))
-    )
+        "expected a column volume, found timestamp, open, high, low, close; rename the one that "
+        "holds it, or add one of zeros where the market has none"
+    ) in refused(tmp_path, csv_of(DAYS.drop(columns="volume")))
     (tmp_path / "SIMA.csv").write_text("timestamp,open,high,low,close,volume\n")
     assert (
         main(["data", "check", str(tmp_path / "SIMA.csv")]) == 2
@@ -371,7 +372,8 @@ def test_paths_as_people_write_them(tmp_path, monkeypatch):
             load_bars("SIMA", "1Day", "files", path=path)
 
 
-# --- lies ------------------------------------------------------------------------------------------------------------
+# --- lies
+# ------------------------------------------------------------------------------------------------------------
 
 TEXT = csv_of(DAYS)
 HEAD, ROWS = TEXT.split("\n", 1)

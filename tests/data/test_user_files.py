@@ -212,7 +212,9 @@ def test_end_labels_of_equities_are_recognised(tmp_path, timeframe):
     text = as_csv(bars, utc(bars.index, timeframe.lower().replace("hour", "h")))
     with pytest.raises(
         InputError,
-        match="shifted labels: in 17 of 17 sessions, such as 2024-02-26, the first bar is missing.*labels='end'",
+        match=(
+            "shifted labels: in 17 of 17 sessions, such as 2024-02-26, the first bar is missing.*labels='end'"
+        ),
     ):
         read(tmp_path, text, timeframe=timeframe)
     clean, report = read(tmp_path, text, timeframe=timeframe, labels="end")

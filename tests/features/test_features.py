@@ -1,6 +1,8 @@
-"""The feature table against independent computations, and its invariants: nothing from the future, nothing across a segment, a tail is enough, always finite.
+"""The feature table against independent computations, and its invariants: nothing from the future, nothing
+across a segment, a tail is enough, always finite.
 
-References are pandas (rolling, ewm), TA-Lib where the library itself does not call it, and slow loops over bars; none of them shares code with trading_lib.features.
+References are pandas (rolling, ewm), TA-Lib where the library itself does not call it, and slow loops over
+bars; none of them shares code with trading_lib.features.
 """
 
 import functools
@@ -180,7 +182,7 @@ def test_indicators_equal_textbook_formulas():
 
 
 def test_indicators_equal_talib_itself():
-    "Against TA-Lib's own stochastic and bands, which the table does not call, and on raw prices for those it does."
+    "Against TA-Lib's stochastic and bands, which the table does not call, and on raw prices for the rest."
     talib = pytest.importorskip("talib")
     bars, table = everything()
     h, low, c = (bars[name].to_numpy() for name in ("high", "low", "close"))
@@ -241,6 +243,25 @@ def test_markov_columns_equal_a_slow_filter():
 # the context, by a slow loop over bars
 
 
+def start_of_context(t, context):
+    "The clock hour, the day or the Monday that a bar belongs to."
+    if context == "1Hour":
+        return t.floor("h")
+    days = t.day_of_week if context == "1Week" else 0
+    return t.normalize() - pd.Timedelta(days=days)
+
+
+def steps_in_context(timeframe, context, asset_class):
+    "Bars in one context bar; an exchange is open for 6.5 hours and five days."
+    crypto = asset_class == "crypto"
+    return {
+        ("15Min", "1Hour"): 4,
+        ("5Min", "1Hour"): 12,
+        ("1Hour", "1Day"): 24 if crypto else 7,
+        ("1Day", "1Week"): 7 if crypto else 5,
+    }[timeframe, context]
+
+
 def slow_context(bars, timeframe, context, asset_class):
     "The seven columns from their definition, one bar at a time; `context` is 1Hour, 1Day or 1Week."
     step = pd.Timedelta({"5Min": "5min", "15Min": "15min", "1Hour": "1h", "1Day": "1D"}[timeframe])
@@ -254,22 +275,10 @@ def slow_context(bars, timeframe, context, asset_class):
         date: (pd.Timestamp("13:00" if (local[dates == date].hour.max() < 13) else "16:00").time())
         for date in np.unique(dates)
     }
-    r = {
-        ("15Min", "1Hour"): 4,
-        ("5Min", "1Hour"): 12,
-        ("1Hour", "1Day"): 24 if asset_class == "crypto" else 7,
-        ("1Day", "1Week"): 7 if asset_class == "crypto" else 5,
-    }[timeframe, context]
+    r = steps_in_context(timeframe, context, asset_class)
     o, h, low, c = (bars[name].to_numpy() for name in ("open", "high", "low", "close"))
     sessions = asset_class == "equity" and context == "1Hour"
-    group_start = [
-        t.floor("h")
-        if context == "1Hour"
-        else t.normalize()
-        if context == "1Day"
-        else t.normalize() - pd.Timedelta(days=t.day_of_week)
-        for t in local
-    ]
+    group_start = [start_of_context(t, context) for t in local]
     day_open = pd.Timedelta("9h30min")
     for i, t in enumerate(local):
         closes = (
@@ -368,7 +377,7 @@ def test_context_equals_a_slow_loop(timeframe, asset_class, start, end):
 
 
 def test_context_on_real_bars_follows_the_clock(real_bars_folder):
-    "All sessions of SPY, 2024: half days on 3 July, 29 November and 24 December, the change of clocks on 3 November."
+    "SPY, 2024: half days on 3 July, 29 November, 24 December, and a change of clocks on 3 November."
     bars = real(real_bars_folder, "SPY", "15Min", "equity")
     bars = bars["2024-06-28":"2024-07-12"], bars["2024-10-25":"2024-12-31"]
     for span in bars:
@@ -381,7 +390,7 @@ def test_context_on_real_bars_follows_the_clock(real_bars_folder):
 
 
 def test_context_is_fresh_and_not_early():
-    "The bar that closes at 11:00 sees 10:00-11:00; the one before does not; a change of the last bar of the hour shows at once."
+    "The bar that closes at 11:00 sees 10:00-11:00, the one before does not; a change shows at once."
     bars = simulated("equity", "15Min", "2024-01-02", "2024-01-06")
     local = bars.index.tz_convert("America/New_York")
     at = {(t.date(), t.hour, t.minute): i for i, t in enumerate(local)}
@@ -534,7 +543,8 @@ def test_a_tail_of_min_history_bars_is_enough_on_real_bars(real_bars_folder, pat
             ends,
         )
         print(
-            f"{path} {timeframe} {version}: {len(ends)} tails, largest difference {difference.max():.1e} in {difference.idxmax()}"
+            f"{path} {timeframe} {version}: {len(ends)} tails, largest difference "
+            f"{difference.max():.1e} in {difference.idxmax()}"
         )
         assert len(ends) > 10 and difference.max() <= 1e-8
 
@@ -708,7 +718,7 @@ def test_a_halt_is_low_volatility_on_real_bars(real_bars_folder):
 
 
 def test_the_currency_does_not_matter():
-    "Prices in units 2^80 times as large give the same bits: no threshold anywhere, TA-Lib included, is an absolute price."
+    "Prices in units 2^80 times as large give the same bits: no threshold, TA-Lib's included, is a price."
     bars = simulated("crypto")[:900]
     for version in ("5.3.0", "5.6.0"):
         fit = fitted("crypto", version)
@@ -787,5 +797,8 @@ def test_wrong_input_is_named():
 
 
 def test_importing_needs_numpy_alone():
-    code = "import sys, trading_lib.features; bad = {'pandas', 'talib', 'torch', 'exchange_calendars', 'pyarrow'} & set(sys.modules); sys.exit(', '.join(bad))"
+    code = (
+        "import sys, trading_lib.features; bad = {'pandas', 'talib', 'torch', 'exchange_calendars', "
+        "'pyarrow'} & set(sys.modules); sys.exit(', '.join(bad))"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

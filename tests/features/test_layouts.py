@@ -1,4 +1,4 @@
-"What the layouts notebook does not show: the specification's figures, and that the hash sees every change of a column."
+"The specification's figures, and that the hash sees every change of a column."
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"The chains against a slow filter that is written from the definition, and the properties that the feature table needs."
+"The chains against a slow filter written from the definition, and what the feature table needs of them."
 
 import math
 
@@ -90,7 +90,7 @@ def test_probabilities_are_probabilities_even_for_absurd_observations():
 
 
 def test_the_filter_forgets():
-    "Two filters that start from opposite certainties agree after 400 bars without information, thanks to the floor on transitions."
+    "Opposite certainties agree after 400 bars without information, thanks to the floor on transitions."
     sticky = MarkovChains(
         np.zeros((1, 3)),
         np.ones((1, 3)),
@@ -112,7 +112,7 @@ def test_fit_finds_planted_parameters_and_orders_states_by_mean():
 
 
 def test_fit_is_at_a_maximum():
-    "No small step in any mean or variance makes the data more likely (the likelihood is computed bar by bar, without chunks)."
+    "No small step in any mean or variance makes the data more likely; the likelihood is computed bar by bar."
     _, observations = planted(chains=1, bars=1500)
     fitted = fit_chains(observations, iterations=1000, tolerance=1e-12)
     best = slow_log_likelihood(fitted, observations)
@@ -125,7 +125,7 @@ def test_fit_is_at_a_maximum():
 
 
 def test_chunks_make_no_difference():
-    "Noisy observations, so that a bar's state is known from its neighbours only: eight bars to a chunk find what one chunk finds."
+    "A bar's state is known from its neighbours only: eight bars to a chunk find what one chunk finds."
     observations = planted(chains=1, bars=400)[1] + np.random.default_rng(1).normal(0, 0.7, (400, 1))
     whole, cut = (
         fit_chains(observations, chunk=chunk, iterations=200, tolerance=1e-13) for chunk in (400, 8)
@@ -156,7 +156,7 @@ def test_fit_is_deterministic_and_chains_do_not_mix():
 
 
 def test_segments_are_not_neighbours():
-    "One state per segment of two bars: no transition between states is ever seen, though the states alternate from segment to segment."
+    "One state per segment of two bars: no transition is seen, though states alternate between segments."
     observations = np.repeat(np.tile([-1.0, 0.0, 1.0], 400), 2)[:, None] + 0.01 * np.random.default_rng(
         0
     ).standard_normal((2400, 1))

@@ -10,7 +10,8 @@ from trading_lib import version as V
 from trading_lib.config import FeatureParameters, InputError
 from trading_lib.market.layouts import LAYOUTS
 
-# typed from the specification, on purpose not derived from the code: version -> features, actions, inputs, lowest trader
+# typed from the specification, on purpose not derived from the code: version -> features, actions, inputs,
+# lowest trader
 RELEASED = {
     "2.3.0": (53, 3, 5300, "2.3.0"),
     "2.4.0": (56, 3, 5600, "2.4.0"),
@@ -126,7 +127,8 @@ def test_unknown_version_of_a_spec_names_the_nearest():
         V.interpret_action(0, "5.6.1")
 
 
-# --- detection -----------------------------------------------------------------------------------------------------
+# --- detection
+# -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -215,7 +217,8 @@ def test_what_cannot_be_detected_is_an_error_with_words(checkpoint, words):
     assert "\n" not in str(e.value)
 
 
-# --- compatibility -------------------------------------------------------------------------------------------------
+# --- compatibility
+# -------------------------------------------------------------------------------------------------
 
 
 def current(**fields):

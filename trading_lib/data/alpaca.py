@@ -32,7 +32,7 @@ from trading_lib.bars import (
     timeframe_name,
     timeframe_seconds,
 )
-from ..config import InputError, require, unknown_name
+from ..config import InputError, unknown_name
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #3d93111d
 FEEDS = {
@@ -67,10 +67,11 @@ class Keys:
 def environment_keys() -> Keys | None:  # None: neither variable is set
     "The keys in the environment."
     missing = [name for name in KEY_VARIABLES if not os.environ.get(name)]
-    require(
-        len(missing) != 1,
-        f"alpaca: {' and '.join(KEY_VARIABLES)} belong together, and {' '.join(missing)} is not set; set both, or neither",
-    )
+    if len(missing) == 1:
+        raise InputError(
+            f"alpaca: {' and '.join(KEY_VARIABLES)} belong together, and {' '.join(missing)} is not "
+            "set; set both, or neither"
+        )
     return None if missing else Keys(*(os.environ[name] for name in KEY_VARIABLES))
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #004d67ee
@@ -88,7 +89,10 @@ class _Failure:
 
 
 _LATER = "try again later; the state of the service is on status.alpaca.markets"
-_CHECK_KEYS = f"check {' and '.join(KEY_VARIABLES)}: both from the same account, and made anew after a reset of the paper account"
+_CHECK_KEYS = (
+    f"check {' and '.join(KEY_VARIABLES)}: both from the same account, and made anew after a reset of "
+    "the paper account"
+)
 _CHECK_QUESTION = "check symbols, timeframe, start and end"
 _CHECK_VENDOR = "try again later; if it stays, the service has changed: look for a newer trading_lib"
 _STATUS = {  # status, or its first digit: what the server does, advice, tries
@@ -188,7 +192,7 @@ def _told_time(headers) -> pd.Timestamp | None:
 
 
 def _wished_wait(headers) -> float | None:
-    "Seconds that the server wants to be left alone: Retry-After in seconds or as a date, else the time at which its limit is reset."
+    "Seconds to wait: Retry-After in seconds or as a date, else the time at which the limit is reset."
     after, reset = (headers.get(name, "").strip() for name in ("Retry-After", "X-Ratelimit-Reset"))
     if re.fullmatch(r"\d{1,9}", after):
         return float(after)
@@ -337,7 +341,9 @@ class _Service:
                     else ""
                 )
                 raise InputError(
-                    f"{self.title}: {failure.what}{asks}{f', {tried} times in {passed:.1f} s' if tried > 1 else ''}; {failure.advice}"
+                    f"{self.title}: "
+                    f"{failure.what}{asks}{f', {tried} times in {passed:.1f} s' if tried > 1 else ''}; "
+                    f"{failure.advice}"
                 )
             self.progress(f"{self.title}: {failure.what}; asking again in {wait:.1f} s")
             time.sleep(wait)
@@ -377,7 +383,9 @@ def _read_rows(symbol: str, rows: list) -> pd.DataFrame:
 
     def refuse(i, what):
         raise InputError(
-            f"alpaca, {symbol}: bar {i + 1} of a page{f', {times[i]},' if isinstance(times[i], str) else ''} {what}; try again later, or leave this span out"
+            f"alpaca, {symbol}: bar {i + 1} of a "
+            f"page{f', {times[i]},' if isinstance(times[i], str) else ''} {what}; try again later, "
+            "or leave this span out"
         )
 
     times = [row.get("t") if isinstance(row, dict) else None for row in rows]
@@ -417,11 +425,13 @@ def _joined(symbol: str, pages: list[pd.DataFrame], start, end) -> tuple[pd.Data
     again = np.diff(bars.index.asi8, prepend=bars.index.asi8[:1] - 1) == 0
     differs = again.copy()
     differs[1:] &= (np.diff(bars.to_numpy(), axis=0) != 0).any(1)
-    require(
-        not differs.any(),
-        f"alpaca, {symbol}: the bar of {bars.index[differs.argmax()] if len(bars) else start:%Y-%m-%d %H:%MZ} came twice with different values; "
-        "try again, since a late correction may have come between two pages",
-    )
+    if differs.any():
+        raise InputError(
+            f"alpaca, {symbol}: the bar of "
+            f"{bars.index[differs.argmax()] if len(bars) else start:%Y-%m-%d %H:%MZ} came twice with "
+            "different values; "
+            "try again, since a late correction may have come between two pages"
+        )
     return bars[~again], counts | {"duplicates": int(again.sum())}
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #e4cda45c
@@ -443,14 +453,13 @@ def _check_url(url: str | None):
         local = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname).is_loopback
     except ValueError:
         local = False
-    require(
-        parts.scheme == "https" or (parts.scheme == "http" and local),
-        f"url: expected https://host, or http on this computer, was {url!r}",
-    )
-    require(
-        parts.hostname and not parts.path.strip("/") and "@" not in parts.netloc,
-        "url: expected a host alone, such as https://data.alpaca.markets; leave out the version, the path and any password",
-    )
+    if parts.scheme != "https" and (parts.scheme != "http" or not local):
+        raise InputError(f"url: expected https://host, or http on this computer, was {url!r}")
+    if not parts.hostname or parts.path.strip("/") or "@" in parts.netloc:
+        raise InputError(
+            "url: expected a host alone, such as https://data.alpaca.markets; leave out the version, "
+            "the path and any password"
+        )
 
 
 def fetch_with_report(
@@ -471,9 +480,9 @@ def fetch_with_report(
     back_off_s: float = 1.0,  # before the second try; doubled from try to try
     allow_empty: bool = True,  # a symbol without bars is an empty table; False: an error
     progress=None,  # called with a line for each page and each wait
-) -> tuple[
-    dict[str, pd.DataFrame], dict
-]:  # by symbol as given: raw bars; and a report: requests, pages, empty, server_time (None: it did not say), and by symbol what was outside, in disorder, duplicate
+    # by symbol as given: raw bars; and a report: requests, pages, empty, server_time (None: it did not say),
+    # and by symbol what was outside, in disorder, duplicate
+) -> tuple[dict[str, pd.DataFrame], dict]:
     "Download bars, and say what it took."
     timeframe, start, end = timeframe_name(timeframe), parse_time(start, "start"), parse_time(end, "end")
     symbols = list(dict.fromkeys([symbols] if isinstance(symbols, str) else symbols))
@@ -484,18 +493,23 @@ def fetch_with_report(
     if adjustment not in ADJUSTMENTS:
         raise unknown_name("adjustment", adjustment, ADJUSTMENTS)
     crypto = asset_class == "crypto"
-    require(len(symbols) > 0, "alpaca: expected a symbol such as AAPL or BTC/USD, was none")
+    if len(symbols) <= 0:
+        raise InputError("alpaca: expected a symbol such as AAPL or BTC/USD, was none")
     for symbol in symbols:
         pair = "-" in path_symbol(symbol)
-        require(
-            symbol == symbol.upper() and (pair if crypto else "/" not in symbol),
-            f"alpaca: expected {'a pair such as BTC/USD' if crypto else 'a stock such as AAPL or BRK.B'} in capitals, was {symbol!r}",
+        if symbol != symbol.upper() or not (pair if crypto else "/" not in symbol):
+            raise InputError(
+                "alpaca: expected "
+                f"{'a pair such as BTC/USD' if crypto else 'a stock such as AAPL or BRK.B'} in "
+                f"capitals, was {symbol!r}"
+            )
+    if not start < end:
+        raise InputError(f"start and end: expected start before end, were {start} and {end}")
+    if crypto and (feed is not None or adjustment != "raw"):
+        raise InputError(
+            f"alpaca: crypto has one feed and nothing to adjust for, were feed {feed} and adjustment "
+            f"{adjustment}; leave them out"
         )
-    require(start < end, f"start and end: expected start before end, were {start} and {end}")
-    require(
-        not crypto or (feed is None and adjustment == "raw"),
-        f"alpaca: crypto has one feed and nothing to adjust for, were feed {feed} and adjustment {adjustment}; leave them out",
-    )
     for name, value, least, most in (
         ("page_size", page_size, 1, 10_000),
         ("request_s", request_s, 0.01, 3600),
@@ -503,20 +517,22 @@ def fetch_with_report(
         ("attempts", attempts, 1, 100),
         ("back_off_s", back_off_s, 0, 3600),
     ):
-        require(
-            isinstance(value, (int, float)) and least <= value <= most,
-            f"alpaca: {name}: expected {least} to {most}, was {value!r}",
-        )
+        if not isinstance(value, (int, float)) or not least <= value <= most:
+            raise InputError(f"alpaca: {name}: expected {least} to {most}, was {value!r}")
     _check_url(url)
     keys = keys or environment_keys()
-    require(
-        crypto or keys is not None,
-        f"alpaca: stocks need keys, and none are set; put them into the environment as {' and '.join(KEY_VARIABLES)} (crypto needs none)",
-    )
-    require(
-        keys is None or all(re.fullmatch(r"[!-~]+", secret) for secret in (keys.key_id, keys.secret_key)),
-        f"alpaca: {' or '.join(KEY_VARIABLES)} holds spaces, line breaks or other characters that keys do not have; copy both anew",
-    )
+    if not crypto and keys is None:
+        raise InputError(
+            "alpaca: stocks need keys, and none are set; put them into the environment as "
+            f"{' and '.join(KEY_VARIABLES)} (crypto needs none)"
+        )
+    if keys is not None and not all(
+        re.fullmatch(r"[!-~]+", secret) for secret in (keys.key_id, keys.secret_key)
+    ):
+        raise InputError(
+            f"alpaca: {' or '.join(KEY_VARIABLES)} holds spaces, line breaks or other characters that "
+            "keys do not have; copy both anew"
+        )
 
     wire = {
         symbol: symbol.replace("-", "/" if crypto else ".") for symbol in symbols
@@ -562,18 +578,20 @@ def fetch_with_report(
         if token is None:
             break
         tokens.add(token)
-        require(
-            idle <= _IDLE_PAGES and total <= 2 * room,
-            f"{service.title}: the server's pages come to no end: {pages} of them, {total:,} bars, where {room:,} fit between start and end; {_CHECK_VENDOR}",
-        )
+        if not idle <= _IDLE_PAGES or not total <= 2 * room:
+            raise InputError(
+                f"{service.title}: the server's pages come to no end: {pages} of them, {total:,} bars, "
+                f"where {room:,} fit between start and end; {_CHECK_VENDOR}"
+            )
 
     joined = {name: _joined(name, parts[name], start, end) for name in names}
     empty = [symbol for symbol in symbols if not len(joined[wire[symbol]][0])]
-    require(
-        allow_empty or not empty,
-        f"alpaca: no {timeframe} bars of {', '.join(empty)} from {start:%Y-%m-%d %H:%MZ} to {end:%Y-%m-%d %H:%MZ}; "
-        "check the spelling, or choose a span in which it was traded",
-    )
+    if not allow_empty and empty:
+        raise InputError(
+            f"alpaca: no {timeframe} bars of {', '.join(empty)} from {start:%Y-%m-%d %H:%MZ} to "
+            f"{end:%Y-%m-%d %H:%MZ}; "
+            "check the spelling, or choose a span in which it was traded"
+        )
     report = {
         "requests": service.asked,
         "pages": pages,

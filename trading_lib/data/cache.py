@@ -28,7 +28,7 @@ from trading_lib.bars import (
     timeframe_name,
     timeframe_seconds,
 )
-from ..config import InputError, require, unknown_name
+from ..config import InputError, unknown_name
 from ..files import atomic_write, unwritable
 
 # %% ../../nbs/01_data/06_cache.ipynb #dd6da7d2
@@ -129,11 +129,13 @@ def _read(manifest: Path) -> tuple[dict | None, _Held]:
     except (OSError, ValueError) as e:
         raise InputError(f"{manifest}: cannot be read ({' '.join(str(e).split())[:80]}); {again}") from None
     schema = told.get("schema") if isinstance(told, dict) else None
-    require(isinstance(schema, int) and schema >= 1, f"{manifest}: is no manifest of a bar cache; {again}")
-    require(
-        schema <= _SCHEMA,
-        f"{manifest}: has schema {schema}, this version reads up to {_SCHEMA}; update trading_lib, or {again}",
-    )
+    if not isinstance(schema, int) or not schema >= 1:
+        raise InputError(f"{manifest}: is no manifest of a bar cache; {again}")
+    if not schema <= _SCHEMA:
+        raise InputError(
+            f"{manifest}: has schema {schema}, this version reads up to {_SCHEMA}; update trading_lib, "
+            f"or {again}"
+        )
     sha256 = hashlib.sha256(content).hexdigest() if content is not None else None
     damage = None
     try:
@@ -197,10 +199,11 @@ class _Cache:
         "What is held, checked to be what was asked for, and cut back to what is believed now."
         identity, held = _read(self.manifest)
         for name, was in (identity or {}).items():
-            require(
-                was == self.identity[name],
-                f"{self.manifest}: expected {name} {self.identity[name]}, was {was}; put it back to where it came from, or delete it to download again",
-            )
+            if was != self.identity[name]:
+                raise InputError(
+                    f"{self.manifest}: expected {name} {self.identity[name]}, was {was}; put it back to "
+                    "where it came from, or delete it to download again"
+                )
         return replace(held, ranges=_believed(held, present, self.identity["timeframe"]))
 
     def commit(self, before: _Held, after: _Held) -> _Held:
@@ -250,7 +253,8 @@ class _Cache:
                 handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
                 try:
                     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # its last holder has removed it when done: a lock counts only on the file that others will open
+                    # its last holder has removed it when done: a lock counts only on the file that others
+                    # will open
                     if os.path.samestat(os.fstat(handle), os.stat(lock)):
                         os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
                         return lock, handle
@@ -258,10 +262,11 @@ class _Cache:
                     pass
                 holder = os.pread(handle, 20, 0).decode().strip() or "another"
                 os.close(handle)
-                require(
-                    time.monotonic() < give_up,
-                    f"{self.manifest}: process {holder} has been filling it for longer than {wait_s:g} s; wait until it is done, or end it, and try again",
-                )
+                if not time.monotonic() < give_up:
+                    raise InputError(
+                        f"{self.manifest}: process {holder} has been filling it for longer than "
+                        f"{wait_s:g} s; wait until it is done, or end it, and try again"
+                    )
                 if not told:
                     progress(f"{self.title}: waiting for process {holder}, which is filling it")
                 told = True
@@ -287,10 +292,11 @@ def _checked(got, title: str, start, end, grid: pd.Timedelta) -> pd.DataFrame:
     "What `fetch` gave, if it keeps its promise."
 
     def promise(kept, was):
-        require(
-            kept,
-            f"{title}: fetch promised bars from {_text(start)} to {_text(end)}, {was}; correct fetch, nothing of this was cached",
-        )
+        if not kept:
+            raise InputError(
+                f"{title}: fetch promised bars from {_text(start)} to {_text(end)}, {was}; correct "
+                "fetch, nothing of this was cached"
+            )
 
     promise(isinstance(got, pd.DataFrame), f"was {type(got).__name__}")
     promise(
@@ -319,7 +325,7 @@ def _checked(got, title: str, start, end, grid: pd.Timedelta) -> pd.DataFrame:
 
 
 def _steps(timeframe: str) -> tuple[pd.Timedelta, pd.Timedelta]:
-    "Length of a bar, and of the grid that its label lies on: labels of long bars follow the vendor's clock, such as New York midnight."
+    "Length of a bar, and of the grid that its label lies on: long bars follow a local clock."
     length = pd.Timedelta(timeframe_seconds(timeframe), "s")
     return length, min(length, pd.Timedelta(1, "h"))
 
@@ -372,7 +378,7 @@ def _with_range(ranges: tuple, start, end, downloaded) -> tuple:
 
 
 def _nearest_day(bars: pd.DataFrame, start, length: pd.Timedelta) -> pd.DataFrame:
-    "The cached day next to a piece that starts here, before it if there is one; for long bars the time of eight."
+    "The cached day next to a piece that starts here, or eight long bars; before it, if there are any."
     day, before = max(pd.Timedelta(1, "D"), 8 * length), bars.index.searchsorted(start)
     nearest = bars.index[max(before - 1, 0)]
     return (
@@ -445,16 +451,19 @@ def _fill(
                 joined = subtract_ranges([hull], [r[:2] for r in ranges]) == [(start, end)]
                 got = ask(*hull) if joined else _joined([ask(*day), ask(start, end)])
                 bar, ratio = _largest_change(cached, got)
-                require(
-                    bar is not None,
-                    f"{cache.title}: the source gives none of the {len(cached)} bars of {_text(cached.index[0])[:10]} any more, so nobody can tell whether adjusted prices have changed; "
-                    f"try later, or delete {cache.manifest} to download all of it again",
-                )
-                if not abs(ratio - 1) <= _SAME:
-                    require(
-                        facts["invalidated"] is None,
-                        f"{cache.title}: the source gives other prices each time it is asked for the same bars; try later",
+                if bar is None:
+                    raise InputError(
+                        f"{cache.title}: the source gives none of the {len(cached)} bars of "
+                        f"{_text(cached.index[0])[:10]} any more, so nobody can tell whether adjusted "
+                        "prices have changed; "
+                        f"try later, or delete {cache.manifest} to download all of it again"
                     )
+                if not abs(ratio - 1) <= _SAME:
+                    if facts["invalidated"] is not None:
+                        raise InputError(
+                            f"{cache.title}: the source gives other prices each time it is asked for "
+                            "the same bars; try later"
+                        )
                     dropped = len(parts[0])
                     facts |= {
                         "invalidated": {
@@ -466,7 +475,9 @@ def _fill(
                         "bars_fetched": 0,
                     }
                     progress(
-                        f"{cache.title}: adjusted prices have changed, by a factor of {ratio:.6g} at {_text(bar)}: a split or a dividend; {dropped:,} cached bars are dropped and downloaded again"
+                        f"{cache.title}: adjusted prices have changed, by a factor of {ratio:.6g} "
+                        f"at {_text(bar)}: a split or a dividend; {dropped:,} cached bars are "
+                        "dropped and downloaded again"
                     )
                     held = cache.commit(
                         held,
@@ -515,29 +526,33 @@ def cached_bars(
     asset_class: str,  # "crypto" or "equity"
     start,  # first moment, inclusive: text, date or Timestamp; without a zone it is UTC
     end,  # last moment, exclusive; None: up to now
-    fetch,  # fetch(start, end) -> raw bars of this symbol in [start, end): UTC index, COLUMNS; all of them, or an exception
+    # fetch(start, end) -> raw bars of this symbol in [start, end): UTC index, COLUMNS; all of them, or an
+    # exception
+    fetch,
     *,
     source: str = "alpaca",  # who gives them
     feed: str | None = None,  # such as "iex"; None: the source has but one
     adjustment: str = "raw",  # any other: history may change, and is compared where new bars are joined
     chunk: int = 10_000,  # bars in a request, about
     now=None,  # later bars are not asked for; None: the computer's clock
-    source_time=None,  # source_time() -> the source's own time at the last fetch, or None; the computer's clock may be wrong
+    # source_time() -> the source's own time at the last fetch, or None; the computer's clock may be wrong
+    source_time=None,
     wait_s: float = 600.0,  # for another process that fills the same history
     progress=print,  # called with a line now and then; None: silent
-) -> tuple[
-    pd.DataFrame, dict
-]:  # raw bars in [start, end); facts: requests, bars_fetched, bars_from_cache, sha256, file, feed, adjustment, downloaded, invalidated
+    # raw bars in [start, end); facts: requests, bars_fetched, bars_from_cache, sha256, file, feed, adjustment,
+    # downloaded, invalidated
+) -> tuple[pd.DataFrame, dict]:
     "Bars from the cache; what is missing is fetched first, and only that."
     timeframe, progress = timeframe_name(timeframe), progress or (lambda line: None)
     if asset_class not in ASSET_CLASSES:
         raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
     for name, value in (("source", source), ("feed", feed or "x"), ("adjustment", adjustment)):
-        require(
-            isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_,-]+", value) is not None,
-            f"{name}: expected letters, digits, '-', '_' or ',', since it names a folder, was {value!r}",
-        )
-    require(isinstance(chunk, int) and chunk >= 1, f"chunk: expected a number of bars from 1, was {chunk!r}")
+        if not isinstance(value, str) or re.fullmatch(r"[A-Za-z0-9_,-]+", value) is None:
+            raise InputError(
+                f"{name}: expected letters, digits, '-', '_' or ',', since it names a folder, was {value!r}"
+            )
+    if not isinstance(chunk, int) or not chunk >= 1:
+        raise InputError(f"chunk: expected a number of bars from 1, was {chunk!r}")
     identity = dict(zip(_IDENTITY, (source, feed, adjustment, asset_class, path_symbol(symbol), timeframe)))
     cache = _Cache(
         Path(folder).expanduser() / source / "_".join(filter(None, (feed, adjustment))) / timeframe, identity
@@ -548,12 +563,14 @@ def cached_bars(
         pd.Timestamp.now("UTC") if now is None else parse_time(now, "now"),
     )
     first, last = parse_time(start, "start"), present if end is None else parse_time(end, "end")
-    require(first < last, f"start and end: expected start before end, were {start} and {end}")
+    if not first < last:
+        raise InputError(f"start and end: expected start before end, were {start} and {end}")
     wanted = (first.ceil(grid), min(last.ceil(grid), _closed_by(present, timeframe)))
-    require(
-        wanted[0] < wanted[1],
-        f"{cache.title}: no bar that starts from {first} on and before {last} had closed by {present}; choose an earlier start or a later end",
-    )
+    if not wanted[0] < wanted[1]:
+        raise InputError(
+            f"{cache.title}: no bar that starts from {first} on and before {last} had closed by "
+            f"{present}; choose an earlier start or a later end"
+        )
     piece_length = (
         chunk * length * (1.0 if ASSET_CLASSES[asset_class].calendar is None else 2.1)
     )  # exchanges rest at night and on weekends
@@ -592,9 +609,9 @@ def cached_bars(
 
 def cache_info(
     folder: str | Path,  # of the cache
-) -> list[
-    dict
-]:  # per history: symbol, timeframe, source, feed, adjustment, asset_class, bars, first, last, ranges, downloaded, invalidated, sha256, file; problem: None, or what to do
+    # per history: symbol, timeframe, source, feed, adjustment, asset_class, bars, first, last, ranges,
+    # downloaded, invalidated, sha256, file; problem: None, or what to do
+) -> list[dict]:
     "What a cache holds; every file is read and its hash compared."
     rows = []
     for manifest in sorted(Path(folder).expanduser().glob("*/*/*/*.json")):

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from ..bars import COLUMNS, TIMEFRAMES, listed, parse_time, path_symbol, shown, timeframe_seconds
-from ..config import InputError, require, unknown_name
+from ..config import InputError, unknown_name
 
 # %% ../../nbs/01_data/03_user_files.ipynb #a96f5dd0
 _SYNONYMS = {  # as written in files, lower case, without punctuation
@@ -74,7 +74,8 @@ def find_file(
         raise
     except (OSError, RuntimeError, ValueError) as e:
         raise InputError(
-            f"files: {shown(path, 80)!r} cannot be looked into ({shown(e, 80)}); set path to a file, or to the folder that holds the files"
+            f"files: {shown(path, 80)!r} cannot be looked into ({shown(e, 80)}); set path to a "
+            "file, or to the folder that holds the files"
         ) from None
 
 
@@ -86,24 +87,27 @@ def _find(path: Path, symbol: str, timeframe: str, asset_class: str) -> Path:
     ]
     found = [f for p in places for ending in (".parquet", ".csv") if (f := path / (p + ending)).is_file()]
     looked = f"{path}/{{{','.join(places)}}}.{{parquet,csv}}"
-    require(
-        path.exists(),
-        f"files: there is no {path}; set path to a file, or to the folder that holds {places[0]}.csv",
-    )
-    require(path.is_dir(), f"files: {path} is neither a file nor a folder; set path to one")
+    if not path.exists():
+        raise InputError(
+            f"files: there is no {path}; set path to a file, or to the folder that holds {places[0]}.csv"
+        )
+    if not path.is_dir():
+        raise InputError(f"files: {path} is neither a file nor a folder; set path to one")
     near = sorted(
         f.name
         for f in (path.iterdir() if path.is_dir() else ())
         if f.stem.lower().split("_")[0] == path_symbol(symbol).lower()
     )
-    require(
-        len(found) > 0,
-        f"files: found none of {looked}{f' (there is {listed(near, 3)})' if near else ''}; put the file in one of these places, or set path to it",
-    )
-    require(
-        len(found) < 2,
-        f"files: {' and '.join(str(f.relative_to(path)) for f in found)} both fit {symbol} {timeframe}; remove one, or set path to the file",
-    )
+    if len(found) <= 0:
+        raise InputError(
+            f"files: found none of {looked}{f' (there is {listed(near, 3)})' if near else ''}; put the "
+            "file in one of these places, or set path to it"
+        )
+    if len(found) >= 2:
+        raise InputError(
+            f"files: {' and '.join(str(f.relative_to(path)) for f in found)} both fit {symbol} "
+            f"{timeframe}; remove one, or set path to the file"
+        )
     return found[0]
 
 
@@ -116,10 +120,11 @@ def _names_given(columns, where: str) -> list[str]:
     names = [str(c).strip() for c in (columns.split(",") if isinstance(columns, str) else columns)]
     plain = [_plain(n) for n in names]
     twice = sorted({n for n, p in zip(names, plain) if plain.count(p) > 1})
-    require(
-        not twice,
-        f"{where}: columns names {', '.join(twice)} twice; name each column once, and those of no use x1, x2",
-    )
+    if twice:
+        raise InputError(
+            f"{where}: columns names {', '.join(twice)} twice; name each column once, and those of no "
+            "use x1, x2"
+        )
     return names
 
 # %% ../../nbs/01_data/03_user_files.ipynb #9a826fbb
@@ -153,20 +158,21 @@ _MOST = 60_000_000  # bars; a hundred years of minutes are 53 million
 def _decoded(content: bytes, where: str) -> str:
     "Text in whichever encoding it is."
     encoding = next((name for bom, name in _BOMS if content.startswith(bom)), None)
-    if (
-        encoding is None and len(start := content[:400]) > 4 and 0 in start
-    ):  # UTF-16 without its mark: every other byte of plain text is 0
-        encoding = "utf-16-le" if not any(start[1::2]) else "utf-16-be" if not any(start[0::2]) else None
+    start = content[:400]
+    if encoding is None and len(start) > 4 and 0 in start:
+        # UTF-16 without its mark: every other byte of plain text is 0
+        zeros = {"utf-16-le": start[1::2], "utf-16-be": start[0::2]}
+        encoding = next((name for name, half in zeros.items() if not any(half)), None)
     try:
         text = content.decode(encoding or "utf-8")
     except UnicodeDecodeError:
-        require(
-            encoding is None, f"{where}: begins as {encoding} and does not go on so; save it again as UTF-8"
-        )
-        text = content.decode(
-            "cp1252", errors="replace"
-        )  # letters of the West; numbers are the same in all of them
-    require("\0" not in text, f"{where}: holds zero bytes, so it is no text; save it again as CSV or parquet")
+        if encoding is not None:
+            raise InputError(
+                f"{where}: begins as {encoding} and does not go on so; save it again as UTF-8"
+            ) from None
+        text = content.decode("cp1252", errors="replace")  # numbers are the same in all Western encodings
+    if "\0" in text:
+        raise InputError(f"{where}: holds zero bytes, so it is no text; save it again as CSV or parquet")
     return text
 
 
@@ -193,15 +199,15 @@ def _names_of_levels(levels: list[list[str]]) -> list[tuple[str, str]]:
 def _of_symbol(
     pairs: list[tuple[str, str]], symbol: str, where: str
 ) -> tuple[list[int], list[str], str | None]:
-    "Of columns that have a name and a symbol each: those to be read, their names, and the symbol that they have."
+    "Of columns with a name and a symbol each: those to be read, their names, and their symbol."
     symbols = list(dict.fromkeys(s.strip() for _, s in pairs if s.strip()))
     if not symbols:
         return list(range(len(pairs))), [name for name, _ in pairs], None
     mine = next((s for s in symbols if _same_symbol(s, symbol)), symbols[0] if len(symbols) == 1 else None)
-    require(
-        mine is not None,
-        f"{where}: holds {listed(symbols, 5)}, and not {symbol}; name one of them, or the right file",
-    )
+    if mine is None:
+        raise InputError(
+            f"{where}: holds {listed(symbols, 5)}, and not {symbol}; name one of them, or the right file"
+        )
     chosen = [i for i, (_, s) in enumerate(pairs) if s.strip() in ("", mine)]
     return chosen, [pairs[i][0] for i in chosen], mine
 
@@ -222,7 +228,8 @@ def _read_csv(content: bytes, symbol: str, columns, where: str) -> pd.DataFrame:
     if hint:
         text = text[hint.end() :]
     lines = text[:100_000].splitlines()[:5]
-    require(lines and lines[0].strip() != "", f"{where}: the first line is empty; it should read {_EXAMPLE}")
+    if not lines or lines[0].strip() == "":
+        raise InputError(f"{where}: the first line is empty; it should read {_EXAMPLE}")
     separator = hint[1] if hint else max(",;\t|", key=lines[0].count)
     rows = [next(csv.reader([line], delimiter=separator, skipinitialspace=True), []) for line in lines]
     first, known = rows[0], {n for synonyms in (*_SYNONYMS.values(), _ENDS, _TICKS) for n in synonyms}
@@ -237,22 +244,25 @@ def _read_csv(content: bytes, symbol: str, columns, where: str) -> pd.DataFrame:
         sep=separator, skipinitialspace=True, keep_default_na=False, low_memory=False, index_col=False
     )  # index_col: a comma at the end of each row must not shift columns
     if columns is not None:
-        require(
-            not header,
-            f"{where}: has a header of its own, {shown(lines[0].strip(), 60)!r}; leave columns out, or remove the first line",
-        )
+        if header:
+            raise InputError(
+                f"{where}: has a header of its own, {shown(lines[0].strip(), 60)!r}; leave columns out, "
+                "or remove the first line"
+            )
         names = _names_given(columns, where)
-        require(
-            len(names) == len(first),
-            f"{where}: columns names {len(names)} columns, the file has {len(first)}, such as {shown(lines[0].strip(), 60)!r}; name each of them",
-        )
+        if len(names) != len(first):
+            raise InputError(
+                f"{where}: columns names {len(names)} columns, the file has {len(first)}, such as "
+                f"{shown(lines[0].strip(), 60)!r}; name each of them"
+            )
         return pd.read_csv(io.StringIO(text), header=None, names=names, na_values=nothing(names), **how)
     levels = _header_rows(rows)
     header = header or levels > 1
-    require(
-        header,
-        f"{where}: the first line is {shown(lines[0].strip(), 60)!r}, which is no header; add a first line such as {_EXAMPLE}, or name the columns with columns",
-    )
+    if not header:
+        raise InputError(
+            f"{where}: the first line is {shown(lines[0].strip(), 60)!r}, which is no header; add a "
+            f"first line such as {_EXAMPLE}, or name the columns with columns"
+        )
     body = rows[levels] if len(rows) > levels else []
     if levels > 1:
         time = rows[levels - 1][0]
@@ -262,11 +272,12 @@ def _read_csv(content: bytes, symbol: str, columns, where: str) -> pd.DataFrame:
         chosen, names, said = list(range(len(first))), first, None
     named = [_plain(n) for n in names]
     twice = [shown(n) for n in names if named.count(_plain(n)) > 1 and _plain(n) in known]
-    require(not twice, f"{where}: the header has {' and '.join(twice)}; keep one of them")
-    require(
-        not any(v.strip() for v in body[len(first) :]),
-        f"{where}: the header names {len(first)} columns, a row has {len(body)}; name each of them",
-    )
+    if twice:
+        raise InputError(f"{where}: the header has {' and '.join(twice)}; keep one of them")
+    if any(v.strip() for v in body[len(first) :]):
+        raise InputError(
+            f"{where}: the header names {len(first)} columns, a row has {len(body)}; name each of them"
+        )
     if levels == 1:
         return pd.read_csv(io.StringIO(text), na_values=nothing(names), **how)
     table = pd.read_csv(
@@ -280,10 +291,11 @@ def _arrow_column(column, name: str, where: str) -> pd.Series:
     import pyarrow as pa
 
     kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    require(
-        not pa.types.is_nested(kind),
-        f"{where}: the column {shown(name)} holds {shown(kind)}, one value for each bar is needed; write it again",
-    )
+    if pa.types.is_nested(kind):
+        raise InputError(
+            f"{where}: the column {shown(name)} holds {shown(kind)}, one value for each bar is needed; "
+            "write it again"
+        )
     if kind != column.type:
         column = column.cast(kind)
     return (
@@ -295,15 +307,16 @@ def _read_parquet(content: bytes, symbol: str, columns, where: str) -> pd.DataFr
     "A parquet file; what pandas has written as an index is a column like any other."
     import pyarrow.parquet
 
-    require(
-        columns is None,
-        f"{where}: columns is for CSV files without a header, and parquet has one; leave it out",
-    )
+    if columns is not None:
+        raise InputError(
+            f"{where}: columns is for CSV files without a header, and parquet has one; leave it out"
+        )
     file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-    require(
-        file.metadata.num_rows <= _MOST,
-        f"{where}: says that it holds {file.metadata.num_rows:,} bars, and a hundred years of minutes are 53 million; write it again",
-    )
+    if not file.metadata.num_rows <= _MOST:
+        raise InputError(
+            f"{where}: says that it holds {file.metadata.num_rows:,} bars, and a hundred years of "
+            "minutes are 53 million; write it again"
+        )
     stored = file.schema_arrow.names
     pairs = [
         m.groups() if (m := re.fullmatch(r"\('(.*)', '(.*)'\)", n)) else (n, "") for n in stored
@@ -314,7 +327,8 @@ def _read_parquet(content: bytes, symbol: str, columns, where: str) -> pd.DataFr
     known = {n for synonyms in (*_SYNONYMS.values(), _ENDS, _TICKS, _UNNAMED, _KEPT) for n in synonyms}
     used = [_plain(n) for n in names if _plain(n) in known]
     twice = sorted({n for n in used if names.count(n) > 1})
-    require(not twice, f"{where}: has {' and '.join(twice)} twice; keep one of each")
+    if twice:
+        raise InputError(f"{where}: has {' and '.join(twice)} twice; keep one of each")
     table = {}
     for i, name in zip(chosen, names):
         # what is of no use is not read
@@ -336,7 +350,8 @@ def _read_table(file: Path, symbol: str = "", columns: list | str | None = None)
             f"{file}: cannot be read ({e.strerror or e}); check the file and its permissions"
         ) from None
     kind = next((kind for start, kind in _FOREIGN.items() if content.startswith(start)), None)
-    require(kind is None, f"{file.name}: is {kind}; unpack it, or save the table as CSV or parquet")
+    if kind is not None:
+        raise InputError(f"{file.name}: is {kind}; unpack it, or save the table as CSV or parquet")
     parquet = content.startswith(b"PAR1")
     try:
         return (_read_parquet if parquet else _read_csv)(content, symbol, columns, file.name)
@@ -344,7 +359,8 @@ def _read_table(file: Path, symbol: str = "", columns: list | str | None = None)
         raise
     except Exception as e:  # whatever a torn or hostile file makes the readers raise
         raise InputError(
-            f"{file.name}: cannot be read as {'parquet' if parquet else 'CSV'} ({shown(' '.join(str(e).split()), 100)}); save it again"
+            f"{file.name}: cannot be read as {'parquet' if parquet else 'CSV'} "
+            f"({shown(' '.join(str(e).split()), 100)}); save it again"
         ) from None
 
 # %% ../../nbs/01_data/03_user_files.ipynb #fded515e
@@ -357,7 +373,8 @@ def _find_columns(table: pd.DataFrame, where: str, labels: str = "start") -> dic
             c for c, p in plain.items() if p in _FALLBACKS.get(name, ())
         ]
         if name == "timestamp" and ends and (labels == "end" or not matches):
-            require(labels == "end", f"{where}: {listed(ends)} is the end of a bar; set labels to end")
+            if labels != "end":
+                raise InputError(f"{where}: {listed(ends)} is the end of a bar; set labels to end")
             matches = ends
         if name == "timestamp" and not matches:
             unnamed = [c for c, p in plain.items() if p in _UNNAMED]
@@ -370,15 +387,19 @@ def _find_columns(table: pd.DataFrame, where: str, labels: str = "start") -> dic
             continue
         if len(exact) == 1:
             matches = exact
-        require(
-            len(matches) > 0,
-            f"{where}: expected a column {name}, found {listed(table.columns)}; rename the one that holds it"
-            + ", or add one of zeros where the market has none" * (name == "volume"),
-        )
-        require(
-            len(matches) == 1,
-            f"{where}: {' and '.join(map(shown, matches))} could both be {name}; rename the right one to {name}",
-        )
+        if len(matches) <= 0:
+            raise InputError(
+                (
+                    f"{where}: expected a column {name}, found {listed(table.columns)}; rename the one that "
+                    "holds it"
+                )
+                + ", or add one of zeros where the market has none" * (name == "volume")
+            )
+        if len(matches) != 1:
+            raise InputError(
+                f"{where}: {' and '.join(map(shown, matches))} could both be {name}; rename the right "
+                f"one to {name}"
+            )
         found[name] = matches
     return found
 
@@ -420,7 +441,9 @@ def _of_text(text: pd.Series, where: str) -> pd.Series:
     with_offset = text.str.contains(_OFFSET, regex=True).to_numpy(bool)
     if with_offset.any() and not with_offset.all():
         raise InputError(
-            f"{where}: some times carry an offset and some do not, such as {shown(text[with_offset].iloc[0])} and {shown(text[~with_offset].iloc[0])}; write all of them alike"
+            f"{where}: some times carry an offset and some do not, such as "
+            f"{shown(text[with_offset].iloc[0])} and {shown(text[~with_offset].iloc[0])}; write all "
+            "of them alike"
         )
     try:
         return pd.Series(pd.to_datetime(text, format="ISO8601", utc=bool(with_offset.all())))
@@ -446,7 +469,8 @@ def _in_zone(index: pd.DatetimeIndex, timezone: str, where: str) -> pd.DatetimeI
         return index.tz_localize(timezone).tz_convert("UTC")
     except ValueError as e:
         raise InputError(
-            f"{where}: a time is missing or twofold in {timezone}, where clocks are changed ({' '.join(str(e).split())[:80]}); write times in UTC"
+            f"{where}: a time is missing or twofold in {timezone}, where clocks are changed "
+            f"({' '.join(str(e).split())[:80]}); write times in UTC"
         ) from None
 
 
@@ -454,10 +478,11 @@ def _of_dates(
     index: pd.DatetimeIndex, timeframe: str, asset_class: str, timezone: str | None, where: str
 ) -> pd.DatetimeIndex:
     "Plain dates, as labels of daily bars: of the exchange's days, or of UTC's."
-    require(
-        timeframe == "1Day" or len(index) < 3,
-        f"{where}: its times are dates, such as {index[0]:%Y-%m-%d}, so it holds daily bars, expected {timeframe}; say the timeframe 1Day (--timeframe, data.timeframe in params.yaml)",
-    )
+    if timeframe != "1Day" and len(index) >= 3:
+        raise InputError(
+            f"{where}: its times are dates, such as {index[0]:%Y-%m-%d}, so it holds daily bars, "
+            f"expected {timeframe}; say the timeframe 1Day (--timeframe, data.timeframe in params.yaml)"
+        )
     if timeframe != "1Day":
         return _in_zone(index, timezone, where)
     label = index.tz_localize("UTC")
@@ -465,13 +490,15 @@ def _of_dates(
         return label
     begin = _in_zone(index, timezone, where)
     other = np.flatnonzero(begin != label)
-    require(
-        not len(other),
-        f"{where}: days of {timezone} begin at {begin[other[0]]:%H:%M} UTC, such as {index[other[0]]:%Y-%m-%d}, and daily bars of {asset_class} are days of "
-        f"{'the exchange' if asset_class == 'equity' else 'UTC'}; leave timezone out if these are, or load shorter bars"
-        if len(other)
-        else "",
-    )
+    if len(other):
+        raise InputError(
+            f"{where}: days of {timezone} begin at {begin[other[0]]:%H:%M} UTC, such as "
+            f"{index[other[0]]:%Y-%m-%d}, and daily bars of {asset_class} are days of "
+            f"{'the exchange' if asset_class == 'equity' else 'UTC'}; leave timezone out if these are, "
+            "or load shorter bars"
+            if len(other)
+            else ""
+        )
     return label
 
 
@@ -493,7 +520,9 @@ def _parse_times(
             return pd.DatetimeIndex(epoch, tz="UTC")
         else:
             raise InputError(
-                f"{where}: the time {values[0]:.15g} is no epoch in seconds, milliseconds, microseconds or nanoseconds, or units are mixed; write times as 2024-01-31T14:30:00Z"
+                f"{where}: the time {values[0]:.15g} is no epoch in seconds, milliseconds, "
+                "microseconds or nanoseconds, or units are mixed; write times as "
+                "2024-01-31T14:30:00Z"
             )
     if not pd.api.types.is_datetime64_any_dtype(times):
         times = _of_text(times, where)
@@ -501,16 +530,17 @@ def _parse_times(
         index = pd.DatetimeIndex(times).as_unit("ns")
     except (ValueError, OverflowError):
         raise InputError(
-            f"{where}: holds times from {shown(times.min())} to {shown(times.max())}; bars lie between 1900 and now"
+            f"{where}: holds times from {shown(times.min())} to {shown(times.max())}; bars lie "
+            "between 1900 and now"
         ) from None
     if index.tz is not None:
         return index.tz_convert("UTC")
     if (index == index.normalize()).all() and (timeframe == "1Day" or len(index) >= 3):
         return _of_dates(index, timeframe, asset_class, timezone, where)
-    require(
-        timezone is not None,
-        f"{where}: times such as {index[0]} carry no zone; set timezone, such as UTC or America/New_York",
-    )
+    if timezone is None:
+        raise InputError(
+            f"{where}: times such as {index[0]} carry no zone; set timezone, such as UTC or America/New_York"
+        )
     return _in_zone(index, timezone, where)
 
 
@@ -540,7 +570,8 @@ def file_timeframe(
     "The timeframe that most bars of a file are apart."
     file = find_file(path, symbol or "SYMBOL", "1Day", "crypto")
     table = _read_table(file, symbol, columns)
-    require(len(table) > 0, f"{file.name}: holds a header and no bars; export it again")
+    if len(table) <= 0:
+        raise InputError(f"{file.name}: holds a header and no bars; export it again")
     times = np.sort(
         _parse_times(
             _times_of(table, _find_columns(table, file.name)["timestamp"]), "1Day", "crypto", "UTC", file.name
@@ -559,10 +590,8 @@ def file_timeframe(
 # %% ../../nbs/01_data/03_user_files.ipynb #495cd02c
 def _starts_of(ends: pd.DatetimeIndex, timeframe: str, asset_class: str, where: str) -> pd.DatetimeIndex:
     "Bar starts, of labels that are bar ends."
-    require(
-        not (timeframe == "1Day" and asset_class == "equity"),
-        f"{where}: daily bars of equities are labelled by their date; leave labels at start",
-    )
+    if timeframe == "1Day" and asset_class == "equity":
+        raise InputError(f"{where}: daily bars of equities are labelled by their date; leave labels at start")
     if (ends.second == 59).all():
         ends = ends.ceil("min")
     return ends - pd.Timedelta(timeframe_seconds(timeframe), "s")
@@ -581,23 +610,24 @@ def _scale_prices(raw: pd.DataFrame, price_scale: float | None, asset_class: str
             and values.min() >= 1000
             and (values == np.floor(values)).all()
         )
-        require(
-            not whole,
-            f"{where}: all prices are whole numbers, such as {values[0, 3]:.0f}; set price_scale to 100 if they are cents, to 10000 if ten-thousandths, to 1 if they are right",
-        )
+        if whole:
+            raise InputError(
+                f"{where}: all prices are whole numbers, such as {values[0, 3]:.0f}; set price_scale to "
+                "100 if they are cents, to 10000 if ten-thousandths, to 1 if they are right"
+            )
         return raw
-    require(
-        isinstance(price_scale, (int, float))
-        and not isinstance(price_scale, bool)
-        and 0 < price_scale < np.inf,
-        f"price_scale: expected a number above 0, such as 100, was {price_scale!r}",
-    )
+    if (
+        not isinstance(price_scale, (int, float))
+        or isinstance(price_scale, bool)
+        or not 0 < price_scale < np.inf
+    ):
+        raise InputError(f"price_scale: expected a number above 0, such as 100, was {price_scale!r}")
     raw[prices] = raw[prices] / price_scale
     return raw
 
 # %% ../../nbs/01_data/03_user_files.ipynb #41cf0d85
 def _numbers(column: pd.Series) -> pd.Series:
-    "Numbers that were stored as text, where each of them is one; else the column as it is, to be refused by name."
+    "Numbers that were stored as text, where all of them are; else the column as it is, to be refused."
     if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_datetime64_any_dtype(column):
         return column
     numbers = pd.to_numeric(column.map(lambda v: v if isinstance(v, str) else None), errors="coerce")
@@ -611,7 +641,9 @@ def _check_symbol(raw: pd.DataFrame, symbol: str, where: str):
     said = raw["symbol"].dropna().astype(str).str.strip().unique()
     if len(said) == 1 and said[0] and not _same_symbol(said[0], symbol):
         raise InputError(
-            f"{where}: its column symbol says {shown(said[0])}, and it was read for {symbol}; name the right file, say the symbol that it has (--symbol, symbols in params.yaml), or remove the column"
+            f"{where}: its column symbol says {shown(said[0])}, and it was read for {symbol}; name "
+            "the right file, say the symbol that it has (--symbol, symbols in params.yaml), or "
+            "remove the column"
         )
 
 
@@ -625,19 +657,23 @@ def read_own_bars(
     end=None,  # last moment, exclusive; None: everything
     labels: str = "start",  # what the times are: "start" or "end" of a bar
     price_scale: float
-    | None = None,  # prices are divided by it: 100 for cents; None: as they are, whole numbers are asked about
+    # prices are divided by it: 100 for cents; None: as they are, whole numbers are asked about
+    | None = None,
     columns: list
     | str
-    | None = None,  # names of the columns, in order, of a CSV file without a header: a list, or one text with commas
+    # names of the columns, in order, of a CSV file without a header: a list, or one text with commas
+    | None = None,
 ) -> tuple[pd.DataFrame, dict]:  # raw bars, and the facts that a report says of the source
     "Raw bars of a file of your own."
-    require(path is not None, "files: set path to a file, or to the folder that holds the files")
+    if path is None:
+        raise InputError("files: set path to a file, or to the folder that holds the files")
     file = find_file(path, symbol, timeframe, asset_class)
     if labels not in ("start", "end"):
         raise unknown_name("labels", labels, ("start", "end"))
     _check_zone(timezone)
     table = _read_table(file, symbol, columns)
-    require(len(table) > 0, f"{file.name}: holds no bars; download it again")
+    if len(table) <= 0:
+        raise InputError(f"{file.name}: holds no bars; download it again")
     found = _find_columns(table, file.name, labels)
     index = _parse_times(_times_of(table, found["timestamp"]), timeframe, asset_class, timezone, file.name)
     if labels == "end":
@@ -653,7 +689,8 @@ def read_own_bars(
         raw = raw[raw.index >= parse_time(start, "start")]
     if end is not None:
         raw = raw[raw.index < parse_time(end, "end")]
-    require(len(raw) > 0, f"{file.name}: has no bars from {start} to {end}; it covers {span}")
+    if len(raw) <= 0:
+        raise InputError(f"{file.name}: has no bars from {start} to {end}; it covers {span}")
     ignored = [str(c) for c in table.columns if c not in sum(found.values(), []) and _plain(c) not in _KEPT]
     declared = ({"labels": labels} if labels == "end" else {}) | (
         {"price_scale": price_scale} if price_scale else {}

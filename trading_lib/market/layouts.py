@@ -20,20 +20,24 @@ class Block:
     "A group of columns that are declared, computed and documented together."
 
     columns: tuple[str, ...]  # names, in order
-    windowed: tuple[
-        bool, ...
-    ]  # per column: True: a value per bar of the window; False: the last bar's value on all rows
+    # per column: True: a value per bar of the window; False: the last bar's value on all rows
+    windowed: tuple[bool, ...]
     source: str  # "market": a function of the bars; "account": of the account's state
     meaning: str  # one line for people
 
 
-def _block(kinds: str, names: str, meaning: str, source: str = "market") -> Block:
-    "A block from its names and one letter per name: w windowed, b broadcast; one letter alone serves all."
+def _block(
+    kinds: str,  # one letter per name: w windowed, b broadcast; one letter alone serves all
+    names: str,  # of the columns, in order
+    meaning: str,  # one line for people
+    source: str = "market",  # "market" or "account"
+) -> Block:
+    "A block from its names and kinds."
     columns = tuple(names.split())
     kinds = kinds * len(columns) if len(kinds) == 1 else kinds
     return Block(columns, tuple(k == "w" for k in kinds), source, meaning)
 
-
+# %% ../../nbs/02_features/00_layouts.ipynb #5748bd53
 BLOCKS = {
     "price_6": _block(
         "wwwbbb",
@@ -63,7 +67,10 @@ BLOCKS = {
     "reversal": _block("b", "p_reversal_up p_reversal_down p_continue", "where the trend chain goes next"),
     "extended": _block(
         "b",
-        "macd macd_signal macd_hist adx plus_di minus_di stoch_k stoch_d atr_pct bb_percent_b cci williams_r roc rsi_7",
+        (
+            "macd macd_signal macd_hist adx plus_di minus_di stoch_k stoch_d atr_pct bb_percent_b cci "
+            "williams_r roc rsi_7"
+        ),
         "textbook indicators",
     ),
     "multi_window": _block(
@@ -92,10 +99,10 @@ class Layout:
     blocks: tuple[str, ...]  # names in BLOCKS, in column order
     min_history: int = 600  # bars from which a tail gives the same row as the whole history
 
-    def _select(self, source=None) -> tuple[str, ...]:
-        return tuple(
-            c for name in self.blocks for c in BLOCKS[name].columns if source in (None, BLOCKS[name].source)
-        )
+    def _select(self, source: str | None = None) -> tuple[str, ...]:
+        "Names of the columns of one source, or of all."
+        blocks = [BLOCKS[name] for name in self.blocks]
+        return tuple(column for b in blocks if source in (None, b.source) for column in b.columns)
 
     @cached_property
     def columns(self) -> tuple[str, ...]:  # n_features names
@@ -114,7 +121,7 @@ class Layout:
 
     @cached_property
     def windowed(self) -> np.ndarray:  # bool (n_features,)
-        "Per column: True where each bar of the window has its own value, False where the last bar's is repeated."
+        "Per column: True where each bar has its own value, False where the last bar's is repeated."
         mask = np.array([w for name in self.blocks for w in BLOCKS[name].windowed])
         mask.flags.writeable = False  # shared by everyone who asks
         return mask
@@ -137,7 +144,7 @@ class Layout:
         "Length of the flattened observation."
         return window * self.n_features
 
-
+# %% ../../nbs/02_features/00_layouts.ipynb #6b304ed7
 _BASE = ("price_7", "intraday", "temporal", "markov", "extended", "multi_window")
 _REGIME = ("temporal", "markov", "reversal", "extended", "multi_window")
 
@@ -189,7 +196,8 @@ def get_target_features_from_obs_dim(
         if width == obs_dim:
             return n_features
     raise InputError(
-        f"obs_dim: expected {', '.join(f'{w} ({n} columns)' for w, n in known)} for a window of {window} bars, was {obs_dim}; "
+        f"obs_dim: expected {', '.join(f'{w} ({n} columns)' for w, n in known)} for a window of "
+        f"{window} bars, was {obs_dim}; "
         "check the window, or the checkpoint's version"
     )
 

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 # %% ../../nbs/02_features/01_regimes.ipynb #d95ff4d5
-TRANSITION_FLOOR = (
-    0.01  # smallest probability of any transition: a filter that can always change its mind forgets its past
-)
+# smallest probability of any transition: a filter that can always change its mind forgets its past
+TRANSITION_FLOOR = 0.01
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,14 +30,18 @@ class MarkovChains:
 
 
 def _stationary(transitions):
-    # π(A - 1) = 0 and Σπ = 1, as the linear system (1 - A + ones)ᵀ π = ones; unique, since no transition is impossible
+    # π(A - 1) = 0 and Σπ = 1, as (1 - A + ones)ᵀ π = ones; unique, since no transition is impossible
     states = transitions.shape[-1]
     matrix = np.swapaxes(np.eye(states) - transitions + 1.0, -1, -2)
     return np.linalg.solve(matrix, np.ones(transitions.shape[:-1] + (1,)))[..., 0]
 
-
-def _likelihoods(means, variances, x):
-    "Likelihood of each observation in each state, (..., chains, states), the largest being 1; and the logarithm of what that took, (..., chains)."
+# %% ../../nbs/02_features/01_regimes.ipynb #366fd5e3
+def _likelihoods(
+    means: np.ndarray,  # (..., chains, 3)
+    variances: np.ndarray,  # (..., chains, 3)
+    x: np.ndarray,  # (..., chains); NaN: no information
+) -> tuple[np.ndarray, np.ndarray]:  # likelihoods (..., chains, 3); logarithm of their factor (..., chains)
+    "Likelihood of each observation in each state, the largest being 1."
     with np.errstate(all="ignore"):
         log = -0.5 * ((x[..., None] - means) ** 2 / variances + np.log(2 * np.pi * variances))
         top = log.max(-1)
@@ -47,7 +50,7 @@ def _likelihoods(means, variances, x):
 
 # %% ../../nbs/02_features/01_regimes.ipynb #35f4c1fa
 def filter_chains(
-    chains: MarkovChains,
+    chains: MarkovChains,  # fitted on the training span
     observations: np.ndarray,  # (bars, chains); NaN: no information
 ) -> np.ndarray:  # (bars, chains, 3): probability of each state, given this bar and those before it
     "State probabilities of one unbroken stretch of bars, forward-filtered."
@@ -87,8 +90,11 @@ def state_ages(
     return bar - np.maximum.accumulate(np.where(changed, bar, 0), axis=0)
 
 # %% ../../nbs/02_features/01_regimes.ipynb #77cfe1b3
-def _floored(transitions, floor):
-    "Rows that sum to one with no entry below `floor`: the most likely ones given expected counts `transitions` (rows already normalised)."
+def _floored(
+    transitions: np.ndarray,  # (..., 3, 3): expected counts; rows sum to one
+    floor: float,  # smallest entry
+) -> np.ndarray:  # the same shape
+    "The most likely rows that sum to one with no entry below `floor`."
     result, fixed = transitions, np.zeros(transitions.shape, bool)
     for _ in range(transitions.shape[-1]):
         fixed = fixed | (result < floor)
@@ -98,8 +104,12 @@ def _floored(transitions, floor):
     return result
 
 
-def _chunks(observations, segment, length):
-    "Cut each segment into chunks of `length` bars, the last one padded with NaN: (length, chains, chunks), and per chunk whether it starts or ends a segment."
+def _chunks(
+    observations: np.ndarray,  # (bars, chains)
+    segment: np.ndarray,  # int (bars,): a chunk never crosses from one segment to the next
+    length: int,  # bars in a chunk
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (length, chains, chunks); starts, ends a segment: (chunks,)
+    "Each segment cut into chunks, the last of them padded with NaN."
     starts = np.flatnonzero(np.r_[True, segment[1:] != segment[:-1]])
     chunks, first, last = [], [], []
     for begin, end in zip(starts, np.r_[starts[1:], len(segment)]):
@@ -111,88 +121,119 @@ def _chunks(observations, segment, length):
         last += [False] * (n - 1) + [True]
     return np.ascontiguousarray(np.concatenate(chunks).transpose(1, 2, 0)), np.array(first), np.array(last)
 
-
-def fit_chains(
+# %% ../../nbs/02_features/01_regimes.ipynb #bde5b182
+def _first_guess(
     observations: np.ndarray,  # (bars, chains); NaN: no information
-    segment: np.ndarray
-    | None = None,  # int (bars,): bars with different numbers are not neighbours; None: one stretch
-    iterations: int = 200,  # at most
-    tolerance: float = 1e-6,  # stop when the mean log-likelihood per bar gains less
-    chunk: int = 64,  # bars in one chunk
-) -> MarkovChains:
-    "Fit one three-state chain per column by expectation maximisation; the same input gives the same chains."
-    observations = np.asarray(observations, float)
-    observations = np.where(np.isfinite(observations), observations, np.nan)
-    bars, chains = observations.shape
-    x, first, last = _chunks(
-        observations, np.zeros(bars, int) if segment is None else np.asarray(segment), chunk
-    )  # (L, C, N), (N,), (N,)
+) -> tuple[MarkovChains, np.ndarray]:  # where fitting starts; smallest variance, (chains, 1)
+    "Parameters before the first iteration."
+    chains = observations.shape[1]
     means, spread = np.zeros((chains, 3)), np.zeros((chains, 1))
     for c, column in enumerate(observations.T):
         seen = column[~np.isnan(column)]
         if len(seen):
             means[c], spread[c] = np.quantile(seen, [1 / 6, 1 / 2, 5 / 6]), seen.var()
-    floor = np.maximum(1e-3 * spread, 1e-8)
-    variances = np.maximum(np.repeat(spread / 4, 3, axis=1), floor)
-    transitions = np.tile(0.85 * np.eye(3) + 0.05, (chains, 1, 1))
+    smallest = np.maximum(1e-3 * spread, 1e-8)
+    variances = np.maximum(np.repeat(spread / 4, 3, axis=1), smallest)
+    return MarkovChains(means, variances, np.tile(0.85 * np.eye(3) + 0.05, (chains, 1, 1))), smallest
 
-    known = ~np.isnan(x)
-    value = np.where(known, x, 0.0)[..., None]
-    counted = known.copy()[..., None]  # transitions into an observed bar, but for a segment's first
-    counted[0] &= ~first[:, None]
-    length, n = len(x), x.shape[-1]
-    forward = np.empty((length + 1, chains, n, 3))  # forward[t + 1]: belief after bar t of the chunk
-    backward = np.empty(
-        (length, chains, n, 3)
-    )  # backward[t]: likelihood of what follows bar t, up to a factor
-    total = np.empty((length, chains, n, 1))
-    from_before, from_after = np.full((chains, n, 3), 1 / 3), np.ones((chains, n, 3))
-    score = np.full(chains, -np.inf)
-    for _ in range(iterations):
-        # expectation: what the present parameters say about states and transitions
-        likelihood, peak = _likelihoods(means[:, None], variances[:, None], x)
-        forward[0] = np.where(first[:, None], _stationary(transitions)[:, None], from_before)
-        for t in range(length):
+# %% ../../nbs/02_features/01_regimes.ipynb #be41f5ac
+class _Messages:
+    "Forward and backward messages of all chunks; those across a chunk's border are of the iteration before."
+
+    def __init__(self, x, first, last):
+        length, chains, chunks = x.shape
+        self.x = x  # (length, chains, chunks)
+        self.first, self.last = first[:, None], last[:, None]  # whether a chunk starts or ends a segment
+        # forward[t + 1]: belief after bar t of a chunk; backward[t]: likelihood of what follows
+        self.forward = np.empty((length + 1, chains, chunks, 3))
+        self.backward = np.empty((length, chains, chunks, 3))
+        self.total = np.empty((length, chains, chunks, 1))  # likelihood of each bar, given those before it
+        self.from_before = np.full((chains, chunks, 3), 1 / 3)
+        self.from_after = np.ones((chains, chunks, 3))
+
+    def update(self, chains: MarkovChains):
+        "What the present parameters say about states and transitions."
+        transitions, forward, backward, total = chains.transitions, self.forward, self.backward, self.total
+        likelihood, self.peak = _likelihoods(chains.means[:, None], chains.variances[:, None], self.x)
+        forward[0] = np.where(self.first, chains.stationary[:, None], self.from_before)
+        for t in range(len(self.x)):
             joint = np.matmul(forward[t], transitions) * likelihood[t]
             np.sum(joint, axis=-1, keepdims=True, out=total[t])
             np.divide(joint, total[t], out=forward[t + 1])
-        backward[-1] = np.where(last[:, None], 1.0, from_after)
+        backward[-1] = np.where(self.last, 1.0, self.from_after)
         reverse = np.swapaxes(transitions, 1, 2)
-        for t in range(length - 1, 0, -1):
+        for t in range(len(self.x) - 1, 0, -1):
             np.divide(np.matmul(backward[t] * likelihood[t], reverse), total[t], out=backward[t - 1])
-        from_before[:, 1:] = forward[-1][:, :-1]
+        self.from_before[:, 1:] = forward[-1][:, :-1]
         message = np.matmul(backward[0] * likelihood[0], reverse)
-        from_after[:, :-1] = (message / message.sum(-1, keepdims=True))[:, 1:]
+        self.from_after[:, :-1] = (message / message.sum(-1, keepdims=True))[:, 1:]
+        self.likelihood = likelihood
 
-        # maximisation: the parameters that fit this best
-        belief = forward[1:] * backward
-        belief *= known[..., None] / belief.sum(-1, keepdims=True)
-        weight = belief.sum((0, 2))
-        occupied = weight > 1e-6  # a state that explains nothing stays where it is
-        weight = np.where(occupied, weight, 1.0)
-        means = np.where(occupied, (belief * value).sum((0, 2)) / weight, means)
-        variances = np.where(
-            occupied,
-            np.maximum((belief * (value - means[:, None]) ** 2).sum((0, 2)) / weight, floor),
-            variances,
-        )
-        ahead = backward * likelihood
-        joint = (np.matmul(forward[:-1], transitions) * ahead).sum(-1, keepdims=True)
-        pairs = np.einsum("lcni,lcnj->cij", forward[:-1], ahead * (counted / joint)) * transitions
-        leaving = pairs.sum(-1, keepdims=True)
-        transitions = np.where(
-            leaving > 1e-6,
-            _floored(pairs / np.where(leaving > 1e-6, leaving, 1.0), TRANSITION_FLOOR),
-            transitions,
-        )
+    def log_likelihood(self) -> np.ndarray:  # (chains,)
+        "Of all bars, under the parameters of the last update."
+        return (np.log(self.total[..., 0]) + self.peak).sum((0, 2))
 
-        before, score = score, (np.log(total[..., 0]) + peak).sum((0, 2)) / np.maximum(known.sum((0, 2)), 1)
+# %% ../../nbs/02_features/01_regimes.ipynb #5ab6699c
+def _maximised(
+    chains: MarkovChains,  # the present parameters
+    messages: _Messages,  # what they say
+    smallest: np.ndarray,  # variance, (chains, 1)
+) -> MarkovChains:
+    "The parameters that fit best, given the probabilities of states and transitions."
+    means, variances, transitions = chains.means, chains.variances, chains.transitions
+    forward, backward = messages.forward, messages.backward
+    known = ~np.isnan(messages.x)
+    value = np.where(known, messages.x, 0.0)[..., None]
+    belief = forward[1:] * backward
+    belief *= known[..., None] / belief.sum(-1, keepdims=True)
+    weight = belief.sum((0, 2))
+    occupied = weight > 1e-6
+    weight = np.where(occupied, weight, 1.0)
+    means = np.where(occupied, (belief * value).sum((0, 2)) / weight, means)
+    spread = (belief * (value - means[:, None]) ** 2).sum((0, 2)) / weight
+    variances = np.where(occupied, np.maximum(spread, smallest), variances)
+
+    counted = known.copy()[..., None]  # transitions into an observed bar, but for a segment's first
+    counted[0] &= ~messages.first
+    ahead = backward * messages.likelihood
+    joint = (np.matmul(forward[:-1], transitions) * ahead).sum(-1, keepdims=True)
+    pairs = np.einsum("lcni,lcnj->cij", forward[:-1], ahead * (counted / joint)) * transitions
+    leaving = pairs.sum(-1, keepdims=True)
+    best = _floored(pairs / np.where(leaving > 1e-6, leaving, 1.0), TRANSITION_FLOOR)
+    return MarkovChains(means, variances, np.where(leaving > 1e-6, best, transitions))
+
+
+def _ordered(chains: MarkovChains) -> MarkovChains:
+    "The same chains, their states ordered by mean."
+    order = np.argsort(chains.means, axis=1, kind="stable")
+    rows = np.take_along_axis(chains.transitions, order[:, :, None], 1)
+    return MarkovChains(
+        np.take_along_axis(chains.means, order, 1),
+        np.take_along_axis(chains.variances, order, 1),
+        np.take_along_axis(rows, order[:, None, :], 2),
+    )
+
+
+def fit_chains(
+    observations: np.ndarray,  # (bars, chains); NaN: no information
+    # int (bars,): bars with different numbers are not neighbours; None: one stretch
+    segment: np.ndarray | None = None,
+    iterations: int = 200,  # at most
+    tolerance: float = 1e-6,  # stop when the mean log-likelihood per bar gains less
+    chunk: int = 64,  # bars in one chunk
+) -> MarkovChains:  # one chain per column, states ordered by mean
+    "Fit three-state chains by expectation maximisation; the same input gives the same chains."
+    observations = np.asarray(observations, float)
+    observations = np.where(np.isfinite(observations), observations, np.nan)
+    segment = np.zeros(len(observations), int) if segment is None else np.asarray(segment)
+    messages = _Messages(*_chunks(observations, segment, chunk))
+    chains, smallest = _first_guess(observations)
+    known = np.maximum((~np.isnan(messages.x)).sum((0, 2)), 1)
+    score = np.full(observations.shape[1], -np.inf)
+    for _ in range(iterations):
+        messages.update(chains)
+        chains = _maximised(chains, messages, smallest)
+        before, score = score, messages.log_likelihood() / known
         if np.all(np.abs(score - before) < tolerance):
             break
-    order = np.argsort(means, axis=1, kind="stable")
-    transitions = np.take_along_axis(
-        np.take_along_axis(transitions, order[:, :, None], 1), order[:, None, :], 2
-    )
-    return MarkovChains(
-        np.take_along_axis(means, order, 1), np.take_along_axis(variances, order, 1), transitions
-    )
+    return _ordered(chains)
