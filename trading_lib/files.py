@@ -44,7 +44,7 @@ def unwritable(
     error: OSError,  # why it was not
 ) -> WriteError:  # to be raised by the caller
     "An error that names the file, the reason and what to do."
-    advice = _ADVICE.get(error.errno, "choose another place")
+    advice = _ADVICE.get(error.errno or 0, "choose another place")
     return WriteError(f"{path}: cannot be written ({error.strerror or error}); {advice}")
 
 # %% ../nbs/00_base/06_files.ipynb #d68036db
@@ -104,14 +104,14 @@ def sha256_of_file(
 
 # %% ../nbs/00_base/06_files.ipynb #9d910463
 def printable(
-    value,  # text, or anything that has one
+    value: object,  # text, or anything that has one
 ) -> str:  # one line
     "Text of a file for a terminal: nothing in it moves the cursor, changes a colour or turns text around."
     return "".join(c if c.isprintable() else " " for c in str(value))
 
 
 def markdown(
-    value,  # text; anything else is shown as JSON
+    value: object,  # text; anything else is shown as JSON
 ) -> str:  # one line
     "Text of a file that a page of Markdown shows literally."
     line = " ".join(printable(value if isinstance(value, str) else json.dumps(value, default=str)).split())

@@ -102,8 +102,8 @@ def _check_room(place: Path):
 
 def check_ledger(
     root: str | Path,  # the project
-    symbol: str,
-):
+    symbol: str,  # that is to be trained
+) -> None:
     "Before a training: its trials have a readable ledger and a disk. Notes which code begins."
     written, others = ledger_places(ledger_path(root, symbol))
     for place in written + others:
@@ -116,7 +116,7 @@ def check_ledger(
 
 def add_trials(
     root: str | Path,  # the project
-    symbol: str,
+    symbol: str,  # that was trained
     trials: list,  # Trials, or dicts of their fields
 ) -> str:  # what to say: one line
     "Add trials to a symbol's ledger; where that cannot be written, keep them in models/ for the next writer."
@@ -156,7 +156,7 @@ def project_trials(
 
 def gather_ledgers(
     root: str | Path,  # the project
-):
+) -> None:
     "Bring into the project's files what is known beside them, so that pipelines and other people see it."
     for symbol in project_trials(root):
         try:
@@ -178,14 +178,16 @@ def ledger_summary(
     trials: list,  # from `read_trials`
 ) -> dict:  # n_trials, n_runs, n_seeds, n_parameter_sets, n_checkpoints
     "How much was tried."
-    trials, texts = unique_trials(trials), {}
+    trials = unique_trials(trials)
+    texts: dict[int, tuple[object, str]] = {}
 
-    def text(value):
+    def text(value: object) -> str:
         if id(value) not in texts:
             texts[id(value)] = value, json_text(value)  # many trials hold the same object
         return texts[id(value)][1]
 
-    looks, runs = Counter(), {}
+    looks: Counter[tuple] = Counter()
+    runs: dict[tuple, int] = {}
     for t in trials:
         settings = t["symbol"], t["timeframe"], t.get("code"), t["seed"]
         run = *settings, *map(text, (t["data"], t["span"], t["parameters"]))

@@ -49,7 +49,7 @@ def source_identity(
     source: str,  # of a module, a function or a class
 ) -> str:  # 64 hexadecimal digits
     "Hash of what a source does, whatever its comments, docstrings and layout."
-    out = []
+    out: list[str] = []
     _write(ast.parse(source), out)
     return _hash(out)
 

@@ -7,7 +7,7 @@ __all__ = ['greedy_actions', 'decider']
 
 # %% ../../nbs/07_evaluation/10_decisions.ipynb #ec765b01
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ def _initial_memory(policy, n: int) -> Tensor | None:
 
 @torch.no_grad()
 def greedy_actions(
-    policy,  # NativeActorCritic or RecurrentActorCritic
-    builder: BacktestObservationBuilder,
+    policy: Any,  # NativeActorCritic or RecurrentActorCritic
+    builder: BacktestObservationBuilder,  # of the market
     bars: np.ndarray,  # bar numbers, in time order
     begins: np.ndarray | None = None,  # (len(bars),) bool: a memory is empty here; None: at every bar
     batch: int = 1024,  # observations at once
@@ -73,8 +73,8 @@ class _Asked:
     def __init__(self, task, place: slice):
         self.task, self.scenarios = task, scenarios_of(task.rules)
         self.place = slice(place.start, place.start + len(self.scenarios))
-        self.past = []  # decisions of this stretch, for orders that come late
-        self.memory = None  # what the policy remembers
+        self.past: list[Tensor] = []  # decisions of this stretch, for orders that come late
+        self.memory: Tensor | None = None  # what the policy remembers
 
     def actions(self, number: int, state: AccountState) -> Tensor:  # (n,) of its own n accounts
         "What they do at a decision bar."

@@ -7,6 +7,7 @@ __all__ = ['minute_text', 'refuse_seen', 'check_content', 'named_models']
 
 # %% ../../nbs/07_evaluation/13_fold_models.ipynb #3108e38b
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -68,7 +69,7 @@ def check_content(
             )
 
 
-def _listed(models) -> list[tuple[str, object]]:
+def _listed(models) -> list[tuple[str, Any]]:
     "Name and model, as they were given."
     if isinstance(models, dict) and "policy_state_dict" not in models:
         return [(str(name), model) for name, model in models.items()]
@@ -82,9 +83,10 @@ def _listed(models) -> list[tuple[str, object]]:
 
 def named_models(
     models,  # one or several paths or contents of checkpoints, or a table of names and such
-) -> dict[str, object]:
+) -> dict[str, Any]:  # paths and contents
     "Name -> model, each name once."
-    items, named = _listed(models), {}
+    items = _listed(models)
+    named: dict[str, Any] = {}
     if not items:
         raise InputError(
             "models: expected one model or more, was none; give paths or contents of checkpoints, or train="

@@ -250,7 +250,7 @@ def _verdict_of_many(result: WalkForwardResult) -> str:
     "The line of the best, and how likely luck alone would look as good."
     returns = {model: equity_returns(result.curves[model]["agent"].to_numpy()) for model in result.models}
     sharpes = {model: sharpe_ratio(values) for model, values in returns.items()}
-    best, n = max(sharpes, key=sharpes.get), len(sharpes)
+    best, n = max(sharpes, key=lambda model: sharpes[model]), len(sharpes)
     # models of one kind are alike: their own spread would understate what luck does
     deflated = deflated_sharpe_ratio(returns[best], n)
     return (

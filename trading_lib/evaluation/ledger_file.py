@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import lock_descriptor
 
@@ -36,10 +37,10 @@ def _plain_number(value: float, where: str, infinite: bool) -> int | float | Non
 
 
 def plain_value(
-    value,  # numbers, text, lists and tables, also of numpy
+    value: Any,  # numbers, text, lists and tables, also of numpy
     where: str,  # what it is, for messages
     infinite: bool = False,  # what is not finite becomes None; False: it is refused
-):  # the same in JSON's types
+) -> Any:  # the same in JSON's types
     "A copy in JSON's types; equal numbers are written alike."
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()
@@ -61,7 +62,9 @@ def plain_value(
     )
 
 
-def json_text(value) -> str:
+def json_text(
+    value: object,  # in JSON's types
+) -> str:
     "The one way in which a value is written."
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
@@ -84,7 +87,9 @@ def line_seal(
     return line.rstrip()[-66:-2]
 
 
-def sealed_body(line: bytes) -> bytes | None:
+def sealed_body(
+    line: bytes,  # of a ledger
+) -> bytes | None:
     "What is sealed, as JSON; None: not a line that `sealed_line` wrote."
     sealed = _SEALED.fullmatch(line.rstrip())
     if sealed is None or hashlib.sha256(sealed[1]).hexdigest().encode() != sealed[2]:
@@ -129,7 +134,10 @@ def _locked_handle(path: Path, write: bool) -> int | None:
 
 
 @contextmanager
-def locked_file(path: Path, write: bool) -> Iterator[int]:
+def locked_file(
+    path: Path,  # made where it is missing and is to be written
+    write: bool,  # False: to read it
+) -> Iterator[int]:
     "A handle of the file that no other process writes to meanwhile."
     give_up = time.monotonic() + _WAIT
     while (handle := _locked_handle(path, write)) is None:
@@ -178,7 +186,9 @@ def _warn_of_torn(path: Path, last: bytes, then: str):
     warnings.warn(text, stacklevel=4)
 
 # %% ../../nbs/07_evaluation/01_ledger_file.ipynb #57f105ff
-def check_folder(folder: Path):
+def check_folder(
+    folder: Path,  # of ledgers
+) -> None:
     "A folder, or nothing yet; a file in its place raises InputError."
     if os.path.lexists(folder) and not folder.is_dir():
         raise InputError(
@@ -187,7 +197,10 @@ def check_folder(folder: Path):
 
 
 @contextmanager
-def file_problems(path: Path, reading: bool = False):
+def file_problems(
+    path: Path,  # for the message
+    reading: bool = False,  # then a file may be missing
+) -> Iterator[None]:
     "What the system refuses, as an InputError of one line; when reading, a missing file is not refused."
     try:
         yield
@@ -217,7 +230,7 @@ def _write_all(handle: int, data: bytes, end: int):
 
 
 def add_lines(
-    path: Path,
+    path: Path,  # of a ledger
     lines: Callable[[set[bytes]], list[bytes]],  # seals that are there -> lines to add
 ) -> set[bytes]:  # the seals that were there
     "Add lines to a file, all of them or none, and cut off what a killed writer left."
@@ -234,7 +247,9 @@ def add_lines(
     return seen
 
 # %% ../../nbs/07_evaluation/01_ledger_file.ipynb #127e022a
-def line_bodies(path: Path) -> Iterator[bytes]:
+def line_bodies(
+    path: Path,  # of a ledger
+) -> Iterator[bytes]:  # JSON
     "What is sealed on each line of a file; no file, no lines. A damaged line raises InputError."
     with file_problems(path, reading=True):
         try:
@@ -246,8 +261,8 @@ def line_bodies(path: Path) -> Iterator[bytes]:
                     before = line
                 if _is_torn(before):
                     _warn_of_torn(path, before, "the complete ones are read")
-                elif before.strip():
-                    yield sealed_body(before)
+                elif (body := sealed_body(before)) is not None:
+                    yield body
         except FileNotFoundError:
             return
 
@@ -335,7 +350,10 @@ def _waiting_lines(ledger: Path) -> Iterator[dict[bytes, bytes]]:
         kept.unlink()
 
 
-def not_there(lines: dict[bytes, bytes], there: set[bytes]) -> list[bytes]:
+def not_there(
+    lines: dict[bytes, bytes],  # seal -> line
+    there: set[bytes],  # seals of the file's lines
+) -> list[bytes]:
     "Of lines by their seals those that a file does not have."
     return [line for seal, line in lines.items() if seal not in there]
 
@@ -347,13 +365,14 @@ def append_everywhere(
     "Add records to a file, wherever it is kept."
     given = {line_seal(line): line for line in map(sealed_line, records)}
     (own, *lasting), _ = ledger_places(path)
-    known = set()
+    known: set[bytes] = set()
     with _waiting_lines(own) as waiting:
         for place in lasting:
             known |= add_lines(place, lambda there: not_there(waiting | given, there))
 
         def missing(there: set[bytes]) -> list[bytes]:
-            back, elsewhere = {}, known - there
+            back: dict[bytes, bytes] = {}
+            elsewhere = known - there
             if elsewhere:
                 for place in lasting:
                     back |= _wanted_lines(place, elsewhere)
@@ -369,7 +388,8 @@ def read_everywhere(
     identity: Callable[[dict], object],  # records of equal identity are one
 ) -> list[dict]:
     "Every record once, those of the file itself first."
-    records, texts = {}, {}
+    records: dict[object, dict] = {}
+    texts: dict[bytes, object] = {}
     written, others = ledger_places(path)
     for place in written + others:
         for body in line_bodies(place):

@@ -29,12 +29,14 @@ def trial_returns(
     trials: list,  # from `read_trials`
 ) -> TrialReturns:
     "Returns of the largest group of trials on the same bars and span, over the days they have in common."
-    trials, groups = unique_trials(trials), {}
+    trials = unique_trials(trials)
+    groups: dict[str, list[dict]] = {}
     for t in trials:
         if t["returns"]:
-            group = json_text([t[name] for name in ("symbol", "timeframe", "data", "span")])
-            groups.setdefault(group, []).append(t)
-    group = max(reversed(list(groups.values())), key=len, default=[])  # of equally large ones the latest
+            where = json_text([t[name] for name in ("symbol", "timeframe", "data", "span")])
+            groups.setdefault(where, []).append(t)
+    # of equally large ones the latest
+    group: list[dict] = max(reversed(list(groups.values())), key=len, default=[])
     calendars = {tuple(t["days"]) for t in group}  # few: trials on one span have the same days
     days = sorted(set.intersection(*map(set, calendars))) if group else []
     places = {calendar: [calendar.index(day) for day in days] for calendar in calendars}
@@ -99,10 +101,10 @@ def overfitting_probability(
 
 
 def overfitting_text(
-    probability: float | None,
+    probability: float | None,  # of `overfitting_probability`
     reason: str | None,  # why there is no probability
     trials: int,  # that differ
-    days: int,
+    days: int,  # of their returns
 ) -> str:
     "Probability of backtest overfitting as people read it: the place of the best among a few says nothing."
     if probability is None:

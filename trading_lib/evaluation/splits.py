@@ -10,6 +10,7 @@ __all__ = ['SCHEMES', 'Fold', 'check_whole', 'walk_forward_folds', 'check_folds'
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -35,9 +36,9 @@ def _is_whole(value) -> bool:
 
 def check_whole(
     name: str,  # as the caller knows it
-    value,
+    value: Any,  # what was given
     least: int,  # the smallest that will do
-):
+) -> None:
     "Raise an `InputError` unless this is a whole number that is large enough."
     if not _is_whole(value) or value < least:
         raise InputError(f"{name}: expected a whole number of {least} or more, was {value!r}")
@@ -173,7 +174,7 @@ def _check_tests(folds: list[Fold]):
 
 # %% ../../nbs/07_evaluation/01_splits.ipynb #e9032c99
 def check_folds(
-    folds: list[Fold],
+    folds: list[Fold],  # in any order
     window: int = 100,  # bars in one observation
     horizon: int = 1,  # bars that a reward looks ahead
     embargo: int = 0,  # further bars between two spans
@@ -284,7 +285,7 @@ def combinatorial_paths(
 ) -> list[tuple[int, ...]]:  # one for each path: for each block, the number of the fold that tests it
     "The backtest paths that the test blocks make up."
     _check_blocks(n_blocks, n_test_blocks)
-    testing = [[] for _ in range(n_blocks)]  # block -> folds that test it
+    testing: list[list[int]] = [[] for _ in range(n_blocks)]  # block -> folds that test it
     for number, chosen in enumerate(itertools.combinations(range(n_blocks), n_test_blocks)):
         for block in chosen:
             testing[block].append(number)

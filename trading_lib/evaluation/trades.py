@@ -77,12 +77,14 @@ def _exit(path: AccountPath, market: MarketData, k: int, bar: int) -> tuple[floa
 
 
 def _rows(path: AccountPath, market: MarketData) -> Iterator[dict]:
-    trade, opens = None, market.prices[0]
+    trade: _OpenTrade | None = None
+    opens = market.prices[0]
     filled = (path.quantity != 0) | (path.exit_quantity != 0) | (path.settled_quantity != 0)
-    for k in np.flatnonzero(filled):
+    for k in np.flatnonzero(filled).tolist():
         bar, gap = int(path.bar[k]) + 1, path.gap_quantity[k] != 0
         time = _bar_time(market, bar)
         if gap:
+            assert trade is not None  # only what is held leaves in a gap
             trade.costs += float(path.gap_costs[k])
             reason = _stop_or_target(path.gap_stopped[k] > 0)
             yield trade.closed(bar, time, opens[bar], path.gap_profit[k], reason)
@@ -101,8 +103,8 @@ def _rows(path: AccountPath, market: MarketData) -> Iterator[dict]:
 
 
 def trade_table(
-    path: AccountPath,
-    market: MarketData,
+    path: AccountPath,  # of one account
+    market: MarketData,  # that it went through
 ) -> pd.DataFrame:  # times, side, bars, prices, largest_quantity (units), costs and profit (currency), reason
     "One row per trade, flat to flat; the last one may still be open, and then its profit is NaN."
     return pd.DataFrame(_rows(path, market), columns=["entry_bar", *_COLUMNS])[_COLUMNS]

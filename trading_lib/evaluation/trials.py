@@ -8,6 +8,7 @@ __all__ = ['Trial', 'trial_record', 'unique_trials', 'simulated_trial', 'run_tri
 # %% ../../nbs/07_evaluation/02_trials.ipynb #caaea77e
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import date
 
@@ -71,7 +72,7 @@ class Trial:
     update: int | None  # of the training run at which it was validated
     parameters: dict  # everything else that shaped it
     data: dict  # sha256, first, last of the bars; `bars.fingerprint` fits
-    span: list  # first and last moment of the validation
+    span: Sequence  # first and last moment of the validation
     sharpe_per_bar: float  # not annualised
     bars: int  # returns behind it
     days: list  # of the returns, such as 2024-01-31
@@ -176,12 +177,12 @@ def _without_seed(parameters: dict) -> dict:
 
 
 def run_trials(
-    symbol: str,
+    symbol: str,  # of the bars
     timeframe: str,  # such as "15Min"
     data: dict,  # fingerprint of the bars
     span: tuple,  # first and last moment of the validation
     parameters: dict,  # of the run, as they were in force; a seed of training in them is left out
-    seed: int,
+    seed: int,  # of the training
     validations: list[dict],  # per validated checkpoint: update, sharpe_per_bar, bars, days, returns
     code: str | None = None,  # which code made it; None: `code_identity()`
     simulated: bool | None = None,  # whether the bars are; None: as `data` says, else by the symbol

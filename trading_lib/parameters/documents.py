@@ -9,6 +9,7 @@ __all__ = ['parse_yaml', 'read_text']
 import functools
 import re
 from pathlib import Path
+from typing import Any
 
 from .errors import InputError
 
@@ -53,9 +54,10 @@ def _check_nodes(root, name: str):
     "No key twice, no anchor that holds itself or expands to a flood, no depth without end."
     import yaml
 
-    sizes, above = {}, set()
+    sizes: dict[int, int] = {}  # id of a node -> values in it
+    above = set()
 
-    def size(node, depth) -> int:
+    def size(node, depth: int) -> int:
         if depth > _DEEPEST or id(node) in above:
             raise InputError(
                 f"{name}: is nested more than {_DEEPEST} levels deep; expected sections of names and values"
@@ -63,7 +65,7 @@ def _check_nodes(root, name: str):
         if id(node) in sizes:
             return sizes[id(node)]
         above.add(id(node))
-        inside = ()
+        inside = []
         if isinstance(node, yaml.MappingNode):
             _check_keys(node, name)
             inside = [n for pair in node.value for n in pair]
@@ -82,7 +84,7 @@ def _check_nodes(root, name: str):
 
 def _check_keys(mapping, name: str):
     "No key of a table is there twice."
-    lines = {}
+    lines: dict[str, int] = {}
     for key, _ in mapping.value:
         text, line = str(key.value), key.start_mark.line + 1
         if text in lines and text != "<<":
@@ -131,9 +133,9 @@ def _problem(e) -> str:
 
 
 def parse_yaml(
-    text: str,
+    text: str,  # of a file or a command line
     name: str = "YAML",  # for messages
-):  # plain data
+) -> Any:  # plain data
     "Read YAML 1.2; what is wrong is an `InputError` that names the line."
     import yaml
 

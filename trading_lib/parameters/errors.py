@@ -7,6 +7,7 @@ __all__ = ['FOR_PEOPLE', 'InputError', 'unknown_name', 'cut', 'require']
 
 # %% ../../nbs/00_base/00_errors.ipynb #e4400003
 import difflib
+from collections.abc import Iterable
 
 # %% ../../nbs/00_base/00_errors.ipynb #654aacde
 # names of InputError and what derives from it: an error of a notebook is known to others by its name alone
@@ -23,17 +24,17 @@ class InputError(ValueError):
 def unknown_name(
     where: str,  # what is being named, such as "train" or "mode"
     name: str,  # the name that was given
-    known,  # the names that exist
+    known: Iterable,  # the names that exist
 ) -> InputError:  # to be raised by the caller
     "An error that names the nearest known name."
-    known = sorted(str(k) for k in known)
-    near = difflib.get_close_matches(cut(str(name)), known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known)}"
+    names = sorted(str(k) for k in known)
+    near = difflib.get_close_matches(cut(str(name)), names, n=1, cutoff=0.5)
+    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
     return InputError(f"{where}: unknown name '{cut(str(name))}'; {hint}")
 
 
 def cut(
-    text: str,
+    text: str,  # of a file or a person
 ) -> str:  # at most about 200 characters
     "The beginning of a text that may be long."
     return text if len(text) <= 200 else f"{text[:200]} …"
@@ -42,7 +43,7 @@ def cut(
 def require(
     condition: object,  # what must hold; true and false of numpy and torch will do
     message: str,  # what was given, what was expected, what to do
-):
+) -> None:
     "Raise `InputError(message)` unless `condition` holds."
     if not condition:
         raise InputError(message)

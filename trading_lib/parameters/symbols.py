@@ -22,7 +22,7 @@ _PAIR = re.compile(r"[A-Za-z0-9][A-Za-z0-9.]*/[A-Za-z0-9.]+")  # as exchanges wr
 
 
 def is_symbol(
-    text: str,
+    text: str,  # what may be one
 ) -> bool:
     "Whether a text can stand in paths and commands."
     return _SYMBOL.fullmatch(text) is not None and ".." not in text and text.lower() != "index"
@@ -78,11 +78,11 @@ def path_symbol(
 
 
 def check_symbols(
-    symbols: list[str],
+    symbols: list[str],  # names of symbols
     where: str = "symbols",  # for messages
 ) -> list[str]:  # the same
     "Each is a name, none is there twice; on some systems spy and SPY are one file."
-    spelt = {}
+    spelt: dict[str, str] = {}
     for symbol in symbols:
         other = spelt.setdefault(check_symbol(symbol, where).lower(), symbol)
         if other != symbol:
