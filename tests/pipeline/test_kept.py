@@ -265,7 +265,8 @@ def test_a_stage_that_cannot_write_says_so_in_one_line(project):
     "In a process of its own, whose errors are known by their names alone."
     place = project / "data" / "SIM-USD_15Min.npz"
     shutil.copytree(ROOT / "nbs", project / "nbs", dirs_exist_ok=True)
-    place.mkdir(parents=True)
+    place.unlink()  # what was prepared before
+    place.mkdir()
     status, out, error = command("stage", "prepare", "--symbol", "SIM-USD")
     assert status == 2 and f"{place.name}: cannot be written" in error.splitlines()[-1]
     assert "Traceback" not in error

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from .truth import market_truth
 
 from ..backtest import BacktestResult, probe_baselines, run_backtests, training_spans
 from ..bars import parse_time, read_bars
@@ -36,6 +35,7 @@ from trading_lib.pipeline.project import (
     prepared_market,
     source_facts,
 )
+from .truth import market_truth
 from ..reporting.verdict import assess
 from ..sources import load_with_report
 

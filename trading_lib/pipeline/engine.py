@@ -55,7 +55,8 @@ def kernel_folder():  # yields its path
         folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=place))
     except OSError as e:
         raise InputError(
-            f"{place}: no folder for a kernel's sockets can be made there ({e.strerror}); free some space, or set TMPDIR to a short path"
+            f"{place}: no folder for a kernel's sockets can be made there ({e.strerror}); free some "
+            "space, or set TMPDIR to a short path"
         ) from None
     try:
         yield folder
@@ -153,7 +154,10 @@ def _careful(save):
         except OSError as e:
             if not said:
                 print(
-                    f"{e.filename or 'the executed notebook'}: cannot be written ({e.strerror}); the run goes on",
+                    (
+                        f"{e.filename or 'the executed notebook'}: cannot be written ({e.strerror}); the "
+                        "run goes on"
+                    ),
                     file=sys.stderr,
                 )
             said.append(e)

@@ -7,7 +7,6 @@ __all__ = ['model_card', 'write_model_card']
 
 # %% ../../nbs/09_pipeline/07_model_card.ipynb #fdec7f01
 import hashlib
-import json
 import math
 import re
 import shlex
@@ -27,7 +26,10 @@ from ..version import declared_version, policy_matrices, policy_widths
 # %% ../../nbs/09_pipeline/07_model_card.ipynb #491ef0ff
 def _table(header: tuple, rows) -> str:
     "A markdown table."
-    line = lambda cells: "| " + " | ".join(_plain(c) or "–" for c in cells) + " |"
+
+    def line(cells) -> str:
+        return "| " + " | ".join(_plain(c) or "–" for c in cells) + " |"
+
     return "\n".join([line(header), "|" + " --- |" * len(header), *map(line, rows)])
 
 
@@ -56,18 +58,20 @@ def _budget(content: dict) -> dict:
     train, env = (content.get("config", {}).get(name, {}) for name in ("train", "env"))
     step, update, steps = content.get("global_step"), content.get("update"), train.get("total_timesteps")
     accounts = train.get("n_envs") or env.get("n_envs")
-    per_update = (
-        accounts * train["n_steps"]
-        if accounts and train.get("n_steps")
-        else step / update
-        if step and update
-        else None
-    )
+    per_update = None
+    if accounts and train.get("n_steps"):
+        per_update = accounts * train["n_steps"]
+    elif step and update:
+        per_update = step / update
     updates = math.ceil(steps / per_update) if steps and per_update else None
     interval = train.get("validation_interval")
-    looks = lambda n: (
-        n // interval + (n == updates and n % interval > 0) if interval and n is not None else None
-    )
+
+    def looks(n: int | None) -> int | None:
+        "Validations up to an update; the last update is validated in any case."
+        if not interval or n is None:
+            return None
+        return n // interval + (n == updates and n % interval > 0)
+
     return {
         "step": step,
         "steps": steps,
@@ -109,24 +113,21 @@ def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
     update, updates, looks, all_looks = (budget[name] for name in ("update", "updates", "looks", "all_looks"))
     costs = content.get("config", {}).get("env", {}).get("account", {}).get("costs")
     simulated = simulated_bars(data.get("symbol"), data)
-    source = (
-        {None: "Whether its bars are simulated or real is not recorded."}
-        if not simulated
-        else {
-            data.get("source"): "Its market is simulated: nothing here says anything about any real market."
-        }
-    )
-    said = [
-        "Validation chose it, on one span, among the checkpoints of its run: "
-        + (
-            "how many is not recorded."
-            if looks is None
-            else f"{_counted(looks)} looked at up to this one, {_counted(all_looks)} in the whole run."
-        )
-        + " The best of many looks better than it is; only bars that neither training nor validation has seen can judge it."
-        if chosen
-        else "No validation figures belong to this checkpoint: validation did not choose it."
-    ]
+    if simulated:
+        market = "Its market is simulated: nothing here says anything about any real market."
+    elif data.get("source") is None:
+        market = "Whether its bars are simulated or real is not recorded."
+    else:
+        market = "One span of one market is an anecdote; other times may differ."
+    among = "how many is not recorded."
+    if looks is not None:
+        among = f"{_counted(looks)} looked at up to this one, {_counted(all_looks)} in the whole run."
+    said = ["No validation figures belong to this checkpoint: validation did not choose it."]
+    if chosen:
+        said = [
+            f"Validation chose it, on one span, among the checkpoints of its run: {among} The best of many "
+            "looks better than it is; only bars that neither training nor validation has seen can judge it."
+        ]
     if updates and update is not None and update < updates:
         said.append(f"It is the policy of update {update:,} of {updates:,}, not of the end of the run.")
     training = training_budget(content)
@@ -135,14 +136,22 @@ def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
     if not data:
         return said
     return said + [
-        f"It was trained on {_plain(data.get('symbol') or 'one symbol')} {_plain(data.get('timeframe') or 'bars')} alone; other markets and other timeframes were not tested.",
-        source.get(data.get("source"), "One span of one market is an anecdote; other times may differ."),
-        f"Fills are simulated, at the next bar's open{f' with the cost preset {_plain(costs)}' if costs else ''}; no order of it was ever filled by a broker.",
+        (
+            f"It was trained on {_plain(data.get('symbol') or 'one symbol')} "
+            f"{_plain(data.get('timeframe') or 'bars')} alone; other markets and other timeframes were "
+            "not tested."
+        ),
+        market,
+        (
+            "Fills are simulated, at the next bar's "
+            f"open{f' with the cost preset {_plain(costs)}' if costs else ''}; no order of it was ever "
+            "filled by a broker."
+        ),
     ]
 
 
 def model_card(
-    content: dict,  # of a checkpoint, as `NativePPOTrainer.content` makes it; what is missing is said to be missing
+    content: dict,  # of a checkpoint, as `NativePPOTrainer.content` makes it; what is missing is said
     command: str,  # the exact command line that trained it
     name: str = "model.pt",  # of the checkpoint's file, for the commands that use it
 ) -> str:  # markdown
@@ -161,9 +170,10 @@ def model_card(
         _counted(count_parameters(state) if state else None),
         _counted(budget["update"], budget["updates"]),
     )
-    span = lambda of, names=("first", "last"): (
-        " to ".join(str(of[n]) for n in names) if of and all(n in of for n in names) else None
-    )
+
+    def span(of: dict | None, names=("first", "last")) -> str | None:
+        return " to ".join(str(of[n]) for n in names) if of and all(n in of for n in names) else None
+
     commit = git.get("commit") and git["commit"] + (", with uncommitted changes" if git.get("dirty") else "")
     use = [f"trading-lib inspect {shlex.quote(name)}"]
     if data.get("symbol"):
@@ -171,9 +181,17 @@ def model_card(
             f"trading-lib backtest {shlex.quote(data['symbol'])} --model {shlex.quote(name)}",
             f"trading-lib trials {shlex.quote(data['symbol'])}  # what else was tried on it",
         ]
-    known = lambda rows: [(what, value if value is not None else "not recorded") for what, value in rows]
+
+    def known(rows) -> list[tuple]:
+        return [(what, value if value is not None else "not recorded") for what, value in rows]
+
+    of_what = ", of a simulated market" if simulated_bars(data.get("symbol"), data) else ""
+    title = f"{_plain(subject)}: a PPO policy{of_what}" if subject else f"a PPO policy{of_what}"
+    trades = f" to trade {_plain(subject)} bars" if subject else ""
+    sees = f", for the observation layout {_plain(version)}" if version else ""
+    where = "In this folder, inside a project that has prepared these bars:" if data else "In this folder:"
     sections = {
-        f"{_plain(subject) + ': ' if subject else ''}a PPO policy{', of a simulated market' * simulated_bars(data.get('symbol'), data)}": f"A policy trained with PPO{f' to trade {_plain(subject)} bars' if subject else ''}{f', for the observation layout {_plain(version)}' if version else ''}: "
+        title: f"A policy trained with PPO{trades}{sees}: "
         f"{inputs} inputs, {actions} actions, {parameters} parameters, after update {updates}.",
         "Command": _code(command),
         "Budget": _table(
@@ -233,7 +251,7 @@ def model_card(
         "Made with": _table(
             ("what", "version"), known([("git commit", commit), *(content.get("libraries") or {}).items()])
         ),
-        "How to use it": f"{'In this folder, inside a project that has prepared these bars:' if data else 'In this folder:'}\n\n{_code(chr(10).join(use))}",
+        "How to use it": where + "\n\n" + _code("\n".join(use)),
         "Limits": "\n".join(f"- {line}" for line in _limits(content, budget, data, bool(metrics))),
     }
     return (

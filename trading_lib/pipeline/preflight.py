@@ -49,7 +49,10 @@ def _saved_and_loaded(trainer, folder: Path, fresh) -> str:
     again = save_checkpoint(other.content(), folder / "again.pt")
     require(
         path.read_bytes() == again.read_bytes(),
-        "a checkpoint that was loaded and saved again has other bytes; a resumed run would not be the same run",
+        (
+            "a checkpoint that was loaded and saved again has other bytes; a resumed run would not be "
+            "the same run"
+        ),
     )
     return f"{path.stat().st_size / 1e6:.1f} MB, identical after a round trip"
 
@@ -75,7 +78,10 @@ def _same_observations(trainer, bars) -> str:
         largest = max(largest, float(np.abs(live.build(bars.iloc[: i + 1], fresh).reshape(-1) - row).max()))
     require(
         largest <= _TOLERANCE,
-        f"observations of training and of live trading differ by {largest:.2g}; prepare the data again (`trading-lib stage prepare`)",
+        (
+            f"observations of training and of live trading differ by {largest:.2g}; prepare the data "
+            "again (`trading-lib stage prepare`)"
+        ),
     )
     return f"{_BARS} bars, largest difference {largest:.1g}"
 

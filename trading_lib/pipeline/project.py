@@ -149,7 +149,8 @@ def prepared_market(
             )
     if market.asset_class != asset_class:
         raise InputError(
-            f"{paths.market}: was prepared as {market.asset_class}, and {symbol} is {asset_class}; {again} again"
+            f"{paths.market}: was prepared as {market.asset_class}, and {symbol} is {asset_class}; "
+            f"{again} again"
         )
     return market
 
@@ -160,7 +161,7 @@ _OWN_PARAMETERS = {"symbol": str | int | None, "out_dir": str | None, "resume": 
 
 def stage_parameters(
     namespace: dict,  # the notebook's globals(), after its parameters cell
-    **dotted,  # notebook parameter -> its name in params.yaml, such as mode="train.mode"; None: the notebook's own
+    **dotted,  # notebook parameter -> its name in params.yaml: mode="train.mode"; None: the notebook's own
 ) -> tuple[Parameters, str, Artefacts]:  # checked parameters, the symbol, the paths
     "Read params.yaml, apply what papermill injected, and refuse what nobody knows."
     import matplotlib

@@ -31,11 +31,14 @@ def seeds_table(
     trainer: SeedsTrainer,  # after `train`
 ) -> str:
     "A line for each seed, their mean and its 95 % interval."
-    results, line = (
-        trainer.results(*_SHOWN),
-        lambda name, cells: f"{name:>22}" + "".join(f"{cell:>22}" for cell in cells),
-    )
-    shown = lambda values: [text.format(value) for text, value in zip(_SHOWN.values(), values)]
+    results = trainer.results(*_SHOWN)
+
+    def line(name: str, cells) -> str:
+        return f"{name:>22}" + "".join(f"{cell:>22}" for cell in cells)
+
+    def shown(values) -> list[str]:
+        return [text.format(value) for text, value in zip(_SHOWN.values(), values)]
+
     rows = [line("seed, best update", [name.replace("_", " ") for name in _SHOWN])]
     rows += [
         line(f"{seed}, {best['update']}", shown(results[name]["seeds"][k] for name in _SHOWN))
@@ -59,7 +62,8 @@ def seeds_table(
 def plot_seeds(
     trainer: SeedsTrainer,  # after `train`
 ):  # a matplotlib Figure
-    "Validation Sharpe ratio of each seed in the course of its training, their mean, and the 95 % interval of that."
+    """Validation Sharpe ratio of each seed in the course of its training, their mean,
+    and the 95 % interval of that."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -105,7 +109,8 @@ def train_seeds(
     progress: str | None = None,  # a key of PROGRESS; None: what suits whoever is looking
     own: bool = False,  # write beside the pipeline's study, and leave that as it is
 ) -> SeedsTrainer:
-    "Train them, print what they reached, and write seeds.json and seeds.png into the symbol's report; a signal ends it after the present update."
+    """Train them, print what they reached, and write seeds.json and seeds.png into the symbol's report;
+    a signal ends it after the present update."""
     require(
         int(os.environ.get("WORLD_SIZE", 1)) == 1,
         "seeds: several at once are trained by one process; start it without torchrun",
@@ -119,7 +124,9 @@ def train_seeds(
     )
     say = trainer.progress.say
     say(
-        f"{symbol}, seeds {', '.join(map(str, trainer.seeds))} at once. What follows is of each seed; memory is that of all together, and no checkpoints are written\n{trainer.description}"
+        f"{symbol}, seeds {', '.join(map(str, trainer.seeds))} at once. What follows is of each "
+        "seed; memory is that of all together, and no checkpoints are written\n"
+        f"{trainer.description}"
     )
     check_ledger(project_root(), symbol)
     files = [(paths.own_report if own else paths.report) / name for name in ("seeds.json", "seeds.png")]
@@ -146,7 +153,8 @@ def _put_aside(files: list, say):
         if path.exists():
             path.rename(path.with_name(f"seeds.{number}{path.suffix}"))
     say(
-        f"an earlier study was there: put aside as {files[0].with_name(f'seeds.{number}.json')}; nothing reads it, and it may be deleted"
+        f"an earlier study was there: put aside as {files[0].with_name(f'seeds.{number}.json')}; "
+        "nothing reads it, and it may be deleted"
     )
 
 
@@ -154,7 +162,8 @@ def _write_study(trainer: SeedsTrainer, symbol: str, files: list, say):
     "What the seeds reached, as a table, a file and a picture."
     if trainer.update < trainer.updates:
         say(
-            f"stopped after update {trainer.update} of {trainer.updates}: what follows is of an unfinished study"
+            f"stopped after update {trainer.update} of {trainer.updates}: what follows is of an "
+            "unfinished study"
         )
     course = [
         [

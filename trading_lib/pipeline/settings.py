@@ -28,7 +28,8 @@ from ..files import atomic_write
 # %% ../../nbs/09_pipeline/00_settings.ipynb #5e7717e4
 SECTIONS = {f.name: type(f.default) for f in fields(Parameters) if f.name not in ("symbols", "modes")}
 
-# a setting and its value, then its remark; a '#' belongs to the value where no blank is before it, or inside quotes
+# a setting and its value, then its remark;
+# a '#' belongs to the value where no blank is before it, or inside quotes
 _LINE = re.compile(
     r"""(?P<start>\s+\w+\s*:(?:"(?:\\.|[^"\\])*"|'(?:''|[^'])*'|[^"'#]|(?<=\S)\#)*?)"""
     r"""(?:(?P<gap>[ \t]+)(?P<remark>\#.*)|[ \t]*)"""

@@ -20,7 +20,8 @@ _TOGETHER = 1.0  # seconds in which two signals that no person sends are one
 
 
 class StopRequest:
-    "Inside `with`, the first SIGINT, SIGTERM or SIGHUP sets `requested`, and `signal` to which one it was; the second quits at once."
+    """Inside `with`, the first SIGINT, SIGTERM or SIGHUP sets `requested`,
+    and `signal` to which one it was; the second quits at once."""
 
     def __init__(
         self,

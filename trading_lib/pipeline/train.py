@@ -117,7 +117,10 @@ def make_trainer(
         together = seeds * memory_of(config, shape).total
         require(
             limit is None or together <= limit,
-            f"seeds: {seeds} at once would take {memory_text(together)}, and {memory_text(limit or 0)} may be used; take fewer seeds, or fewer environments",
+            (
+                f"seeds: {seeds} at once would take {memory_text(together)}, and "
+                f"{memory_text(limit or 0)} may be used; take fewer seeds, or fewer environments"
+            ),
         )
     env = GPUVectorizedTradingEnv(
         market.span(*train),
@@ -150,7 +153,10 @@ def training_trials(
 ) -> list:  # Trials
     "Every validated checkpoint of a run, as the ledger has it."
     market, validation = trainer.env.market, trainer.validation.env.market
-    moment = lambda bar: str(np.datetime64(int(market.timestamp[bar]), "ns").astype("datetime64[s]"))
+
+    def moment(bar: int) -> str:
+        return str(np.datetime64(int(market.timestamp[bar]), "ns").astype("datetime64[s]"))
+
     parameters = {
         "train": asdict(trainer.config),
         "env": asdict(replace(trainer.env.config, n_envs=trainer.accounts)),
@@ -182,7 +188,8 @@ def record_training(
 def enter_trials(
     trainer: NativePPOTrainer,  # after `train`, whole or broken off
 ):
-    "Enter what a run has looked at, after its model is written: a ledger that cannot be written takes nothing away from it."
+    """Enter what a run has looked at, after its model is written:
+    a ledger that cannot be written takes nothing away from it."""
     trainer.progress.say(add_trials(project_root(), trainer.env.market.symbol, training_trials(trainer)))
 
 # %% ../../nbs/09_pipeline/08_train.ipynb #bf3ac81e
@@ -204,7 +211,9 @@ def _make_room(
         every = sorted(folder.path.parent.glob(f"{glob.escape(folder.path.name)}.[0-9]*"))
         size = sum(file.stat().st_size for one in every for file in one.iterdir())
         say(
-            f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with it); what is put aside as {folder.path}.1 and so on, {memory_text(size)} by now, may be deleted"
+            f"an unfinished run was there: put aside as {aside} (`--resume` would have gone on with "
+            f"it); what is put aside as {folder.path}.1 and so on, {memory_text(size)} by now, may "
+            "be deleted"
         )
     if checkpoint is not None and trainer.best is not None:
         folder.save_best(trainer.best)
@@ -215,12 +224,17 @@ def _check_unfinished(trainer: NativePPOTrainer, name: str):
     over = trainer.update >= trainer.updates or trainer.ended is not None
     require(
         not over or trainer.best is not None,
-        f"{name}: is of the end of its run, update {trainer.update} of {trainer.updates}, and the best policy is not beside it: there is nothing to go on with; give a larger budget, or train anew",
+        (
+            f"{name}: is of the end of its run, update {trainer.update} of {trainer.updates}, and the "
+            "best policy is not beside it: there is nothing to go on with; give a larger budget, or "
+            "train anew"
+        ),
     )
 
 
 class _Beside(RunFolder):
-    "Where a checkpoint lies: in the folder of its run, or as the last policy of a finished one, beside its best."
+    """Where a checkpoint lies: in the folder of its run, or as the last policy of a finished one,
+    beside its best."""
 
     def __init__(self, checkpoint: Path):
         super().__init__(checkpoint.parent)
@@ -244,7 +258,8 @@ def resume(
     | Path
     | None = None,  # go on from this file; None: from the newest good one in the folder
 ) -> bool:  # whether there was one
-    "Go on from a checkpoint. One of another network is no reason to stop where nobody asked for that very file."
+    """Go on from a checkpoint. One of another network is no reason to stop where nobody asked for that
+    very file."""
     say = trainer.progress.say
     if checkpoint is not None:
         content = load_checkpoint(checkpoint, map_location=trainer.device)
@@ -276,7 +291,8 @@ def resume(
 
 
 def unread(trainer: NativePPOTrainer) -> bool:
-    "Whether what the trainer says went into a pipe that nobody reads any more: who ends the reader ends the run, as with any tool."
+    """Whether what the trainer says went into a pipe that nobody reads any more:
+    who ends the reader ends the run, as with any tool."""
     return getattr(trainer.progress, "unread", False)
 
 
@@ -324,7 +340,8 @@ _BEGINS = {"--resume": 0, "--checkpoint": 1}  # options of how a run begins -> w
 def _how_to_go_on(
     trainer: NativePPOTrainer, symbols: list[str], symbol: str, path: Path, command: str
 ) -> str:
-    "The command that goes on with a run: the one that began it, for another seed or budget would be another run."
+    """The command that goes on with a run:
+    the one that began it, for another seed or budget would be another run."""
     words = shlex.split(command)
     if words[:2] != ["trading-lib", "train"]:
         words = ["trading-lib", "train", symbol]
@@ -376,9 +393,16 @@ def _write_course(trainer: NativePPOTrainer, report: Path) -> dict:  # what is i
     "The course of a run and its figures."
     history, best = trainer.history, trainer.best
     names = list(dict.fromkeys(name for row in history for name in row))
-    text = lambda value: "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    def text(value) -> str:
+        if value is None:
+            return ""
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    def finite(figures: dict) -> dict:
+        return {name: v if math.isfinite(v) else None for name, v in figures.items()}
+
     lines = [",".join(names), *(",".join(text(row.get(name)) for name in names) for row in history)]
-    finite = lambda figures: {name: v if math.isfinite(v) else None for name, v in figures.items()}
     figures = {
         "best_update": best["update"],
         "updates": trainer.updates,
@@ -405,7 +429,8 @@ def finish_training(
     command: str,  # that trained it
     own: bool = False,  # the pipeline's model and report stay as they are
 ) -> Path:  # the model
-    "Write the best policy and the last one, a card beside each, and read them again; then the course of the run and its figures; tidy up."
+    """Write the best policy and the last one, a card beside each, and read them again;
+    then the course of the run and its figures; tidy up."""
     best, say = trainer.best, trainer.progress.say
     model = kept = _keep_model(paths, best, content, command)
     if not own:
@@ -430,13 +455,15 @@ def finish_training(
     size = sum(path.stat().st_size for path in paths.kept.iterdir())
     simulated = simulated_bars(content["data"]["symbol"], content["data"])
     say(
-        f"saved {model}: the policy of update {best['update']}, {'simulated ' * simulated}validation Sharpe {best['metrics']['validation']['sharpe']:+.2f}"
+        f"saved {model}: the policy of update {best['update']}, {'simulated ' * simulated}validation "
+        f"Sharpe {best['metrics']['validation']['sharpe']:+.2f}"
     )
     if model != kept:
         say(f"kept as {kept} too, where no later run replaces it")
     if len(every) > 1:
         say(
-            f"{len(every)} models are kept in {paths.kept}, {memory_text(size)}: `trading-lib models` lists them; those that nobody needs may be deleted"
+            f"{len(every)} models are kept in {paths.kept}, {memory_text(size)}: `trading-lib "
+            "models` lists them; those that nobody needs may be deleted"
         )
     return model
 
@@ -463,7 +490,7 @@ def train_symbol(
     resumes: bool = False,  # go on from the newest good checkpoint of the symbol's unfinished run
     checkpoint: str | Path | None = None,  # go on from this one
     progress: str | None = None,  # a key of PROGRESS; None: what suits whoever is looking
-    own: bool = False,  # leave the pipeline's model and report as they are, and the model in `paths.kept` alone
+    own: bool = False,  # leave the pipeline's model and report; the new model is in `paths.kept` alone
 ) -> tuple[
     NativePPOTrainer, Path | None
 ]:  # the trainer; the checkpoint of a run that was stopped, None where it is complete
@@ -482,9 +509,10 @@ def _train_alone(parameters, symbol, paths, command, resumes, checkpoint, progre
     spans = split_bounds(
         len(market.timestamp), parameters.data.train_fraction, parameters.data.validation_fraction
     )
-    fresh = lambda progress=None, folder=None: make_trainer(
-        parameters, market, spans["train"], spans["validation"], progress, folder
-    )
+
+    def fresh(progress=None, folder=None) -> NativePPOTrainer:
+        return make_trainer(parameters, market, spans["train"], spans["validation"], progress, folder)
+
     trainer = fresh(
         Unharmed(Curves(progress_for(progress), (paths.own_report if own else paths.report) / "live"))
         if alone
@@ -516,7 +544,10 @@ def _train_alone(parameters, symbol, paths, command, resumes, checkpoint, progre
         if alone:
             enter_trials(trainer)  # an interrupted run has looked at checkpoints too
     if stopped is not None:
-        line = f"stopped after update {trainer.update} of {trainer.updates}; saved {stopped}; go on with {_how_to_go_on(trainer, parameters.symbols, symbol, stopped, command)}"
+        line = (
+            f"stopped after update {trainer.update} of {trainer.updates}; saved {stopped}; go on with "
+            f"{_how_to_go_on(trainer, parameters.symbols, symbol, stopped, command)}"
+        )
         say(line)
         if unread(trainer):
             with suppress(OSError):
@@ -529,7 +560,8 @@ def _what_there_is(paths: Artefacts) -> str:
     aside = sorted(paths.root.glob(f"models/runs/{glob.escape(paths.name)}.[0-9]*/*.pt"))
     finished = kept_models(paths)[:1]
     said = ([f"put aside earlier: {aside[-1]} (--checkpoint goes on from it)"] if aside else []) + [
-        f"the last complete run left {path} (--checkpoint {path.with_name(path.stem + '_last.pt')} with a larger budget extends it)"
+        f"the last complete run left {path} (--checkpoint {path.with_name(path.stem + '_last.pt')} "
+        "with a larger budget extends it)"
         for path in finished
     ]
     return "".join(f"; {one}" for one in said)
@@ -553,7 +585,8 @@ def _finish(
     except OSError as e:
         path = _save_state(trainer, content, command)
         raise InputError(
-            f"{e}; the run is complete, and its state saved as {path}: free some space, then {_how_to_go_on(trainer, symbols, symbol, path, command)} writes the model"
+            f"{e}; the run is complete, and its state saved as {path}: free some space, then "
+            f"{_how_to_go_on(trainer, symbols, symbol, path, command)} writes the model"
         ) from None
 
 
@@ -562,7 +595,8 @@ def train_fold(
     market: MarketData,  # fitted on the fold's training span
     fold,  # of a walk-forward, with `number`, `train` and `validation`
 ) -> dict:  # content of its best checkpoint
-    "Train one fold and enter its trials; a signal ends it after the present update, and with it the walk-forward."
+    """Train one fold and enter its trials;
+    a signal ends it after the present update, and with it the walk-forward."""
     check_ledger(project_root(), market.symbol)
     trainer = make_trainer(parameters, market, fold.train, fold.validation)
     try:
@@ -572,6 +606,9 @@ def train_fold(
         enter_trials(trainer)  # an interrupted run has looked at checkpoints too
     require(
         not stop.requested,
-        f"walk_forward: was stopped in fold {fold.number}, after update {trainer.update} of {trainer.updates}; folds that are complete are kept, run it again for the rest",
+        (
+            f"walk_forward: was stopped in fold {fold.number}, after update {trainer.update} of "
+            f"{trainer.updates}; folds that are complete are kept, run it again for the rest"
+        ),
     )
     return trainer.best

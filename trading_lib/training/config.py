@@ -113,7 +113,8 @@ TIERS = {
 # a recurrent policy on a GPU works through few, long sequences: many accounts keep it busy
 RECURRENT_START = dict(n_envs=16_384, n_steps=256, minibatch_size=8192)
 HIGH_VRAM = dict(n_envs=65_536, n_steps=512, minibatch_size=65_536)
-# for 8 GB: even whole windows of 5,800 numbers take 2.3 GB, the largest preset network another 0.3 GB, and a desktop and the driver want their share
+# for 8 GB: even whole windows of 5,800 numbers take 2.3 GB, the largest preset network another 0.3 GB,
+# and a desktop and the driver want their share
 LOW_VRAM = dict(n_envs=256, n_steps=256, minibatch_size=1024)
 
 
@@ -128,7 +129,9 @@ def tier_of(
         return "h200"
     if re.search(r"\ba100\b", name.lower()):
         return "a100-80" if gigabytes > 60 else "a100-40"
-    return "high" if gigabytes >= 40 else "medium" if gigabytes >= 20 else "low"
+    if gigabytes >= 40:
+        return "high"
+    return "medium" if gigabytes >= 20 else "low"
 
 
 def resolve_device(
@@ -213,7 +216,9 @@ def budget_warnings(
     if steps < limit:
         return []
     return [
-        f"mode {training_mode}: {asset_class} agents peak at {_short(PEAK_TIMESTEPS[asset_class] // 2)} to {_short(PEAK_TIMESTEPS[asset_class])} steps and overtrade at {_short(limit)}; `auto` has the budget that suits {asset_class}"
+        f"mode {training_mode}: {asset_class} agents peak at "
+        f"{_short(PEAK_TIMESTEPS[asset_class] // 2)} to {_short(PEAK_TIMESTEPS[asset_class])} steps "
+        f"and overtrade at {_short(limit)}; `auto` has the budget that suits {asset_class}"
     ]
 
 
@@ -374,7 +379,8 @@ def fit_config(
     | None = None,  # of an environment that stands already; None: the configured ones, which may be cut
     modes: dict[str, ModeParameters] | None = None,  # None: the project's own
 ) -> tuple[NativePPOConfig, list[str]]:  # and one line for each thing that was cut
-    "Cut a configuration down to what fits into memory. The budget in steps stays, so smaller rollouts make more updates."
+    """Cut a configuration down to what fits into memory.
+    The budget in steps stays, so smaller rollouts make more updates."""
     modes, fixed, envs = MODES | (modes or {}), n_envs is not None, n_envs or config.n_envs
     fit = fit_to_memory(
         envs,
@@ -498,7 +504,8 @@ def describe(
     lines = [f"{name:14}{value:{width}}  {by}".rstrip() for name, value, by in rows]
     if envs and rollout > config.total_timesteps:
         lines.append(
-            f"note: one rollout is {_short(rollout)} steps, more than the whole budget of {_short(config.total_timesteps)}; use fewer environments or steps, or a longer mode"
+            f"note: one rollout is {_short(rollout)} steps, more than the whole budget of "
+            f"{_short(config.total_timesteps)}; use fewer environments or steps, or a longer mode"
         )
     return "\n".join([*lines, *(f"note: {line}" for line in warnings)])
 
@@ -522,8 +529,11 @@ DEVICES = {
 }
 
 
+_SHAPE = RolloutShape(5800, 8, own_columns=0, folded_inputs=355)  # of observation layout 5.6.0
+
+
 def config_rows(
-    shape: RolloutShape = RolloutShape(5800, 8, own_columns=0, folded_inputs=355),  # of the environment
+    shape: RolloutShape = _SHAPE,  # of the environment
     devices: dict[str, tuple] = DEVICES,  # label -> name of the GPU and gigabytes
     modes: dict[str, ModeParameters] | None = None,  # None: the project's own
     **arguments,  # for `get_auto_config`, such as network="gru"
@@ -573,11 +583,17 @@ def config_table(
             seen = r["device"]
             lines += [
                 *([""] if lines else []),
-                f"{seen}: tier {r['tier']}, {r['network']}, {r['environments']:,} × {r['steps']:,} steps, minibatch {r['minibatch']:,}, {r['precision']}{', compiled' if r['compiled'] else ''}, memory {memory_text(r['memory'])}",
+                (
+                    f"{seen}: tier {r['tier']}, {r['network']}, {r['environments']:,} × {r['steps']:,} "
+                    f"steps, minibatch {r['minibatch']:,}, "
+                    f"{r['precision']}{', compiled' if r['compiled'] else ''}, memory "
+                    f"{memory_text(r['memory'])}"
+                ),
                 *(f"  {line}" for line in r["warnings"]),
             ]
         lines.append(
-            f"  {r['mode']:12}{_short(r['timesteps']):>8} steps {r['updates']:>5,} updates, validated every {r['validation']:>3}, "
+            f"  {r['mode']:12}{_short(r['timesteps']):>8} steps {r['updates']:>5,} updates, "
+            f"validated every {r['validation']:>3}, "
             + (f"saved every {r['checkpoints']}" if r["checkpoints"] else "saved at the end")
         )
     return "\n".join(lines)
@@ -603,23 +619,23 @@ def training_budget(
     budget = max(known, default=None)
     # of an older checkpoint only the plan is known, and the run cannot have gone beyond it
     steps = run.get("steps", train.get("total_timesteps") or content.get("global_step"))
-    smoke = (
-        True
-        if mode == SMOKE_MODE or None not in (steps, budget) and steps < budget
-        else None
-        if budget is None or "steps" not in run
-        else False
-    )
-    count = (
-        "an unknown number of" if steps is None else f"{steps:,}" if "steps" in run else f"at most {steps:,}"
-    )
-    said = (
-        f"mode {mode}, {count} steps: shows that the machinery runs, and says nothing about the strategy"
-        if smoke and mode == SMOKE_MODE
-        else f"trained for {count} of the {budget:,} steps that mode {mode} stands for on tier {tier}"
-        if smoke
-        else f"how much training its mode ({mode or 'not recorded'}) stands for is not known; it was trained for {count} steps"
-        if smoke is None
-        else None
-    )
+    if steps is None:
+        count = "an unknown number of"
+    else:
+        count = f"{steps:,}" if "steps" in run else f"at most {steps:,}"
+    smoke, said = False, None
+    if mode == SMOKE_MODE:
+        smoke = True
+        said = (
+            f"mode {mode}, {count} steps: shows that the machinery runs, and says nothing about the strategy"
+        )
+    elif None not in (steps, budget) and steps < budget:
+        smoke = True
+        said = f"trained for {count} of the {budget:,} steps that mode {mode} stands for on tier {tier}"
+    elif budget is None or "steps" not in run:
+        smoke = None
+        said = (
+            f"how much training its mode ({mode or 'not recorded'}) stands for is not known; "
+            f"it was trained for {count} steps"
+        )
     return {"mode": mode, "tier": tier, "steps": steps, "budget": budget, "smoke": smoke, "said": said}
