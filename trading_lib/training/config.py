@@ -308,7 +308,7 @@ def get_auto_config(
 def get_a100_config(
     vram_gb: int,  # 40 or 80
 ) -> NativePPOConfig:
-    "What suits an A100 of that memory."
+    "Settings for an A100 of that memory; with 40 GB the layers are half as wide as the tier's."
     require(vram_gb in (40, 80), f"get_a100_config: expected 40 or 80 GB, was {vram_gb}")
     return NativePPOConfig(
         **{**TIERS[f"a100-{vram_gb}"], "hidden_dims": {80: (1024, 512, 256), 40: (512, 256, 128)}[vram_gb]},
