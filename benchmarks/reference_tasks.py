@@ -1,26 +1,32 @@
-"""PPO on tasks that everyone knows: steps until they are solved, beside stable-baselines3 (memory task: sb3-contrib's recurrent PPO).
+"""PPO on tasks that everyone knows: steps until they are solved, beside stable-baselines3 (memory task:
+sb3-contrib's recurrent PPO).
 
-    python benchmarks/reference_tasks.py                  # trains ours, thirty seeds a task, and compares with the kept numbers of the peers
-    python benchmarks/reference_tasks.py --peers          # trains the peers anew as well; needs pip install stable-baselines3 sb3-contrib
-    python benchmarks/reference_tasks.py --kept           # trains nothing: table and picture of what is kept
+    python benchmarks/reference_tasks.py          # trains ours, thirty seeds a task, beside the kept peers
+    python benchmarks/reference_tasks.py --peers  # and the peers: pip install stable-baselines3 sb3-contrib
+    python benchmarks/reference_tasks.py --kept   # trains nothing: table and picture of what is kept
 
-Each run has one thread on one core of its own; `--workers 2` uses two cores. A command that was cut goes on where it was. Numbers are kept in
-benchmarks/results/reference_tasks.json and drawn to docs/reference_tasks.png; the command fails where a bar is missed:
+Each run has one thread on one core of its own; `--workers 2` uses two cores. A command that was cut goes on
+where it was. Numbers are kept in benchmarks/results/reference_tasks.json and drawn to
+docs/reference_tasks.png; the command fails where a bar is missed:
 
 - our median at most 1.5 times theirs, of steps to the threshold, and more than half of our runs reach it;
 - no significant difference: one-sided Mann-Whitney test of "ours needs more steps", p > 0.05.
 
-Steps to the threshold are environment steps, all environments together, when the mean return of the last 100 finished training episodes (actions are
-drawn, not the most probable ones) first reaches it; there a run ends. A run that never does counts as its whole budget, and is counted in the table.
+Steps to the threshold are environment steps, all environments together, when the mean return of the last 100
+finished training episodes (actions are drawn, not the most probable ones) first reaches it; there a run ends.
+A run that never does counts as its whole budget, and is counted in the table.
 
-Ten seeds were too few to tell: on the first ten of Acrobot ours needed 1.15 times the steps (p 0.018), on the twenty that followed 1.01 times (p 0.27). So
-there are thirty on every task, and their p is that of all of them.
+Ten seeds were too few to tell: on the first ten of Acrobot ours needed 1.15 times the steps (p 0.018), on the
+twenty that followed 1.01 times (p 0.27). So there are thirty on every task, and their p is that of all of
+them.
 
-Both sides have the same environments, network widths, ReLU, orthogonal initialisation, Adam with epsilon 1e-5, learning-rate schedule, batches, epochs, discount,
-lambda, clipping, entropy and gradient norm; ours makes no epochs for the value alone. Random numbers cannot be the same: seed 100 means another run to
-each. On the memory task the networks differ by design: ours has one GRU, orthogonally initialised, for policy and value, behind an encoder of two layers;
-theirs has two LSTMs as PyTorch makes them, one for the policy and one for the value, directly on the observation. Width and depth of the memory and of
-the heads are equal, but for the layer normalisation that ours has.
+Both sides have the same environments, network widths, ReLU, orthogonal initialisation, Adam with epsilon
+1e-5, learning-rate schedule, batches, epochs, discount, lambda, clipping, entropy and gradient norm; ours
+makes no epochs for the value alone. Random numbers cannot be the same: seed 100 means another run to each. On
+the memory task the networks differ by design: ours has one GRU, orthogonally initialised, for policy and
+value, behind an encoder of two layers; theirs has two LSTMs as PyTorch makes them, one for the policy and one
+for the value, directly on the observation. Width and depth of the memory and of the heads are equal, but for
+the layer normalisation that ours has.
 """
 
 import argparse
@@ -114,7 +120,7 @@ def peer_of(settings: dict) -> str:
     return "sb3-contrib RecurrentPPO" if is_recurrent(settings) else "stable-baselines3 PPO"
 
 
-# --- one run -----------------------------------------------------------------------------------------------------------
+# --- one run ------------------------------------------------------------------------------------------------
 
 
 def episodes_to_threshold(
@@ -257,7 +263,7 @@ def run(side: str, task: str, settings: dict, seed: int) -> dict:
     }
 
 
-# --- many runs ---------------------------------------------------------------------------------------------------------
+# --- many runs ----------------------------------------------------------------------------------------------
 
 
 def _pin(cores):
@@ -338,7 +344,8 @@ def train(side: str, tasks: list, workers: int):
             parts[task][side]["runs"] = sorted([*parts[task][side]["runs"], row], key=lambda r: r["seed"])
             write(unfinished, parts)
             print(
-                f"{task:12} {side:5} seed {row['seed']:3}: {row['steps']:>7,} steps{'' if row['reached'] else ', threshold not reached'}, {row['seconds']:.0f} s",
+                f"{task:12} {side:5} seed {row['seed']:3}: {row['steps']:>7,} "
+                f"steps{'' if row['reached'] else ', threshold not reached'}, {row['seconds']:.0f} s",
                 flush=True,
             )
     kept = read(RESULTS)
@@ -355,7 +362,7 @@ def train(side: str, tasks: list, workers: int):
     unfinished.unlink(missing_ok=True)
 
 
-# --- what came out -------------------------------------------------------------------------------------------------------
+# --- what came out ------------------------------------------------------------------------------------------
 
 
 def compared(
@@ -380,7 +387,8 @@ def misses(results: dict, task: str) -> list[str]:
             return [f"no runs of {'ours' if side == 'ours' else 'the peer; make them with --peers'}"]
         if results[task][side]["settings"] != TASKS[task]:
             return [
-                f"the kept runs ({side}) are of other settings; make them anew{' with --peers' if side == 'peers' else ''}"
+                f"the kept runs ({side}) are of other settings; make them "
+                f"anew{' with --peers' if side == 'peers' else ''}"
             ]
     ours, theirs = ([r["steps"] for r in results[task][side]["runs"]] for side in SIDES)
     c, out = compared(ours, theirs), []
@@ -413,7 +421,9 @@ def table(results: dict) -> int:  # tasks that missed a bar
                 c = compared(steps, [r["steps"] for r in results[task]["peers"]["runs"]])
                 figures = f"{c['ratio']:>6.2f} {c['p']:>6.3f}"
             print(
-                f"{task if side == 'ours' else '':12} {'trading_lib' if side == 'ours' else peer_of(settings):25} {np.median(steps):>8,.0f} {f'{min(steps):,} to {max(steps):,}':>18} "
+                f"{task if side == 'ours' else '':12} "
+                f"{'trading_lib' if side == 'ours' else peer_of(settings):25} {np.median(steps):>8,.0f} "
+                f"{f'{min(steps):,} to {max(steps):,}':>18} "
                 f"{sum(r['reached'] for r in runs):>5}/{len(runs)} {figures}"
             )
         for words in wrong:
@@ -459,7 +469,8 @@ def draw(results: dict):
         below.set_xlabel("environment steps")
     axes[0][0].set_ylabel(f"mean return of the last {EPISODES} episodes")
     figure.suptitle(
-        f"{len(SEEDS)} seeds a side. Above: how each run learned. Below: when it reached the threshold, and the median; a hollow arrow never did.",
+        f"{len(SEEDS)} seeds a side. Above: how each run learned. Below: when it reached the threshold, and "
+        "the median; a hollow arrow never did.",
         fontsize=9,
     )
     PICTURE.parent.mkdir(exist_ok=True)

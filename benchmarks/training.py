@@ -1,26 +1,33 @@
-"""Whole PPO training, rollout and update, beside other people's trainers: steps per second, share of what the chip can multiply, and memory.
+"""Whole PPO training, rollout and update, beside other people's trainers: steps per second, share of what the
+chip can multiply, and memory.
 
-    python benchmarks/training.py                # everything below, one after another; three quarters of an hour on two cores
-    python benchmarks/training.py --training     # ours and the peers; needs pip install stable-baselines3 sbx-rl torchrl, rows without their package are left out
+    python benchmarks/training.py                # all of it; three quarters of an hour on two cores
+    python benchmarks/training.py --training     # ours and the peers; rows without package are left out:
+                                                 # pip install stable-baselines3 sbx-rl torchrl
     python benchmarks/training.py --memory       # what a long rollout takes
-    python benchmarks/training.py --scaling      # what a transition costs as environments, bars, network and window grow
+    python benchmarks/training.py --scaling      # a transition's cost as each size grows
     python benchmarks/training.py --seeds        # eight seeds at once beside one
     python benchmarks/training.py --kept         # measures nothing: tables and pictures of what is kept
     python benchmarks/training.py --rows NAME …  # some rows of ROWS, or of LARGE; not kept
     python benchmarks/training.py --small        # tiny sizes, to see that it runs; not kept
 
-Every row has a process of its own, one after another, with all cores (`--threads`), the GPU where there is one. All trainers get the same bars, the same
-accounts and the same hyper-parameters; the peers read the dense windows of the same environment. Machines that are shared are now fast and now slow: so all rows
-have their turn, and then another and another. In each a row runs one iteration to warm up and then some more; its time is the median of all of them. What others
-did on the machine meanwhile shows in the column `busy`: processor time by time and threads.
+Every row has a process of its own, one after another, with all cores (`--threads`), the GPU where there is
+one. All trainers get the same bars, the same accounts and the same hyper-parameters; the peers read the dense
+windows of the same environment. Machines that are shared are now fast and now slow: so all rows have their
+turn, and then another and another. In each a row runs one iteration to warm up and then some more; its time
+is the median of all of them. What others did on the machine meanwhile shows in the column `busy`: processor
+time by time and threads.
 
-FLOPs are those that are done, counted from the layers' shapes: acting, and forward and backward of each epoch, without the gradient of the inputs, which nobody
-needs. Where samples of a rollout look at the same bars, and at nothing else, ours learns from those of one bar together and computes it once: with 24,576 samples
-of 20,000 bars that is 57 % of them. The row `samples apart` shuffles sample by sample, as the peers do, and computes every one.
-The limit is the best rate of a matrix product of the same precision, over shapes that occur in training, measured in the same run; which precision a
-product really has is told by its error. Memory is the kernel's own peak of the process (VmHWM), which is set back when the environment stands, or when model and
-table do; whatever is allocated then counts: gradients, moments, the rollout, work areas of the libraries. Numbers are kept in benchmarks/results/training_KIND.json, a
-file for each kind of chip (amx, avx512, …), and drawn to docs/training_speed_KIND.png and docs/training_scaling_KIND.png.
+FLOPs are those that are done, counted from the layers' shapes: acting, and forward and backward of each
+epoch, without the gradient of the inputs, which nobody needs. Where samples of a rollout look at the same
+bars, and at nothing else, ours learns from those of one bar together and computes it once: with 24,576
+samples of 20,000 bars that is 57 % of them. The row `samples apart` shuffles sample by sample, as the peers
+do, and computes every one. The limit is the best rate of a matrix product of the same precision, over shapes
+that occur in training, measured in the same run; which precision a product really has is told by its error.
+Memory is the kernel's own peak of the process (VmHWM), which is set back when the environment stands, or when
+model and table do; whatever is allocated then counts: gradients, moments, the rollout, work areas of the
+libraries. Numbers are kept in benchmarks/results/training_KIND.json, a file for each kind of chip (amx,
+avx512, …), and drawn to docs/training_speed_KIND.png and docs/training_scaling_KIND.png.
 """
 
 import argparse
@@ -37,6 +44,7 @@ import sys
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -80,8 +88,9 @@ SMALL = dict(
     n_envs=32, n_steps=8, minibatch_size=128, n_epochs=2, hidden_dims=[32, 16], window=10, bars=4_000
 )
 
-# one line a row: `peer` is a name of `_peers.PEERS`; without it the trainer is ours, `dense` reads whole windows, `every_sample` computes each bar as often as it is
-# looked at, `settings` replace some above, `matmul` sets torch.set_float32_matmul_precision, and all else goes to NativePPOConfig
+# one line a row: `peer` is a name of `_peers.PEERS`; without it the trainer is ours, `dense` reads whole
+# windows, `every_sample` computes each bar as often as it is looked at, `settings` replace some above,
+# `matmul` sets torch.set_float32_matmul_precision, and all else goes to NativePPOConfig
 ROWS = {
     "stable-baselines3": dict(peer="stable-baselines3"),
     "CleanRL-style": dict(peer="CleanRL-style"),
@@ -152,11 +161,12 @@ PATHS = {
 }
 
 
-# --- the chip ---------------------------------------------------------------------------------------------------------
+# --- the chip -----------------------------------------------------------------------------------------------
 
 
 def kind_of(device: str) -> str:
-    "What sets it apart from others, as part of a file's name: a GPU's name, or a CPU's instructions for matrices and vectors."
+    """What sets it apart from others, as part of a file's name: a GPU's name, or a CPU's instructions for
+    matrices and vectors."""
     if device != "cpu":
         return re.sub(r"\W+", "_", torch.cuda.get_device_name(device)).lower()
     return (
@@ -177,7 +187,7 @@ def default_row(device: str) -> str:
     )
 
 
-# --- arithmetic ---------------------------------------------------------------------------------------------------------
+# --- arithmetic ---------------------------------------------------------------------------------------------
 
 
 def flops_per_step(
@@ -196,7 +206,8 @@ def flops_per_step(
 
 
 def precision_of(error: float) -> str:
-    "What a product's relative error says about the numbers that were multiplied: 24, 11 or 8 significant bits."
+    """What a product's relative error says about the numbers that were multiplied: 24, 11 or 8 significant
+    bits."""
     return "float32" if error < 5e-6 else "tf32" if error < 1e-3 else "bf16"
 
 
@@ -251,11 +262,13 @@ def judged(rows: list[dict]) -> list[str]:
             else:
                 continue
             lines.append(
-                f"{'met   ' if reached >= least else 'missed'} {name}: {text}, is {reached:,.{0 if peer is None else 1}f}"
+                f"{'met   ' if reached >= least else 'missed'} {name}: {text}, is "
+                f"{reached:,.{0 if peer is None else 1}f}"
             )
         if row["share"] is not None and None not in goals:
             lines.append(
-                f"{'met   ' if row['share'] >= SMALLEST_SHARE else 'missed'} {name}: {SMALLEST_SHARE:.0%} of the limit, is {row['share']:.0%}"
+                f"{'met   ' if row['share'] >= SMALLEST_SHARE else 'missed'} {name}: {SMALLEST_SHARE:.0%} of "
+                f"the limit, is {row['share']:.0%}"
             )
     return lines
 
@@ -272,7 +285,7 @@ def costs(
     return out
 
 
-# --- in the process of a row -----------------------------------------------------------------------------------------------
+# --- in the process of a row --------------------------------------------------------------------------------
 
 
 def seconds(function, device: torch.device) -> float:
@@ -290,7 +303,8 @@ def seconds(function, device: torch.device) -> float:
 
 
 def peak_memory() -> int:  # bytes
-    "The most that this process ever had in memory; `ru_maxrss` of a new process may begin with what its parent had."
+    """The most that this process ever had in memory; `ru_maxrss` of a new process may begin with what its
+    parent had."""
     try:
         return 1024 * next(
             int(line.split()[1])
@@ -302,7 +316,8 @@ def peak_memory() -> int:  # bytes
 
 
 def memory_now() -> int:  # bytes
-    "What this process has in memory, with nothing kept that was given back: from here on `peak_memory` is that of what follows, where the system can forget older peaks."
+    """What this process has in memory, with nothing kept that was given back: from here on `peak_memory` is
+    that of what follows, where the system can forget older peaks."""
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
@@ -379,7 +394,11 @@ def flops_of(row: dict, env, settings: dict) -> int:  # per step
     return round(
         flops["forward"]
         + (flops["step"] - flops["forward"])
-        * (our_trainer(env, settings).learner.computed_share if folded and not row.get("every_sample") else 1.0)
+        * (
+            our_trainer(env, settings).learner.computed_share
+            if folded and not row.get("every_sample")
+            else 1.0
+        )
     )
 
 
@@ -454,7 +473,10 @@ def measure_seeds(job: dict) -> dict:
     config = NativePPOConfig(
         **{name: s[name] for name in names}, amp=job["amp"], total_timesteps=1000 * s["n_envs"] * s["n_steps"]
     )
-    env = lambda seeds: make_env(job | {"settings": s | {"n_envs": seeds * s["n_envs"]}})
+
+    def env(seeds: int):
+        return make_env(job | {"settings": s | {"n_envs": seeds * s["n_envs"]}})
+
     trainers = {
         "alone": NativePPOTrainer(env(1), config, progress=None),
         "together": SeedsTrainer(env(job["seeds"]), config, job["seeds"], progress=None),
@@ -465,8 +487,13 @@ def measure_seeds(job: dict) -> dict:
         sum(times["together"]) < job["seconds"] and len(times["alone"]) < MOST_ITERATIONS
     ):
         for name, trainer in trainers.items():
-            times[name].append(round(seconds(lambda: trainer.train(1), torch.device(job["device"])), 5))
+            times[name].append(round(seconds(partial(trainer.train, 1), torch.device(job["device"])), 5))
     return {**times, "seeds": job["seeds"], "samples": s["n_envs"] * s["n_steps"]}
+
+
+def _by_name(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    "A product by oneDNN."
+    return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
 
 
 def measure_limits(job: dict) -> dict:
@@ -479,14 +506,14 @@ def measure_limits(job: dict) -> dict:
             if path != "float32, oneDNN by name":
                 multiply = torch.nn.functional.linear
             elif device.type == "cpu" and torch.backends.mkldnn.is_available():
-                multiply = lambda a, b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+                multiply = _by_name
             else:
                 continue
             error, a, b = product_error(multiply, m, k, n, device, dtype)
             errors.append(error)
             shortest, end = float("inf"), time.perf_counter() + job["seconds"]
             while time.perf_counter() < end:
-                shortest = min(shortest, seconds(lambda: multiply(a, b), device))
+                shortest = min(shortest, seconds(partial(multiply, a, b), device))
             rates.append(2 * m * k * n / shortest)
         if rates:
             rows.append(
@@ -511,7 +538,7 @@ def work(job: dict):
     print("\n" + json.dumps(result), flush=True)
 
 
-# --- in the parent -----------------------------------------------------------------------------------------------------
+# --- in the parent ------------------------------------------------------------------------------------------
 
 
 def measured(job: dict) -> dict:
@@ -526,19 +553,18 @@ def measured(job: dict) -> dict:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__, "--job", json.dumps(job)],
         env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         text=True,
     )
     if done.returncode:
-        return {
-            "left_out": f"ended with status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"
-        }
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        return {"left_out": f"ended with status {done.returncode}: {last}"}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 class Markets:
-    "Simulated bars with their features as files, made when they are first asked for. Columns are scaled already, so that all trainers read the same numbers."
+    """Simulated bars with their features as files, made when they are first asked for. Columns are scaled
+    already, so that all trainers read the same numbers."""
 
     def __init__(self, folder: str | Path):
         self.folder, self.fit = Path(folder), None
@@ -685,7 +711,8 @@ class Bench:
                     )
                 if "seconds" in result:
                     print(
-                        f"  {name:40} {result['samples'] / statistics.median(result['seconds']):>12,.0f} steps/s",
+                        f"  {name:40} {result['samples'] / statistics.median(result['seconds']):>12,.0f} "
+                        "steps/s",
                         flush=True,
                     )
                 if before and "seconds" in result:
@@ -724,7 +751,8 @@ class Bench:
                     continue
                 rows.append({"label": label, **result})
                 print(
-                    f"  {axis:28} {label!s:>20} {1e6 * statistics.median(result['seconds']) / result['samples']:>9.2f} µs a transition",
+                    f"  {axis:28} {label!s:>20} "
+                    f"{1e6 * statistics.median(result['seconds']) / result['samples']:>9.2f} µs a transition",
                     flush=True,
                 )
         return part
@@ -747,7 +775,7 @@ class Bench:
         return part
 
 
-# --- what came out -------------------------------------------------------------------------------------------------------
+# --- what came out ------------------------------------------------------------------------------------------
 
 
 def flop_text(rate: float) -> str:
@@ -785,7 +813,8 @@ def print_training(part: dict):
         )
         share = f"{row['share']:.0%} {row['precision']}" if row["share"] else ""
         print(
-            f"{row['name']:40}{row['rate']:>12,.0f}{ratios}{row['flops'] / 1e6:>12.1f}{flop_text(row['flop_rate']):>16}{share:>14}"
+            f"{row['name']:40}{row['rate']:>12,.0f}{ratios}{row['flops'] / 1e6:>12.1f}"
+            f"{flop_text(row['flop_rate']):>16}{share:>14}"
             f"{row['busy']:>6.0%}{row['peak'] / 1e9:>6.1f} GB"
         )
     for name, row in part["rows"].items():
@@ -801,7 +830,9 @@ def print_memory(part: dict):
         if "above" not in row:
             continue
         print(
-            f"{'met   ' if row['above'] <= MOST_MEMORY else 'missed'} {name}: {row['above'] / 1e6:.0f} MB above model and table ({row['before'] / 1e6:.0f} MB) in an update of {row['samples']:,} steps with {row['inputs']:,} inputs, at most {MOST_MEMORY / 1e6:.0f}"
+            f"{'met   ' if row['above'] <= MOST_MEMORY else 'missed'} {name}: {row['above'] / 1e6:.0f} MB "
+            f"above model and table ({row['before'] / 1e6:.0f} MB) in an update of {row['samples']:,} steps "
+            f"with {row['inputs']:,} inputs, at most {MOST_MEMORY / 1e6:.0f}"
         )
 
 
@@ -811,24 +842,29 @@ def print_scaling(part: dict):
         print(f"\n{axis:>28}{'µs a transition':>18}{'relative':>10}{'MFLOP/step':>12}")
         for row in rows:
             print(
-                f"{row['label']!s:>28}{1e6 * row['cost']:>18.2f}{row['relative']:>10.2f}{row['flops'] / 1e6:>12.1f}"
+                f"{row['label']!s:>28}{1e6 * row['cost']:>18.2f}{row['relative']:>10.2f}"
+                f"{row['flops'] / 1e6:>12.1f}"
             )
         if axis in MOST_COST and rows:
             worst = max(row["relative"] for row in rows)
             print(
-                f"{'met   ' if worst <= MOST_COST[axis] else 'missed'} {axis}: at most {MOST_COST[axis]:g} times the least cost of the rows before, is {worst:.2f}"
+                f"{'met   ' if worst <= MOST_COST[axis] else 'missed'} {axis}: at most {MOST_COST[axis]:g} "
+                f"times the least cost of the rows before, is {worst:.2f}"
             )
 
 
 def print_seeds(part: dict):
     "Eight beside one."
     print(
-        f"\n{'hidden layers':>20}{'':>9}{'one seed':>11}{part['rows'][0]['seeds'] if part['rows'] else SEEDS:>4} at once{'times':>8}{'steps/s of all':>16}"
+        f"\n{'hidden layers':>20}{'':>9}{'one seed':>11}"
+        f"{part['rows'][0]['seeds'] if part['rows'] else SEEDS:>4} at once{'times':>8}{'steps/s of all':>16}"
     )
     for row in part["rows"]:
         alone, together = (statistics.median(row[name]) for name in ("alone", "together"))
         print(
-            f"{row['label']:>20}{row['precision']:>9}{alone:>9.3f} s{together:>10.3f} s{together / alone:>8.2f}{row['seeds'] * row['samples'] / together:>16,.0f}  {'met' if together <= MOST_SECONDS * alone else 'missed'}: at most {MOST_SECONDS:g}"
+            f"{row['label']:>20}{row['precision']:>9}{alone:>9.3f} s{together:>10.3f} "
+            f"s{together / alone:>8.2f}{row['seeds'] * row['samples'] / together:>16,.0f}  "
+            f"{'met' if together <= MOST_SECONDS * alone else 'missed'}: at most {MOST_SECONDS:g}"
         )
 
 
@@ -852,22 +888,23 @@ def draw_training(part: dict, path: Path):
         [row["rate"] for row in rows],
         color=["tab:blue" if row["name"].startswith("ours") else "tab:orange" for row in rows],
     )
-    text = lambda row: (
-        f"{row['rate']:,.0f}"
-        + (
-            f", {row['ratios'][first]:.1f} × {first}"
-            if first in row["ratios"] and row["name"] != first
-            else ""
-        )
-        + (f", {row['share']:.0%} of the {row['precision']} limit" if row["share"] else "")
-    )
+
+    def text(row: dict) -> str:
+        said = f"{row['rate']:,.0f}"
+        if first in row["ratios"] and row["name"] != first:
+            said += f", {row['ratios'][first]:.1f} × {first}"
+        if row["share"]:
+            said += f", {row['share']:.0%} of the {row['precision']} limit"
+        return said
+
     axes.bar_label(bars, [text(row) for row in rows], padding=3, fontsize=8)
     axes.set_xlim(0, 1.95 * max(row["rate"] for row in rows))
     axes.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g} k")
     axes.set_xlabel("environment steps a second, rollout and update")
     s = part["settings"]
     axes.set_title(
-        f"{s['n_envs']:,} × {s['n_steps']} steps, minibatch {s['minibatch_size']:,}, {s['n_epochs']} epochs, {s['hidden_dims']}, windows of {s['window']} bars\n{part['machine']}, {part['date']}",
+        f"{s['n_envs']:,} × {s['n_steps']} steps, minibatch {s['minibatch_size']:,}, {s['n_epochs']} "
+        f"epochs, {s['hidden_dims']}, windows of {s['window']} bars\n{part['machine']}, {part['date']}",
         fontsize=9,
     )
     axes.spines[["top", "right"]].set_visible(False)
@@ -892,7 +929,8 @@ def draw_scaling(part: dict, path: Path):
     figure.axes[0].set_ylabel("µs a transition")
     s = part["settings"]
     figure.suptitle(
-        f"{part['row']}, {s['n_envs'] * s['n_steps']:,} samples, minibatch {s['minibatch_size']:,}, {s['n_epochs']} epochs; {part['machine']}, {part['date']}",
+        f"{part['row']}, {s['n_envs'] * s['n_steps']:,} samples, minibatch {s['minibatch_size']:,}, "
+        f"{s['n_epochs']} epochs; {part['machine']}, {part['date']}",
         fontsize=9,
     )
     path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,5 @@
-"""Markets whose truth is known. The heavy proofs are run by `make prove`; that the machinery around them stops, goes on and judges as it says is tested in every run."""
+"""Markets whose truth is known. The heavy proofs are run by `make prove`; that the machinery around them
+stops, goes on and judges as it says is tested in every run."""
 
 import json
 import os
@@ -13,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from known_truth import code_hash, described, finished, prove, sources
+from known_truth_models import ProofSettings, gross_profit, leaking_feature, plant_leak
+from known_truth_report import BANDS, plot_proofs, summarise_proofs, summary_lines
 
 import trading_lib
 from trading_lib import features
@@ -20,25 +24,12 @@ from trading_lib.account import account_rules
 from trading_lib.backtest import greedy_actions, run_backtest
 from trading_lib.builder import BacktestObservationBuilder
 from trading_lib.checkpoint import load_checkpoint
+from trading_lib.cli import main
 from trading_lib.config import AccountConfig, InputError
 from trading_lib.env import market_data
 from trading_lib.evaluation.replay import Run, decision_bars, replay_and_keep
 from trading_lib.features import FeatureFit, fit_features
 from trading_lib.metrics import block_bootstrap_interval
-from trading_lib.pipeline.known_truth import (
-    BANDS,
-    ProofSettings,
-    _described,
-    _finished,
-    _gross_profit,
-    _leaking_feature,
-    _summary_lines,
-    code_hash,
-    plant_leak,
-    plot_proofs,
-    prove,
-    summarise_proofs,
-)
 from trading_lib.pipeline.stages import run_stage
 from trading_lib.policy.factory import build_policy
 from trading_lib.sources import simulate_market
@@ -47,12 +38,13 @@ ROOT = Path(__file__).parents[2]
 SEEDS = (0, 1, 2)
 
 
-# -- the proofs with small networks ----------------------------------------------------------------------------------
+# --- the proofs with small networks -------------------------------------------------------------------------
 
 
 @pytest.mark.proof
 def test_all_proofs_hold(tmp_path):
-    "Twenty networks learn a planted edge, twenty earn nothing on a martingale, a planted leak is found. TRADING_LIB_PROOFS names a folder to keep the results in, and to go on in."
+    """Twenty networks learn a planted edge, twenty earn nothing on a martingale, a planted leak is found.
+    TRADING_LIB_PROOFS names a folder to keep the results in, and to go on in."""
     summary = prove(
         os.environ.get("TRADING_LIB_PROOFS") or tmp_path, progress=lambda line: print(line, flush=True)
     )
@@ -76,7 +68,7 @@ def test_all_proofs_hold(tmp_path):
     assert summary["passed"] and not summary["failed"]
 
 
-# -- stopping and going on -------------------------------------------------------------------------------------------
+# --- stopping and going on ----------------------------------------------------------------------------------
 
 
 TINY = ProofSettings(
@@ -113,11 +105,15 @@ def children_of(process) -> list[int]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> dict:
-    "A run with two processes that gets a SIGKILL once the first result is there, and another in this process that goes on."
+    """A run with two processes that gets a SIGKILL once the first result is there, and another in this
+    process that goes on."""
     place = tmp_path_factory.mktemp("proofs")
     folder, program = place / "results", place / "program.py"
     program.write_text(
-        f"from trading_lib.pipeline.known_truth import ProofSettings, prove\nif __name__ == '__main__': prove({str(folder)!r}, seeds=2, paths=3, workers=2, settings={TINY!r})\n"
+        f"import sys\nsys.path.append({str(ROOT / 'benchmarks')!r})\n"
+        "from known_truth import ProofSettings, prove\n"
+        "if __name__ == '__main__':\n"
+        f"    prove({str(folder)!r}, seeds=2, paths=3, workers=2, settings={TINY!r})\n"
     )
     process = subprocess.Popen([sys.executable, program], cwd=ROOT)
     try:
@@ -139,12 +135,12 @@ def run(tmp_path_factory) -> dict:
 
 
 @pytest.fixture
-def finished(run):
+def small_run(run):
     return run["folder"], run["summary"]
 
 
-def test_a_small_run_writes_a_file_for_each_seed_and_says_what_holds(finished):
-    folder, summary = finished
+def test_a_small_run_writes_a_file_for_each_seed_and_says_what_holds(small_run):
+    folder, summary = small_run
     assert set(contents(folder)) == RESULTS and (folder / "proofs.png").read_bytes()[:4] == b"\x89PNG"
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     for name, content in contents(folder).items():
@@ -189,8 +185,8 @@ def test_another_process_computes_the_same_bytes(run, tmp_path):
     }
 
 
-def test_what_was_changed_is_run_again_and_nothing_else(finished, tmp_path):
-    shutil.copytree(finished[0], tmp_path / "proofs")
+def test_what_was_changed_is_run_again_and_nothing_else(small_run, tmp_path):
+    shutil.copytree(small_run[0], tmp_path / "proofs")
     before = contents(tmp_path / "proofs")
     prove(
         tmp_path / "proofs", workers=1, progress=None, **ASKED | {"settings": replace(TINY, edge_planted=0.2)}
@@ -201,27 +197,29 @@ def test_what_was_changed_is_run_again_and_nothing_else(finished, tmp_path):
     }
 
 
-def test_a_result_of_other_code_settings_paths_or_a_torn_file_does_not_count(finished, tmp_path):
-    path = finished[0] / "martingale-01.json"
-    described = lambda kind="martingale", paths=3, settings=TINY, code=code_hash(): _described(
-        kind, 1, paths, settings, code
-    )
-    assert _finished(path, described()) is not None
+def test_a_result_of_other_code_settings_paths_or_a_torn_file_does_not_count(small_run, tmp_path):
+    path = small_run[0] / "martingale-01.json"
+    here = code_hash()
+
+    def asked(kind="martingale", paths=3, settings=TINY, code=here):
+        return described(kind, 1, paths, settings, code)
+
+    assert finished(path, asked()) is not None
     for other in (
-        described(code="0" * 64),
-        described(paths=4),
-        described(settings=replace(TINY, martingale_steps=32_768)),
-        described(settings=replace(TINY, network_window=16)),
+        asked(code="0" * 64),
+        asked(paths=4),
+        asked(settings=replace(TINY, martingale_steps=32_768)),
+        asked(settings=replace(TINY, network_window=16)),
     ):
-        assert _finished(path, other) is None
-    assert _finished(path, described(settings=replace(TINY, edge_planted=0.1, leak_noise=0.1))) is not None, (
+        assert finished(path, other) is None
+    assert finished(path, asked(settings=replace(TINY, edge_planted=0.1, leak_noise=0.1))) is not None, (
         "other kinds' settings do not matter"
     )
-    assert described("edge", paths=4) == described("edge"), "paths do not matter to the planted edge"
+    assert asked("edge", paths=4) == asked("edge"), "paths do not matter to the planted edge"
     (tmp_path / "torn.json").write_bytes(path.read_bytes()[:-100])
     assert (
-        _finished(tmp_path / "torn.json", described()) is None
-        and _finished(tmp_path / "none.json", described()) is None
+        finished(tmp_path / "torn.json", asked()) is None
+        and finished(tmp_path / "none.json", asked()) is None
     )
 
 
@@ -234,7 +232,10 @@ def test_the_hash_of_the_code_follows_the_account_and_not_the_command_line(tmp_p
     here = code_hash()
     monkeypatch.setattr(trading_lib, "__file__", str(tmp_path / "trading_lib/__init__.py"))
     assert code_hash() == here
-    append = lambda name, text="# changed\n": (tmp_path / "trading_lib" / name).open("a").write(text)
+
+    def append(name, text="# changed\n"):
+        (tmp_path / "trading_lib" / name).open("a").write(text)
+
     append("cli.py")
     assert code_hash() == here
     append("bars.py")
@@ -243,6 +244,37 @@ def test_the_hash_of_the_code_follows_the_account_and_not_the_command_line(tmp_p
     seen.append(code_hash())
     append("cli.py")  # takes part from now on, if only inside a function
     assert len({*seen, code_hash()}) == 4
+
+
+def test_these_files_and_all_that_they_lead_to_take_part():
+    own = {"benchmarks.known_truth", "benchmarks.known_truth_models", "benchmarks.known_truth_report"}
+    package = {"account", "env", "trainer", "features", "bars", "data.simulation"}
+    assert own | package <= set(sources()), "of the package, what the account and the training need"
+    assert not {"cli", "live", "commands.training"} & set(sources())
+
+
+def test_finding_everything_done_changes_nothing_but_the_time(small_run):
+    folder, summary = small_run
+    before, lines = contents(folder), []
+    again = prove(folder, workers=1, progress=lines.append, **ASKED)
+    assert lines[0] == "6 of 6 results are there already" and contents(folder) == before
+    assert {**again, "seconds": 0} == {**json.loads(json.dumps(summary)), "seconds": 0}
+
+
+def test_the_command_runs_the_proofs_of_its_project(small_run, tmp_path, monkeypatch, capsys):
+    "Beside results of these settings, so that nothing is trained; without the file it says so in one line."
+    known_truth = sys.modules["known_truth"]
+    folder, _ = small_run
+    monkeypatch.setattr(known_truth, "ProofSettings", lambda: TINY)
+    monkeypatch.chdir(ROOT)
+    line = ["prove", "--seeds", "2", "--paths", "3", "--workers", "1", "--out", str(folder)]
+    assert main(line) in (0, 1)
+    assert capsys.readouterr().out.startswith("6 of 6 results are there already\nPlanted edge: 2 seeds")
+    for name in ("params.yaml", "settings.ini"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert main(line) == 2
+    assert f"{tmp_path}/benchmarks/known_truth.py: is not there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -254,14 +286,15 @@ def test_bad_input_is_one_line(tmp_path, wrong):
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-# -- profit before costs ---------------------------------------------------------------------------------------------
+# --- profit before costs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "symbol, asset_class, end", [("SIM-USD", "crypto", "2023-02-15"), ("SIM", "equity", "2023-06-01")]
 )
 def test_profit_before_costs_from_the_fills_is_what_an_account_without_costs_earns(symbol, asset_class, end):
-    "The account keeps its own books, in cash: what it ends with, less what it began with, and the costs it reports, added again. One that pays nothing ends with the gross profit itself."
+    """The account keeps its own books, in cash: what it ends with, less what it began with, and the costs it
+    reports, added again. One that pays nothing ends with the gross profit itself."""
     bars, _ = simulate_market(symbol, "15Min", "2023-01-01", end, seed=5, edge=0.0)
     bars = bars.drop(bars.index[-1200:-1080])  # a gap: positions are settled before it
     market = market_data(
@@ -285,7 +318,7 @@ def test_profit_before_costs_from_the_fills_is_what_an_account_without_costs_ear
     ]
     runs += [run._replace(rules=rules.with_costs(0)) for run in runs]
     walked, account = replay_and_keep(runs)
-    gross = np.array([_gross_profit(w, market) for w in walked])
+    gross = np.array([gross_profit(w, market) for w in walked])
     assert (
         (account.trades > 5).all()
         and any((w.settled_quantity != 0).any() for w in walked)
@@ -299,7 +332,7 @@ def test_profit_before_costs_from_the_fills_is_what_an_account_without_costs_ear
     )
 
 
-# -- the leak --------------------------------------------------------------------------------------------------------
+# --- the leak -----------------------------------------------------------------------------------------------
 
 
 def test_the_planted_column_tells_the_next_bar_and_nothing_else_changes():
@@ -323,13 +356,13 @@ def test_the_planted_column_tells_the_next_bar_and_nothing_else_changes():
 
 def test_the_leaking_feature_function_is_gone_afterwards():
     honest = features.BLOCK_FUNCTIONS["price_6"]
-    with pytest.raises(ZeroDivisionError), _leaking_feature():
+    with pytest.raises(ZeroDivisionError), leaking_feature():
         assert features.BLOCK_FUNCTIONS["price_6"] is not honest
-        1 / 0
+        raise ZeroDivisionError
     assert features.BLOCK_FUNCTIONS["price_6"] is honest
 
 
-# -- the verdict -----------------------------------------------------------------------------------------------------
+# --- the verdict --------------------------------------------------------------------------------------------
 
 
 def made_up(
@@ -414,7 +447,8 @@ def test_figures_inside_the_bands_pass():
 
 
 def test_the_cross_stands_beside_the_agents():
-    "Its share of the oracles' profit, of each seed and together, in the summary, in the line and in the picture; it is no band, and the agents may be worse."
+    """Its share of the oracles' profit, of each seed and together, in the summary, in the line and in the
+    picture; it is no band, and the agents may be worse."""
     results = made_up()
     summary = summarise_proofs(results)
     beside, own = (
@@ -429,7 +463,7 @@ def test_the_cross_stands_beside_the_agents():
     assert summary["passed"] and beside["seeds_that_beat_it"] == pytest.approx(
         np.mean([r["figures"]["share_of_oracle"] > c for r, c in zip(results, own)])
     )
-    assert f"a moving-average cross without any training {np.mean(own):.1%} (" in _summary_lines(summary)[0]
+    assert f"a moving-average cross without any training {np.mean(own):.1%} (" in summary_lines(summary)[0]
     figure = plot_proofs(results, summary)
     assert len(figure.axes[0].patches) >= 40 and any(
         "moving-average cross together" in t.get_text() for t in figure.axes[0].get_legend().get_texts()
@@ -440,7 +474,7 @@ def test_bounds_that_say_nothing_are_not_in_the_lines():
     "A martingale of two models and two paths: its interval is wider than a fifth of the account."
     summary = summarise_proofs(made_up())
     lines = "\n".join(
-        _summary_lines(
+        summary_lines(
             summary
             | {
                 "martingale": summary["martingale"] | {"interval_99": [-150.0, 170.0]},
@@ -452,7 +486,7 @@ def test_bounds_that_say_nothing_are_not_in_the_lines():
         lines.count("too wide to say anything") == 2
         and "-150" not in lines
         and "190.0%" not in lines
-        and "too wide" not in "\n".join(_summary_lines(summary))
+        and "too wide" not in "\n".join(summary_lines(summary))
     )
 
 
@@ -490,7 +524,7 @@ def test_results_that_are_missing_are_not_a_pass():
             summarise_proofs([r for r in made_up() if r["kind"] != kind])
 
 
-# -- the whole pipeline, as shipped ----------------------------------------------------------------------------------
+# --- the whole pipeline, as shipped -------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -513,14 +547,18 @@ def set_parameters(project: Path, **dotted):
 @pytest.mark.proof
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_agent_learns_a_planted_edge(project, seed):
-    "quick_test as shipped beats cash and buy-and-hold at its own exposure, after costs, on the span that it never saw."
+    """quick_test as shipped beats cash and buy-and-hold at its own exposure, after costs, on the span that it
+    never saw."""
     run_stage("prepare", "SIM-USD")
     run_stage("train", "SIM-USD", seed=seed, mode="quick_test")
     run_stage("backtest", "SIM-USD")
     metrics = json.loads((project / "reports/SIM-USD_15Min/metrics.json").read_text())
     agent, baselines = metrics["agent"], metrics["baselines"]
     print(
-        f"\nseed {seed}: agent {agent['total_return']:+.2%}, buy-and-hold at its exposure {baselines['buy_and_hold_at_exposure']:+.2%}\n  share of the oracle's profit {agent['share_of_oracle']:.1%}, percentile among its time-shifted copies {agent['percentile_among_random']:.0f}"
+        f"\nseed {seed}: agent {agent['total_return']:+.2%}, buy-and-hold at its exposure "
+        f"{baselines['buy_and_hold_at_exposure']:+.2%}\n  share of the oracle's profit "
+        f"{agent['share_of_oracle']:.1%}, percentile among its time-shifted copies "
+        f"{agent['percentile_among_random']:.0f}"
     )
     assert (
         agent["total_return"] > baselines["cash"]
@@ -538,7 +576,8 @@ PATHS, LEVEL = (
 @pytest.mark.proof
 @pytest.mark.parametrize("training_costs", ["broker", "zero"])
 def test_nobody_earns_on_a_martingale(project, training_costs):
-    "Pooled gross P&L of three agents over fresh paths has an interval that contains 0; net = gross - costs. Agents trained without costs do trade."
+    """Pooled gross P&L of three agents over fresh paths has an interval that contains 0; net = gross - costs.
+    Agents trained without costs do trade."""
     set_parameters(project, data__edge=0.0, account__costs=training_costs)
     run_stage("prepare", "SIM-USD")
     agents = []
@@ -581,7 +620,9 @@ def test_nobody_earns_on_a_martingale(project, training_costs):
     pooled = gross.mean(0)  # agents share a path; paths are independent, so blocks of one
     low, high = block_bootstrap_interval(pooled, np.mean, level=LEVEL, block_length=1, n=5000, seed=0)
     print(
-        f"\ntrained with {training_costs} costs: {len(agents)} agents × {PATHS} fresh paths, {trades} trades; gross P&L per path {pooled.mean():+.2f} [{low:+.2f}, {high:+.2f}] ({LEVEL:.0%}), costs {costs.mean():.2f}, net {(gross - costs).mean():+.2f}"
+        f"\ntrained with {training_costs} costs: {len(agents)} agents × {PATHS} fresh paths, {trades} "
+        f"trades; gross P&L per path {pooled.mean():+.2f} [{low:+.2f}, {high:+.2f}] ({LEVEL:.0%}), costs "
+        f"{costs.mean():.2f}, net {(gross - costs).mean():+.2f}"
     )
     assert low <= 0 <= high
     if training_costs == "zero":

@@ -1,4 +1,5 @@
-"""The benchmark on reference tasks: its figures on paper, two sides that are alike, and the numbers that are kept."""
+"""The benchmark on reference tasks: its figures on paper, two sides that are alike, and the numbers that are
+kept."""
 
 import functools
 import importlib
@@ -26,7 +27,7 @@ def benchmark(monkeypatch):
     return importlib.import_module("reference_tasks")
 
 
-# --- steps to the threshold ---------------------------------------------------------------------------------------
+# --- steps to the threshold ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -61,14 +62,18 @@ def test_the_mean_is_over_the_last_hundred_episodes(benchmark):
     assert rows[0] == [100, 0.5] and rows[-1] == [200, 1.0] and len(rows) <= 60
 
 
-# --- statistics -----------------------------------------------------------------------------------------------------
+# --- statistics ---------------------------------------------------------------------------------------------
 
 
 def share_of_splits(ours, theirs) -> float:
-    "Of all ways to deal these numbers to two sides, the share in which ours beat theirs in at least as many pairs as they did: the definition of the exact test."
+    """Of all ways to deal these numbers to two sides, the share in which ours beat theirs in at least as many
+    pairs as they did: the definition of the exact test."""
     both, n = np.array(ours + theirs), len(ours)
     wins = (both[:, None] > both[None]) * 1.0
-    count = lambda chosen: wins[np.ix_(chosen, np.setdiff1d(np.arange(len(both)), chosen))].sum()
+
+    def count(chosen):
+        return wins[np.ix_(chosen, np.setdiff1d(np.arange(len(both)), chosen))].sum()
+
     found = count(np.arange(n))
     return float(np.mean([count(np.array(c)) >= found for c in itertools.combinations(range(len(both)), n)]))
 
@@ -112,14 +117,14 @@ def test_p_with_ties_is_the_normal_approximation_on_paper(benchmark):
     assert math.isclose(benchmark.compared(ours, theirs)["p"], expected, rel_tol=1e-9)
 
 
-# --- the bars -------------------------------------------------------------------------------------------------------
+# --- the bars -----------------------------------------------------------------------------------------------
 
 
 def results_of(benchmark, ours, theirs, reached=True, **changed):
-    part = lambda steps, settings, reached: {
-        "settings": settings,
-        "runs": [{"seed": i, "steps": s, "reached": reached, "curve": []} for i, s in enumerate(steps)],
-    }
+    def part(steps, settings, reached):
+        runs = [{"seed": i, "steps": s, "reached": reached, "curve": []} for i, s in enumerate(steps)]
+        return {"settings": settings, "runs": runs}
+
     settings = benchmark.TASKS["CartPole-v1"]
     return {
         "CartPole-v1": {
@@ -130,10 +135,10 @@ def results_of(benchmark, ours, theirs, reached=True, **changed):
 
 
 def test_what_misses_a_bar(benchmark):
-    near, misses = (
-        list(range(100, 200, 10)),
-        lambda *a, **k: benchmark.misses(results_of(benchmark, *a, **k), "CartPole-v1"),
-    )
+    def misses(*sides, **changed):
+        return benchmark.misses(results_of(benchmark, *sides, **changed), "CartPole-v1")
+
+    near = list(range(100, 200, 10))
     assert misses(near, [s + 1 for s in near]) == [] and misses([s / 2 for s in near], near) == []
     assert any("1.60 times" in w for w in misses([1.6 * s for s in near], near))
     worse = misses([s + 101 for s in near], [s + 1 for s in near])
@@ -144,7 +149,7 @@ def test_what_misses_a_bar(benchmark):
     )
 
 
-# --- two sides that are alike ----------------------------------------------------------------------------------------
+# --- two sides that are alike -------------------------------------------------------------------------------
 
 
 def count(module) -> int:
@@ -156,12 +161,15 @@ def test_both_sides_have_the_same_networks_and_the_same_settings(benchmark, task
     pytest.importorskip("stable_baselines3")
     settings = benchmark.TASKS[task]
     ours, theirs = benchmark.our_trainer(task, settings, 0), benchmark.peer_model(task, settings, 0)
-    shapes = lambda module: sorted(tuple(p.shape) for p in module.parameters())
+
+    def shapes(module):
+        return sorted(tuple(p.shape) for p in module.parameters())
+
+    # gains √2, 0.01 and 1: a matrix with orthonormal rows or columns has the norm √(smaller side)
+    def norms(module):
+        return sorted(round(float(p.detach().norm()), 4) for p in module.parameters() if p.ndim == 2)
+
     assert shapes(ours.policy) == shapes(theirs.policy)
-    # orthogonal with gains √2, 0.01 and 1: the norm of a matrix with orthonormal rows or columns is √(smaller side)
-    norms = lambda module: sorted(
-        round(float(p.detach().norm()), 4) for p in module.parameters() if p.ndim == 2
-    )
     assert norms(ours.policy) == norms(theirs.policy) and not any(
         p.any() for m in (ours.policy, theirs.policy) for p in m.parameters() if p.ndim == 1
     )
@@ -220,10 +228,14 @@ def test_the_same_steps_make_the_same_advantages_and_the_same_update(benchmark, 
         "actor_head": "action_net",
         "critic_head": "value_net",
     }
-    weights = lambda: {
-        name: theirs.policy.state_dict()[names[name.split(".")[0]] + "." + name.split(".", 1)[1]].clone()
-        for name in ours.policy.state_dict()
-    }
+
+    def weights():
+        state = theirs.policy.state_dict()
+        return {
+            name: state[names[name.split(".")[0]] + "." + name.split(".", 1)[1]].clone()
+            for name in ours.policy.state_dict()
+        }
+
     first = weights()
     ours.policy.load_state_dict(first)
     _, callback = theirs._setup_learn(rollout)
@@ -315,7 +327,7 @@ def test_budgets_are_whole_updates(benchmark):
     )  # no two environments of different runs begin alike
 
 
-# --- a command that was cut -----------------------------------------------------------------------------------------
+# --- a command that was cut ---------------------------------------------------------------------------------
 
 
 def test_a_cut_command_goes_on_and_keeps_what_others_measured(benchmark, monkeypatch, tmp_path):
@@ -351,7 +363,7 @@ def test_a_cut_command_goes_on_and_keeps_what_others_measured(benchmark, monkeyp
     assert len([line for line in benchmark.RESULTS.read_text().splitlines() if '"seed"' in line]) == 3
 
 
-# --- what is kept ---------------------------------------------------------------------------------------------------
+# --- what is kept -------------------------------------------------------------------------------------------
 
 
 def kept():

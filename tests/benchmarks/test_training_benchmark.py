@@ -1,4 +1,5 @@
-"""The benchmark of whole training: FLOPs and ratios on paper, peers that learn what ours learns, and the numbers that are kept."""
+"""The benchmark of whole training: FLOPs and ratios on paper, peers that learn what ours learns, and the
+numbers that are kept."""
 
 import functools
 import importlib
@@ -47,11 +48,12 @@ def env():
     return lambda: GPUVectorizedTradingEnv(market, GPUEnvConfig(n_envs=12, window=8, episode_length=5))
 
 
-# --- arithmetic ----------------------------------------------------------------------------------------------------
+# --- arithmetic ---------------------------------------------------------------------------------------------
 
 
 def test_flops_of_a_small_network_on_paper(benchmark):
-    # 10 inputs, hidden 4 and 3, 2 actions and a value: 10·4 + 4·3 + 3·(2 + 1) = 61 products, each with an addition
+    # 10 inputs, hidden 4 and 3, 2 actions and a value: 10·4 + 4·3 + 3·(2 + 1) = 61 products, each with an
+    # addition
     one = benchmark.flops_per_step(10, [4, 3], 2, trunks=1, n_epochs=3)
     # backwards as many for the weights, and for the inputs of all but the first layer: 61 - 40 = 21
     assert one == {"forward": 122, "backward": 122 + 42, "step": 122 + 3 * (122 + 164)}
@@ -103,8 +105,11 @@ def test_flops_of_a_row_are_those_of_its_inputs(benchmark, env):
     settings = benchmark.SETTINGS | dict(
         hidden_dims=[4], n_epochs=1, minibatch_size=64
     )  # of thousands of bars: hardly any twice
+
     # 3 of 58 columns change along the window: 3 · 8 + 55 = 79 inputs; 8 · 58 = 464 dense ones; 8 actions
-    per = lambda inputs, trunks: benchmark.flops_per_step(inputs, [4], 8, trunks, 1)["step"]
+    def per(inputs, trunks):
+        return benchmark.flops_per_step(inputs, [4], 8, trunks, 1)["step"]
+
     rows = {
         "ours: folded, shared trunk": (79, 1),
         "ours: folded, two trunks": (79, 2),
@@ -118,14 +123,17 @@ def test_flops_of_a_row_are_those_of_its_inputs(benchmark, env):
 
 
 def test_bars_that_are_computed_once_count_once(benchmark, env):
-    "A sample for each bar: 1 - 1/e of the bars are seen, but for the few bars that do not divide by the accounts. The dense row and the peers compute every sample."
+    """A sample for each bar: 1 - 1/e of the bars are seen, but for the few bars that do not divide by the
+    accounts. The dense row and the peers compute every sample."""
     one = env()
     bars = one.market.stop - max(one.market.start, one.market.window - 1)
     settings = benchmark.SETTINGS | dict(
         hidden_dims=[4], n_epochs=1, n_envs=one.n_envs, n_steps=bars // one.n_envs, minibatch_size=bars
     )
     flops = benchmark.flops_per_step(79, [4], 8, 1, 1)
-    assert math.isclose(benchmark.our_trainer(one, settings).learner.computed_share, 1 - 1 / math.e, rel_tol=0.01)
+    assert math.isclose(
+        benchmark.our_trainer(one, settings).learner.computed_share, 1 - 1 / math.e, rel_tol=0.01
+    )
     assert math.isclose(
         benchmark.flops_of(benchmark.ROWS[benchmark.DEFAULTS], one, settings),
         flops["forward"] + (1 - 1 / math.e) * (flops["forward"] + flops["backward"]),
@@ -146,7 +154,10 @@ def test_the_error_of_a_product_tells_its_precision(benchmark):
         return torch.ldexp((mantissa * 2**bits).round() / 2**bits, exponent)
 
     exact = a.double() @ b.double()
-    error = lambda product: float((product.double() - exact).norm() / exact.norm())
+
+    def error(product):
+        return float((product.double() - exact).norm() / exact.norm())
+
     assert [
         benchmark.precision_of(error(p))
         for p in (
@@ -158,18 +169,20 @@ def test_the_error_of_a_product_tells_its_precision(benchmark):
     ] == ["float32", "tf32", "bf16", "bf16"]
 
 
-# --- results that were made up --------------------------------------------------------------------------------------
+# --- results that were made up ------------------------------------------------------------------------------
 
 
 def made_up(**rows) -> dict:
-    row = lambda seconds, flops, precision="float32": {
-        "seconds": seconds,
-        "samples": 1000,
-        "flops": flops,
-        "precision": precision,
-        "busy": 0.9,
-        "peak": 10**9,
-    }
+    def row(seconds, flops, precision="float32"):
+        return {
+            "seconds": seconds,
+            "samples": 1000,
+            "flops": flops,
+            "precision": precision,
+            "busy": 0.9,
+            "peak": 10**9,
+        }
+
     return {
         "settings": {},
         "limits": [
@@ -214,7 +227,10 @@ def test_rates_ratios_and_shares(benchmark):
 
 def test_goals_are_met_or_missed(benchmark):
     lines = benchmark.judged(benchmark.compared(made_up()))
-    starts = lambda words: [line.split()[0] for line in lines if words in line]
+
+    def starts(words):
+        return [line.split()[0] for line in lines if words in line]
+
     assert (
         starts("12 times stable-baselines3, is 22.2") == ["met"]
         and starts("11 times CleanRL-style, is 11.1") == ["met"]
@@ -292,7 +308,7 @@ def test_the_peak_is_that_of_what_follows():
     assert 0.99 * 200e6 < first < 1.1 * 200e6 and 0.99 * 50e6 < second < 1.1 * 50e6
 
 
-# --- peers that do the same ---------------------------------------------------------------------------------------------
+# --- peers that do the same ---------------------------------------------------------------------------------
 
 
 class Recorded:
@@ -332,7 +348,8 @@ class Recorded:
 
 
 def test_the_single_file_loop_learns_what_ours_learns(benchmark, peers):
-    "The steps that our trainer made are given to the loop, with the same first weights. One batch: its order does not matter."
+    """The steps that our trainer made are given to the loop, with the same first weights. One batch: its
+    order does not matter."""
     settings = benchmark.SETTINGS | dict(
         n_envs=16, n_steps=16, minibatch_size=256, n_epochs=10, hidden_dims=[32, 16], learning_rate=3e-3
     )
@@ -355,7 +372,9 @@ def test_the_single_file_loop_learns_what_ours_learns(benchmark, peers):
     trainer.train()
     data = ours.stacked()
     assert data["terminated"].any() and (data["done"] & ~data["terminated"]).any()
-    distance = lambda a, b: math.sqrt(sum(float(((a[name] - b[name]) ** 2).sum()) for name in first))
+
+    def distance(a, b):
+        return math.sqrt(sum(float(((a[name] - b[name]) ** 2).sum()) for name in first))
 
     def learnt(**changed) -> dict:  # weights
         loop = peers.SingleFilePPO(TensorEnv("CartPole-v1", 16), settings | changed, torch.device("cpu"))
@@ -386,7 +405,8 @@ def test_the_single_file_loop_learns_what_ours_learns(benchmark, peers):
 
 
 def test_the_single_file_loop_stores_what_happened(benchmark, peers, env):
-    "Values of what followed are those of the true next observations, over ends of episodes and across rollouts."
+    """Values of what followed are those of the true next observations, over ends of episodes and across
+    rollouts."""
     settings = benchmark.SETTINGS | dict(n_envs=12, n_steps=7, hidden_dims=[8])
     recorded = Recorded(peers.DenseEnv(env()))
     loop = peers.SingleFilePPO(recorded, settings, torch.device("cpu"))
@@ -413,7 +433,7 @@ def test_the_adapter_gives_stable_baselines3_what_the_environment_gives(peers, e
     plain, adapter = env(), peers._vec_env(env())
     assert np.array_equal(adapter.reset(), plain.reset(0).numpy())
     random = np.random.default_rng(0)
-    for t in range(12):
+    for _ in range(12):
         actions = random.integers(plain.n_actions, size=12)
         obs, reward, terminated, truncated, infos = plain.step(torch.as_tensor(actions))
         theirs, their_reward, done, rows = adapter.step(actions)
@@ -440,7 +460,10 @@ def test_all_trainers_have_the_same_networks_and_settings(benchmark, peers, env)
     model = next(cell.cell_contents for cell in model if hasattr(cell.cell_contents, "policy"))
     ours = benchmark.our_trainer(peers.DenseEnv(env()), settings, shared_trunk=False)
     loop = peers.SingleFilePPO(peers.DenseEnv(env()), settings, torch.device("cpu"))
-    shapes = lambda module: sorted(tuple(p.shape) for p in module.parameters())
+
+    def shapes(module):
+        return sorted(tuple(p.shape) for p in module.parameters())
+
     assert shapes(model.policy) == shapes(loop.network) == shapes(ours.policy)
     c = ours.config
     assert (
@@ -471,11 +494,13 @@ def test_all_trainers_have_the_same_networks_and_settings(benchmark, peers, env)
     } and model.target_kl is model.clip_range_vf is c.target_kl is c.value_clip_range is None
 
 
-# --- the command, and what it kept ----------------------------------------------------------------------------------------
+# --- the command, and what it kept --------------------------------------------------------------------------
 
 
 def test_a_small_run_from_end_to_end(benchmark, capsys):
-    files = lambda: {path.name: path.read_bytes() for path in benchmark.RESULTS.iterdir()}
+    def files():
+        return {path.name: path.read_bytes() for path in benchmark.RESULTS.iterdir()}
+
     before = files()
     benchmark.main(["--small", "--threads", "1", "--rows", "CleanRL-style", benchmark.DEFAULTS])
     shown = capsys.readouterr().out
