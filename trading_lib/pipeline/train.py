@@ -468,11 +468,11 @@ def finish_training(
     return model
 
 
-def _check_room(trainer: NativePPOTrainer, paths: Artefacts):
+def _check_room(trainer: NativePPOTrainer, content: dict, paths: Artefacts):
     "What a run will write fits on the disk now: not after hours."
     folder = next(folder for folder in (paths.kept, *paths.kept.parents) if folder.exists())
     weights = sum(p.numel() * p.element_size() for p in trainer.policy.parameters())
-    checkpoint = checkpoint_size(trainer.content()) + 2 * weights  # Adam's moments come with the first update
+    checkpoint = checkpoint_size(content) + 2 * weights  # Adam's moments come with the first update
     needed = 5 * checkpoint  # two checkpoints, the best, the model twice
     free = shutil.disk_usage(folder).free
     if free <= needed:
@@ -520,9 +520,10 @@ def _train_alone(parameters, symbol, paths, command, resumes, checkpoint, progre
         folder,
     )
     folder.say = say = trainer.progress.say
+    content = trainer.content()  # of all processes together: each of them asks
     if alone:
         check_ledger(project_root(), symbol)
-        _check_room(trainer, paths)
+        _check_room(trainer, content, paths)
     say(f"{symbol}\n{trainer.description}")
     going_on = resume(trainer, checkpoint) if resumes or checkpoint is not None else False
     if resumes and not going_on:
