@@ -12,8 +12,9 @@ __all__ = ['estimate_model', 'decision_latency', 'finite_logits', 'HIDDEN_DIMS',
 import time
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import InputError
 from trading_lib.policy.folding import (  # noqa: F401
@@ -77,7 +78,7 @@ def estimate_model(
 # %% ../nbs/05_policy/04_networks.ipynb #186ce9b3
 @torch.no_grad()
 def decision_latency(
-    policy: nn.Module,  # a NativeActorCritic
+    policy: FoldsInputs,  # any that is made here
     repeats: int = 20,  # decisions that are timed
 ) -> float:  # seconds, median
     "How long one decision takes: a batch of one whole window, on the policy's device."
@@ -92,7 +93,8 @@ def decision_latency(
 # %% ../nbs/05_policy/04_networks.ipynb #a66b101b
 def finite_logits(
     logits: Tensor,  # (n, …) of n observations, or anything that is finite where they are
-    bars=None,  # (n,) at which they were asked for: numbers or time stamps; None: unknown
+    # (n,) at which they were asked for: numbers or time stamps; None: unknown
+    bars: Sequence | np.ndarray | Tensor | None = None,
 ) -> Tensor:  # the same
     "Logits, or an InputError where a policy answers NaN or infinity."
     if bool(logits.isfinite().all()):

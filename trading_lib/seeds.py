@@ -9,10 +9,11 @@ __all__ = ['mean_interval', 'SeedsCollector', 'SeedsLearner', 'check_alike', 'wh
 # %% ../nbs/06_training/09_seeds.ipynb #4c312fca
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from numbers import Integral
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from .training.ppo import Minibatch, normalize, ppo_losses
 from .training.rollout import PolicyRunner, RolloutCollector, component_means
 from .training.run_state import policy_content
 from .training.update import Learner, rollout_figures
+from .training.validation import Validation
 
 _all_ = ["StackedActorCritic", "clip_each"]  # of policy.stacked, looked for here
 
@@ -84,7 +86,7 @@ class SeedsCollector(RolloutCollector):
     def values(self, act, obs: Obs, account: Tensor) -> Tensor:  # (n,)
         "Networks take equally many rows, so the shorter groups are filled up."
         if not len(account):
-            return obs.index.new_zeros(0, dtype=torch.float32)
+            return obs.rows.new_zeros(0, dtype=torch.float32)
         seed, n = account // self.accounts, len(self.seeds)
         counts, order = torch.bincount(seed, minlength=n), seed.argsort(stable=True)
         rank = torch.empty_like(seed)
@@ -92,7 +94,7 @@ class SeedsCollector(RolloutCollector):
         most = few_sizes(int(counts.max()))  # each new number of rows costs half-precision products memory
         place, fill = seed * most + rank, torch.zeros(n * most, dtype=torch.int64, device=seed.device)
         fill[place] = torch.arange(len(seed), device=seed.device)
-        return act(Obs(obs.index[fill], obs.dense[fill]), None)[1][place]
+        return act(Obs(obs.rows[fill], obs.dense[fill]), None)[1][place]
 
     def account_name(self, i: int) -> str:
         "What a message calls an account."
@@ -106,7 +108,7 @@ class SeedsLearner(Learner):
         self.randoms = randoms
         super().__init__(env, config, runner, samples)
 
-    def _prepare(self, policy: StackedActorCritic, say):
+    def _prepare(self, policy: Any, say):  # StackedActorCritic
         groups = policy.groups(self.config.learning_rate)
         self.optimizers = [torch.optim.Adam(groups, eps=1e-5, fused=True)]
         self.head, self.body, self.forward = [], [], policy.evaluate  # batched products are not compiled
@@ -143,8 +145,8 @@ class SeedsLearner(Learner):
         n, names = len(self.randoms), ("action", "log_probability", "logits", "value", "advantage", "return")
         own = {name: data[name].index_select(0, batch.samples).unflatten(0, (n, -1)) for name in names}
         own["advantage"] = torch.vmap(normalize)(own["advantage"])
-        answers = (x.unflatten(0, (n, -1)) for x in self.answers(self.forward, data, batch))
-        loss, watch = ppo_losses(*answers, own, self.config, entropy_coefficient)
+        logits, value = (x.unflatten(0, (n, -1)) for x in self.answers(self.forward, data, batch))
+        loss, watch = ppo_losses(logits, value, own, self.config, entropy_coefficient)
         return loss.sum(), watch  # a sum: no network's gradient depends on how many there are
 
     def clip(self, groups: list[dict]) -> Tensor:
@@ -184,11 +186,11 @@ def check_alike(
 
 
 def which_seeds(
-    seeds: int | list[int],  # so many, or which
+    seeds: int | Sequence[int],  # so many, or which
     first: int,  # from which on they count
 ) -> list[int]:
     "Different seeds from 0 on; else raises `InputError`."
-    if isinstance(seeds, Integral):
+    if isinstance(seeds, (int, Integral)):
         found = list(range(first, first + int(seeds)))
     else:
         found = [int(seed) for seed in seeds]
@@ -204,7 +206,7 @@ class SeedsTrainer(NativePPOTrainer):
         self,
         env,  # GPUVectorizedTradingEnv with equally many accounts for each seed
         config: NativePPOConfig | None = None,  # of one seed: its n_envs, its minibatches, its budget
-        seeds: int | list[int] = 8,  # so many, from the configured one on; or which
+        seeds: int | Sequence[int] = 8,  # so many, from the configured one on; or which
         validation_market=None,  # history bounded to the validation span; None: no validation
         progress=print,  # as of `NativePPOTrainer`
     ):
@@ -217,8 +219,10 @@ class SeedsTrainer(NativePPOTrainer):
             )
         super().__init__(env, config, validation_market, progress)
         n = len(self.seeds)
-        self.histories, self.each_validations = [[] for _ in range(n)], [[] for _ in range(n)]
-        self.bests, self.best_scores = [None] * n, [None] * n
+        self.histories: list[list[dict]] = [[] for _ in range(n)]
+        self.each_validations: list[list[dict]] = [[] for _ in range(n)]
+        self.bests: list[dict | None] = [None] * n
+        self.best_scores: list[float | None] = [None] * n
 
     def _accounts_of_one_policy(self) -> int:
         c, n = self.config, len(self.seeds)
@@ -252,14 +256,15 @@ class SeedsTrainer(NativePPOTrainer):
             history.append(at | {name: column[k] for name, column in columns.items()})
         return {name: float(np.mean(column)) for name, column in columns.items()}
 
-    def _validate(self, row: dict):
+    def _validate(self, row: dict, validation: Validation):
         "Each network on the validation span; the best of each so far is kept."
-        for k, played in enumerate(self.validation.play_each(self.policy)):
-            metrics, own = self.validation.summarise(played), self.histories[k][-1]
-            self.each_validations[k].append({"update": self.update, **self.validation.daily(played)})
+        for k, played in enumerate(validation.play_each(self.policy)):
+            metrics, own = validation.summarise(played), self.histories[k][-1]
+            self.each_validations[k].append({"update": self.update, **validation.daily(played)})
             score, _ = validation_score(metrics, own, self.config, self.env.n_actions)
             own |= {f"validation_{name}": v for name, v in metrics.items()} | {"validation_score": score}
-            if self.best_scores[k] is None or score > self.best_scores[k]:
+            best_score = self.best_scores[k]
+            if best_score is None or score > best_score:
                 content = self.content(k, {"validation": metrics, "validation_score": score})
                 self.best_scores[k], self.bests[k] = score, copy.deepcopy(content)
         for name in self.histories[0][-1]:
@@ -275,10 +280,10 @@ class SeedsTrainer(NativePPOTrainer):
 
     # -- saving ----------------------------------------------------------------------------------------------
 
-    def content(
+    def content(  # type: ignore[override]  # of one seed: all of them together are in no file
         self,
         k: int,  # which of the seeds, from 0
-        metrics: dict | None = None,
+        metrics: dict | None = None,  # of its validation
     ) -> dict:
         "What a checkpoint of one seed's policy holds. It can be judged and traded, and not be gone on from."
         config = replace(self.config, seed=self.seeds[k])
@@ -288,9 +293,9 @@ class SeedsTrainer(NativePPOTrainer):
             "metrics": metrics or {},
         }
 
-    def save(
+    def save(  # type: ignore[override]  # a file for each seed, in a folder
         self,
-        folder: str | Path,
+        folder: str | Path,  # made if need be
     ) -> list[Path]:  # one file for each seed
         "Write each seed's best policy, or the present one where there was no validation."
         return [
@@ -310,11 +315,12 @@ class SeedsTrainer(NativePPOTrainer):
         *names: str,  # of the validation's metrics
     ) -> dict[str, dict]:  # name -> values of the seeds, their mean, its 95 % interval, least and most
         "What the best policies of the seeds reached on the validation span, which chose them."
-        if not all(self.bests):
+        bests = self._bests()
+        if len(bests) < len(self.bests):
             raise InputError("results: there was no validation yet; give a validation_market, and train")
         out = {}
         for name in names or ("return", "sharpe", "max_drawdown", "trades"):
-            values = np.array([float(best["metrics"]["validation"][name]) for best in self.bests])
+            values = np.array([float(best["metrics"]["validation"][name]) for best in bests])
             out[name] = {
                 "seeds": values.tolist(),
                 "mean": float(values.mean()),

@@ -123,11 +123,15 @@ class NativePPOTrainer:
             self.validation = Validation(validation_market, env.config, self.device, networks)
         self.updates = math.ceil(self.config.total_timesteps / (self.samples * self.world))
         self.validation_interval = validation_interval(self.config, self.updates, self.world)
-        self.update, self.global_step, self.history = 0, 0, []
-        self.best, self.best_update, self.best_score = None, None, -math.inf
-        self.validations = []  # a row for each checkpoint that was looked at: what a ledger of trials needs
+        self.update, self.global_step = 0, 0
+        self.history: list[dict] = []
+        self.best: dict | None = None
+        self.best_update: int | None = None
+        self.best_score = -math.inf
+        # a row for each checkpoint that was looked at: what a ledger of trials needs
+        self.validations: list[dict] = []
         self.recoveries = self.without_better = 0
-        self.ended = None  # why the run is over before its budget
+        self.ended: str | None = None  # why the run is over before its budget
         # seconds of the last update; no part of a checkpoint, whose bytes depend on the run alone
         self.seconds = dict.fromkeys(("rollout", "update", "critic"), 0.0)
         self.made_with = {"git": git_state(), "libraries": library_versions()}
@@ -233,7 +237,7 @@ class NativePPOTrainer:
             self.history.append(row)
             due = is_due(self.update, self.validation_interval) or self.update == self.updates
             if self.validation and due:
-                self._validate(row)
+                self._validate(row, self.validation)
             if self.folder is not None and is_due(self.update, c.checkpoint_interval):
                 self._keep(self.folder.save)
             self.progress.updated(self, row)
@@ -242,14 +246,14 @@ class NativePPOTrainer:
 
     # -- validating ------------------------------------------------------------------------------------------
 
-    def _judged(self) -> tuple[dict, dict]:
-        "Figures of a validation, and its returns by day."
-        played = self.validation.play(self.policy)
-        return self.validation.summarise(played), self.validation.daily(played)
-
-    def _validate(self, row: dict):
+    def _validate(self, row: dict, validation: Validation):
         "Add the validation's metrics to the update's row; the best policy so far is kept."
-        metrics, daily = broadcast_first(self._judged)
+
+        def judged() -> tuple[dict, dict]:  # figures, and returns by day
+            played = validation.play(self.policy)
+            return validation.summarise(played), validation.daily(played)
+
+        metrics, daily = broadcast_first(judged)
         self.validations.append({"update": self.update, **daily})
         score, excess = validation_score(metrics, row, self.config, self.env.n_actions)
         row |= {f"validation_{name}": v for name, v in metrics.items()} | {"validation_score": score}
@@ -262,9 +266,10 @@ class NativePPOTrainer:
         if not better:
             return
         # all of the update is in it: a run can go on from it too
-        self.best = copy.deepcopy(self.content({"validation": metrics, "validation_score": score}))
+        best = copy.deepcopy(self.content({"validation": metrics, "validation_score": score}))
+        self.best = best
         if self.folder is not None and self.rank == 0:
-            self.folder.save_best(self.best)
+            self.folder.save_best(best)
 
     def _react(self, excess: float):
         "Recover from a drawdown, or end the run, where the configuration asks for it."

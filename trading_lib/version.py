@@ -28,7 +28,8 @@ def parse_version(
     match = re.fullmatch(r"(\d+)(?:\.(\d+))?(?:\.(\d+))?", version) if isinstance(version, str) else None
     if not match:
         raise InputError(f"version: expected three numbers such as '5.6.0', was {version!r}")
-    return tuple(int(part or 0) for part in match.groups())
+    major, minor, patch = (int(part or 0) for part in match.groups())
+    return major, minor, patch
 
 
 def compare_versions(
@@ -306,7 +307,7 @@ def network_settings(
 # %% ../nbs/02_features/03_version.ipynb #71b0e92d
 def _known_structures() -> dict[tuple[int, int], list[str]]:
     "(inputs, actions) -> versions, oldest first."
-    known = {}
+    known: dict[tuple[int, int], list[str]] = {}
     for version in sorted(MODEL_SPECS, key=parse_version):
         spec = MODEL_SPECS[version]
         known.setdefault((spec.obs_dim, spec.n_actions), []).append(version)

@@ -269,6 +269,13 @@ def test_no_future_bar_moves_what_is_seen_or_owned(version, asset_class):
     )
 
 
+def test_an_observation_without_an_index_is_refused_by_name():
+    obs = Obs(None, torch.zeros(2, 3))
+    with pytest.raises(InputError, match="observation: has no index"):
+        obs.rows  # noqa: B018
+    assert Obs(torch.arange(2), obs.dense).rows.tolist() == [0, 1]
+
+
 def test_real_futures_move_nothing_either(real_bars_folder, monkeypatch):
     "The same on real bars."
     for asset_class, symbol in (("crypto", "BTC-USDT"), ("equity", "SPY")):

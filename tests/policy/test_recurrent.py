@@ -666,6 +666,10 @@ def test_folded_training_is_that_of_the_dense_network():
         ),
         (lambda p, x, h, s: p.evaluate_sequences(x, h[:1], s), r"state: expected.*was \(1, 6, 12\)"),
         (
+            lambda p, x, h, s: p.evaluate_step(x[0], None),
+            "state: expected.*was None; begin with `initial_state`",
+        ),
+        (
             lambda p, x, h, s: p.evaluate_sequences(x, h, s[:5]),
             r"starts: expected bool of shape \(17, 6\), was bool of shape \(5, 6\)",
         ),

@@ -459,6 +459,13 @@ def test_updates_are_counted_by_ceil(steps, n_envs, n_steps, updates):
     ).n_updates() and "n_envs: is null" in refusal(c.n_updates)
 
 
+def test_memory_asks_for_the_number_of_accounts_too():
+    c, shape = NativePPOConfig(), RolloutShape(300, 5)
+    assert "n_envs: is null" in refusal(memory_of, c, shape)
+    assert "n_envs: is null" in refusal(fit_config, c, shape, None)
+    assert memory_of(c, shape, 64) == memory_of(replace(c, n_envs=64), shape)
+
+
 def test_who_decided_is_no_setting():
     a, b = get_auto_config(1000, "quick_test", "cpu", n_envs=64), get_auto_config(1000, "quick_test", "cpu")
     assert (

@@ -20,11 +20,14 @@ from .cpp_library import available, library, missing, open_library
 _all_ = ["available", "missing"]
 
 # %% ../../nbs/05_policy/00_cpu.ipynb #bce679bc
-_candidate = None  # a library that is being compared; it takes the place of the kept one
+_candidate: ctypes.CDLL | None = None  # a library that is being compared; it takes the place of the kept one
 
 
 def _in_use() -> ctypes.CDLL:
-    return _candidate or library()[0]
+    kernels = _candidate or library()[0]
+    if kernels is None:
+        raise InputError(f"compiled layers: are not there ({missing() or 'this CPU has no AVX-512'})")
+    return kernels
 
 
 def _int_array(values) -> ctypes.Array:

@@ -224,7 +224,7 @@ def _check_archive(data: bytes, path: Path):
 
 def _unpickle(data: bytes, path: Path, map_location):
     "The content, without running anything from the file."
-    have = re.match(r"\d+\.\d+(\.\d+)?", torch.__version__)[0]
+    have = re.sub(r"^(\d+\.\d+(\.\d+)?).*", r"\1", torch.__version__)
     if compare_versions(have, _MINIMUM_TORCH) < 0:
         raise InputError(
             f"{path}: torch {have} can be made to run code from a checkpoint; "
@@ -271,7 +271,8 @@ def _check_names(table: dict, path: Path, at: tuple):
 
 def _check_values(content, limit: int, path: Path):
     "An error where values are nested without end, or one of them is not what it says."
-    seen, left = set(), [((), content)]
+    seen: set[int] = set()
+    left: list[tuple[tuple, object]] = [((), content)]
     while left:
         at, value = left.pop()
         if isinstance(value, torch.Tensor):

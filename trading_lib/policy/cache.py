@@ -56,7 +56,7 @@ class PolicyOutputCache:
         left: int = 0,  # steps that follow this one in the rollout
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "`evaluate` of each network for its own accounts, to rounding."
-        place = (obs.index - self._first).view(len(self._networks), -1)
+        place = (obs.rows - self._first).view(len(self._networks), -1)
         row = self._row.gather(1, place)  # an error for a bar of another range
         if self._ends is not None and bool((row == _UNKNOWN).any()):
             self._look_ahead(place, row == _UNKNOWN, left)
@@ -67,7 +67,7 @@ class PolicyOutputCache:
         "Look at the bars of accounts of whose bar nothing is known, and at those that they will come to."
         network, now = unknown.nonzero()[:, 0], place[unknown]
         ahead = torch.zeros_like(now)
-        if left:
+        if left and self._ends is not None:
             last = (self._ends() - self._first).view(unknown.shape)[unknown]
             ahead = (last - now).clamp(0, left)
         step, wanted = torch.arange(int(ahead.max()) + 1), torch.zeros_like(self._row, dtype=torch.bool)
@@ -106,7 +106,7 @@ class FirstLayerCache:
         chunk: int = 8192,  # bars at a time
     ):
         self._policy, self._inputs, self._first = policy, inputs, bars.start
-        layers, n_account = [trunk[0] for trunk in policy._trunks()], inputs.n_account
+        layers, n_account = policy._folded_layers(), inputs.n_account
         chunks = torch.arange(bars.start, bars.stop, device=layers[0].bias.device).split(chunk)
         with torch.no_grad(), torch.autocast(layers[0].bias.device.type, enabled=False):
             weight = torch.cat([layer.weight.to(inputs.dtype).float() for layer in layers])
@@ -130,7 +130,8 @@ class FirstLayerCache:
         left: int = 0,  # of no use here
     ) -> tuple[Tensor, Tensor]:  # logits (n, n_actions), values (n,)
         "`policy.evaluate`, to rounding."
-        with torch.autocast(obs.index.device.type, enabled=False):
-            market = self._products.index_select(0, obs.index - self._first)
+        index = obs.rows
+        with torch.autocast(index.device.type, enabled=False):
+            market = self._products.index_select(0, index - self._first)
             first = market.addmm_(self._inputs.account(obs).float(), self._account_weight)
         return self._policy.from_first_layer(first)

@@ -9,6 +9,7 @@ __all__ = ['check_tables', 'check_numbers']
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def check_tables(
 ):
     "InputError where what is looked into by name is no table of names."
     for at in _TABLES:
-        value = content
+        value: Any = content
         for name in at:
             value = (value or {}).get(name)
         if value is not None and not isinstance(value, dict):

@@ -9,6 +9,7 @@ __all__ = ['InputLayout', 'input_layout', 'FoldedLinear', 'FoldsInputs', 'Folded
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,9 @@ def input_layout(
 # %% ../../nbs/05_policy/02_folding.ipynb #29f6ee89
 class FoldedLinear(nn.Module):
     "A linear layer on flat windows that multiplies each broadcast input once; its state is `nn.Linear`'s."
+
+    windowed: Tensor  # places of the windowed columns
+    broadcast: Tensor  # places of the broadcast columns
 
     def __init__(
         self,
@@ -137,8 +141,28 @@ class FoldedLinear(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 # %% ../../nbs/05_policy/02_folding.ipynb #1c522829
-class FoldsInputs:
+class FoldsInputs(nn.Module):
     "What networks with folded first layers share; `_trunks` are the stacks that begin with those layers."
+
+    obs_dim: int  # width of the flat observation
+    n_actions: int  # logits
+    hidden_dims: tuple[int, ...]
+    folds: bool  # whether the first layers are folded; where they are, also:
+    window: int  # bars
+    input_shift: Tensor  # per column
+    input_scale: Tensor  # per column
+
+    def _trunks(self) -> Sequence[nn.Sequential]:
+        raise NotImplementedError
+
+    def _folded_layers(self) -> list[FoldedLinear]:
+        "The first layer of each trunk, where they are folded."
+        return [cast(FoldedLinear, trunk[0]) for trunk in self._trunks()]
+
+    @property
+    def n_inputs(self) -> int:
+        "Numbers that the first layer reads."
+        return cast(FoldedLinear | nn.Linear, self._trunks()[0][0]).weight.shape[1]
 
     def _fold(self, layout: InputLayout | None):
         "Fold the first layer of each trunk, or leave it as it is."
@@ -150,13 +174,13 @@ class FoldsInputs:
             expected = f"{self.window} bars × {n} columns = {self.window * n}"
             raise InputError(f"obs_dim: expected {expected}, was {self.obs_dim}")
         for trunk in self._trunks():
-            trunk[0] = FoldedLinear(trunk[0], layout)
+            trunk[0] = FoldedLinear(cast(nn.Linear, trunk[0]), layout)
         self.register_buffer("input_shift", torch.tensor(layout.shift, dtype=torch.float32))
         self.register_buffer("input_scale", torch.tensor(layout.scale, dtype=torch.float32))
 
     def _scaled(self, windowed: Tensor, broadcast: Tensor) -> Tensor:
         "Scale and put side by side what the first layer reads."
-        first = self._trunks()[0][0]
+        first = self._folded_layers()[0]
         w, b = first.windowed, first.broadcast
         windowed = (windowed - self.input_shift[w]) * self.input_scale[w]
         return torch.cat([windowed.flatten(1), (broadcast - self.input_shift[b]) * self.input_scale[b]], 1)
@@ -178,7 +202,7 @@ class FoldsInputs:
         "What the first layer needs, of plain observations."
         if not self.folds:
             return windows
-        first = self._trunks()[0][0]
+        first = self._folded_layers()[0]
         by_column = windows.view(len(windows), self.window, -1)
         # weights spread evenly over the window see a column's mean, its one value where it is broadcast
         return self._scaled(by_column[:, :, first.windowed], by_column[:, :, first.broadcast].mean(1))
@@ -193,7 +217,7 @@ class FoldedInputs:
         table: ObservationTable,  # the environment's
         dtype: torch.dtype = torch.float32,  # bfloat16 where the products are
     ):
-        first = policy._trunks()[0][0]
+        first = policy._folded_layers()[0]
         n_market = len(first.broadcast) - table.n_account
         self._account, self.dtype, self.n_account = first.broadcast[n_market:], dtype, table.n_account
         self._shift, self._scale = policy.input_shift[self._account], policy.input_scale[self._account]
@@ -210,7 +234,7 @@ class FoldedInputs:
         obs: Obs,  # of n accounts
     ) -> Tensor:  # (n, folded width)
         "What the first layer reads."
-        return self._table.folded(Obs(obs.index, self.account(obs)))
+        return self._table.folded(Obs(obs.rows, self.account(obs)))
 
     def account(
         self,

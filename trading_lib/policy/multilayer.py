@@ -9,12 +9,13 @@ __all__ = ['HIDDEN_DIMS', 'RECOMMENDED_FOR', 'orthogonal_linear', 'Trunk', 'Nati
 import math
 from collections.abc import Iterable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import InputError
 from ..kernels.layers import hidden_layers, layers_and_heads
-from .folding import FoldsInputs, InputLayout
+from .folding import FoldedLinear, FoldsInputs, InputLayout
 
 # %% ../../nbs/05_policy/02_multilayer.ipynb #cab61f39
 HIDDEN_DIMS = {
@@ -60,7 +61,8 @@ class Trunk(nn.Sequential):
     @property
     def layers(self) -> list[tuple[Tensor, Tensor]]:  # of each (outputs, inputs) and (outputs,)
         "Weight and bias of each."
-        return [(layer.weight, layer.bias) for layer in list(self)[::2]]
+        linear = (nn.Linear, FoldedLinear)
+        return [(layer.weight, layer.bias) for layer in self if isinstance(layer, linear)]
 
     def forward(
         self,
@@ -70,7 +72,7 @@ class Trunk(nn.Sequential):
         return hidden_layers(x, self.layers)
 
 # %% ../../nbs/05_policy/02_multilayer.ipynb #5d795544
-class NativeActorCritic(FoldsInputs, nn.Module):
+class NativeActorCritic(FoldsInputs):
     "Multilayer actor and critic: hidden layers with ReLU, an actor head of logits, a critic head of values."
 
     def __init__(
@@ -137,14 +139,15 @@ class NativeActorCritic(FoldsInputs, nn.Module):
     def initial_state(
         self,
         n: int,  # accounts
-        device=None,  # of no use here
-    ) -> None:
+        device: str | torch.device | None = None,  # of no use here
+    ) -> Tensor | None:  # None
         "Nothing is remembered from one step to the next."
+        return None
 
     def evaluate_step(
         self,
         x: Tensor,  # what `inputs` returned
-        state: None = None,  # there is none
+        state: Tensor | None = None,  # of no use here
     ) -> tuple[Tensor, Tensor, None]:  # logits (n, n_actions), values (n,), state
         "`evaluate`, as policies with a memory have it too."
         return *self.evaluate(x), None

@@ -22,7 +22,7 @@ def parameter_groups(
     `factor` multiplies a schedule's learning rate; `repeats` is how many plain weights each one stands for.
     """
     sums = {id(m.broadcast_weight): m.window for m in policy.modules() if isinstance(m, FoldedLinear)}
-    by_repeats = {}
+    by_repeats: dict[int, list[nn.Parameter]] = {}
     for p in policy.parameters():
         by_repeats.setdefault(sums.get(id(p), 1), []).append(p)
     return [
@@ -61,7 +61,7 @@ def _plain_parameters(policy: nn.Module) -> list:
 
 def _owners(optimizers: list[torch.optim.Adam]) -> dict[int, torch.optim.Adam]:
     "The optimizer of each parameter, by the parameter's id."
-    owners = {}
+    owners: dict[int, torch.optim.Adam] = {}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             owners |= {id(p): optimizer for p in group["params"]}
@@ -137,7 +137,7 @@ def load_folded_sums(
     sums: dict[str, Tensor],  # of `folded_sums`
 ):
     "Put exact sums back."
-    modules = dict(policy.named_modules())
+    modules = {name: m for name, m in policy.named_modules() if isinstance(m, FoldedLinear)}
     with torch.no_grad():
         for name, value in sums.items():
             modules[name].broadcast_weight.copy_(value)

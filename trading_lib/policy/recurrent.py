@@ -21,7 +21,7 @@ from .multilayer import orthogonal_linear
 # %% ../../nbs/05_policy/03_recurrent.ipynb #41d4e52c
 def _encoder(obs_dim: int, hidden_dim: int, dropout: float) -> nn.Sequential:
     "Linear, ReLU, layer normalisation and dropout, twice."
-    modules = []
+    modules: list[nn.Module] = []
     for width in (obs_dim, hidden_dim):
         linear = orthogonal_linear(width, hidden_dim, math.sqrt(2))
         modules += [linear, nn.ReLU(), nn.LayerNorm(hidden_dim), nn.Dropout(dropout)]
@@ -40,15 +40,22 @@ def _gru(hidden_dim: int, n_layers: int, dropout: float) -> nn.GRU:
     return gru
 
 
-def _head(hidden_dim: int, name: str, outputs: int, gain: float) -> nn.Sequential:
+class _Head(nn.Sequential):
+    "Of logits, or of values."
+
+    logits: nn.Linear  # the actor's last layer
+    value: nn.Linear  # the critic's last layer
+
+
+def _head(hidden_dim: int, name: str, outputs: int, gain: float) -> _Head:
     "Linear, ReLU, layer normalisation, and a last layer that is named after what it gives."
     half = hidden_dim // 2
-    modules = OrderedDict()
+    modules: OrderedDict[str, nn.Module] = OrderedDict()
     modules["hidden"] = orthogonal_linear(hidden_dim, half, math.sqrt(2))
     modules["relu"] = nn.ReLU()
     modules["norm"] = nn.LayerNorm(half)
     modules[name] = orthogonal_linear(half, outputs, gain)
-    return nn.Sequential(modules)
+    return _Head(modules)
 
 # %% ../../nbs/05_policy/03_recurrent.ipynb #3265d106
 class EpisodePieces(NamedTuple):
@@ -72,21 +79,21 @@ def episode_pieces(
     cuts[0] = True  # a piece begins there, though perhaps no episode
     account, begin = cuts.t().nonzero(as_tuple=True)  # of each piece, account by account
     length = (account * n_steps + begin).diff(append=torch.tensor([n_steps * n]))
-    chunks, source = [], []
+    chunks, sources = [], []
     for size in (2**k for k in reversed(range(n_steps.bit_length()))):
         which = (length & size).nonzero().squeeze(1)
         if not len(which):
             continue
         first = begin[which] + length[which] // (2 * size) * (2 * size)  # longer chunks come before
         chunks.append((size, which.to(device)))
-        source.append(((first + torch.arange(size)[:, None]) * n + account[which]).flatten())
-    source = torch.cat(source)
+        sources.append(((first + torch.arange(size)[:, None]) * n + account[which]).flatten())
+    source = torch.cat(sources)
     last = account.bincount().cumsum(0) - 1
     tensors = (source, source.argsort(), account, starts[begin, account], last)
     return EpisodePieces(chunks, *(v.to(device) for v in tensors))
 
 # %% ../../nbs/05_policy/03_recurrent.ipynb #e79c2ce5
-class RecurrentActorCritic(FoldsInputs, nn.Module):
+class RecurrentActorCritic(FoldsInputs):
     "Actor and critic with a memory: an encoder, gated recurrent units, heads of logits and of values."
 
     def __init__(
@@ -112,7 +119,7 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
         self.actor_head = _head(hidden_dim, "logits", n_actions, 0.01)
         self.critic_head = _head(hidden_dim, "value", 1, 1.0)
         self._fold(layout)
-        self._input_width = self.encoder[0].weight.shape[1]
+        self._input_width = self.n_inputs
 
     def _trunks(self) -> list[nn.Sequential]:
         return [self.encoder]
@@ -141,19 +148,21 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
         logits, values = (head(rows)[:n].to(hidden.dtype) for head in (self.actor_head, self.critic_head))
         return logits, values.squeeze(-1)
 
-    def _check(self, x: Tensor, state: Tensor, words: str):
-        "An error where inputs or state have another shape than these words say."
+    def _checked_state(self, x: Tensor, state: Tensor | None, words: str) -> Tensor:
+        "The state, or an error where inputs or state have another shape than these words say."
         if x.ndim != words.count(",") + 1 or x.shape[-1] != self._input_width or x.numel() == 0:
             raise InputError(
                 f"x: expected shape {words} with {self._input_width} inputs, as `inputs` returns them, "
                 f"was {tuple(x.shape)}"
             )
         expected = (self.n_gru_layers, x.shape[-2], self.hidden_dim)
-        if tuple(state.shape) != expected:
+        if state is None or tuple(state.shape) != expected:
+            given = None if state is None else tuple(state.shape)
             raise InputError(
-                f"state: expected shape (layers, accounts, hidden) = {expected}, was {tuple(state.shape)}; "
+                f"state: expected shape (layers, accounts, hidden) = {expected}, was {given}; "
                 "begin with `initial_state`"
             )
+        return state
 
     def initial_state(
         self,
@@ -168,10 +177,11 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
     def evaluate_step(
         self,
         x: Tensor,  # (n, width) what `inputs` returned
-        state: Tensor,  # (n_gru_layers, n, hidden_dim) before the observation; zero where an episode begins
+        # (n_gru_layers, n, hidden_dim) before the observation; zero where an episode begins
+        state: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # logits (n, n_actions), values (n,), state after the observation
         "Policy and value of one observation of each account; InputError where a shape does not fit."
-        self._check(x, state, "(accounts, inputs)")
+        state = self._checked_state(x, state, "(accounts, inputs)")
         hidden, state = self._remember(self._encode(x)[None], state)
         return *self._heads(hidden[0]), state
 
@@ -182,7 +192,7 @@ class RecurrentActorCritic(FoldsInputs, nn.Module):
         starts: Tensor,  # (T, n) bool: an episode begins, the state before it is zero
     ) -> tuple[Tensor, Tensor, Tensor]:  # logits (T, n, n_actions), values (T, n), state after the last step
         "Policy and value of whole sequences, as `evaluate_step` would give them; InputError as there."
-        self._check(x, state, "(steps, accounts, inputs)")
+        state = self._checked_state(x, state, "(steps, accounts, inputs)")
         if starts.shape != x.shape[:2] or starts.dtype != torch.bool:
             given = f"{str(starts.dtype).removeprefix('torch.')} of shape {tuple(starts.shape)}"
             raise InputError(f"starts: expected bool of shape {tuple(x.shape[:2])}, was {given}")

@@ -11,7 +11,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..env import Obs
+from ..env import Obs, ObservationTable
 from ..kernels.layers import compiles, layers_and_heads
 from ..networks import FoldedLinear, NativeActorCritic, parameter_groups
 
@@ -92,14 +92,27 @@ class StackedActorCritic(nn.Module):
         logits, value = (answer.to(self.stacked[0].dtype).flatten(0, 1) for answer in answers)
         return logits, value.squeeze(-1)
 
-    def initial_state(self, n: int, device=None) -> None:
+    def initial_state(
+        self,
+        n: int,  # accounts
+        device: str | torch.device | None = None,  # of no use here
+    ) -> Tensor | None:  # None
         "Nothing is remembered from one step to the next."
+        return None
 
-    def inputs(self, obs: Obs, table) -> Tensor:
+    def inputs(
+        self,
+        obs: Obs,  # of n accounts
+        table: ObservationTable | None,  # the environment's; None where observations are dense
+    ) -> Tensor:  # (n, inputs)
         "What the first layers read."
         return self._one[0].inputs(obs, table)
 
-    def evaluate_step(self, x: Tensor, state=None) -> tuple[Tensor, Tensor, None]:
+    def evaluate_step(
+        self,
+        x: Tensor,  # what `inputs` returned
+        state: Tensor | None = None,  # of no use here
+    ) -> tuple[Tensor, Tensor, None]:  # logits, values, state
         "`evaluate`, as all policies have it."
         return *self.evaluate(x), None
 
@@ -120,7 +133,7 @@ class StackedActorCritic(nn.Module):
 
     def groups(
         self,
-        learning_rate: float,
+        learning_rate: float,  # of plain weights
     ) -> list[dict]:  # for a torch optimizer
         "`parameter_groups`, of all of them."
         of = {id(p): stacked for p, stacked in zip(self._one[0].parameters(), self.stacked)}

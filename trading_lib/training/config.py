@@ -11,8 +11,9 @@ __all__ = ['CRITIC_EPOCHS', 'TIERS', 'RECURRENT_START', 'HIGH_VRAM', 'LOW_VRAM',
 # %% ../../nbs/06_training/01_config.ipynb #132fc06a
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -61,8 +62,14 @@ class NativePPOConfig(TrainingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.n_epochs is None:
-            object.__setattr__(self, "n_epochs", 4 if self.network == "gru" else 10)
+        object.__setattr__(self, "n_epochs", self.epochs_in_force)
+
+    @property
+    def epochs_in_force(self) -> int:
+        "Passes over a rollout."
+        if self.n_epochs is not None:
+            return self.n_epochs
+        return 4 if self.network == "gru" else 10
 
     @property
     def critic_epochs_in_force(self) -> int:
@@ -81,13 +88,19 @@ class NativePPOConfig(TrainingSettings):
         n_envs: int | None = None,  # of the environment; None: the configured ones
     ) -> int:
         "Rollouts that make up the budget; the last one may go beyond it."
+        return math.ceil(self.total_timesteps / (self.accounts(n_envs) * self.n_steps))
+
+    def accounts(
+        self,
+        n_envs: int | None = None,  # of the environment; None: the configured ones
+    ) -> int:
+        "Accounts stepped together. An `InputError` where neither says how many."
         n_envs = n_envs or self.n_envs
         if n_envs is None:
             raise InputError(
-                "NativePPOConfig.n_envs: is null, and the number of updates depends on it; "
-                "give the environment's"
+                "NativePPOConfig.n_envs: is null, and updates and memory depend on it; give the environment's"
             )
-        return math.ceil(self.total_timesteps / (n_envs * self.n_steps))
+        return n_envs
 
 
 def is_due(
@@ -99,7 +112,7 @@ def is_due(
 
 # %% ../../nbs/06_training/01_config.ipynb #bb2f05aa
 # tier -> what suits the hardware
-TIERS = {
+TIERS: dict[str, dict[str, Any]] = {
     "h200": dict(
         hidden_dims=(1024, 512, 256), n_envs=2048, n_steps=512, minibatch_size=8192, amp=True, compile=True
     ),
@@ -190,29 +203,30 @@ def _decided(config: NativePPOConfig, by: dict[str, str]) -> NativePPOConfig:
     return config
 
 
-def _on_tier(steps: int, tier: str) -> int:
+def _on_tier(steps: int, tier: str | None) -> int:
     "What a mode's steps are on a tier."
     return max(1, int(steps * CPU_STEP_SHARE)) if tier == "cpu" else steps
 
 
-def _mode(training_mode: str, asset_class: str, modes: dict[str, ModeParameters]) -> ModeParameters:
+def _mode(
+    training_mode: str, asset_class: str, modes: dict[str, ModeParameters]
+) -> tuple[ModeParameters, int]:
+    "The mode, and its steps for the asset class."
     if asset_class not in PEAK_TIMESTEPS:
         raise unknown_name("asset class", asset_class, PEAK_TIMESTEPS)
     if training_mode not in modes:
         raise unknown_name("train.mode", training_mode, modes)
-    return replace(modes[training_mode], total_timesteps=modes[training_mode].steps(asset_class))
+    return modes[training_mode], modes[training_mode].steps(asset_class)
 
 
 def budget_warnings(
     training_mode: str,  # a key of `modes`
-    asset_class: str,
+    asset_class: str,  # crypto or equity
     modes: dict[str, ModeParameters] | None = None,  # None: the project's own
 ) -> list[str]:  # lines
     "Whether a mode's budget is known to be too much for an asset class."
-    steps, limit = (
-        _mode(training_mode, asset_class, MODES | (modes or {})).total_timesteps,
-        OVERTRAINED_TIMESTEPS.get(asset_class, math.inf),
-    )
+    _, steps = _mode(training_mode, asset_class, MODES | (modes or {}))
+    limit = OVERTRAINED_TIMESTEPS.get(asset_class, math.inf)
     if steps < limit:
         return []
     return [
@@ -240,10 +254,9 @@ def get_auto_config(
 ) -> NativePPOConfig:
     "Hardware tier first, then the mode's budget, then explicit overrides."
     modes = MODES | (modes or {})
-    mode, explicit = (
-        _mode(training_mode, asset_class, modes),
-        {name: value for name, value in (overrides | {"network": network}).items() if value is not None},
-    )
+    mode, steps = _mode(training_mode, asset_class, modes)
+    given = overrides | {"network": network}
+    explicit = {name: value for name, value in given.items() if value is not None}
     if tier is None:
         tier = hardware_tier(device)
     elif tier not in TIERS:
@@ -259,9 +272,10 @@ def get_auto_config(
             f"train.{name}: expected a whole number above 0, was {value!r}",
         )
 
-    values, by = {"tier": tier, "mode": training_mode}, {}
+    values: dict[str, Any] = {"tier": tier, "mode": training_mode}
+    by: dict[str, str] = {}
 
-    def decide(who, **given):
+    def decide(who: str, **given):
         values.update(given)
         by.update(dict.fromkeys(given, who))
 
@@ -274,11 +288,9 @@ def get_auto_config(
         decide("recurrent start", **RECURRENT_START)
     decide("project", cost_warm_up=COST_WARM_UP)
     asked_by = f"mode {training_mode}" + (f", {asset_class}" if training_mode == "auto" else "")
-    values["mode_timesteps"] = _on_tier(mode.total_timesteps, tier)
+    values["mode_timesteps"] = _on_tier(steps, tier)
     decide(
-        f"{asked_by}: {CPU_STEP_SHARE:.0%} of {_short(mode.total_timesteps)} on a CPU"
-        if tier == "cpu"
-        else asked_by,
+        f"{asked_by}: {CPU_STEP_SHARE:.0%} of {_short(steps)} on a CPU" if tier == "cpu" else asked_by,
         total_timesteps=values["mode_timesteps"],
     )
     decide("you", **explicit)
@@ -293,7 +305,7 @@ def get_auto_config(
     elif iterations is not None:
         decide(
             f"you: {int(iterations):,} iterations",
-            total_timesteps=int(iterations * sizes.n_envs * sizes.n_steps),
+            total_timesteps=int(iterations * sizes.accounts() * sizes.n_steps),
         )
     updates = NativePPOConfig(**values).n_updates()
     for name, value in (
@@ -310,8 +322,9 @@ def get_a100_config(
 ) -> NativePPOConfig:
     "Settings for an A100 of that memory; with 40 GB the layers are half as wide as the tier's."
     require(vram_gb in (40, 80), f"get_a100_config: expected 40 or 80 GB, was {vram_gb}")
+    sizes: dict[str, Any] = TIERS[f"a100-{vram_gb}"]
     return NativePPOConfig(
-        **{**TIERS[f"a100-{vram_gb}"], "hidden_dims": {80: (1024, 512, 256), 40: (512, 256, 128)}[vram_gb]},
+        **{**sizes, "hidden_dims": {80: (1024, 512, 256), 40: (512, 256, 128)}[vram_gb]},
         tier=f"a100-{vram_gb}",
     )
 
@@ -367,7 +380,7 @@ def memory_of(
 ) -> MemoryUse:
     "Predict what a run takes."
     return memory_use(
-        n_envs or config.n_envs, config.n_steps, config.minibatch_size, shape.fields, **_model(config, shape)
+        config.accounts(n_envs), config.n_steps, config.minibatch_size, shape.fields, **_model(config, shape)
     )
 
 
@@ -381,7 +394,7 @@ def fit_config(
 ) -> tuple[NativePPOConfig, list[str]]:  # and one line for each thing that was cut
     """Cut a configuration down to what fits into memory.
     The budget in steps stays, so smaller rollouts make more updates."""
-    modes, fixed, envs = MODES | (modes or {}), n_envs is not None, n_envs or config.n_envs
+    modes, fixed, envs = MODES | (modes or {}), n_envs is not None, config.accounts(n_envs)
     fit = fit_to_memory(
         envs,
         config.n_steps,
@@ -416,7 +429,7 @@ def describe(
     n_envs: int | None = None,  # of the environment; None: the configured ones
     parameters: int | None = None,  # of the policy; None: estimated from the shape
     limit: int | None = None,  # bytes that may be used
-    warnings: list[str] = (),  # of `fit_config`
+    warnings: Sequence[str] = (),  # of `fit_config`
 ) -> str:  # some ten lines
     "What was decided, and by whom: tier, mode, memory or you."
     envs, who = (
@@ -499,10 +512,10 @@ def describe(
         if shape is not None and envs
         else None,
     ]
-    rows = [row for row in rows if row]
-    width = min(max(len(row[1]) for row in rows if row[2]), 60)
-    lines = [f"{name:14}{value:{width}}  {by}".rstrip() for name, value, by in rows]
-    if envs and rollout > config.total_timesteps:
+    known = [row for row in rows if row]
+    width = min(max(len(value) for _, value, by in known if by), 60)
+    lines = [f"{name:14}{value:{width}}  {by}".rstrip() for name, value, by in known]
+    if rollout and rollout > config.total_timesteps:
         lines.append(
             f"note: one rollout is {_short(rollout)} steps, more than the whole budget of "
             f"{_short(config.total_timesteps)}; use fewer environments or steps, or a longer mode"
@@ -577,7 +590,8 @@ def config_table(
     **arguments,  # of `config_rows`
 ) -> str:
     "The same as text: for each device its sizes, then a line for each mode."
-    lines, seen = [], None
+    lines: list[str] = []
+    seen = None
     for r in config_rows(**arguments):
         if r["device"] != seen:
             seen = r["device"]
@@ -602,40 +616,54 @@ def config_table(
 SMOKE_MODE = "quick_test"  # whatever it earns, it is no evidence
 
 
+def _is_smoke(mode: str | None, steps: int | None, budget: int | None, counted: bool) -> bool | None:
+    "Whether so little training is no evidence; None: not known."
+    if mode == SMOKE_MODE:
+        return True
+    if steps is not None and budget is not None and steps < budget:
+        return True
+    return None if budget is None or not counted else False
+
+
+def _count(steps: int | None, counted: bool) -> str:
+    if steps is None:
+        return "an unknown number of"
+    return f"{steps:,}" if counted else f"at most {steps:,}"
+
+
+def _on_evidence(mode: str | None, tier: str | None, count: str, budget: int | None, smoke: bool | None):
+    "A sentence where training is, or may be, too short; else None."
+    if smoke and mode == SMOKE_MODE:
+        return (
+            f"mode {mode}, {count} steps: shows that the machinery runs, and says nothing about the strategy"
+        )
+    if smoke:
+        return f"trained for {count} of the {budget:,} steps that mode {mode} stands for on tier {tier}"
+    if smoke is None:
+        return (
+            f"how much training its mode ({mode or 'not recorded'}) stands for is not known; "
+            f"it was trained for {count} steps"
+        )
+    return None
+
+
 def training_budget(
     content: dict,  # of a checkpoint
 ) -> (
     dict
-):  # mode, tier, steps, budget, smoke (True, False; None: not known) and a sentence where it is not False
+):  # mode, tier, steps, budget, smoke (True, False; None: not known), a sentence where it is not False
     "How much training a checkpoint comes from, and whether that is what its mode stands for."
     config, run = content.get("config") or {}, content.get("run") or {}
     train, env = config.get("train") or {}, config.get("env") or {}
     mode, tier = train.get("mode"), train.get("tier")
     named = MODES[mode].total_timesteps if mode in MODES else None
     if isinstance(named, dict):
-        named = named.get(env.get("asset_class"))
+        named = named.get(env.get("asset_class") or "")
     known = [steps for steps in (named and _on_tier(named, tier), train.get("mode_timesteps")) if steps]
     # a project may call a small budget "standard": the name is held to what it means everywhere
-    budget = max(known, default=None)
+    budget, counted = max(known, default=None), "steps" in run
     # of an older checkpoint only the plan is known, and the run cannot have gone beyond it
     steps = run.get("steps", train.get("total_timesteps") or content.get("global_step"))
-    if steps is None:
-        count = "an unknown number of"
-    else:
-        count = f"{steps:,}" if "steps" in run else f"at most {steps:,}"
-    smoke, said = False, None
-    if mode == SMOKE_MODE:
-        smoke = True
-        said = (
-            f"mode {mode}, {count} steps: shows that the machinery runs, and says nothing about the strategy"
-        )
-    elif None not in (steps, budget) and steps < budget:
-        smoke = True
-        said = f"trained for {count} of the {budget:,} steps that mode {mode} stands for on tier {tier}"
-    elif budget is None or "steps" not in run:
-        smoke = None
-        said = (
-            f"how much training its mode ({mode or 'not recorded'}) stands for is not known; "
-            f"it was trained for {count} steps"
-        )
+    smoke = _is_smoke(mode, steps, budget, counted)
+    said = _on_evidence(mode, tier, _count(steps, counted), budget, smoke)
     return {"mode": mode, "tier": tier, "steps": steps, "budget": budget, "smoke": smoke, "said": said}

@@ -269,6 +269,7 @@ def _changes(
 ) -> list[str]:
     "One line for each size that is not as it was asked."
     samples = asked["n_envs"] * asked["n_steps"]
+    allowed = "no more" if limit is None else memory_text(limit)
     same_rollout = fits["n_envs"] == asked["n_envs"] and fits["n_steps"] == asked["n_steps"]
     if same_rollout and fits["minibatch_size"] == samples < asked["minibatch_size"]:
         return [
@@ -277,7 +278,7 @@ def _changes(
         ]
     return [
         f"{name}: {value:,} would take {memory_text(first)} with the rest as asked, "
-        f"and {memory_text(limit)} may be used; "
+        f"and {allowed} may be used; "
         f"{fits[name]:,} is used instead ({memory_text(total)} in all)"
         for name, value in asked.items()
         if fits[name] != value
@@ -310,14 +311,14 @@ def fit_to_memory(
     fits = dict(asked, minibatch_size=min(minibatch_size, n_envs * n_steps))
     use = use_of(fits)
     while limit is not None and use.total > limit:
-        name = _to_halve(fits, use, fixed_envs)
-        if name is None:
+        larger = _to_halve(fits, use, fixed_envs)
+        if larger is None:
             raise InputError(
                 f"memory: the model takes {memory_text(use.model)}, {fits['n_envs']:,} environments and "
                 f"one step {memory_text(use.total - use.model)}, and {memory_text(limit)} may be used; "
                 "choose a smaller network or allow more"
             )
-        fits[name] //= 2
+        fits[larger] //= 2
         fits["minibatch_size"] = min(fits["minibatch_size"], fits["n_envs"] * fits["n_steps"])
         use = use_of(fits)
     return Fit(**fits, warnings=_changes(asked, fits, use_of(asked).total, use.total, limit))

@@ -227,7 +227,11 @@ def ppo_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (networks,), and what to watch of each
     "`ppo_loss` of several networks."
     if not _is_compiled(logits):
-        return torch.vmap(lambda *own: plain_ppo_loss(*own, config, entropy_coefficient))(logits, value, data)
+
+        def of_one(logits: Tensor, value: Tensor, data: dict[str, Tensor]):
+            return plain_ppo_loss(logits, value, data, config, entropy_coefficient)
+
+        return torch.vmap(of_one)(logits, value, data)
     losses, watched = [], []
     for k, own in enumerate(zip(logits, value)):
         of_network = {name: of_all[k] for name, of_all in data.items()}

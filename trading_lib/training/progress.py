@@ -23,8 +23,9 @@ def _seconds_and_memory(trainer) -> list[str]:
     "What the last update took: seconds of each part, and on a GPU the memory that is reserved there."
     spent = [f"{name} {seconds:.2f} s" for name, seconds in trainer.seconds.items() if seconds]
     out = [", ".join(spent)] if spent else []
-    if trainer.device.type == "cuda":
-        out.append(f"{memory_text(memory_in_use(trainer.device))} reserved")
+    reserved = memory_in_use(trainer.device) if trainer.device.type == "cuda" else None
+    if reserved is not None:
+        out.append(f"{memory_text(reserved)} reserved")
     return out
 
 

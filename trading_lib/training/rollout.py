@@ -9,6 +9,7 @@ __all__ = ['TERMINATED', 'TRUNCATED', 'mixed_precision', 'PolicyRunner', 'decisi
 # %% ../../nbs/06_training/04_rollout.ipynb #596b732e
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,10 @@ from torch import Tensor, nn
 from ..config import InputError
 from ..env import MarketData, Obs
 from ..kernels.layers import why_slower
-from ..networks import FoldedInputs
+from ..networks import FoldedInputs, NativeActorCritic
 from ..policy.cache import FirstLayerCache, PolicyOutputCache
+from ..policy.factory import Policy
+from ..policy.stacked import StackedActorCritic
 from .config import NativePPOConfig, layer_widths
 from .memory import allocate_rollout, memory_use, sample_fields
 from .ppo import generalized_advantages
@@ -52,22 +55,24 @@ def _dense(obs: Obs) -> Tensor:
 class PolicyRunner:
     "A policy with what it needs to answer: its device, its precision and its inputs."
 
+    inputs: Callable[[Obs], Tensor]  # what the first layer reads
+
     def __init__(
         self,
-        policy: nn.Module,  # one, or several as one (`StackedActorCritic`)
+        policy: Policy | StackedActorCritic,  # one, or several as one
         env,  # any with the tensor interface
         config: NativePPOConfig,
         say: Callable[[str], None],  # called with a line for what is slower than it could be
-        one: nn.Module | None = None,  # the network whose inputs these are; None: the policy itself
+        one: Policy | None = None,  # the network whose inputs these are; None: the policy itself
     ):
-        self.policy, self._one = policy, one or policy
+        self.policy: Any = policy  # which of them, the configuration says
+        self._one: Policy = cast(Policy, policy) if one is None else one
         self.table, self.recurrent = getattr(env, "table", None), config.network == "gru"
         self.device = torch.device(getattr(env, "device", "cpu"))
         self.dtype, self.scaler = mixed_precision(config, self.device, say)
-        trunk = self._one._trunks()[0]
-        self.n_inputs = trunk[0].weight.shape[1]  # of the first layer
-        if not self.recurrent:
-            weights = sum(weight.numel() for weight, _ in trunk.layers)
+        self.n_inputs = self._one.n_inputs  # of the first layer
+        if isinstance(self._one, NativeActorCritic):
+            weights = sum(weight.numel() for weight, _ in self._one._trunks()[0].layers)
             slower = why_slower(self.device, self.dtype or torch.float32, config.minibatch_size, weights)
             if slower:
                 say(slower)
@@ -89,7 +94,7 @@ _NEARLY_ALL = 0.8  # share of all bars which a rollout comes to, from which on a
 
 
 def decision_rows(
-    market: MarketData,
+    market: MarketData,  # bounded to a span
 ) -> range:  # rows of its table
     "Bars at which a policy may act: those that have a whole window."
     return range(max(market.start, market.window - 1), market.stop)
@@ -140,7 +145,9 @@ def first_not_finite(
     return name, (~finite[name]).nonzero()[0].tolist()
 
 # %% ../../nbs/06_training/04_rollout.ipynb #af231110
-def as_obs(obs) -> Obs:
+def as_obs(
+    obs: Obs | Tensor,  # (n, obs_dim) where the environment has no table
+) -> Obs:
     "An observation of a plain environment as that of one with a table."
     return obs if isinstance(obs, Obs) else Obs(None, obs)
 
@@ -159,8 +166,11 @@ class RolloutCollector:
     ):
         self.env, self.config, self.runner, self.random, self.rank = env, config, runner, random, rank
         self.samples = env.n_envs * config.n_steps // networks  # of one network in a rollout
-        self.obs = self.state = None  # where all accounts stand; None: episodes have not begun
-        self.buffer = self.component_means = None
+        # where all accounts stand; None: episodes have not begun
+        self.obs: Obs | None = None
+        self.state: Tensor | None = None
+        self.buffer: dict[str, Tensor] | None = None
+        self.component_means: Tensor | None = None
 
     # -- one answer for one network, overridden where there are several --------------------------------------
 
@@ -210,23 +220,23 @@ class RolloutCollector:
 
     def known_of_bars(self) -> PolicyOutputCache | FirstLayerCache | None:
         "What need not be computed at every step, where that is less work and there is memory for it."
-        runner = self.runner
-        if runner.table is None or runner.recurrent:
+        runner, inputs = self.runner, self.runner.inputs
+        if not isinstance(inputs, FoldedInputs) or runner.recurrent:
             return None
         bars, networks = decision_rows(self.env.market), runner.policy.networks()
         chunk = min(8192, self.config.minibatch_size)
         pays = len(bars) <= self.samples  # to look at all of them is no more work than acting at every step
-        if runner.table.n_account:
+        if inputs.n_account:
             fits = pays and len(networks) == 1
             if not fits or FirstLayerCache.bytes(networks[0], bars) > self.cache_bytes:
                 return None
-            return FirstLayerCache(networks[0], runner.inputs, bars, chunk)
+            return FirstLayerCache(networks[0], inputs, bars, chunk)
         some = runner.device.type == "cpu" and distinct_share(self.samples, len(bars)) < _NEARLY_ALL
         fits = PolicyOutputCache.bytes(networks[0], bars, self.samples) <= self.cache_bytes
         if not (pays or some) or not fits:
             return None
         ends = (lambda: self.env.end) if some else None
-        return PolicyOutputCache(networks, runner.inputs, bars, chunk, ends)
+        return PolicyOutputCache(networks, inputs, bars, chunk, ends)
 
     def acting(self):  # called with an observation, a state and how many steps follow; logits, values, state
         "How the policy acts in one rollout."
@@ -250,9 +260,11 @@ class RolloutCollector:
         phase: Callable[[str, int, int], None],  # called after each step with "rollout", steps done, steps
     ) -> dict[str, Tensor]:  # (n_steps, n_envs, …), recurrent policies also first_state
         "Let the policy act `n_steps` times, and say what each step was worth."
-        c, first_state, out = self.config, self.state, self._allocated()
-        act = self.acting()
-        obs, state, bootstrap, finals, components = self._steps(out, act, phase)
+        c, first_obs, first_state = self.config, self.obs, self.state
+        if first_obs is None:
+            raise InputError("rollout: no episode has begun; call begin() first")
+        out, act = self._allocated(first_obs), self.acting()
+        obs, state, bootstrap, finals, components = self._steps(first_obs, out, act, phase)
         if finals:
             self._value_cut_episodes(bootstrap, out["ended"], finals, act)
         next_values = torch.cat([out["value"][1:], act(obs, state)[1][None]])
@@ -265,22 +277,23 @@ class RolloutCollector:
         self.component_means = components / c.n_steps if torch.is_tensor(components) else None
         self.obs, self.state = obs, state
         rollout = out | {"next_value": next_values, "advantage": advantage, "return": advantage + values}
-        return rollout | ({"first_state": first_state} if self.runner.recurrent else {})
+        return rollout if first_state is None else rollout | {"first_state": first_state}
 
-    def _allocated(self) -> dict[str, Tensor]:
+    def _allocated(self, obs: Obs) -> dict[str, Tensor]:
         if self.buffer is None:
             indexed = self.runner.table is not None
-            fields = sample_fields(self.obs.dense.shape[1], self.env.n_actions, indexed=indexed)
+            fields = sample_fields(obs.dense.shape[1], self.env.n_actions, indexed=indexed)
             self.buffer = allocate_rollout(self.env.n_envs, self.config.n_steps, fields, self.runner.device)
         return self.buffer
 
-    def _steps(self, out: dict[str, Tensor], act, phase):
+    def _steps(self, obs: Obs, out: dict[str, Tensor], act, phase):
         "Act, and fill the buffer; what follows the last step, and what is known of episodes that were cut."
         env, n_steps, recurrent = self.env, self.config.n_steps, self.runner.recurrent
         indexed = self.runner.table is not None
         step = env.step_index if indexed else env.step
         bootstrap = torch.zeros(n_steps, env.n_envs, device=self.runner.device)
-        obs, state, components, finals = self.obs, self.state, 0, []
+        state, finals = self.state, []
+        components: Tensor | int = 0
         # breaking this off leaves accounts at bars that nobody has seen: who goes on begins new episodes
         self.obs = self.state = None
         for t in range(n_steps):
@@ -319,7 +332,7 @@ class RolloutCollector:
         step, account = (ended == TRUNCATED).nonzero(as_tuple=True)
         last, size = Obs(*map(torch.stack, zip(*finals))), self.config.minibatch_size
         for t, a in zip(step.split(size), account.split(size)):
-            bootstrap[t, a] = self.values(act, Obs(last.index[t, a], last.dense[t, a]), a)
+            bootstrap[t, a] = self.values(act, Obs(last.rows[t, a], last.dense[t, a]), a)
 
     def cause(
         self,

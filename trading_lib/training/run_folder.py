@@ -127,7 +127,7 @@ class RunFolder:
             raise InputError(f"run folder: expected to keep 1 or more numbered checkpoints, was {keep!r}")
         self.path, self.keep = Path(path), keep
         self.say = print  # called with a line where something could not be written
-        self._unwritten = None  # the best policy, where there was no room for it
+        self._unwritten: dict | None = None  # the best policy, where there was no room for it
 
     def alone(
         self,
@@ -144,6 +144,7 @@ class RunFolder:
             return save_checkpoint(content, path)
         except OSError as e:
             self.say(f"{e}; the run goes on, and tries again at its next checkpoint")
+            return None
 
     def save(self, content: dict) -> Path | None:  # None: there was no room, and nothing has changed
         "Write a numbered checkpoint, then delete those that are too old."
@@ -162,7 +163,7 @@ class RunFolder:
 
     def save_interrupted(
         self,
-        content: dict,
+        content: dict,  # of the run
         now: datetime,  # part of the name
     ) -> Path:
         "Write the state of a run that was stopped; an earlier one is never overwritten."
@@ -220,6 +221,7 @@ class RunFolder:
             return load_checkpoint(path)
         except InputError as e:
             say(f"skipped: {e}")
+            return None
 
     # -- giving way ------------------------------------------------------------------------------------------
 
@@ -269,7 +271,7 @@ class RunFolder:
 
     def _numbers(self, name: re.Pattern) -> list[tuple[int, Path]]:
         "Files of that kind with their numbers, in their order."
-        return sorted((int(name.fullmatch(p.name)[1]), p) for p in self._files(name))
+        return sorted((int(match[1]), p) for p in self._files(name) if (match := name.fullmatch(p.name)))
 
     def _best_path(self, update: int) -> Path:
         return self.path / f"best_{update:06d}.pt"

@@ -10,6 +10,7 @@ __all__ = ['PARTS', 'PROCESS', 'RUN', 'bars_of_run', 'bars_of', 'run_so_far', 'p
 import copy
 import math
 from dataclasses import asdict, replace
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -126,7 +127,7 @@ def run_content(
 
 # %% ../../nbs/06_training/07_run_state.ipynb #9b172ddf
 # part of a checkpoint -> what it is
-PARTS = {
+PARTS: dict[str, type | tuple[type, ...]] = {
     "config": dict,
     "history": list,
     "optimizer_state_dict": dict,
@@ -350,7 +351,8 @@ def _take_over(trainer, content: dict, name: str, beside: RunFolder | None):
         collector.obs = collector.state = None  # episodes begin with the next update
     elif own["environment_state"]:
         parts = (*own["observation"].values(), own["recurrent_state"])
-        index, dense, state = (None if x is None else x.clone().to(trainer.device) for x in parts)
+        here: list[Any] = [None if x is None else x.clone().to(trainer.device) for x in parts]
+        index, dense, state = here
         collector.obs, collector.state = Obs(index, dense), state
     else:
         collector.begin()  # an environment that cannot be saved starts afresh

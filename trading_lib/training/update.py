@@ -9,6 +9,7 @@ __all__ = ['Diverged', 'make_optimizers', 'copied', 'put_back', 'padded_rows', '
 # %% ../../nbs/06_training/04_update.ipynb #9b36e38d
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from ..config import InputError
 from ..env import Obs
 from ..networks import clip_gradients, parameter_groups
+from ..policy.factory import Policy
 from .config import NativePPOConfig
 from .distributed import all_reduce_mean, processes
 from trading_lib.training.ppo import (
@@ -35,8 +37,8 @@ class Diverged(InputError):
 
 # %% ../../nbs/06_training/04_update.ipynb #90b195ef
 def make_optimizers(
-    policy: nn.Module,
-    config: NativePPOConfig,
+    policy: Policy,  # whose parameters are trained
+    config: NativePPOConfig,  # rates of learning, one optimizer or two
 ) -> list[torch.optim.Adam]:  # one for all, or one for the value head after one for everything else
     "Adam (Kingma and Ba 2014); each group's `factor` multiplies the schedule of the learning rate."
     groups = parameter_groups(policy, config.learning_rate)
@@ -143,6 +145,8 @@ def update_row(
 class Evaluate(nn.Module):
     "What `DistributedDataParallel` wraps: the policy's forward pass of a minibatch."
 
+    policy: Any  # which, the configuration says
+
     def __init__(self, policy: nn.Module):
         super().__init__()
         self.policy = policy
@@ -191,16 +195,17 @@ class Learner:
         self.critic_seconds = 0.0  # of the last update
         self._prepare(runner.policy, say)
 
-    def _prepare(self, policy: nn.Module, say: Callable[[str], None]):
+    def _prepare(self, policy: Any, say: Callable[[str], None]):
         "Optimizers, and the forward pass."
         self.optimizers = make_optimizers(policy, self.config)
         self.head = list(policy.critic_head.parameters())
         self.body = [p for p in policy.parameters() if not any(p is q for q in self.head)]
-        self.forward = Evaluate(policy)
+        evaluate = Evaluate(policy)
+        self.forward: Callable[..., tuple[Tensor, Tensor]] = evaluate
         if processes()[1] > 1:
-            self.forward = nn.parallel.DistributedDataParallel(self.forward)
+            self.forward = nn.parallel.DistributedDataParallel(evaluate)
         elif self.config.compile:
-            self.forward = compiled_or_plain(self.forward, say)
+            self.forward = compiled_or_plain(evaluate, say)
 
     @property
     def groups(self) -> list[dict]:
@@ -211,12 +216,14 @@ class Learner:
 
     def epochs(self, data: dict[str, Tensor], n: int) -> Iterator[list[Minibatch]]:
         "Minibatches of so many passes over a rollout."
+        if self.random is None:
+            raise InputError("Learner: random is None; give it the torch.Generator that shuffles samples")
         return self.shuffled(data.get("index"), n, self.random)
 
     def shuffled(self, index: Tensor | None, n: int, random: torch.Generator) -> Iterator[list[Minibatch]]:
         "By samples; by whole bars where each is computed once; by whole sequences for a recurrent policy."
         c, accounts = self.config, self.env.n_envs
-        if self.whole_bars:
+        if self.whole_bars and index is not None:
             bars = decision_rows(self.env.market)
             return group_minibatches(index - bars.start, len(bars), c.minibatch_size, n, random)
         if not self.runner.recurrent:
@@ -238,10 +245,11 @@ class Learner:
         runner, samples = self.runner, batch.samples
         device = runner.device
         with runner.autocast():
-            if batch.groups is not None:
+            if batch.groups is not None and batch.place is not None:
                 rows = padded_rows(batch.groups, len(samples), decision_rows(self.env.market).start)
                 of_bars = forward(runner.inputs(Obs(rows, torch.empty(len(rows), 0, device=device))))
-                return tuple(answers_of_samples(answer, batch.place, device) for answer in of_bars)
+                logits, value = (answers_of_samples(answer, batch.place, device) for answer in of_bars)
+                return logits, value
             index = data["index"][samples] if "index" in data else None
             if "dense" in data:
                 dense = data["dense"][samples]
@@ -319,12 +327,12 @@ class Learner:
         c, watched, good = self.config, [], copied(self.optimizers)
         for group in self.groups:
             group["lr"] = learning_rate * group["factor"]
-        for epoch, batches in enumerate(self.epochs(data, c.n_epochs)):
+        for epoch, batches in enumerate(self.epochs(data, c.epochs_in_force)):
             for done, batch in enumerate(batches, epoch * len(batches) + 1):
                 loss, watch = self.losses(data, batch, entropy_coefficient)
                 self.step(loss)
                 watched.append(torch.stack(list(watch.values())))
-                phase("epochs", done, c.n_epochs * len(batches))
+                phase("epochs", done, c.epochs_in_force * len(batches))
             if c.target_kl is not None and float(all_reduce_mean(watch["kl"])) > 1.5 * c.target_kl:
                 break
         began = time.perf_counter()
