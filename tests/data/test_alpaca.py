@@ -20,7 +20,7 @@ from alpaca_server import FAULTS, HTTP_FAULTS, PAYLOAD_FAULTS, AlpacaServer
 
 from trading_lib.bars import TIMEFRAMES, validate_bars, write_bars
 from trading_lib.config import InputError
-from trading_lib.data import alpaca as alpaca_bars
+from trading_lib.data import alpaca_http
 from trading_lib.data.alpaca import Keys, environment_keys, fetch_bars, fetch_with_report
 from trading_lib.data.simulation import simulate_bars
 
@@ -39,7 +39,7 @@ SLACK_S = 2.5  # of a busy computer; what is not cut off takes 30 s
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch):
-    for name in alpaca_bars.KEY_VARIABLES:
+    for name in alpaca_http.KEY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -284,8 +284,8 @@ class Clock:
 
 @pytest.fixture
 def clock(server, monkeypatch):
-    monkeypatch.setattr(alpaca_bars, "time", Clock(server))
-    return alpaca_bars.time
+    monkeypatch.setattr(alpaca_http, "time", Clock(server))
+    return alpaca_http.time
 
 
 def test_waits_double_and_vary(server, clock, monkeypatch):
@@ -355,7 +355,7 @@ def test_the_server_says_when(server, clock):
     ],
 )
 def test_wishes(headers, seconds):
-    wish = alpaca_bars._wished_wait({k: v() if callable(v) else v for k, v in headers.items()})
+    wish = alpaca_http._wished_wait({k: v() if callable(v) else v for k, v in headers.items()})
     assert wish is None if seconds is None else seconds - 1.5 <= wish <= seconds
 
 
@@ -488,8 +488,8 @@ def test_the_servers_own_time_is_told(server):
     _, report = stocks(server)
     assert before <= pd.Timestamp(report["server_time"]) <= pd.Timestamp.now("UTC") and report["pages"] > 1
     for said in ("", "soon", "Mon, 99 Nov 2026 25:00:00 GMT", "9" * 100):
-        assert alpaca_bars._told_time({"Date": said}) is None
-    assert alpaca_bars._told_time({"Date": "Sun, 06 Nov 1994 08:49:37 GMT"}) == pd.Timestamp(
+        assert alpaca_http._told_time({"Date": said}) is None
+    assert alpaca_http._told_time({"Date": "Sun, 06 Nov 1994 08:49:37 GMT"}) == pd.Timestamp(
         "1994-11-06 08:49:37", tz="UTC"
     )  # RFC 9110, 5.6.7
 
@@ -632,7 +632,7 @@ def told(server, **options) -> tuple[str, ...]:
 def test_keys_appear_nowhere(server, monkeypatch, caplog, capfd, tmp_path):
     "Messages, tracebacks with and without the variables of each frame, logs, printed objects, files."
     secrets = fake_keys()
-    for name, value in zip(alpaca_bars.KEY_VARIABLES, secrets):
+    for name, value in zip(alpaca_http.KEY_VARIABLES, secrets):
         monkeypatch.setenv(name, value)
     caplog.set_level(logging.DEBUG)
     found, lines = [], []
@@ -679,7 +679,7 @@ def test_keys_appear_nowhere(server, monkeypatch, caplog, capfd, tmp_path):
         monkeypatch.setenv("APCA_API_SECRET_KEY", bad)
         found += told(server)
         assert "copy both anew" in found[-4]
-    service = alpaca_bars._Service("equity", Keys(*secrets), server.url, "alpaca", 1, 1, 1, 1, print)
+    service = alpaca_http.PatientClient("equity", Keys(*secrets), server.url, "alpaca", 1, 1, 1, 1, print)
     service.connect()
     found += [
         repr(service),
@@ -734,7 +734,7 @@ def test_keys_appear_in_no_output_of_a_program(server, tmp_path):
             server.inject(fault, None)
         env = (
             os.environ
-            | dict(zip(alpaca_bars.KEY_VARIABLES, secrets))
+            | dict(zip(alpaca_http.KEY_VARIABLES, secrets))
             | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONDONTWRITEBYTECODE": "1"}
         )
         done = subprocess.run(
