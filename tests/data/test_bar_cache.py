@@ -21,6 +21,7 @@ import pytest
 from trading_lib.bars import validate_bars
 from trading_lib.config import InputError
 from trading_lib.data import cache as bar_cache
+from trading_lib.data import cache_files
 from trading_lib.data.cache import cache_info, cached_bars, merge_ranges, subtract_ranges
 from trading_lib.data.simulation import simulate_bars
 from trading_lib.data.user_files import read_own_bars
@@ -199,9 +200,9 @@ def test_ranges_without_bars_are_asked_for_once(tmp_path):
 
 
 def test_long_histories_are_not_rewritten_with_every_request(tmp_path, monkeypatch):
-    written, write = [], bar_cache.atomic_write
+    written, write = [], cache_files.atomic_write
     monkeypatch.setattr(
-        bar_cache,
+        cache_files,
         "atomic_write",
         lambda path, data: written.append((path.suffix, len(data))) or write(path, data),
     )
@@ -657,6 +658,7 @@ import fcntl, hashlib, json, mmap, os, random, resource, shutil, signal, sys, ti
 from pathlib import Path
 import pandas as pd
 from trading_lib.data import cache as bar_cache
+from trading_lib.data import cache_files
 from trading_lib import files
 from trading_lib.data.cache import cache_info, cached_bars
 from trading_lib.config import InputError
@@ -824,9 +826,9 @@ def test_killed_before_every_line_that_writes(tmp_path):
         WRITING = {
             f.__code__
             for f in (
-                bar_cache._Cache.commit,
-                bar_cache._Cache._lock,
-                bar_cache._Cache.locked.__wrapped__,
+                cache_files.CachedHistory.commit,
+                cache_files.CachedHistory._lock,
+                cache_files.CachedHistory.locked.__wrapped__,
                 files.atomic_write,
                 files._replace,
             )
