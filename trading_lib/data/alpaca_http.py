@@ -46,6 +46,10 @@ class Keys:
             text = text.replace(secret, "***")
         return text
 
+    def can_be_sent(self) -> bool:
+        "Whether both are letters, digits and signs alone; no frame of an error holds them."
+        return all(re.fullmatch(r"[!-~]+", secret) for secret in (self.key_id, self.secret_key))
+
 
 def environment_keys() -> Keys | None:  # None: neither variable is set
     "The keys in the environment."
@@ -69,8 +73,7 @@ def checked_keys(
             "alpaca: stocks need keys, and none are set; put them into the environment as "
             f"{' and '.join(KEY_VARIABLES)} (crypto needs none)"
         )
-    secrets = (keys.key_id, keys.secret_key) if keys else ()
-    if not all(re.fullmatch(r"[!-~]+", secret) for secret in secrets):
+    if keys is not None and not keys.can_be_sent():
         raise InputError(
             f"alpaca: {' or '.join(KEY_VARIABLES)} holds spaces, line breaks or other characters that "
             "keys do not have; copy both anew"
