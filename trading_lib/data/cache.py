@@ -6,30 +6,28 @@
 __all__ = ['merge_ranges', 'subtract_ranges', 'cached_bars', 'cache_info']
 
 # %% ../../nbs/01_data/06_cache.ipynb #61d49d02
-import hashlib
-import io
-import json
-import os
 import re
-import time
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from trading_lib.bars import (
-    ASSET_CLASSES,
-    COLUMNS,
-    parquet_table,
-    parse_time,
-    path_symbol,
-    timeframe_name,
-    timeframe_seconds,
-)
+from ..bars import ASSET_CLASSES, COLUMNS, parse_time, path_symbol, timeframe_name
 from ..config import InputError, unknown_name
-from ..files import atomic_write, unwritable
+from trading_lib.data.cache_files import (
+    HOUR,
+    IDENTITY,
+    CachedHistory,
+    Held,
+    bar_steps,
+    closed_by,
+    end_of,
+    manifest_entry,
+    no_bars,
+    read_history,
+    utc_text,
+)
 
 # %% ../../nbs/01_data/06_cache.ipynb #dd6da7d2
 def merge_ranges(
@@ -62,229 +60,9 @@ def subtract_ranges(
             missing.append((start, end))
     return missing
 
-# %% ../../nbs/01_data/06_cache.ipynb #629f9497
-_SCHEMA = 1  # of the manifest
-_IDENTITY = ("source", "feed", "adjustment", "asset_class", "symbol", "timeframe")
-
-
-@dataclass(frozen=True, eq=False)
-class _Held:
-    "What a cache holds."
-
-    bars: pd.DataFrame
-    ranges: tuple = ()  # (start, end, downloaded), sorted, disjoint
-    invalidated: tuple = ()  # records of histories that were dropped
-    sha256: str | None = None  # of the parquet; None: there is none yet
-    proven: pd.Timestamp | None = (
-        None  # bars up to here had closed by the source's own time; None: it told none
-    )
-    asked: pd.Timestamp | None = None  # our clock when it was asked last
-    interrupted: bool = False  # a writer was killed before its last step
-
-    def known(self):
-        return [r[:2] for r in self.ranges]
-
-
-def _no_bars() -> pd.DataFrame:
-    return pd.DataFrame(
-        {c: np.empty(0) for c in COLUMNS},
-        index=pd.DatetimeIndex([], dtype="datetime64[ns, UTC]", name="timestamp"),
-    )
-
-
-def _text(t: pd.Timestamp) -> str:
-    return t.strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _entry(held: _Held) -> dict:
-    "What the manifest says of it."
-    first, last = (_text(held.bars.index[i]) for i in (0, -1)) if len(held.bars) else (None, None)
-    ranges = [dict(zip(("start", "end", "downloaded"), map(_text, r))) for r in held.ranges]
-    times = {
-        name: _text(t) if t is not None else None
-        for name, t in (("proven", held.proven), ("asked", held.asked))
-    }
-    return {
-        "sha256": held.sha256,
-        "bars": len(held.bars),
-        "first": first,
-        "last": last,
-        "ranges": ranges,
-        "invalidated": list(held.invalidated),
-    } | times
-
-
-def _read(manifest: Path) -> tuple[dict | None, _Held]:
-    "Identity of the history, and what is held of it; None and nothing where there is no manifest."
-    again = f"delete {manifest.name} to download all of it again"
-    file = manifest.with_suffix(".parquet")
-    try:
-        text = manifest.read_bytes()
-        content = file.read_bytes() if file.is_file() else None
-        if manifest.read_bytes() != text:
-            return _read(manifest)  # a writer passed by: these two do not belong together
-        told = json.loads(text)
-    except FileNotFoundError:
-        return None, _Held(_no_bars())
-    except (OSError, ValueError) as e:
-        raise InputError(f"{manifest}: cannot be read ({' '.join(str(e).split())[:80]}); {again}") from None
-    schema = told.get("schema") if isinstance(told, dict) else None
-    if not isinstance(schema, int) or not schema >= 1:
-        raise InputError(f"{manifest}: is no manifest of a bar cache; {again}")
-    if not schema <= _SCHEMA:
-        raise InputError(
-            f"{manifest}: has schema {schema}, this version reads up to {_SCHEMA}; update trading_lib, "
-            f"or {again}"
-        )
-    sha256 = hashlib.sha256(content).hexdigest() if content is not None else None
-    damage = None
-    try:
-        identity, entry = {k: told[k] for k in _IDENTITY}, told
-        if "next" in told and sha256 == told["next"]["sha256"]:
-            entry = told["next"]
-        elif told["sha256"] is None:
-            content = None  # whatever lies there is not ours
-        elif content is None:
-            damage = f"is gone, and {manifest.name} says that it holds {told['bars']} bars"
-        elif sha256 != told["sha256"]:
-            damage = f"was changed by another program (its SHA-256 is not the one in {manifest.name})"
-        if damage is None:
-            ranges = tuple(
-                tuple(parse_time(r[k]) for k in ("start", "end", "downloaded")) for r in entry["ranges"]
-            )
-            bars = (
-                _no_bars()
-                if content is None
-                else parquet_table(content).set_index("timestamp")[list(COLUMNS)]
-            )
-            inside = sum(bars.index.searchsorted(b) - bars.index.searchsorted(a) for a, b, _ in ranges)
-            if not inside == entry["bars"] == len(bars):
-                raise ValueError
-            times = [
-                parse_time(entry[name]) if entry.get(name) is not None else None
-                for name in ("proven", "asked")
-            ]
-            return identity, _Held(
-                bars, ranges, tuple(entry["invalidated"]), entry["sha256"], *times, "next" in told
-            )
-    except (AttributeError, KeyError, TypeError, ValueError, OSError):
-        raise InputError(f"{manifest}: does not describe {file.name}; {again}") from None
-    raise InputError(f"{file}: {damage}; {again}")
-
-# %% ../../nbs/01_data/06_cache.ipynb #87471b84
-_SETTLED = pd.Timedelta(2, "min")  # after its close a bar may still be revised
-_SAME = 1e-5  # relative; prices of adjusted history that differ by more have been adjusted again
-
-
-@dataclass(frozen=True)
-class _Cache:
-    "One history on disk."
-
-    folder: Path
-    identity: dict
-
-    @property
-    def manifest(self):
-        return self.folder / f"{self.identity['symbol']}.json"
-
-    @property
-    def title(self):
-        return " ".join(
-            self.identity[k]
-            for k in ("symbol", "timeframe", "source", "feed", "adjustment")
-            if self.identity[k]
-        )
-
-    def load(self, present: pd.Timestamp) -> _Held:
-        "What is held, checked to be what was asked for, and cut back to what is believed now."
-        identity, held = _read(self.manifest)
-        for name, was in (identity or {}).items():
-            if was != self.identity[name]:
-                raise InputError(
-                    f"{self.manifest}: expected {name} {self.identity[name]}, was {was}; put it back to "
-                    "where it came from, or delete it to download again"
-                )
-        return replace(held, ranges=_believed(held, present, self.identity["timeframe"]))
-
-    def commit(self, before: _Held, after: _Held) -> _Held:
-        "Replace what is held; the three steps above."
-        content = None
-        if after.bars is not before.bars or before.sha256 is None:
-            table, data = (
-                pd.DataFrame(
-                    {"timestamp": after.bars.index} | {c: after.bars[c].to_numpy() for c in COLUMNS}
-                ),
-                io.BytesIO(),
-            )
-            table.to_parquet(data, index=False, compression="zstd")
-            content = data.getvalue()
-        sha256 = before.sha256 if content is None else hashlib.sha256(content).hexdigest()
-        after = replace(after, sha256=sha256, interrupted=False)
-        head = {"schema": _SCHEMA} | self.identity
-        if sha256 != before.sha256:
-            atomic_write(
-                self.manifest, json.dumps(head | _entry(before) | {"next": _entry(after)}, indent=1) + "\n"
-            )
-            atomic_write(self.manifest.with_suffix(".parquet"), content)
-        atomic_write(self.manifest, json.dumps(head | _entry(after), indent=1) + "\n")
-        return after
-
-    def litter(self) -> list[Path]:
-        "Files that a killed writer has left, or a living one is using."
-        symbol = re.escape(self.identity["symbol"])
-        return [
-            p
-            for p in self.folder.glob(".*")
-            if re.fullmatch(rf"\.{symbol}\.(lock|(parquet|json)\.[^.]+\.tmp)", p.name)
-        ]
-
-    def _lock(self, wait_s: float, progress) -> tuple[Path, int]:
-        "The lock's file, and the handle that holds it."
-        import fcntl  # not on every system; reading a module must not fail there
-
-        lock, give_up, told = (
-            self.folder / f".{self.identity['symbol']}.lock",
-            time.monotonic() + wait_s,
-            False,
-        )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            while True:
-                handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    # its last holder has removed it when done: a lock counts only on the file that others
-                    # will open
-                    if os.path.samestat(os.fstat(handle), os.stat(lock)):
-                        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-                        return lock, handle
-                except (BlockingIOError, FileNotFoundError):
-                    pass
-                holder = os.pread(handle, 20, 0).decode().strip() or "another"
-                os.close(handle)
-                if not time.monotonic() < give_up:
-                    raise InputError(
-                        f"{self.manifest}: process {holder} has been filling it for longer than "
-                        f"{wait_s:g} s; wait until it is done, or end it, and try again"
-                    )
-                if not told:
-                    progress(f"{self.title}: waiting for process {holder}, which is filling it")
-                told = True
-                time.sleep(0.02)
-        except OSError as e:
-            raise unwritable(self.folder, e) from None
-
-    @contextmanager
-    def locked(self, wait_s: float, progress):
-        lock, handle = self._lock(wait_s, progress)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)  # before the lock is freed: afterwards it may be somebody else's
-            os.close(handle)
-
-# %% ../../nbs/01_data/06_cache.ipynb #3333f59e
+# %% ../../nbs/01_data/06_cache.ipynb #5619816b
 def _between(bars: pd.DataFrame, start, end) -> pd.DataFrame:
+    "The bars of [start, end)."
     return bars.iloc[bars.index.searchsorted(start) : bars.index.searchsorted(end)]
 
 
@@ -294,7 +72,7 @@ def _checked(got, title: str, start, end, grid: pd.Timedelta) -> pd.DataFrame:
     def promise(kept, was):
         if not kept:
             raise InputError(
-                f"{title}: fetch promised bars from {_text(start)} to {_text(end)}, {was}; correct "
+                f"{title}: fetch promised bars from {utc_text(start)} to {utc_text(end)}, {was}; correct "
                 "fetch, nothing of this was cached"
             )
 
@@ -323,69 +101,44 @@ def _checked(got, title: str, start, end, grid: pd.Timedelta) -> pd.DataFrame:
         index=pd.DatetimeIndex(got.index.as_unit("ns"), freq=None, name="timestamp"),
     )
 
-
-def _steps(timeframe: str) -> tuple[pd.Timedelta, pd.Timedelta]:
-    "Length of a bar, and of the grid that its label lies on: long bars follow a local clock."
-    length = pd.Timedelta(timeframe_seconds(timeframe), "s")
-    return length, min(length, pd.Timedelta(1, "h"))
-
-
-_HOUR, _DAY = pd.Timedelta(1, "h"), pd.Timedelta(1, "D")
-
-
-def _end_of(bars: pd.DataFrame, timeframe: str) -> pd.Timestamp:
-    "Up to here the newest bar proves that time has passed; a day of New York may have 23 hours."
-    length, grid = _steps(timeframe)
-    return bars.index[-1] + max(length - _HOUR, grid)
-
-
-def _closed_by(now: pd.Timestamp, timeframe: str) -> pd.Timestamp:
-    "All bars that start before this have closed, and are settled."
-    length, grid = _steps(timeframe)
-    return (now - _SETTLED - length).floor(grid) + grid
-
-
-def _believed(held: _Held, present: pd.Timestamp, timeframe: str) -> tuple:
-    "The ranges without what a clock that was ahead may have added."
-    proofs = [
-        *([_end_of(held.bars, timeframe)] if len(held.bars) else []),
-        *([held.proven] if held.proven is not None else []),
-    ]
-    if held.asked is not None and held.asked <= present < held.asked + _HOUR:
-        proofs.append((held.asked - _DAY).floor("h"))
-    if not proofs:
-        return ()
-    return tuple(
-        (start, min(end, max(proofs)), downloaded)
-        for start, end, downloaded in held.ranges
-        if start < max(proofs)
-    )
-
-
+# %% ../../nbs/01_data/06_cache.ipynb #16b6bccf
 def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    "Bars of several requests as one table, in order."
     return pd.concat(parts).sort_index() if len(parts) > 1 else parts[0]
 
 
 def _with_range(ranges: tuple, start, end, downloaded) -> tuple:
     "The range added; ranges that touch and were downloaded on the same day are one."
     merged = []
-    for r in sorted((*ranges, (start, end, downloaded))):
-        if merged and r[0] == merged[-1][1] and r[2].date() == merged[-1][2].date():
-            merged[-1] = (merged[-1][0], r[1], max(r[2], merged[-1][2]))
-        else:
-            merged.append(r)
+    for begin, stop, at in sorted((*ranges, (start, end, downloaded))):
+        if merged:
+            first, last, before = merged[-1]
+            if begin == last and at.date() == before.date():
+                merged[-1] = (first, stop, max(at, before))
+                continue
+        merged.append((begin, stop, at))
     return tuple(merged)
+
+
+def _pieces(missing: list[tuple], length: pd.Timedelta) -> list[tuple]:
+    "Ranges cut into pieces of a length, in order."
+    return [
+        (begin, min(begin + length, end))
+        for start, end in missing
+        for begin in pd.date_range(start, end, freq=length, inclusive="left")
+    ]
+
+# %% ../../nbs/01_data/06_cache.ipynb #7631dbb4
+_SAME = 1e-5  # relative; prices of adjusted history that differ by more have been adjusted again
 
 
 def _nearest_day(bars: pd.DataFrame, start, length: pd.Timedelta) -> pd.DataFrame:
     "The cached day next to a piece that starts here, or eight long bars; before it, if there are any."
     day, before = max(pd.Timedelta(1, "D"), 8 * length), bars.index.searchsorted(start)
-    nearest = bars.index[max(before - 1, 0)]
-    return (
-        bars[(bars.index > nearest - day) & (bars.index <= nearest)]
-        if before
-        else bars[bars.index < nearest + day]
-    )
+    if not before:
+        return bars[bars.index < bars.index[0] + day]
+    nearest = bars.index[before - 1]
+    return bars[(bars.index > nearest - day) & (bars.index <= nearest)]
 
 
 def _largest_change(cached: pd.DataFrame, again: pd.DataFrame) -> tuple[pd.Timestamp | None, float]:
@@ -399,124 +152,154 @@ def _largest_change(cached: pd.DataFrame, again: pd.DataFrame) -> tuple[pd.Times
     bar, price = np.unravel_index(change.argmax(), change.shape)
     return labels[bar], float(ratio[bar, price])
 
+# %% ../../nbs/01_data/06_cache.ipynb #3333f59e
+class _Filler:
+    "Fetches what is missing of one range, piece by piece; the caller holds the lock."
 
-def _fill(
-    cache: _Cache,
-    held: _Held,
-    wanted: tuple,
-    fetch,
-    source_time,
-    present: pd.Timestamp,
-    piece_length: pd.Timedelta,
-    progress,
-) -> tuple[_Held, dict]:
-    "Fetch what is missing of one range, piece by piece; the caller holds the lock."
-    timeframe, adjusted = cache.identity["timeframe"], cache.identity["adjustment"] != "raw"
-    length, grid = _steps(timeframe)
-    if not held.asked or not held.asked <= present < held.asked + _HOUR:
-        held = replace(held, asked=present)
-    facts = {"requests": 0, "bars_fetched": 0, "invalidated": None}
-    parts, ranges = [held.bars], held.ranges  # what is more than `held` is not on disk yet
+    def __init__(self, cache, held, fetch, source_time, present, progress):
+        self.cache, self.fetch, self.source_time, self.progress = cache, fetch, source_time, progress
+        self.timeframe = cache.identity["timeframe"]
+        self.length, self.grid = bar_steps(self.timeframe)
+        if not held.asked or not held.asked <= present < held.asked + HOUR:
+            held = replace(held, asked=present)
+        self.held = held
+        self.parts, self.ranges = [held.bars], held.ranges  # what is more than `held` is not on disk yet
+        self.facts = {"requests": 0, "bars_fetched": 0, "invalidated": None}
 
-    def ask(start, end):
-        facts["requests"] += 1
-        return _checked(fetch(start, end), cache.title, start, end, grid)
+    def missing(self, wanted: list[tuple]) -> list[tuple]:
+        "What is wanted and not known."
+        return subtract_ranges(wanted, [(start, end) for start, end, _ in self.ranges])
 
-    def write():
-        nonlocal held, parts
-        if ranges == held.ranges:
+    def ask(self, start, end) -> pd.DataFrame:
+        "One request."
+        self.facts["requests"] += 1
+        return _checked(self.fetch(start, end), self.cache.title, start, end, self.grid)
+
+    def write(self):
+        "Put on disk what is not there yet."
+        if self.ranges == self.held.ranges:
             return
-        held = cache.commit(held, replace(held, bars=_joined(parts), ranges=ranges))
-        parts = [held.bars]
+        after = replace(self.held, bars=_joined(self.parts), ranges=self.ranges)
+        self.held = self.cache.commit(self.held, after)
+        self.parts = [self.held.bars]
 
-    def pieces():
-        missing = subtract_ranges([wanted], [r[:2] for r in ranges])
-        return [
-            (a, min(a + piece_length, end))
-            for start, end in missing
-            for a in pd.date_range(start, end, freq=piece_length, inclusive="left")
-        ]
+    def ask_compared(self, start, end) -> pd.DataFrame | None:
+        "Bars of adjusted prices, asked for with the cached day beside them; None: that day has changed."
+        self.parts = [_joined(self.parts)]
+        cached = _nearest_day(self.parts[0], start, self.length)
+        first, last = cached.index[0], cached.index[-1] + self.grid
+        hull = (min(start, first), max(end, last))
+        # where something else is missing in between, the cached day is asked for by itself
+        if self.missing([hull]) == [(start, end)]:
+            got = self.ask(*hull)
+        else:
+            got = _joined([self.ask(first, last), self.ask(start, end)])
+        bar, ratio = _largest_change(cached, got)
+        if bar is None:
+            raise InputError(
+                f"{self.cache.title}: the source gives none of the {len(cached)} bars of "
+                f"{utc_text(first)[:10]} any more, so nobody can tell whether adjusted prices have changed; "
+                f"try later, or delete {self.cache.manifest} to download all of it again"
+            )
+        if not abs(ratio - 1) <= _SAME:
+            self.drop(bar, ratio)
+            return None
+        return _between(got, start, end)
 
-    todo = pieces()
-    progress(f"{cache.title}: {len(todo)} request(s), {_text(todo[0][0])} to {_text(todo[-1][1])}")
-    while todo:
-        start, end = todo[0]
-        try:
-            if adjusted and sum(map(len, parts)):
-                parts = [_joined(parts)]
-                cached = _nearest_day(parts[0], start, length)
-                day = (cached.index[0], cached.index[-1] + grid)
-                hull = (min(start, day[0]), max(end, day[1]))
-                # where something else is missing in between, the cached day is asked for by itself
-                joined = subtract_ranges([hull], [r[:2] for r in ranges]) == [(start, end)]
-                got = ask(*hull) if joined else _joined([ask(*day), ask(start, end)])
-                bar, ratio = _largest_change(cached, got)
-                if bar is None:
-                    raise InputError(
-                        f"{cache.title}: the source gives none of the {len(cached)} bars of "
-                        f"{_text(cached.index[0])[:10]} any more, so nobody can tell whether adjusted "
-                        "prices have changed; "
-                        f"try later, or delete {cache.manifest} to download all of it again"
-                    )
-                if not abs(ratio - 1) <= _SAME:
-                    if facts["invalidated"] is not None:
-                        raise InputError(
-                            f"{cache.title}: the source gives other prices each time it is asked for "
-                            "the same bars; try later"
-                        )
-                    dropped = len(parts[0])
-                    facts |= {
-                        "invalidated": {
-                            "found": _text(pd.Timestamp.now("UTC")),
-                            "bar": _text(bar),
-                            "ratio": ratio,
-                            "bars": dropped,
-                        },
-                        "bars_fetched": 0,
-                    }
-                    progress(
-                        f"{cache.title}: adjusted prices have changed, by a factor of {ratio:.6g} "
-                        f"at {_text(bar)}: a split or a dividend; {dropped:,} cached bars are "
-                        "dropped and downloaded again"
-                    )
-                    held = cache.commit(
-                        held,
-                        replace(
-                            held,
-                            bars=_no_bars(),
-                            ranges=(),
-                            invalidated=(*held.invalidated, facts["invalidated"]),
-                        ),
-                    )
-                    parts, ranges = [held.bars], ()
-                    todo = pieces()
-                    continue
-                got = _between(got, start, end)
-            else:
-                got = ask(start, end)
-        except BaseException:
-            write()  # what came before is kept
-            raise
-        todo, told = todo[1:], source_time() if source_time is not None else None
+    def drop(self, bar: pd.Timestamp, ratio: float):
+        "Forget a history whose prices have been adjusted again."
+        title, dropped = self.cache.title, len(self.parts[0])
+        if self.facts["invalidated"] is not None:
+            raise InputError(
+                f"{title}: the source gives other prices each time it is asked for the same bars; try later"
+            )
+        found = utc_text(pd.Timestamp.now("UTC"))
+        record = {"found": found, "bar": utc_text(bar), "ratio": ratio, "bars": dropped}
+        self.facts |= {"invalidated": record, "bars_fetched": 0}
+        self.progress(
+            f"{title}: adjusted prices have changed, by a factor of {ratio:.6g} at {utc_text(bar)}: "
+            f"a split or a dividend; {dropped:,} cached bars are dropped and downloaded again"
+        )
+        dropped_too = (*self.held.invalidated, record)
+        after = replace(self.held, bars=no_bars(), ranges=(), invalidated=dropped_too)
+        self.held = self.cache.commit(self.held, after)
+        self.parts, self.ranges = [self.held.bars], ()
+
+    def keep(self, got: pd.DataFrame, start, end) -> bool:  # whether later bars can exist
+        "Take what a request has brought."
+        told = self.source_time() if self.source_time is not None else None
         if len(got):
-            parts = [*parts, got]
+            self.parts = [*self.parts, got]
+        later = True
         if told is not None:
-            proven = _closed_by(told, timeframe)
-            held = replace(held, proven=max(proven, held.proven or proven))
-            if proven < end:
-                todo, end = (
-                    [],
-                    max(proven, _end_of(got, timeframe) if len(got) else start),
-                )  # our clock is ahead
+            proven = closed_by(told, self.timeframe)
+            self.held = replace(self.held, proven=max(proven, self.held.proven or proven))
+            if proven < end:  # our clock is ahead
+                later, end = False, max(proven, end_of(got, self.timeframe) if len(got) else start)
         if start < end:
-            ranges = _with_range(ranges, start, end, pd.Timestamp.now("UTC"))
-        facts["bars_fetched"] += len(got)
-        waiting = sum(map(len, parts)) - len(held.bars)
-        progress(f"{cache.title}: {_text(start)} to {_text(end)}, {len(got):,} bars")
-        if not waiting or waiting * 20 >= len(held.bars):
-            write()
-    write()
-    return held, facts
+            self.ranges = _with_range(self.ranges, start, end, pd.Timestamp.now("UTC"))
+        self.facts["bars_fetched"] += len(got)
+        waiting = sum(map(len, self.parts)) - len(self.held.bars)
+        self.progress(f"{self.cache.title}: {utc_text(start)} to {utc_text(end)}, {len(got):,} bars")
+        if not waiting or waiting * 20 >= len(self.held.bars):
+            self.write()
+        return later
+
+    def run(self, wanted: tuple, piece_length: pd.Timedelta) -> tuple[Held, dict]:
+        "All of it; an interruption keeps what came before."
+        adjusted = self.cache.identity["adjustment"] != "raw"
+        todo = _pieces(self.missing([wanted]), piece_length)
+        (first, _), (_, last) = todo[0], todo[-1]
+        self.progress(f"{self.cache.title}: {len(todo)} request(s), {utc_text(first)} to {utc_text(last)}")
+        while todo:
+            start, end = todo[0]
+            try:
+                compare = adjusted and any(map(len, self.parts))
+                got = self.ask_compared(start, end) if compare else self.ask(start, end)
+            except BaseException:
+                self.write()
+                raise
+            if got is None:
+                todo = _pieces(self.missing([wanted]), piece_length)
+            else:
+                todo = todo[1:] if self.keep(got, start, end) else []
+        self.write()
+        return self.held, self.facts
+
+# %% ../../nbs/01_data/06_cache.ipynb #a6a4eda6
+def _check_names(asset_class: str, source: str, feed: str | None, adjustment: str):
+    "Names that can name a folder."
+    if asset_class not in ASSET_CLASSES:
+        raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
+    for name, value in (("source", source), ("feed", feed or "x"), ("adjustment", adjustment)):
+        if not isinstance(value, str) or re.fullmatch(r"[A-Za-z0-9_,-]+", value) is None:
+            raise InputError(
+                f"{name}: expected letters, digits, '-', '_' or ',', since it names a folder, was {value!r}"
+            )
+
+
+def _wanted(start, end, present: pd.Timestamp, timeframe: str, title: str) -> tuple:  # (start, end)
+    "What is asked for, up to the last bar that has closed."
+    _, grid = bar_steps(timeframe)
+    first, last = parse_time(start, "start"), present if end is None else parse_time(end, "end")
+    if not first < last:
+        raise InputError(f"start and end: expected start before end, were {start} and {end}")
+    begin, stop = first.ceil(grid), min(last.ceil(grid), closed_by(present, timeframe))
+    if not begin < stop:
+        raise InputError(
+            f"{title}: no bar that starts from {first} on and before {last} had closed by "
+            f"{present}; choose an earlier start or a later end"
+        )
+    return begin, stop
+
+
+def _piece_length(chunk: int, timeframe: str, asset_class: str) -> pd.Timedelta:
+    "The time that holds about so many bars; exchanges rest at night and on weekends."
+    if not isinstance(chunk, int) or chunk < 1:
+        raise InputError(f"chunk: expected a number of bars from 1, was {chunk!r}")
+    length, grid = bar_steps(timeframe)
+    piece = chunk * length * (1.0 if ASSET_CLASSES[asset_class].calendar is None else 2.1)
+    return piece.floor("D" if piece >= pd.Timedelta(1, "D") else grid)
 
 # %% ../../nbs/01_data/06_cache.ipynb #bf3f2a7f
 def cached_bars(
@@ -539,42 +322,18 @@ def cached_bars(
     source_time=None,
     wait_s: float = 600.0,  # for another process that fills the same history
     progress=print,  # called with a line now and then; None: silent
-    # raw bars in [start, end); facts: requests, bars_fetched, bars_from_cache, sha256, file, feed, adjustment,
-    # downloaded, invalidated
+    # raw bars in [start, end); facts: requests, bars_fetched, bars_from_cache, sha256, file, feed,
+    # adjustment, downloaded, invalidated
 ) -> tuple[pd.DataFrame, dict]:
     "Bars from the cache; what is missing is fetched first, and only that."
     timeframe, progress = timeframe_name(timeframe), progress or (lambda line: None)
-    if asset_class not in ASSET_CLASSES:
-        raise unknown_name("asset_class", asset_class, ASSET_CLASSES)
-    for name, value in (("source", source), ("feed", feed or "x"), ("adjustment", adjustment)):
-        if not isinstance(value, str) or re.fullmatch(r"[A-Za-z0-9_,-]+", value) is None:
-            raise InputError(
-                f"{name}: expected letters, digits, '-', '_' or ',', since it names a folder, was {value!r}"
-            )
-    if not isinstance(chunk, int) or not chunk >= 1:
-        raise InputError(f"chunk: expected a number of bars from 1, was {chunk!r}")
-    identity = dict(zip(_IDENTITY, (source, feed, adjustment, asset_class, path_symbol(symbol), timeframe)))
-    cache = _Cache(
-        Path(folder).expanduser() / source / "_".join(filter(None, (feed, adjustment))) / timeframe, identity
-    )
-
-    (length, grid), present = (
-        _steps(timeframe),
-        pd.Timestamp.now("UTC") if now is None else parse_time(now, "now"),
-    )
-    first, last = parse_time(start, "start"), present if end is None else parse_time(end, "end")
-    if not first < last:
-        raise InputError(f"start and end: expected start before end, were {start} and {end}")
-    wanted = (first.ceil(grid), min(last.ceil(grid), _closed_by(present, timeframe)))
-    if not wanted[0] < wanted[1]:
-        raise InputError(
-            f"{cache.title}: no bar that starts from {first} on and before {last} had closed by "
-            f"{present}; choose an earlier start or a later end"
-        )
-    piece_length = (
-        chunk * length * (1.0 if ASSET_CLASSES[asset_class].calendar is None else 2.1)
-    )  # exchanges rest at night and on weekends
-    piece_length = piece_length.floor("D" if piece_length >= pd.Timedelta(1, "D") else grid)
+    _check_names(asset_class, source, feed, adjustment)
+    piece_length = _piece_length(chunk, timeframe, asset_class)
+    place = Path(folder).expanduser() / source / "_".join(filter(None, (feed, adjustment))) / timeframe
+    identity = (source, feed, adjustment, asset_class, path_symbol(symbol), timeframe)
+    cache = CachedHistory(place, dict(zip(IDENTITY, identity)))
+    present = pd.Timestamp.now("UTC") if now is None else parse_time(now, "now")
+    wanted = _wanted(start, end, present, timeframe, cache.title)
 
     held = cache.load(present)
     complete = not subtract_ranges([wanted], held.known())
@@ -582,17 +341,11 @@ def cached_bars(
     if not complete or held.interrupted or cache.litter():
         try:
             with cache.locked(0.0 if complete else wait_s, progress):
-                held = cache.load(present)
+                held = cache.tidied(present)
                 complete = not subtract_ranges([wanted], held.known())
-                for path in cache.litter():
-                    if path.suffix == ".tmp":
-                        path.unlink(missing_ok=True)
-                if held.interrupted:
-                    held = cache.commit(held, held)
                 if not complete:
-                    held, facts = _fill(
-                        cache, held, wanted, fetch, source_time, present, piece_length, progress
-                    )
+                    filler = _Filler(cache, held, fetch, source_time, present, progress)
+                    held, facts = filler.run(wanted, piece_length)
         except InputError:
             if not complete:
                 raise  # tidying up was all that was left to do, and it can wait
@@ -603,32 +356,23 @@ def cached_bars(
         "file": str(cache.manifest.with_suffix(".parquet")),
         "feed": feed,
         "adjustment": adjustment,
-        "downloaded": _text(max(r[2] for r in held.ranges)) if held.ranges else None,
+        "downloaded": held.downloaded(),
     }
 
-
+# %% ../../nbs/01_data/06_cache.ipynb #aef46c88
 def cache_info(
     folder: str | Path,  # of the cache
     # per history: symbol, timeframe, source, feed, adjustment, asset_class, bars, first, last, ranges,
     # downloaded, invalidated, sha256, file; problem: None, or what to do
 ) -> list[dict]:
     "What a cache holds; every file is read and its hash compared."
-    rows = []
+    rows, unknown = [], dict.fromkeys((*IDENTITY, *manifest_entry(Held(no_bars())), "downloaded"))
     for manifest in sorted(Path(folder).expanduser().glob("*/*/*/*.json")):
         row = {"file": str(manifest.with_suffix(".parquet")), "problem": None}
         try:
-            identity, held = _read(manifest)
-            rows.append(
-                identity
-                | _entry(held)
-                | {"downloaded": _text(max(r[2] for r in held.ranges)) if held.ranges else None}
-                | row
-            )
+            identity, held = read_history(manifest)
+            rows.append(identity | manifest_entry(held) | {"downloaded": held.downloaded()} | row)
         except InputError as e:
-            rows.append(
-                dict.fromkeys((*_IDENTITY, *_entry(_Held(_no_bars())), "downloaded"))
-                | {"symbol": manifest.stem, "timeframe": manifest.parent.name}
-                | row
-                | {"problem": str(e)}
-            )
+            known = {"symbol": manifest.stem, "timeframe": manifest.parent.name}
+            rows.append(unknown | known | row | {"problem": str(e)})
     return rows
