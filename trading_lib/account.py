@@ -95,11 +95,11 @@ def _choose(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
 class NextBar(NamedTuple):
     "What a step needs of the market; tensors of shape (n,) or (), float64."
 
-    close: Tensor  # of bar t, known at decision
+    close: Tensor  # of bar t: known at decision; the next close is `last`
     open: Tensor  # of bar t+1 …
     high: Tensor
     low: Tensor
-    last: Tensor  # close of bar t+1
+    last: Tensor  # the close of bar t+1
     daily_volatility: Tensor  # known at t
     daily_dollar_volume: Tensor  # known at t
     can_fill: Tensor  # bool: an order decided at t can fill at the next open

@@ -285,7 +285,7 @@ class SeedsTrainer(NativePPOTrainer):
         k: int,  # which of the seeds, from 0
         metrics: dict | None = None,  # of its validation
     ) -> dict:
-        "What a checkpoint of one seed's policy holds. It can be judged and traded, and not be gone on from."
+        "What a checkpoint of one seed's policy holds. It can be evaluated and traded, but not resumed."
         config = replace(self.config, seed=self.seeds[k])
         return policy_content(self, self.policy.network(k), config) | {
             "history": self.histories[k],

@@ -155,7 +155,7 @@ def _time_column(bars: pd.DataFrame) -> pd.Series:
 def labels_of(
     bars: pd.DataFrame,  # raw, with a `timestamp` column or index
 ) -> np.ndarray:  # (T,) int64 nanoseconds, UTC, in the order of the rows
-    "The time stamps of a raw table, checked to be UTC."
+    "The time stamps (labels) of a raw table, checked to be UTC."
     times = _time_column(bars)
     if not pd.api.types.is_datetime64_any_dtype(times):
         refuse("bad dtype", f"timestamp holds {times.dtype}, such as {shown(times.iloc[0])!r}")

@@ -22,7 +22,7 @@ class Obs(NamedTuple):
 
     # (n,) int64 rows of the observation table; None where there is no table
     index: Tensor | None  # type: ignore[assignment]  # hides the method of tuples, which nobody needs here
-    dense: Tensor  # (n, D) float32 columns of each account's own
+    dense: Tensor  # (n, D) float32 account columns; without a table the whole observation
 
     @property
     def rows(self) -> Tensor:  # (n,) int64
@@ -108,7 +108,7 @@ class ObservationTable:
         self,
         obs: Obs,  # n observations
     ) -> Tensor:  # (n, window × windowed columns + broadcast columns)
-        "The parts side by side."
+        "Windowed columns of each bar, then broadcast columns once, side by side."
         columns, before = self._windowed_rows.shape[1], self.window - 1
         in_windows = self.window * columns
         in_market = in_windows + self._broadcast_rows.shape[1]

@@ -48,11 +48,11 @@ class AccountRules:
     initial: float  # cash at the start
     full_order: float  # value of a full-size order as a share of equity
     max_position: float  # cap of the absolute position as a share of equity
-    stop: float  # distance of the stop from the average entry; 0: none
-    target: float  # distance of the target from the average entry; 0: none
+    stop: float  # distance of the stop-loss from the average entry; 0: none
+    target: float  # distance of the take-profit from the average entry; 0: none
     allow_short: bool
     minimum_order: float  # value of the smallest order
-    lots: float  # smallest quantities in one unit
+    lots: float  # size increments in one unit: 10**decimals
     short_lots: float  # the same where an order opens, adds to or covers a short
     fee_in_kind: bool  # the commission of a purchase is taken from what is bought
     commission: float  # share of traded value

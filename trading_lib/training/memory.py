@@ -142,7 +142,9 @@ class RolloutShape:
     own_columns: int | None = (
         None  # numbers beside an index into a table; None: whole observations are stored
     )
-    folded_inputs: int | None = None  # what the first layer reads; None: the whole observation
+    folded_inputs: int | None = (
+        None  # inputs of the first layer, repeated ones once; None: the whole observation
+    )
 
     @property
     def fields(self) -> dict:  # of `sample_fields`

@@ -376,5 +376,5 @@ def restore(
         before.put_back()
         cause = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise InputError(
-            f"{name}: cannot be gone on from ({cause}); use an older checkpoint, or train anew"
+            f"{name}: cannot be resumed ({cause}); use an older checkpoint, or train anew"
         ) from None
