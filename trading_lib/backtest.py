@@ -9,7 +9,9 @@ __all__ = ['run_backtests', 'run_backtest', 'probe_baselines', 'write_backtest',
 
 # %% ../nbs/07_evaluation/12_backtest.ipynb #f6ec3a44
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -34,6 +36,7 @@ from trading_lib.evaluation.scenarios import (  # noqa: F401
     Scenario,
 )
 from .evaluation.supervised import PROBES, fit_supervised, probe_actions, probe_figures
+from .features import FeatureFit
 from .files import atomic_write
 
 _all_ = [
@@ -91,13 +94,13 @@ def run_backtests(
 
 # %% ../nbs/07_evaluation/12_backtest.ipynb #8476558d
 def run_backtest(
-    model,  # path of a checkpoint, its content, a policy network, or None with `actions`
+    model: Any,  # path of a checkpoint, its content, a policy network, or None with `actions`
     bars: pd.DataFrame,  # validated bars, with history before the span for the indicators
     *,
     start: int = 0,  # first bar of the span
     stop: int | None = None,  # first bar after it; None: the end
-    actions=None,  # instead of a model: one action per decision bar
-    fit=None,  # FeatureFit of the training span, or its state; None: the checkpoint's
+    actions: Any = None,  # instead of a model: one action per decision bar
+    fit: FeatureFit | dict | None = None,  # of the training span, or its state; None: the checkpoint's
     version: str | None = None,  # layout; None: the checkpoint's
     timeframe: str | None = None,  # None: the checkpoint's
     asset_class: str | None = None,  # None: the checkpoint's
@@ -134,10 +137,10 @@ def run_backtest(
 def probe_baselines(
     market: MarketData,  # with all bars of the three spans
     train: tuple[int, int],  # bar numbers
-    validation: tuple[int, int],
-    test: tuple[int, int],
-    account: AccountConfig,
-    kinds=tuple(PROBES),  # ridge, boosting
+    validation: tuple[int, int],  # the same
+    test: tuple[int, int],  # the same
+    account: AccountConfig,  # whose orders and costs are theirs too
+    kinds: Iterable[str] = tuple(PROBES),  # ridge, boosting
     seed: int = 0,  # of the boosting's bins
 ) -> tuple[dict, dict]:  # kind -> actions for `others`, kind -> figures
     "What supervised learning makes of the same features, spans, orders and costs."
@@ -161,7 +164,7 @@ _KEPT = {
 
 
 def write_backtest(
-    result: BacktestResult,
+    result: BacktestResult,  # from `run_backtest`
     folder: str | Path,  # reports/{symbol}_{timeframe}
 ) -> dict[str, Path]:  # name -> file
     "metrics.json, equity.csv, trades.csv and actions.csv."

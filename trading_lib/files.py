@@ -51,7 +51,7 @@ def unwritable(
 _ABANDONED = 3600  # seconds after which a temporary file is that of a writer who was killed
 
 
-def _replace(path: Path, data: bytes | str):
+def _replace(path: Path, data: bytes | memoryview | str):
     "Temporary file in the same folder, flush, fsync, rename, fsync of the folder."
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))

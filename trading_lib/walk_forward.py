@@ -7,10 +7,10 @@ __all__ = ['walk_forward', 'SCHEMES', 'CombinatorialFold', 'Fold', 'WalkForwardR
            'combinatorial_paths', 'combinatorial_purged_folds', 'walk_forward_folds']
 
 # %% ../nbs/07_evaluation/14_walk_forward.ipynb #aa04484e
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -19,7 +19,7 @@ from .backtest import BacktestResult, probe_baselines, run_backtest, training_sp
 from .bars import bar_clock, fingerprint, timeframe_name
 from .checkpoint import library_versions, load_checkpoint, save_checkpoint
 from .config import AccountConfig, InputError, typed
-from .env import layout_of, market_data
+from .env import MarketData, layout_of, market_data
 from .evaluation.comparison import baseline_name, better_baselines
 from .evaluation.fold_models import check_content, minute_text, named_models, refuse_seen
 from trading_lib.evaluation.fold_results import (
@@ -76,12 +76,12 @@ class _Task:
     symbol: str
     account: AccountConfig | None
     truth: pd.DataFrame | None
-    train: Callable | None
+    train: Callable[[MarketData, Fold], dict] | None
     folder: Path | None
     train_settings: dict | None
     random_policies: int
     seed: int
-    probes: tuple
+    probes: tuple[str, ...]
     notes: list[str] = field(default_factory=list)  # what is not known
 
     def time(self, bar: int) -> str:
@@ -212,6 +212,7 @@ def _trained(task: _Task, fold: Fold, fit: FeatureFit, path: Path | None) -> dic
     if saved is not None and saved.exists():
         return load_checkpoint(saved)
     market = task.market(fold.validation[1], task.kind["version"], fit)
+    assert task.train is not None  # without it the models are given
     content = task.train(market.span(*fold.train), fold)
     check_content(content, f"train, fold {fold.number}", task.kind)
     content = _with_spans(content, market, task.spans(fold))
@@ -307,7 +308,8 @@ class _Job(NamedTuple):
 
 def _jobs(task: _Task, given: dict[str, _Given]) -> list[_Job]:
     "All tests, in order of time, with what an earlier run has left of them."
-    kept = task.folder is not None
+    folder = task.folder
+    kept = folder is not None
     common = {
         **task.kind,
         "symbol": task.symbol,
@@ -318,7 +320,7 @@ def _jobs(task: _Task, given: dict[str, _Given]) -> list[_Job]:
         "code": package_digest() if kept else None,
         "libraries": library_versions() if kept else None,
     }
-    models = {name: model_digest(model.content) for name, model in given.items()}
+    models: dict[str, Any] = {name: model_digest(model.content) for name, model in given.items()}
     if task.train is not None:
         models = {"retrained": {"train_settings": task.train_settings}}
     jobs = []
@@ -330,7 +332,7 @@ def _jobs(task: _Task, given: dict[str, _Given]) -> list[_Job]:
             own["truth"] = truth_digest(None if task.truth is None else task.truth.iloc[:stop])
         for name, model in models.items():
             key = plain_digest({**own, "name": name, "model": model})
-            path = task.folder / f"fold_{fold.number:02d}_{key[:16]}.json" if kept else None
+            path = None if folder is None else folder / f"fold_{fold.number:02d}_{key[:16]}.json"
             jobs.append(_Job(fold, name, key, path, read_fold(path, key)))
     return jobs
 
@@ -435,9 +437,10 @@ def walk_forward(
     asset_class: str,  # crypto or equity
     account: AccountConfig | None = None,  # None: the one that each model was trained with
     window: int = 100,  # bars in one observation
-    symbol: str = "",
-    train=None,  # (MarketData bounded to the fold's training span, fold) -> content of a checkpoint
-    models=None,  # instead: checkpoints that exist, as paths or contents, or a table of names and such
+    symbol: str = "",  # of the bars
+    train: Callable[[MarketData, Fold], dict]
+    | None = None,  # (MarketData bounded to the fold's training span, fold) -> content of a checkpoint
+    models: Any = None,  # instead: checkpoints that exist, as paths or contents, or a table of names and such
     truth: pd.DataFrame | None = None,  # of `simulate_market`: adds the oracle
     horizon: int = 1,  # bars that a reward looks ahead: how far apart the spans must lie
     embargo: int = 0,  # further bars between two spans
@@ -445,10 +448,10 @@ def walk_forward(
     | Path
     | None = None,  # keeps finished folds, and the models of `train`; None: nothing is kept
     train_settings: dict | None = None,  # what `train` depends on, as plain values; needed with `folder`
-    progress=print,  # called with a line for each fold; None: silent
+    progress: Callable[[str], object] | None = print,  # called with a line for each fold; None: silent
     random_policies: int = 200,  # shifted copies of the agent that it is ranked among in each fold
     seed: int = 0,  # of those and of the bootstrap
-    probes=(),  # keys of PROBES that trade each fold as well, such as ("ridge", "boosting")
+    probes: Iterable[str] = (),  # keys of PROBES that trade each fold as well, such as ("ridge", "boosting")
 ) -> WalkForwardResult:
     "Test every fold with a model of its own, or every model over every fold."
     if not isinstance(bars, pd.DataFrame) or not len(bars):

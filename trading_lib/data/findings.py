@@ -39,7 +39,7 @@ class SessionSummary:
 
 def summarise_sessions(
     values: dict[str, np.ndarray],  # column -> (T,)
-    clock: BarClock,
+    clock: BarClock,  # of the same bars
 ) -> SessionSummary:
     "Volume and range of each session."
     number, first, count = np.unique(clock.session, return_index=True, return_counts=True)
@@ -59,10 +59,10 @@ def _date(clock: BarClock, row: int) -> str:
 
 # %% ../../nbs/01_data/00_findings.ipynb #b72add5c
 def count_missing(
-    clock: BarClock,
-    sessions: SessionSummary,
+    clock: BarClock,  # of the bars
+    sessions: SessionSummary,  # of the same
     seconds: int,  # length of a bar
-    asset: AssetClass,
+    asset: AssetClass,  # whose calendar says what should be there
 ) -> tuple[dict, list[dict]]:  # counts by kind, and the first 20 breaks of history
     "How many bars and sessions are missing, and where."
     if asset.calendar is None:
@@ -113,7 +113,8 @@ def _directions(volume: np.ndarray, width: np.ndarray) -> np.ndarray:
 
 def _change_points(volume: np.ndarray, direction: np.ndarray) -> list[int]:
     "One session for each run of changes: before it volume is nearer the old level, from it on the new."
-    starts, found = np.flatnonzero(np.diff(direction, prepend=0) != 0), []
+    starts = np.flatnonzero(np.diff(direction, prepend=0) != 0).tolist()
+    found = []
     for a, b in zip(starts, [*starts[1:], len(volume)]):
         if not direction[a]:
             continue
@@ -183,7 +184,7 @@ class Steps:
 
 def steps_of(
     values: dict[str, np.ndarray],  # column -> (T,)
-    clock: BarClock,
+    clock: BarClock,  # of the same bars
 ) -> Steps:
     "The steps from bar to bar, and their two legs."
     o, c = values["open"], values["close"]
@@ -215,7 +216,7 @@ def _is_ordinary(sessions: SessionSummary, i: int) -> bool:
 
 def find_splits(
     jump: np.ndarray,  # (T,) from `steps_of`
-    sessions: SessionSummary,
+    sessions: SessionSummary,  # of the same bars
 ) -> dict[int, str]:  # row -> name, such as "4-for-1"
     "Jumps into a new session that have the ratio of a split."
     splits = {}
@@ -245,11 +246,11 @@ def _let_pass(allow_steps: bool | str | list, day: np.ndarray) -> np.ndarray:
 
 
 def refuse_steps(
-    steps: Steps,
+    steps: Steps,  # from `steps_of`
     splits: dict[int, str],  # from `find_splits`
-    clock: BarClock,
+    clock: BarClock,  # of the bars
     allow_steps: bool | str | list,  # all, none, or the dates whose steps are let pass
-):
+) -> None:
     "Refuse steps that no market has made, and those of splits."
 
     def jumped(row):
@@ -281,9 +282,9 @@ def _describe_breaks(sessions: SessionSummary, clock: BarClock) -> list[dict]:
 
 def find_oddities(
     values: dict[str, np.ndarray],  # column -> (T,)
-    clock: BarClock,
+    clock: BarClock,  # of the same bars
     seconds: int,  # length of a bar
-    asset: AssetClass,
+    asset: AssetClass,  # whose calendar says what should be there
     allow_steps: bool | str | list,  # all, none, or the dates whose steps are let pass
 ) -> tuple[dict, dict]:  # kind of `REPORTED` -> count; breaks, volume_breaks, spikes and splits with dates
     "What is left as it is; steps that cannot be are refused."

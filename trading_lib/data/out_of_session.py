@@ -85,7 +85,7 @@ def _refuse_wrong_zone(
 def find_out_of_session(
     label: np.ndarray,  # (T,) int64 nanoseconds, sorted and unique
     seconds: int,  # length of a bar
-    asset: AssetClass,
+    asset: AssetClass,  # with its sessions
 ) -> dict[str, np.ndarray]:  # kind -> (T,) bool; empty for crypto
     "Which bars lie outside the sessions, by kind; refused where that shows wrong times."
     if asset.calendar is None:
@@ -138,7 +138,7 @@ def describe_out_of_session(
     volume: np.ndarray,  # (T,)
     kinds: dict[str, np.ndarray],  # from `find_out_of_session`
     seconds: int,  # length of a bar
-    asset: AssetClass,
+    asset: AssetClass,  # with its sessions
 ) -> dict[str, dict]:  # kind -> bars, days, first, last, times_smaller, foreign
     "When bars lie outside the sessions, and how much smaller their volume is than the session's."
     outside = np.logical_or.reduce([np.zeros(len(label), bool), *kinds.values()])

@@ -6,10 +6,15 @@
 __all__ = ['data_report', 'plot_data_report']
 
 # %% ../../nbs/01_data/08_quality.ipynb #5c879f14
+from typing import TYPE_CHECKING
+
 import numpy as np
 import pandas as pd
 
 from ..sessions import ASSET_CLASSES, DAY, TIMEFRAMES, BarClock, bar_clock, expected_labels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # %% ../../nbs/01_data/08_quality.ipynb #9842e035
 def _session_by_label(index: pd.DatetimeIndex, timeframe: str, asset_class: str) -> pd.Series:
@@ -335,7 +340,7 @@ def plot_data_report(
     bars: pd.DataFrame,  # validated bars
     report: dict,  # what `validate_bars` reported of them
     title: str | None = None,  # None: the symbol, where the report knows it
-):  # the figure
+) -> "Figure":
     "Coverage, close, volume and findings of a history in one picture."
     import matplotlib.dates as mdates
     import matplotlib.pyplot as plt
@@ -345,8 +350,9 @@ def plot_data_report(
     notes = [note if len(note) < 170 else note[:168] + " …" for note in facts["notes"][:12]]
     notes = notes or ["nothing is missing, and nothing is odd"]
     room = 0.2 * len(notes)
-    panels = {"height_ratios": [3, 3, 2, room], "layout": "constrained", "figsize": (12, 9 + room)}
-    figure, (cover, price, volume, text) = plt.subplots(4, 1, **panels)
+    figure, (cover, price, volume, text) = plt.subplots(
+        4, 1, height_ratios=[3, 3, 2, room], layout="constrained", figsize=(12, 9 + room)
+    )
 
     coverage = _coverage(bars, timeframe, asset_class)
     _plot_coverage(cover, coverage, _heading(bars, report, facts, title), timeframe == "1Day")

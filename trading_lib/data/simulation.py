@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,7 @@ from trading_lib.data.simulated_names import (  # noqa: F401
 )
 from trading_lib.sessions import (
     BarClock,
+    Moment,
     asset_class_of,
     bar_clock,
     expected_labels,
@@ -33,7 +35,9 @@ from trading_lib.sessions import (
 _all_ = ["check_simulated_name", "is_simulated_name", "simulated_bars"]
 
 # %% ../../nbs/01_data/02_simulation.ipynb #81304584
-SIMULATED = {  # per 15 minutes of trading: volatility, turnover in currency; range of the first price
+SIMULATED: dict[
+    str, dict[str, Any]
+] = {  # per 15 minutes of trading: volatility, turnover in currency; range of the first price
     "crypto": {"volatility": 0.0030, "turnover": 2e6, "price": (60.0, 160.0)},
     "equity": {
         "volatility": 0.0025,
@@ -192,7 +196,7 @@ def _log_volatility(parts: list[_Part], share: np.ndarray, recipe: Recipe, quart
     for number, (persistence, deviation) in enumerate(recipe.memory):
         if recipe.by_time:
             persistence **= quarters
-        level = 0.0
+        level = np.zeros(len(share))
         for part in parts:
             shocks = part.stream("volatility" + str(number or "")).standard_normal(len(share))
             if recipe.leverage:
@@ -272,7 +276,7 @@ def _first_price(symbol: str, asset_class: str) -> float:
 
 def _bounded_noise(parts: list[_Part], share: np.ndarray, scale: np.ndarray) -> np.ndarray:
     "The noise of each move (n, 1 + steps); symmetric, so the mean stays 0, and bounded: prices stay above 0."
-    noise = sum(part.weight * part.noise for part in parts)
+    noise = sum((part.weight * part.noise for part in parts), np.zeros(share.shape))
     np.clip(noise, -4.5, 4.5, out=noise)
     noise *= np.sqrt(share) * scale[:, None]
     return np.clip(noise, -0.5, 0.5, out=noise)
@@ -281,8 +285,8 @@ def _bounded_noise(parts: list[_Part], share: np.ndarray, scale: np.ndarray) -> 
 def simulate_market(
     symbol: str = "SIM-USD",  # any name that is no real ticker, such as SIM-USD, SIM2-USD, SIMA, SIMB
     timeframe: str = "15Min",  # such as "1Min", "1Hour", "1Day"
-    start=SIMULATED_START,  # first moment, inclusive
-    end=SIMULATED_END,  # last moment, exclusive
+    start: Moment = SIMULATED_START,  # first moment, inclusive
+    end: Moment = SIMULATED_END,  # last moment, exclusive
     seed: int = 0,  # which history
     edge: float = 0.1,  # planted drift in units of volatility per bar; 0 is a martingale
     asset_class: str | None = None,  # None: by the symbol
@@ -326,8 +330,8 @@ def simulate_market(
 def simulate_bars(
     symbol: str = "SIM-USD",  # any name that is no real ticker
     timeframe: str = "15Min",  # such as "1Min", "1Hour", "1Day"
-    start=SIMULATED_START,  # first moment, inclusive
-    end=SIMULATED_END,  # last moment, exclusive
+    start: Moment = SIMULATED_START,  # first moment, inclusive
+    end: Moment = SIMULATED_END,  # last moment, exclusive
     seed: int = 0,  # which history
     edge: float = 0.1,  # planted drift in units of volatility per bar; 0 is a martingale
     asset_class: str | None = None,  # None: by the symbol

@@ -26,6 +26,7 @@ from .findings import find_oddities
 from .out_of_session import describe_out_of_session, find_out_of_session
 from trading_lib.sessions import (
     TIMEFRAMES,
+    Moment,
     asset_class_named,
     bar_clock,
     parse_time,
@@ -81,7 +82,8 @@ def validate_bars(
     bars: pd.DataFrame,  # raw: `timestamp` (column or index, UTC), open, high, low, close, volume
     timeframe: str,  # such as "15Min"
     asset_class: str,  # "crypto" or "equity"
-    now=None,  # when the bars were fetched: what had not closed then is dropped; None: nothing is dropped
+    now: Moment
+    | None = None,  # when the bars were fetched: what had not closed then is dropped; None: nothing is dropped
     allow_steps: bool | list = False,  # let jumps of more than 50 % and splits pass: all, or on these dates
 ) -> tuple[pd.DataFrame, dict]:  # clean bars, and a report that can be written as JSON
     "Refuse bad bars by name; repair and count what has one right answer; drop and count out-of-session bars."

@@ -17,7 +17,7 @@ from ..version import ModelSpec
 
 # %% ../../nbs/07_evaluation/06_baselines.ipynb #c5e7fc65
 def buy_and_hold(
-    market: MarketData,
+    market: MarketData,  # with those bars
     equity_index: pd.DatetimeIndex,  # bars of the agent's equity curve
     rules: AccountRules,  # costs of the one purchase
     exposure: float = 1.0,  # share of the account that buys
@@ -54,9 +54,9 @@ def _flatten(spec: ModelSpec) -> int:
 
 
 def moving_average_actions(
-    market: MarketData,
+    market: MarketData,  # with those bars
     bars: np.ndarray,  # decision bars
-    spec: ModelSpec,
+    spec: ModelSpec,  # of the layout: what its actions mean
 ) -> Tensor:  # (len(bars),)
     "Largest buy while the fast average is above the slow one, else out (3-action layouts sell)."
     close = pd.Series(market.prices[3]).groupby(market.segment)
@@ -70,8 +70,8 @@ def moving_average_actions(
 def oracle_actions(
     truth: pd.DataFrame,  # of `simulate_market`, same index as the bars
     bars: np.ndarray,  # decision bars
-    spec: ModelSpec,
-    allow_short: bool,
+    spec: ModelSpec,  # of the layout: what its actions mean
+    allow_short: bool,  # as the account's rules say
 ) -> Tensor:  # (len(bars),)
     "What someone does who knows the market's planted state, but not its noise, with the agent's own orders."
     side = np.sign(truth["expected_return"].to_numpy()[bars]).astype(int)
@@ -87,7 +87,7 @@ def oracle_actions(
 def shifted(
     actions: Tensor,  # (D,)
     n: int,  # copies
-    seed: int,
+    seed: int,  # of the amounts
 ) -> Tensor:  # (D, n)
     "The same actions, turned around in time by random amounts of at least a tenth of the span."
     length = len(actions)

@@ -6,7 +6,7 @@
 __all__ = ['CHANGES', 'LookaheadReport', 'check_lookahead']
 
 # %% ../../nbs/07_evaluation/08_lookahead.ipynb #9147aacf
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
@@ -112,6 +112,7 @@ class LookaheadReport:
 
     @property
     def passed(self) -> bool:
+        "Whether nothing looks ahead."
         return not self.leaks
 
     def __str__(self) -> str:
@@ -141,6 +142,7 @@ class _Seen(NamedTuple):
     "What is computed from some bars."
 
     observations: BacktestObservationBuilder
+    features: torch.Tensor  # (bars, columns) of every bar
     market: MarketData
 
 
@@ -163,7 +165,9 @@ class _View:
 
     def see(self, bars: pd.DataFrame) -> _Seen:
         kind = (self.version, self.fit, self.timeframe, self.asset_class, self.window)
-        return _Seen(BacktestObservationBuilder(bars, *kind).precompute(), market_data(bars, *kind))
+        observations = BacktestObservationBuilder(bars, *kind).precompute()
+        assert observations.table is not None  # `precompute` has just made it
+        return _Seen(observations, observations.table.features, market_data(bars, *kind))
 
     def refit(self, bars: pd.DataFrame) -> dict:
         return fit_features(bars, self.version, self.timeframe, self.asset_class).to_state()
@@ -173,17 +177,17 @@ def _moved_table(
     known: _Seen, seen: _Seen, cut: int, names: list[str]
 ) -> dict[str, int]:  # column -> first bar
     "Columns of the feature table that moved at or before the cut."
-    now, before = (s.observations.table.features[: cut + 1].view(torch.int32) for s in (seen, known))
+    now, before = (s.features[: cut + 1].view(torch.int32) for s in (seen, known))
     moved = (now != before).numpy()
     return {names[column]: int(moved[:, column].argmax()) for column in np.flatnonzero(moved.any(0))}
 
 
-def _moved_observation(known: _Seen, seen: _Seen, cut: int, names: list[str]) -> list[str]:
+def _moved_observation(known: _Seen, seen: _Seen, cut: int, names: Sequence[str]) -> list[str]:
     "Columns of the cut's observation that moved."
     account = AccountState.initial()
     now, before = (s.observations.get_obs_at_bar(cut, account) for s in (seen, known))
     moved = np.array(now).view(np.int32) != np.array(before).view(np.int32)
-    return [names[column] for column in np.flatnonzero(moved.any(0))]
+    return [names[column] for column in np.flatnonzero(moved.any(0)).tolist()]
 
 
 def _moved_masks(known: _Seen, seen: _Seen, cut: int) -> list[str]:
@@ -222,7 +226,8 @@ def _compare(
             moved["accounts of random orders"] = cut
     # beyond the cut the next bar must move every fill
     if change == "noise" and traded.fill is not None and seen.market.can_decide[cut]:
-        if bool((_first_fill(seen.market, cut) == traded.fill).all(0).any()):
+        fill = _first_fill(seen.market, cut)
+        if fill is not None and bool((fill == traded.fill).all(0).any()):
             moved["fill at a price known before the order"] = cut
     return moved, comparisons
 

@@ -266,19 +266,19 @@ def _periods(task: BacktestTask) -> float:
 
 
 def backtest_result(
-    task: BacktestTask,
+    task: BacktestTask,  # that was run
     paths: list[AccountPath],  # of its runs: the scenarios first, then the baselines
     account: AccountState,  # of the same, at their ends
 ) -> BacktestResult:
     "Tables and figures of a task's accounts."
     market, rules, scenarios = task.market, task.rules, scenarios_of(task.rules)
     periods = _periods(task)
-    figures, path_of, agent_curves = {}, {}, None
-    for i, (scenario, path) in enumerate(zip(scenarios, paths)):
-        figures[scenario], curves = _figures(path, i, account, scenario.rules, task, periods)
-        path_of[scenario] = path
-        agent_curves = agent_curves or curves
-    agent, (bars, equity, position) = paths[0], agent_curves
+    path_of = dict(zip(scenarios, paths))
+    figures, curves = {}, []
+    for i, (scenario, path) in enumerate(path_of.items()):
+        figures[scenario], curve = _figures(path, i, account, scenario.rules, task, periods)
+        curves.append(curve)
+    agent, (bars, equity, position) = paths[0], curves[0]
     trades = trade_table(agent, market)
     still_open = trades["exit"] == "still open"
     trades.loc[still_open, "profit"] = float(account.trade_cash[0] + account.position_value[0])
@@ -304,10 +304,10 @@ _RESAMPLES = 500  # of the bootstrap; enough for two digits of a 95 % interval
 
 
 def add_luck(
-    result: BacktestResult,
+    result: BacktestResult,  # is added to
     final_equity: Tensor,  # (copies,), of the agent's shifted copies
     initial: float,  # what they began with
-):
+) -> None:
     "The agent's place among its shifted copies; without copies nothing is said."
     if not len(final_equity):
         return
@@ -320,9 +320,9 @@ def add_luck(
 
 
 def add_intervals(
-    result: BacktestResult,
-    seed: int,
-):
+    result: BacktestResult,  # is added to
+    seed: int,  # of the bootstrap
+) -> None:
     "How far the figures would move if the market were drawn again: stationary bootstrap of blocks of bars."
     returns, periods = equity_returns(result.equity.to_numpy()), result.metrics["periods_per_year"]
     if len(returns) < 8 or not result.metrics["orders"]:

@@ -92,7 +92,9 @@ def _tables(runs: list[Run]) -> _Tables:
     decisions = [decisions_of(market) for market in markets]
     lengths = np.array([len(decisions[m].bars) for m in market_of.tolist()])
     actions = [action_table(MODEL_SPECS[market.version]) for market in markets]
-    meanings = [_side_by_side([np.asarray(a[i], float) for a in actions], 0).T for i in range(3)]
+    direction, size, closes = (
+        _side_by_side([np.asarray(a[i], float) for a in actions], 0).T for i in range(3)
+    )
     return _Tables(
         market_of,
         _side_by_side([d.bars for d in decisions], 0),
@@ -102,7 +104,7 @@ def _tables(runs: list[Run]) -> _Tables:
         _lists(runs, lengths),
         torch.cat([bar_table(market) for market in markets]),
         torch.as_tensor(np.cumsum([0] + [len(market.timestamp) for market in markets])[:-1]),
-        tuple(meanings),
+        (direction, size, closes),
     )
 
 # %% ../../nbs/07_evaluation/05_replay.ipynb #3e5516a1
@@ -127,7 +129,7 @@ def _rules_of(runs: list[Run]) -> AccountRules:
 
 
 def replay(
-    runs: list[Run],
+    runs: list[Run],  # one or more
     # for runs without a list: (number of the decision, AccountState of all n) -> (n,) actions
     decide: Callable[[int, AccountState], Tensor] | None = None,
 ) -> Iterator[Step]:
@@ -138,15 +140,15 @@ def replay(
         "replay: a run has neither a list of actions nor somebody to ask; pass `decide`",
     )
     t, rules = _tables(runs), _rules_of(runs)
-    everybody_listed = bool(t.listed.all())
+    asked = None if bool(t.listed.all()) else decide
     state, bankrupt = AccountState.initial(rules, len(runs)), torch.zeros(len(runs), dtype=torch.bool)
     for number in range(len(t.bars)):
         active = (number < t.length) & ~bankrupt
         if not bool(active.any()):
             return
         action = t.lists[number].long()
-        if not everybody_listed:
-            action = torch.where(t.listed, action, decide(number, state))
+        if asked is not None:
+            action = torch.where(t.listed, action, asked(number, state))
         bar = t.bars[number][t.market_of]
         row = torch.where(active, t.first_row[t.market_of] + bar, 0)
         here, there = t.rows.index_select(0, row).unbind(1), t.rows.index_select(0, row + 1).unbind(1)
@@ -229,7 +231,7 @@ def _kept(step: Step, n: int) -> Tensor:  # (n, fields)
 
 
 def replay_and_keep(
-    runs: list[Run],
+    runs: list[Run],  # one or more
     decide: Callable[[int, AccountState], Tensor] | None = None,  # see `replay`
     keep: int | None = None,  # the first so many are kept whole; None: all
 ) -> tuple[list[AccountPath], AccountState]:  # of those; of all, at their ends
@@ -239,6 +241,7 @@ def replay_and_keep(
     for step in replay(runs, decide):
         steps.append((step.active[:keep], step.bar[:keep], step.action[:keep], _kept(step, keep)))
         account = step.account
+    assert account is not None  # `decision_span` refuses a span without a decision
     active, bars, actions, rows = (torch.stack(column).numpy() for column in zip(*steps))
     begins = {id(run.market): decisions_of(run.market).begins for run in runs[:keep]}
     paths = []

@@ -19,6 +19,7 @@ from ..config import AccountConfig, InputError, unknown_name
 from ..env import MarketData, bar_table, decision_span, next_bar
 from trading_lib.evaluation.forecasts import (
     PROBES,
+    Forecaster,
     information_coefficient,
     probe_features,
     probe_target,
@@ -30,7 +31,7 @@ from ..version import MODEL_SPECS, action_table
 # %% ../../nbs/07_evaluation/07_supervised.ipynb #7782560a
 def forecast_actions(
     version: str,  # layout
-    allow_short: bool,
+    allow_short: bool,  # as the account's rules say
     forecast: Tensor,  # (n,) expected return, float64
     held: Tensor,  # (n,) units of the position
     entry: Tensor,  # (n,) expected return above which an account enters
@@ -64,11 +65,11 @@ def _follow(
     meanings = (torch.as_tensor(np.asarray(column)) for column in action_table(MODEL_SPECS[market.version]))
     direction, size, is_close = meanings
     direction, size, is_close = direction.double(), size.double(), is_close.bool()
-    forecasts, starts, ends = torch.as_tensor(forecasts), torch.as_tensor(starts), torch.as_tensor(ends)
-    for step in range(int((ends - starts).max())):
-        bar = torch.minimum(starts + step, ends - 1)
+    expected, first, end = torch.as_tensor(forecasts), torch.as_tensor(starts), torch.as_tensor(ends)
+    for step in range(int((end - first).max())):
+        bar = torch.minimum(first + step, end - 1)
         action = forecast_actions(
-            market.version, rules.allow_short, forecasts[bar], state.quantity, entry, exit
+            market.version, rules.allow_short, expected[bar], state.quantity, entry, exit
         )
         # nothing happens to accounts that are flat and stay so
         if bool(action.any()) or bool(state.quantity.any()):
@@ -76,7 +77,7 @@ def _follow(
             after, _ = account_step(
                 state, direction[action], size[action], is_close[action], following, rules
             )
-            state = state.where(starts + step < ends, after)
+            state = state.where(first + step < end, after)
         yield action, state
 
 
@@ -88,8 +89,9 @@ def _settled(
 ) -> AccountState:
     "Flat at the close of a bar, at the usual costs."
     known = bar_table(market)[torch.as_tensor(bars), :3].unbind(1)
-    columns = (column.expand(len(state.cash)) for column in known)
-    return settle(state, *columns, account_rules(account, market.asset_class))[0]
+    close, volatility, dollar_volume = (column.expand(len(state.cash)) for column in known)
+    rules = account_rules(account, market.asset_class)
+    return settle(state, close, volatility, dollar_volume, rules)[0]
 
 
 def _stretches(bars: np.ndarray) -> list[np.ndarray]:
@@ -185,7 +187,7 @@ class SupervisedBaseline:
     timeframe: str
     asset_class: str
     account: AccountConfig
-    model: object  # has predict(columns) in units of volatility × sqrt(horizon)
+    model: Forecaster
     setting: dict  # what the validation span chose: penalty or number of trees
     rows: int  # training rows
     target_mean: float  # of the training targets
@@ -206,7 +208,7 @@ class SupervisedBaseline:
 
     def predict(
         self,
-        market: MarketData,
+        market: MarketData,  # of the kind it was fitted for
         bars: np.ndarray,  # bar numbers at which a decision may be made
     ) -> np.ndarray:  # (len(bars),) float64
         "Expected return from the next open to the close `horizon` bars after each decision."
@@ -254,10 +256,10 @@ def _thinned(bars: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/07_evaluation/07_supervised.ipynb #3c3e070f
 def fit_supervised(
-    market: MarketData,
+    market: MarketData,  # with the bars of both spans
     train: tuple[int, int],  # first bar, and first bar after: fits the learner
     validation: tuple[int, int],  # the same: chooses its settings and the thresholds
-    account: AccountConfig,
+    account: AccountConfig,  # whose orders and costs the thresholds are chosen for
     kind: str,  # ridge or boosting
     horizon: int = 4,  # bars that a forecast looks ahead
     seed: int = 0,  # of the boosting's bins
@@ -303,8 +305,8 @@ def fit_supervised(
 
 # %% ../../nbs/07_evaluation/07_supervised.ipynb #b495b877
 def probe_actions(
-    probe: SupervisedBaseline,
-    market: MarketData,
+    probe: SupervisedBaseline,  # from `fit_supervised`
+    market: MarketData,  # that it trades
     bars: np.ndarray,  # decision bars of a span, in order
 ) -> Tensor:  # (len(bars),) int64
     "What the probe does at each decision bar, with one account; gaps are crossed flat, as in a backtest."
@@ -357,7 +359,7 @@ def _share_beyond_entry(probe: SupervisedBaseline, forecasts: np.ndarray) -> flo
 
 
 def probe_figures(
-    probe: SupervisedBaseline,
+    probe: SupervisedBaseline,  # from `fit_supervised`
     market: MarketData,  # bounded to a span
     bars: np.ndarray,  # decision bars of it
 ) -> dict:  # plain numbers; None where there is none

@@ -83,14 +83,14 @@ def prepared_job(
     say=print,  # called with a line where something is to be known
 ) -> Job:
     "A backtest on the test span of bars that are prepared."
-    model, paths = _model_of(parameters, symbol, model, say), artefacts(parameters, symbol)
+    path, paths = _model_of(parameters, symbol, model, say), artefacts(parameters, symbol)
     if paths.market.exists():
         prepared_market(parameters, symbol, paths)  # refuses what was prepared with other settings
-    bars, content, own = read_bars(paths.bars), load_checkpoint(model), asset_class_for(parameters, symbol)
+    bars, content, own = read_bars(paths.bars), load_checkpoint(path), asset_class_for(parameters, symbol)
     trained = _env_of(content).get("asset_class", own)
     if trained != own:
         raise InputError(
-            f"{symbol}: is {own}, and {model} was trained on {trained}, whose hours and costs are others; "
+            f"{symbol}: is {own}, and {path} was trained on {trained}, whose hours and costs are others; "
             "choose a model of its kind, or another symbol"
         )
     data = parameters.data

@@ -8,7 +8,9 @@ __all__ = ['preflight']
 # %% ../../nbs/09_pipeline/06_preflight.ipynb #0c3f88fb
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -87,12 +89,13 @@ def _same_observations(trainer, bars) -> str:
 
 
 def preflight(
-    fresh,  # called for a new trainer of the run
-    bars=None,  # DataFrame of the same history, to compare observations; None: not compared
-    say=print,  # called with a line for each check
+    fresh: Callable[[], Any],  # makes a new trainer of the run
+    bars: Any = None,  # DataFrame of the same history, to compare observations; None: not compared
+    say: Callable[[str], object] = print,  # called with a line for each check
 ) -> list[tuple[str, float, str]]:  # check, seconds, what it found
     "Try everything once; the first thing that does not work is an `InputError` that names it."
-    trainer, found = None, []
+    trainer: Any = None
+    found = []
 
     def made():
         nonlocal trainer

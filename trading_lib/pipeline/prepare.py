@@ -35,10 +35,10 @@ def kept_folder(
     root: Path | None = None,  # the project; None: the one that we are in
 ) -> Path:
     "A folder that git does not keep: of this project, or of the one that an experiment was copied from."
-    root, path = root or project_root(), home_path(path)
+    root, inside = root or project_root(), home_path(path)
     parts = root.parts
     homes = [Path(*parts[:i]) for i in range(len(parts)) if parts[i : i + 3] == (".dvc", "tmp", "exps")]
-    places = [home / path for home in (root, *homes)]
+    places = [home / inside for home in (root, *homes)]
     filled = [place for place in places if _is_filled(place)]
     return (filled or places[1:] or places)[0]
 

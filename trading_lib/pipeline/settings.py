@@ -12,6 +12,7 @@ import re
 import typing
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from trading_lib.config import (
     InputError,
@@ -144,9 +145,9 @@ def parameters_text(
 
 # %% ../../nbs/09_pipeline/00_settings.ipynb #5e7717eb
 def option(
-    section: type,  # a dataclass of settings, such as TrainParameters
+    section: Any,  # a dataclass of settings, such as TrainParameters
     name: str,  # of its field
-    default=...,  # of the command's own; not given: what params.yaml says
+    default: Any = ...,  # of the command's own; not given: what params.yaml says
 ) -> tuple[tuple[str, ...], dict]:  # its names, and how argparse is to read it
     "The command-line option of a setting."
     import argparse
@@ -160,7 +161,10 @@ def option(
     flags = (about.option, flag) if about.option else (flag,)
     text = setting_text(section, name, null=False).replace("%", "%%")
     if default is ...:
-        how = {"dest": name, "help": f"{text} (default: {section.where}.{name} of params.yaml)"}
+        how: dict[str, Any] = {
+            "dest": name,
+            "help": f"{text} (default: {section.where}.{name} of params.yaml)",
+        }
         if bool in kinds:
             how["action"] = argparse.BooleanOptionalAction
         return flags, how

@@ -46,8 +46,9 @@ class StopRequest:
             if before is signal.SIG_IGN:
                 continue
             # read before the handler is in place: from then on a signal may come at any time
-            if isinstance(getattr(before, "__self__", None), StopRequest):
-                self._outer = before.__self__
+            owner = getattr(before, "__self__", None)
+            if isinstance(owner, StopRequest):
+                self._outer = owner
             try:
                 self._before[number] = signal.signal(number, self._receive)
             except ValueError:

@@ -7,6 +7,7 @@ __all__ = ['COLOURS', 'picture_text', 'figure_bytes', 'plot_backtest', 'title_of
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #1e4571d2
 import io
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -44,7 +45,7 @@ def picture_text(
 
 
 def figure_bytes(
-    figure: Figure,
+    figure: Figure,  # from any of the plots
 ) -> bytes:  # PNG; the same figure gives the same bytes
     "A figure as a file's content; it is closed."
     picture = io.BytesIO()
@@ -65,7 +66,7 @@ def _draw_prices(axis: Axes, result: BacktestResult):
         entries = trades[trades["side"] == side]
         if not len(entries):
             continue
-        style = {"marker": marker, "s": 26, "color": COLOURS[side], "zorder": 3}
+        style: dict[str, Any] = {"marker": marker, "s": 26, "color": COLOURS[side], "zorder": 3}
         label = f"{side} entry ({len(entries)})"
         axis.scatter(at(entries["entry_time"]), entries["entry_price"], label=label, **style)
     exits = trades[trades["exit"] != "still open"]
@@ -90,7 +91,7 @@ def _draw_account(axis: Axes, result: BacktestResult):
 
 
 def plot_backtest(
-    result: BacktestResult,
+    result: BacktestResult,  # from `run_backtest`
     title: str = "",  # says on what data; empty: the symbol
 ) -> Figure:
     "Price with trades, equity against buy-and-hold and cash, drawdown, position."
@@ -115,7 +116,9 @@ def plot_backtest(
     return figure
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #6eb63f3e
-def title_of(result: BacktestResult) -> str:
+def title_of(
+    result: BacktestResult,  # with its provenance
+) -> str:
     "On what, in a few words."
     p = result.provenance
     bars = "real bars" if p.get("data", {}).get("source") else "bars"
@@ -125,7 +128,7 @@ def title_of(result: BacktestResult) -> str:
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #05e9e396
 def plot_stress(
-    result: BacktestResult,
+    result: BacktestResult,  # from `run_backtest`
 ) -> Figure:
     "Return under every stress, and by the size of the account."
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 3.2), layout="constrained")

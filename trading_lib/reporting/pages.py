@@ -176,7 +176,8 @@ def _figure_rows(metrics: dict) -> list[tuple[str, str]]:
     intervals = metrics.get("intervals", {})
     for name, (label, form) in _INTERVALS.items():
         if name in intervals:
-            rows.append((label, interval_text(name, *intervals[name].values(), form, metrics[name])))
+            low, high = intervals[name]["low"], intervals[name]["high"]
+            rows.append((label, interval_text(name, low, high, form, metrics[name])))
     return rows
 
 # %% ../../nbs/08_reporting/02_pages.ipynb #a69b5257

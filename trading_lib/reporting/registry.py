@@ -10,6 +10,7 @@ __all__ = ['record_run', 'index_runs', 'symbol_history', 'format_history', 'writ
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 from ..checkpoint import flat_facts, library_versions
@@ -120,7 +121,8 @@ def format_history(
     "A table for people, one line per run; its last column: what was changed since the symbol's run before."
     if not rows:
         return "no runs yet"
-    before, table = {}, []
+    before: dict[str, dict] = {}
+    table = []
     for i, run in enumerate(rows, 1):
         changed = _changes(before.get(run["symbol"]), run)
         table.append({"run": str(i), **_history_row(run), "changed": changed})
@@ -180,7 +182,7 @@ def _with_manifest(packed: dict[str, bytes], facts: dict) -> dict[str, bytes]:
 def write_deploy_zip(
     model_path: str | Path,  # a checkpoint; it becomes model.pt
     out_path: str | Path,  # the archive, replaced in one step
-    files: dict[
+    files: Mapping[
         str, str | Path | bytes
     ],  # name in the archive -> file or its bytes; verdict.json is about this model
     facts: dict,  # for the manifest: verdict, and what the checkpoint does not know

@@ -8,6 +8,7 @@ __all__ = ['CURVES', 'Curves']
 # %% ../../nbs/08_reporting/03_training_curves.ipynb #1c9ff6d8
 import shutil
 from pathlib import Path
+from typing import Any
 
 # %% ../../nbs/08_reporting/03_training_curves.ipynb #9d0c0fb8
 # what is drawn: of every update, and of those that were validated
@@ -38,7 +39,8 @@ class Curves:
         shown,  # like `trainer.LineProgress`
         folder: str | Path,  # replaced when a run begins
     ):
-        self._shown, self._folder, self._live = shown, Path(folder), None
+        self._shown, self._folder = shown, Path(folder)
+        self._live: Any = None  # dvclive's Live, while it can be written
 
     def __getattr__(self, name):
         return getattr(self._shown, name)

@@ -8,6 +8,7 @@ __all__ = ['SIMULATED_PASS', 'VERDICTS', 'headline', 'worst_verdict', 'limits_of
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #05bdf12d
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -116,7 +117,9 @@ def limits_of(
 def judge(
     figures: dict,  # metrics of a backtest, or a row of its stress table
     n_trials: int = 1,  # everything that was tried before this was chosen
-    history=(),  # (name, fitness) of checkpoints in order of training, the assessed one last
+    history: Sequence[
+        tuple[str, float]
+    ] = (),  # (name, fitness) of checkpoints in order of training, the assessed one last
     best: str = "APPROVED",  # the word for what passes every gate
 ) -> dict:  # verdict, fitness, failed, flags, deflated_sharpe, n_trials
     "The verdict of the gates after the number of trials is discounted."
@@ -129,7 +132,7 @@ def judge_stress(
     result: BacktestResult,
     n_trials: int = 1,
     best: str = "APPROVED",  # the word for what passes every gate
-    limits=(),  # verdicts that it cannot be better than, whatever it earned
+    limits: Sequence[str] = (),  # verdicts that it cannot be better than, whatever it earned
 ) -> tuple[dict, list[str]]:  # name of the stress -> verdict; sentences where a verdict turns
     "The gate under every stress."
     verdicts = {}
@@ -276,8 +279,10 @@ def _luck(result: BacktestResult, trials: list[dict]) -> dict:
 # %% ../../nbs/08_reporting/00_verdict.ipynb #39df85d1
 def assess(
     result: BacktestResult,
-    trials: list[dict] = (),  # among which the model was chosen, from `comparable_trials`
-    history=(),  # (name, fitness) of checkpoints in order of training, the assessed one last
+    trials: Sequence[dict] = (),  # among which the model was chosen, from `comparable_trials`
+    history: Sequence[
+        tuple[str, float]
+    ] = (),  # (name, fitness) of checkpoints in order of training, the assessed one last
 ) -> dict:  # plain values: verdict, reasons, sentences and figures
     "The verdict on a backtest, with its reasons."
     trials = list(trials)
