@@ -100,6 +100,9 @@ def validation_interval(
 class NativePPOTrainer:
     "PPO for any environment with the tensor interface."
 
+    description = ""  # of the run, for people: who makes the trainer writes it
+    exit_status = 0  # of the program that trains: who stops the run sets it
+
     def __init__(
         self,
         env,  # with n_envs, n_actions, obs_dim, device, reset(seed) and step(actions) on tensors

@@ -8,7 +8,7 @@ __all__ = ['COLUMNS', 'REFUSED', 'REPAIRED', 'OUT_OF_SESSION', 'REPORTED', 'SAME
            'normalize_daily', 'check_grid']
 
 # %% ../../nbs/01_data/00_checks.ipynb #8f3daa8b
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
 import numpy as np
@@ -89,7 +89,7 @@ REPORTED = {  # kind -> meaning
 
 # %% ../../nbs/01_data/00_checks.ipynb #ce6e9941
 def shown(
-    value,  # what a file, a server or a person gave
+    value: object,  # what a file, a server or a person gave
     most: int = 40,  # characters
 ) -> str:  # one line without control characters
     "A foreign value as a message shows it."
@@ -102,8 +102,8 @@ def shown(
 
 
 def listed(
-    values,  # such as the names of columns
-    most: int = 12,
+    values: Iterable,  # such as the names of columns
+    most: int = 12,  # of them
 ) -> str:  # one line
     "Foreign values as a message lists them."
     values = list(values)
@@ -124,7 +124,7 @@ def refuse_where(
     bad: np.ndarray,  # (T,) bool
     label: np.ndarray,  # (T,) int64 nanoseconds, in any order
     detail: Callable[[int], str],  # called with the position of the first bad bar in time
-):
+) -> None:
     "Refuse if any bar is bad, naming the first in time."
     if not bad.any():
         return
@@ -244,7 +244,7 @@ def values_of(
 def check_same_throughout(
     bars: pd.DataFrame,  # raw
     label: np.ndarray,  # (T,) int64 nanoseconds
-):
+) -> None:
     "Refuse a table of several symbols, feeds or adjustments."
     for name in SAME_THROUGHOUT:
         if name not in bars.columns:
@@ -325,7 +325,7 @@ def _check_timeframe(steps: np.ndarray, seconds: int):
     usual = int(sizes[counts.argmax()])
     if usual == seconds * SECOND or counts.max() * 2 <= len(steps):
         return
-    names = {length: name for name, length in TIMEFRAMES.items()}
+    names: dict[float, str] = {length: name for name, length in TIMEFRAMES.items()}
     has = names.get(usual / SECOND)
     like = f", as {has} bars are" if has else ""
     refuse(
@@ -338,7 +338,7 @@ def check_grid(
     label: np.ndarray,  # (T,) int64 nanoseconds, sorted and unique
     seconds: int,  # length of a bar
     asset_class: str,  # "crypto" or "equity"
-):
+) -> None:
     "Refuse labels that are no bar starts of this timeframe."
     length, steps = seconds * SECOND, np.diff(label)
     _check_timeframe(steps, seconds)

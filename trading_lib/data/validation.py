@@ -83,7 +83,7 @@ def validate_bars(
     timeframe: str,  # such as "15Min"
     asset_class: str,  # "crypto" or "equity"
     now: Moment
-    | None = None,  # when the bars were fetched: what had not closed then is dropped; None: nothing is dropped
+    | None = None,  # when the bars were fetched: what had not closed then is dropped; None: nothing is
     allow_steps: bool | list = False,  # let jumps of more than 50 % and splits pass: all, or on these dates
 ) -> tuple[pd.DataFrame, dict]:  # clean bars, and a report that can be written as JSON
     "Refuse bad bars by name; repair and count what has one right answer; drop and count out-of-session bars."

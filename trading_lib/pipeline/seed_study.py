@@ -8,6 +8,7 @@ __all__ = ['seeds_table', 'plot_seeds', 'train_seeds']
 # %% ../../nbs/09_pipeline/09_seed_study.ipynb #75a8c08f
 import json
 import os
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,9 +23,21 @@ from .train import enter_trials, make_trainer, unread
 from ..seeds import SeedsTrainer, mean_interval
 from ..training.progress import Unharmed, progress_for
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 # %% ../../nbs/09_pipeline/09_seed_study.ipynb #a0388801
 # metric of the validation -> how it is shown
 _SHOWN = {"return": "{:+.2%}", "sharpe": "{:+.2f}", "max_drawdown": "{:.2%}", "trades": "{:,.0f}"}
+
+
+def _bests(trainer: SeedsTrainer) -> list[dict]:
+    return [best for best in trainer.bests if best is not None]
+
+
+def _interval(name: str, text: str, result: dict) -> str:
+    ends = result["interval_95"]
+    return interval_text(name, ends["low"], ends["high"], text, result["mean"])
 
 
 def seeds_table(
@@ -42,16 +55,14 @@ def seeds_table(
     rows = [line("seed, best update", [name.replace("_", " ") for name in _SHOWN])]
     rows += [
         line(f"{seed}, {best['update']}", shown(results[name]["seeds"][k] for name in _SHOWN))
-        for k, (seed, best) in enumerate(zip(trainer.seeds, trainer.bests))
+        for k, (seed, best) in enumerate(zip(trainer.seeds, _bests(trainer)))
     ]
     rows.append(line("mean", shown(results[name]["mean"] for name in _SHOWN)))
     rows.append(
         line(
             "95 % interval",
             [
-                interval_text(
-                    name, *results[name]["interval_95"].values(), text, results[name]["mean"]
-                ).removesuffix(" to say anything")
+                _interval(name, text, results[name]).removesuffix(" to say anything")
                 for name, text in _SHOWN.items()
             ],
         )
@@ -61,7 +72,7 @@ def seeds_table(
 
 def plot_seeds(
     trainer: SeedsTrainer,  # after `train`
-):  # a matplotlib Figure
+) -> "Figure":
     """Validation Sharpe ratio of each seed in the course of its training, their mean,
     and the 95 % interval of that."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -102,9 +113,9 @@ def plot_seeds(
 
 # %% ../../nbs/09_pipeline/09_seed_study.ipynb #e50da4eb
 def train_seeds(
-    parameters: Parameters,
-    symbol: str,
-    paths: Artefacts,
+    parameters: Parameters,  # of params.yaml
+    symbol: str,  # that is trained
+    paths: Artefacts,  # of the symbol
     seeds: int = 8,  # from the configured one on
     progress: str | None = None,  # a key of PROGRESS; None: what suits whoever is looking
     own: bool = False,  # write beside the pipeline's study, and leave that as it is
@@ -122,6 +133,7 @@ def train_seeds(
     trainer = make_trainer(
         parameters, market, spans["train"], spans["validation"], Unharmed(progress_for(progress)), seeds=seeds
     )
+    assert isinstance(trainer, SeedsTrainer)  # since `seeds` was given
     say = trainer.progress.say
     say(
         f"{symbol}, seeds {', '.join(map(str, trainer.seeds))} at once. What follows is of each "
@@ -187,7 +199,7 @@ def _write_study(trainer: SeedsTrainer, symbol: str, files: list, say):
         "seeds": trainer.seeds,
         "updates": trainer.update,
         "of": trainer.updates,
-        "best_updates": [best["update"] for best in trainer.bests],
+        "best_updates": [best["update"] for best in _bests(trainer)],
         "validation": trainer.results(*_SHOWN),
         "course": course,
     }

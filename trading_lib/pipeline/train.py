@@ -20,6 +20,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,8 +79,21 @@ def _device(name: str) -> torch.device:
     )
 
 
+def _folder_of(trainer: NativePPOTrainer) -> RunFolder:
+    assert trainer.folder is not None  # what goes on later has a folder
+    return trainer.folder
+
+
+def _best_of(trainer: NativePPOTrainer) -> dict:
+    if trainer.best is None:
+        raise InputError(
+            "training: no validation of this run has a score; see its course, and take another learning rate"
+        )
+    return trainer.best
+
+
 def rollout_shape(
-    market: MarketData,
+    market: MarketData,  # that is trained on
 ) -> RolloutShape:
     "What memory depends on: our rollouts store an index and the account's columns."
     layout, order = layout_of(market.version), column_order(market.version)
@@ -92,7 +106,7 @@ def rollout_shape(
 
 
 def make_trainer(
-    parameters: Parameters,
+    parameters: Parameters,  # of params.yaml
     market: MarketData,  # features fitted on the training span
     train: tuple[int, int],  # bars of the training span
     validation: tuple[int, int],  # bars of the span that chooses the checkpoint
@@ -122,6 +136,7 @@ def make_trainer(
                 f"{memory_text(limit or 0)} may be used; take fewer seeds, or fewer environments"
             ),
         )
+    assert config.n_envs is not None  # its tier has said
     env = GPUVectorizedTradingEnv(
         market.span(*train),
         GPUEnvConfig(
@@ -152,6 +167,7 @@ def training_trials(
     trainer: NativePPOTrainer,  # after `train`
 ) -> list:  # Trials
     "Every validated checkpoint of a run, as the ledger has it."
+    assert trainer.validation is not None  # what the pipeline trains is validated
     market, validation = trainer.env.market, trainer.validation.env.market
 
     def moment(bar: int) -> str:
@@ -187,7 +203,7 @@ def record_training(
 
 def enter_trials(
     trainer: NativePPOTrainer,  # after `train`, whole or broken off
-):
+) -> None:
     """Enter what a run has looked at, after its model is written:
     a ledger that cannot be written takes nothing away from it."""
     trainer.progress.say(add_trials(project_root(), trainer.env.market.symbol, training_trials(trainer)))
@@ -198,7 +214,7 @@ def _make_room(
     checkpoint: Path | None,  # that a run goes on from; None: it starts fresh
 ):
     "What the next `resume` would take for the newest of this run, and is not, is put aside."
-    folder, say = trainer.folder, trainer.progress.say
+    folder, say = _folder_of(trainer), trainer.progress.say
     if trainer.rank:
         return
     if checkpoint is not None and checkpoint.resolve().parent == folder.path.resolve():
@@ -275,9 +291,10 @@ def resume(
         _make_room(trainer, Path(checkpoint))
         say(f"going on from {checkpoint}, after update {trainer.update} of {trainer.updates}")
         return True
-    found = trainer.folder.newest_good(say, trainer.check_parts)
+    folder = _folder_of(trainer)
+    found = folder.newest_good(say, trainer.check_parts)
     if found is None:
-        say(f"resume: no checkpoint in {trainer.folder.path}")
+        say(f"resume: no checkpoint in {folder.path}")
     else:
         path, content = found
         try:
@@ -290,14 +307,16 @@ def resume(
     return trainer.update > 0
 
 
-def unread(trainer: NativePPOTrainer) -> bool:
+def unread(
+    trainer: NativePPOTrainer,  # that is training
+) -> bool:
     """Whether what the trainer says went into a pipe that nobody reads any more:
     who ends the reader ends the run, as with any tool."""
     return getattr(trainer.progress, "unread", False)
 
 
 def run_until_stopped(
-    trainer: NativePPOTrainer,
+    trainer: NativePPOTrainer,  # ready to train, with a folder
     command: str,  # that trained it, for the model card
 ) -> Path | None:  # the checkpoint of a run that was stopped; None: the run is complete
     "Train; a signal ends it after the present update, and everything is kept."
@@ -310,12 +329,12 @@ def run_until_stopped(
         trainer.content(),
         trainer.exit_status or 143,
     )  # another process of ours was asked
-    return trainer.folder.path if trainer.rank else _save_state(trainer, content, command)
+    return _folder_of(trainer).path if trainer.rank else _save_state(trainer, content, command)
 
 
 def _save_state(trainer: NativePPOTrainer, content: dict, command: str) -> Path:
     "Write everything that the next update depends on: into the run's folder, or where there is room."
-    folder, now = trainer.folder, datetime.now()
+    folder, now = _folder_of(trainer), datetime.now()
     try:
         path = folder.save_interrupted(content, now)
     except OSError as e:
@@ -350,7 +369,7 @@ def _how_to_go_on(
             at = words.index(option)
             del words[at : at + 1 + follow]
     words[2:] = [symbol, *(word for word in words[2:] if word not in symbols)]
-    begins = ["--resume"] if path.parent == trainer.folder.path else ["--checkpoint", str(path)]
+    begins = ["--resume"] if path.parent == _folder_of(trainer).path else ["--checkpoint", str(path)]
     return f"`{shlex.join([*words, *begins])}`"
 
 # %% ../../nbs/09_pipeline/08_train.ipynb #503030e8
@@ -391,7 +410,7 @@ def _keep_earlier(paths: Artefacts, say):
 
 def _write_course(trainer: NativePPOTrainer, report: Path) -> dict:  # what is in train.json
     "The course of a run and its figures."
-    history, best = trainer.history, trainer.best
+    history, best = trainer.history, _best_of(trainer)
     names = list(dict.fromkeys(name for row in history for name in row))
 
     def text(value) -> str:
@@ -425,13 +444,13 @@ def _write_course(trainer: NativePPOTrainer, report: Path) -> dict:  # what is i
 def finish_training(
     trainer: NativePPOTrainer,  # whose run is complete
     content: dict,  # of the trainer now
-    paths: Artefacts,
+    paths: Artefacts,  # of the symbol
     command: str,  # that trained it
     own: bool = False,  # the pipeline's model and report stay as they are
 ) -> Path:  # the model
     """Write the best policy and the last one, a card beside each, and read them again;
     then the course of the run and its figures; tidy up."""
-    best, say = trainer.best, trainer.progress.say
+    best, say = _best_of(trainer), trainer.progress.say
     model = kept = _keep_model(paths, best, content, command)
     if not own:
         _keep_earlier(paths, say)
@@ -450,7 +469,7 @@ def finish_training(
         _write_course(trainer, paths.own_report if own else paths.report)
     except OSError as e:
         say(f"{e}; the model is saved all the same")
-    trainer.folder.finished()
+    _folder_of(trainer).finished()
     every = kept_models(paths)
     size = sum(path.stat().st_size for path in paths.kept.iterdir())
     simulated = simulated_bars(content["data"]["symbol"], content["data"])
@@ -483,9 +502,9 @@ def _check_room(trainer: NativePPOTrainer, content: dict, paths: Artefacts):
 
 
 def train_symbol(
-    parameters: Parameters,
-    symbol: str,
-    paths: Artefacts,
+    parameters: Parameters,  # of params.yaml
+    symbol: str,  # that is trained
+    paths: Artefacts,  # of the symbol
     command: str,  # that is being run
     resumes: bool = False,  # go on from the newest good checkpoint of the symbol's unfinished run
     checkpoint: str | Path | None = None,  # go on from this one
@@ -592,9 +611,9 @@ def _finish(
 
 
 def train_fold(
-    parameters: Parameters,
+    parameters: Parameters,  # of params.yaml
     market: MarketData,  # fitted on the fold's training span
-    fold,  # of a walk-forward, with `number`, `train` and `validation`
+    fold: Any,  # Fold of a walk-forward; its module is not imported: a training does not depend on it
 ) -> dict:  # content of its best checkpoint
     """Train one fold and enter its trials;
     a signal ends it after the present update, and with it the walk-forward."""
@@ -612,4 +631,4 @@ def train_fold(
             f"{trainer.updates}; folds that are complete are kept, run it again for the rest"
         ),
     )
-    return trainer.best
+    return _best_of(trainer)
