@@ -6,59 +6,28 @@
 __all__ = ['find_file', 'file_timeframe', 'read_own_bars', 'link_own_file']
 
 # %% ../../nbs/01_data/03_user_files.ipynb #7fc12ad0
-import codecs
-import csv
-import io
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from trading_lib.data.file_tables import (
+    ENDS,
+    KEPT,
+    SYNONYMS,
+    TICKS,
+    UNNAMED,
+    plain_column,
+    read_table,
+    same_symbol,
+)
+from .file_times import check_zone, parse_times, times_of
 
 from ..bars import COLUMNS, TIMEFRAMES, listed, parse_time, path_symbol, shown, timeframe_seconds
 from ..config import InputError, unknown_name
 
 # %% ../../nbs/01_data/03_user_files.ipynb #a96f5dd0
-_SYNONYMS = {  # as written in files, lower case, without punctuation
-    "timestamp": (
-        "timestamp",
-        "time",
-        "date",
-        "datetime",
-        "date time",
-        "t",
-        "ts",
-        "open time",
-        "opentime",
-        "unix",
-        "unix timestamp",
-        "epoch",
-        "start",
-        "start time",
-        "bar start",
-        "window start",
-    ),
-    "open": ("open", "o", "open price"),
-    "high": ("high", "h", "high price", "max"),
-    "low": ("low", "l", "low price", "min"),
-    "close": ("close", "c", "close price", "last"),
-    "volume": ("volume", "v", "vol", "real volume"),
-}
-_TICKS = (
-    "tickvol",
-    "tick volume",
-    "tick vol",
-    "ticks",
-)  # how often a price changed: taken for volume where there is none
-_UNNAMED = ("unnamed: 0", "index level 0", "index level 1")  # an index that was saved without its name
-_ENDS = ("close time", "closetime", "end", "end time", "endtime", "bar end")  # the time at which a bar ends
-_KEPT = {"symbol": "symbol", "ticker": "symbol"} | {
-    n: n for n in ("feed", "adjustment", "currency", "exchange", "updated")
-}  # `validate_bars` looks at these: mixed content, later versions
 _PLACES = ("{symbol}", "{symbol}_{timeframe}", "{timeframe}/{symbol}", "{asset_class}/{timeframe}/{symbol}")
-_FALLBACKS = {"volume": _TICKS}
-_EXAMPLE = "timestamp,open,high,low,close,volume"
 
 
 def find_file(
@@ -85,7 +54,8 @@ def _find(path: Path, symbol: str, timeframe: str, asset_class: str) -> Path:
     places = [
         p.format(symbol=path_symbol(symbol), timeframe=timeframe, asset_class=asset_class) for p in _PLACES
     ]
-    found = [f for p in places for ending in (".parquet", ".csv") if (f := path / (p + ending)).is_file()]
+    files = [path / (place + ending) for place in places for ending in (".parquet", ".csv")]
+    found = [file for file in files if file.is_file()]
     looked = f"{path}/{{{','.join(places)}}}.{{parquet,csv}}"
     if not path.exists():
         raise InputError(
@@ -98,277 +68,27 @@ def _find(path: Path, symbol: str, timeframe: str, asset_class: str) -> Path:
         for f in (path.iterdir() if path.is_dir() else ())
         if f.stem.lower().split("_")[0] == path_symbol(symbol).lower()
     )
-    if len(found) <= 0:
+    if not found:
         raise InputError(
             f"files: found none of {looked}{f' (there is {listed(near, 3)})' if near else ''}; put the "
             "file in one of these places, or set path to it"
         )
-    if len(found) >= 2:
+    if len(found) > 1:
         raise InputError(
             f"files: {' and '.join(str(f.relative_to(path)) for f in found)} both fit {symbol} "
             f"{timeframe}; remove one, or set path to the file"
         )
     return found[0]
 
-
-def _plain(name) -> str:
-    return re.sub(r"[\s_\-.<>]+", " ", str(name).lower()).strip()  # <CLOSE> is MetaTrader's
-
-
-def _names_given(columns, where: str) -> list[str]:
-    "The option `columns` as a list of names, checked."
-    names = [str(c).strip() for c in (columns.split(",") if isinstance(columns, str) else columns)]
-    plain = [_plain(n) for n in names]
-    twice = sorted({n for n, p in zip(names, plain) if plain.count(p) > 1})
-    if twice:
-        raise InputError(
-            f"{where}: columns names {', '.join(twice)} twice; name each column once, and those of no "
-            "use x1, x2"
-        )
-    return names
-
-# %% ../../nbs/01_data/03_user_files.ipynb #9a826fbb
-_FOREIGN = {
-    b"PK\x03\x04": "a ZIP archive or an Excel workbook",
-    b"\xd0\xcf\x11\xe0": "an old Excel workbook",
-    b"\x1f\x8b": "compressed (gzip)",
-    b"BZh": "compressed (bzip2)",
-    b"\xfd7zXZ": "compressed (xz)",
-    b"(\xb5/\xfd": "compressed (zstd)",
-    b"ARROW1": "a Feather file",
-    b"\x89HDF": "an HDF5 file",
-    b"\x93NUMPY": "a NumPy array",
-    b"SQLite format": "a database",
-    b"%PDF": "a PDF",
-    b"\x80\x04": "a pickle",
-    b"\x80\x05": "a pickle",
-}
-_BOMS = (
-    (codecs.BOM_UTF32_LE, "utf-32"),
-    (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF8, "utf-8-sig"),
-    (codecs.BOM_UTF16_LE, "utf-16"),
-    (codecs.BOM_UTF16_BE, "utf-16"),
-)
-_FIELDS = {s for name, synonyms in _SYNONYMS.items() if name != "timestamp" for s in synonyms} | {"adj close"}
-_NOTHING = ["", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None"]  # cells that hold no value
-_MOST = 60_000_000  # bars; a hundred years of minutes are 53 million
-
-
-def _decoded(content: bytes, where: str) -> str:
-    "Text in whichever encoding it is."
-    encoding = next((name for bom, name in _BOMS if content.startswith(bom)), None)
-    start = content[:400]
-    if encoding is None and len(start) > 4 and 0 in start:
-        # UTF-16 without its mark: every other byte of plain text is 0
-        zeros = {"utf-16-le": start[1::2], "utf-16-be": start[0::2]}
-        encoding = next((name for name, half in zeros.items() if not any(half)), None)
-    try:
-        text = content.decode(encoding or "utf-8")
-    except UnicodeDecodeError:
-        if encoding is not None:
-            raise InputError(
-                f"{where}: begins as {encoding} and does not go on so; save it again as UTF-8"
-            ) from None
-        text = content.decode("cp1252", errors="replace")  # numbers are the same in all Western encodings
-    if "\0" in text:
-        raise InputError(f"{where}: holds zero bytes, so it is no text; save it again as CSV or parquet")
-    return text
-
-
-def _header_rows(lines: list[list[str]]) -> int:
-    "How many rows hold names: several where the last names the index alone, as pandas writes them."
-    known = _SYNONYMS["timestamp"]
-    return next(
-        (
-            i + 1
-            for i, cells in enumerate(lines)
-            if i and cells and _plain(cells[0]) in known and not any(map(str.strip, cells[1:]))
-        ),
-        1,
-    )
-
-
-def _names_of_levels(levels: list[list[str]]) -> list[tuple[str, str]]:
-    "Per column: its name, and the symbol that it is of, where a row of names holds symbols."
-    names = max(levels, key=lambda level: sum(_plain(c) in _FIELDS for c in level))
-    symbols = next((level for level in levels if level is not names), [""] * len(names))
-    return list(zip(names, symbols))
-
-
-def _of_symbol(
-    pairs: list[tuple[str, str]], symbol: str, where: str
-) -> tuple[list[int], list[str], str | None]:
-    "Of columns with a name and a symbol each: those to be read, their names, and their symbol."
-    symbols = list(dict.fromkeys(s.strip() for _, s in pairs if s.strip()))
-    if not symbols:
-        return list(range(len(pairs))), [name for name, _ in pairs], None
-    mine = next((s for s in symbols if _same_symbol(s, symbol)), symbols[0] if len(symbols) == 1 else None)
-    if mine is None:
-        raise InputError(
-            f"{where}: holds {listed(symbols, 5)}, and not {symbol}; name one of them, or the right file"
-        )
-    chosen = [i for i, (_, s) in enumerate(pairs) if s.strip() in ("", mine)]
-    return chosen, [pairs[i][0] for i in chosen], mine
-
-
-def _same_symbol(one: str, other: str) -> bool:
-    "Whether two spellings mean the same: BRK.B and BRK-B, NASDAQ:AAPL and AAPL, btcusd and BTC/USD."
-
-    def letters(s):
-        return re.sub(r"[^A-Z0-9]", "", re.sub(r"^[^:]*:|\.US$", "", str(s).strip().upper()))
-
-    return letters(one) == letters(other)
-
-
-def _read_csv(content: bytes, symbol: str, columns, where: str) -> pd.DataFrame:
-    "A CSV file with the columns' own names, or with those given."
-    text = _decoded(content, where)
-    hint = re.match(r"(?i)sep=(.)\r?\n", text)  # Excel's first line
-    if hint:
-        text = text[hint.end() :]
-    lines = text[:100_000].splitlines()[:5]
-    if not lines or lines[0].strip() == "":
-        raise InputError(f"{where}: the first line is empty; it should read {_EXAMPLE}")
-    separator = hint[1] if hint else max(",;\t|", key=lines[0].count)
-    rows = [next(csv.reader([line], delimiter=separator, skipinitialspace=True), []) for line in lines]
-    first, known = rows[0], {n for synonyms in (*_SYNONYMS.values(), _ENDS, _TICKS) for n in synonyms}
-    header = any(_plain(n) in known for n in first)
-
-    def nothing(names):
-        return {
-            n: _NOTHING for n in names if _plain(n) not in ("symbol", "ticker")
-        }  # NA and NULL are symbols too
-
-    how = dict(
-        sep=separator, skipinitialspace=True, keep_default_na=False, low_memory=False, index_col=False
-    )  # index_col: a comma at the end of each row must not shift columns
-    if columns is not None:
-        if header:
-            raise InputError(
-                f"{where}: has a header of its own, {shown(lines[0].strip(), 60)!r}; leave columns out, "
-                "or remove the first line"
-            )
-        names = _names_given(columns, where)
-        if len(names) != len(first):
-            raise InputError(
-                f"{where}: columns names {len(names)} columns, the file has {len(first)}, such as "
-                f"{shown(lines[0].strip(), 60)!r}; name each of them"
-            )
-        return pd.read_csv(io.StringIO(text), header=None, names=names, na_values=nothing(names), **how)
-    levels = _header_rows(rows)
-    header = header or levels > 1
-    if not header:
-        raise InputError(
-            f"{where}: the first line is {shown(lines[0].strip(), 60)!r}, which is no header; add a "
-            f"first line such as {_EXAMPLE}, or name the columns with columns"
-        )
-    body = rows[levels] if len(rows) > levels else []
-    if levels > 1:
-        time = rows[levels - 1][0]
-        pairs = [(time, ""), *_names_of_levels([level[1:] for level in rows[: levels - 1]])]
-        chosen, names, said = _of_symbol(pairs, symbol, where)
-    else:
-        chosen, names, said = list(range(len(first))), first, None
-    named = [_plain(n) for n in names]
-    twice = [shown(n) for n in names if named.count(_plain(n)) > 1 and _plain(n) in known]
-    if twice:
-        raise InputError(f"{where}: the header has {' and '.join(twice)}; keep one of them")
-    if any(v.strip() for v in body[len(first) :]):
-        raise InputError(
-            f"{where}: the header names {len(first)} columns, a row has {len(body)}; name each of them"
-        )
-    if levels == 1:
-        return pd.read_csv(io.StringIO(text), na_values=nothing(names), **how)
-    table = pd.read_csv(
-        io.StringIO(text), header=None, skiprows=levels, names=range(len(first)), na_values=_NOTHING, **how
-    )[chosen].set_axis(names, axis=1)
-    return table if said is None else table.assign(symbol=said)
-
-
-def _arrow_column(column, name: str, where: str) -> pd.Series:
-    "A column of a parquet file as numbers, times or text."
-    import pyarrow as pa
-
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    if pa.types.is_nested(kind):
-        raise InputError(
-            f"{where}: the column {shown(name)} holds {shown(kind)}, one value for each bar is needed; "
-            "write it again"
-        )
-    if kind != column.type:
-        column = column.cast(kind)
-    return (
-        column.cast(pa.string()) if pa.types.is_decimal(kind) else column
-    ).to_pandas()  # text becomes the nearest number, below
-
-
-def _read_parquet(content: bytes, symbol: str, columns, where: str) -> pd.DataFrame:
-    "A parquet file; what pandas has written as an index is a column like any other."
-    import pyarrow.parquet
-
-    if columns is not None:
-        raise InputError(
-            f"{where}: columns is for CSV files without a header, and parquet has one; leave it out"
-        )
-    file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-    if not file.metadata.num_rows <= _MOST:
-        raise InputError(
-            f"{where}: says that it holds {file.metadata.num_rows:,} bars, and a hundred years of "
-            "minutes are 53 million; write it again"
-        )
-    stored = file.schema_arrow.names
-    pairs = [
-        m.groups() if (m := re.fullmatch(r"\('(.*)', '(.*)'\)", n)) else (n, "") for n in stored
-    ]  # columns of several levels, as pandas names them
-    if any(s for _, s in pairs) and not any(_plain(n) in _FIELDS for n, _ in pairs):
-        pairs = [(s, n) if s else (n, s) for n, s in pairs]
-    chosen, names, said = _of_symbol(pairs, symbol, where)
-    known = {n for synonyms in (*_SYNONYMS.values(), _ENDS, _TICKS, _UNNAMED, _KEPT) for n in synonyms}
-    used = [_plain(n) for n in names if _plain(n) in known]
-    twice = sorted({n for n in used if names.count(n) > 1})
-    if twice:
-        raise InputError(f"{where}: has {' and '.join(twice)} twice; keep one of each")
-    table = {}
-    for i, name in zip(chosen, names):
-        # what is of no use is not read
-        table[name] = (
-            _arrow_column(file.read(columns=[stored[i]], use_threads=False).column(0), name, where)
-            if _plain(name) in known
-            else np.nan
-        )
-    table = pd.DataFrame(table, index=range(file.metadata.num_rows))
-    return table if said is None else table.assign(symbol=said)
-
-
-def _read_table(file: Path, symbol: str = "", columns: list | str | None = None) -> pd.DataFrame:
-    "The file as it is, with the columns' own names, or with those given for a file without a header."
-    try:
-        content = file.read_bytes()
-    except OSError as e:
-        raise InputError(
-            f"{file}: cannot be read ({e.strerror or e}); check the file and its permissions"
-        ) from None
-    kind = next((kind for start, kind in _FOREIGN.items() if content.startswith(start)), None)
-    if kind is not None:
-        raise InputError(f"{file.name}: is {kind}; unpack it, or save the table as CSV or parquet")
-    parquet = content.startswith(b"PAR1")
-    try:
-        return (_read_parquet if parquet else _read_csv)(content, symbol, columns, file.name)
-    except InputError:
-        raise
-    except Exception as e:  # whatever a torn or hostile file makes the readers raise
-        raise InputError(
-            f"{file.name}: cannot be read as {'parquet' if parquet else 'CSV'} "
-            f"({shown(' '.join(str(e).split()), 100)}); save it again"
-        ) from None
-
 # %% ../../nbs/01_data/03_user_files.ipynb #fded515e
+_FALLBACKS = {"volume": TICKS}
+
+
 def _find_columns(table: pd.DataFrame, where: str, labels: str = "start") -> dict[str, list]:
     "Our name -> the file's column; the time may be a date and a time of day in two columns."
-    plain, found = {c: _plain(c) for c in table.columns}, {}
-    ends = [c for c, p in plain.items() if p in _ENDS]
-    for name, synonyms in _SYNONYMS.items():
+    plain, found = {c: plain_column(c) for c in table.columns}, {}
+    ends = [c for c, p in plain.items() if p in ENDS]
+    for name, synonyms in SYNONYMS.items():
         matches = [c for c, p in plain.items() if p in synonyms] or [
             c for c, p in plain.items() if p in _FALLBACKS.get(name, ())
         ]
@@ -377,7 +97,7 @@ def _find_columns(table: pd.DataFrame, where: str, labels: str = "start") -> dic
                 raise InputError(f"{where}: {listed(ends)} is the end of a bar; set labels to end")
             matches = ends
         if name == "timestamp" and not matches:
-            unnamed = [c for c, p in plain.items() if p in _UNNAMED]
+            unnamed = [c for c, p in plain.items() if p in UNNAMED]
             matches = [c for c in unnamed if pd.api.types.is_datetime64_any_dtype(table[c])][:1] or unnamed[
                 :1
             ]
@@ -403,165 +123,7 @@ def _find_columns(table: pd.DataFrame, where: str, labels: str = "start") -> dic
         found[name] = matches
     return found
 
-# %% ../../nbs/01_data/03_user_files.ipynb #861724d9
-_EPOCH_UNITS = (
-    1_000_000_000,
-    1_000_000,
-    1_000,
-    1,
-)  # nanoseconds in a second, millisecond, microsecond, nanosecond
-_EPOCH_RANGE = (315_532_800, 4_102_444_800)  # 1980 to 2100, in seconds
-_OFFSET = r"\d{2}:\d{2}.*?(?:Z|[+-]\d{2}(?::?\d{2})?)$"
-_ISO = "write times as 2024-01-31T14:30:00Z, and dates as 2024-01-31"
-
-
-def _of_epoch(values: np.ndarray) -> np.ndarray | None:
-    "Nanoseconds since 1970, of numbers in one of four units; None: they are no epochs."
-    for unit in _EPOCH_UNITS:
-        low, high = (s * (_EPOCH_UNITS[0] // unit) for s in _EPOCH_RANGE)
-        if not ((values >= low) & (values < high)).all():
-            continue
-        whole = (values == np.floor(values)).all()  # fractions of a second are exact to the microsecond
-        return (
-            values.astype("int64") * unit
-            if whole
-            else np.rint(values * (unit // 1000)).astype("int64") * 1000
-        )
-    return None
-
-
-def _of_text(text: pd.Series, where: str) -> pd.Series:
-    "Times that are written out, with an offset or without."
-    text = (
-        text.astype(str)
-        .str.strip()
-        .str.replace(r"\s*UTC$", "Z", regex=True)
-        .str.replace(r"^(\d{4})[./](\d{1,2})[./](\d{1,2})\b", r"\1-\2-\3", regex=True)
-    )
-    with_offset = text.str.contains(_OFFSET, regex=True).to_numpy(bool)
-    if with_offset.any() and not with_offset.all():
-        raise InputError(
-            f"{where}: some times carry an offset and some do not, such as "
-            f"{shown(text[with_offset].iloc[0])} and {shown(text[~with_offset].iloc[0])}; write all "
-            "of them alike"
-        )
-    try:
-        return pd.Series(pd.to_datetime(text, format="ISO8601", utc=bool(with_offset.all())))
-    except (ValueError, TypeError, OverflowError):
-        bad = text[pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").isna()]
-        raise InputError(
-            f"{where}: cannot read the time {shown(bad.iloc[0] if len(bad) else text.iloc[0])!r}; {_ISO}"
-        ) from None
-
-
-def _check_zone(timezone: str | None):
-    try:
-        pd.Timestamp("2024-01-01").tz_localize(timezone)
-    except Exception:
-        raise InputError(
-            f"timezone: unknown zone {shown(timezone)!r}; expected a name such as UTC or America/New_York"
-        ) from None
-
-
-def _in_zone(index: pd.DatetimeIndex, timezone: str, where: str) -> pd.DatetimeIndex:
-    _check_zone(timezone)
-    try:
-        return index.tz_localize(timezone).tz_convert("UTC")
-    except ValueError as e:
-        raise InputError(
-            f"{where}: a time is missing or twofold in {timezone}, where clocks are changed "
-            f"({' '.join(str(e).split())[:80]}); write times in UTC"
-        ) from None
-
-
-def _of_dates(
-    index: pd.DatetimeIndex, timeframe: str, asset_class: str, timezone: str | None, where: str
-) -> pd.DatetimeIndex:
-    "Plain dates, as labels of daily bars: of the exchange's days, or of UTC's."
-    if timeframe != "1Day" and len(index) >= 3:
-        raise InputError(
-            f"{where}: its times are dates, such as {index[0]:%Y-%m-%d}, so it holds daily bars, "
-            f"expected {timeframe}; say the timeframe 1Day (--timeframe, data.timeframe in params.yaml)"
-        )
-    if timeframe != "1Day":
-        return _in_zone(index, timezone, where)
-    label = index.tz_localize("UTC")
-    if timezone is None or asset_class == "equity" and timezone == "America/New_York":
-        return label
-    begin = _in_zone(index, timezone, where)
-    other = np.flatnonzero(begin != label)
-    if len(other):
-        raise InputError(
-            f"{where}: days of {timezone} begin at {begin[other[0]]:%H:%M} UTC, such as "
-            f"{index[other[0]]:%Y-%m-%d}, and daily bars of {asset_class} are days of "
-            f"{'the exchange' if asset_class == 'equity' else 'UTC'}; leave timezone out if these are, "
-            "or load shorter bars"
-            if len(other)
-            else ""
-        )
-    return label
-
-
-def _parse_times(
-    times: pd.Series,  # epochs, text or time stamps
-    timeframe: str,  # plain dates are labels of daily bars
-    asset_class: str,  # of whose days
-    timezone: str | None,  # zone of times that carry none
-    where: str,  # for messages
-) -> pd.DatetimeIndex:  # UTC
-    "Times as a vendor writes them, in UTC; never guessed."
-    if times.isna().any():
-        raise InputError(f"{where}: row {int(np.flatnonzero(times.isna())[0]) + 1} has no time; remove it")
-    if pd.api.types.is_numeric_dtype(times):
-        values = times.to_numpy()
-        if ((values >= 19000101) & (values <= 21001231)).all():
-            times = times.astype("int64").astype(str)  # 20240131
-        elif (epoch := _of_epoch(values)) is not None:
-            return pd.DatetimeIndex(epoch, tz="UTC")
-        else:
-            raise InputError(
-                f"{where}: the time {values[0]:.15g} is no epoch in seconds, milliseconds, "
-                "microseconds or nanoseconds, or units are mixed; write times as "
-                "2024-01-31T14:30:00Z"
-            )
-    if not pd.api.types.is_datetime64_any_dtype(times):
-        times = _of_text(times, where)
-    try:
-        index = pd.DatetimeIndex(times).as_unit("ns")
-    except (ValueError, OverflowError):
-        raise InputError(
-            f"{where}: holds times from {shown(times.min())} to {shown(times.max())}; bars lie "
-            "between 1900 and now"
-        ) from None
-    if index.tz is not None:
-        return index.tz_convert("UTC")
-    if (index == index.normalize()).all() and (timeframe == "1Day" or len(index) >= 3):
-        return _of_dates(index, timeframe, asset_class, timezone, where)
-    if timezone is None:
-        raise InputError(
-            f"{where}: times such as {index[0]} carry no zone; set timezone, such as UTC or America/New_York"
-        )
-    return _in_zone(index, timezone, where)
-
-
-def _times_of(table: pd.DataFrame, columns: list) -> pd.Series:
-    "The column of times, or a date and a time of day put together; 93000 is 09:30:00."
-    times = table[columns[0]]
-    if len(columns) == 1:
-        return times
-    day = table[columns[1]]
-    if pd.api.types.is_numeric_dtype(day):
-        day = (
-            day.fillna(-1)
-            .astype("int64")
-            .astype(str)
-            .str.zfill(6)
-            .str.replace(r"^(\d\d)(\d\d)(\d\d)$", r"\1:\2:\3", regex=True)
-        )
-    dates = times.astype(str).str.strip().str.replace(r"^(\d{4})(\d\d)(\d\d)$", r"\1-\2-\3", regex=True)
-    return (dates + " " + day.astype(str).str.strip()).mask(times.isna() | table[columns[1]].isna())
-
-
+# %% ../../nbs/01_data/03_user_files.ipynb #e4d7a35d
 def file_timeframe(
     path: str | Path,  # a file
     symbol: str = "",  # where a file holds several
@@ -569,23 +131,16 @@ def file_timeframe(
 ) -> str | None:  # a key of `TIMEFRAMES`; None: its times do not say
     "The timeframe that most bars of a file are apart."
     file = find_file(path, symbol or "SYMBOL", "1Day", "crypto")
-    table = _read_table(file, symbol, columns)
-    if len(table) <= 0:
+    table = read_table(file, symbol, columns)
+    if not len(table):
         raise InputError(f"{file.name}: holds a header and no bars; export it again")
-    times = np.sort(
-        _parse_times(
-            _times_of(table, _find_columns(table, file.name)["timestamp"]), "1Day", "crypto", "UTC", file.name
-        ).asi8
-    )
-    steps, counts = np.unique(np.diff(times[np.append(True, np.diff(times) > 0)]), return_counts=True)
-    return next(
-        (
-            name
-            for name, seconds in TIMEFRAMES.items()
-            if len(steps) and steps[counts.argmax()] == seconds * 1_000_000_000
-        ),
-        None,
-    )
+    column = times_of(table, _find_columns(table, file.name)["timestamp"])
+    times = np.unique(parse_times(column, "1Day", "crypto", "UTC", file.name).asi8)
+    steps, counts = np.unique(np.diff(times), return_counts=True)
+    if not len(steps):
+        return None
+    most = steps[counts.argmax()]
+    return next((name for name, seconds in TIMEFRAMES.items() if most == seconds * 1_000_000_000), None)
 
 # %% ../../nbs/01_data/03_user_files.ipynb #495cd02c
 def _starts_of(ends: pd.DatetimeIndex, timeframe: str, asset_class: str, where: str) -> pd.DatetimeIndex:
@@ -625,7 +180,7 @@ def _scale_prices(raw: pd.DataFrame, price_scale: float | None, asset_class: str
     raw[prices] = raw[prices] / price_scale
     return raw
 
-# %% ../../nbs/01_data/03_user_files.ipynb #41cf0d85
+# %% ../../nbs/01_data/03_user_files.ipynb #0fc029cd
 def _numbers(column: pd.Series) -> pd.Series:
     "Numbers that were stored as text, where all of them are; else the column as it is, to be refused."
     if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_datetime64_any_dtype(column):
@@ -639,14 +194,14 @@ def _check_symbol(raw: pd.DataFrame, symbol: str, where: str):
     if "symbol" not in raw.columns:
         return
     said = raw["symbol"].dropna().astype(str).str.strip().unique()
-    if len(said) == 1 and said[0] and not _same_symbol(said[0], symbol):
+    if len(said) == 1 and said[0] and not same_symbol(said[0], symbol):
         raise InputError(
             f"{where}: its column symbol says {shown(said[0])}, and it was read for {symbol}; name "
             "the right file, say the symbol that it has (--symbol, symbols in params.yaml), or "
             "remove the column"
         )
 
-
+# %% ../../nbs/01_data/03_user_files.ipynb #41cf0d85
 def read_own_bars(
     symbol: str,  # such as "SPY"
     timeframe: str,  # such as "15Min"
@@ -656,13 +211,10 @@ def read_own_bars(
     start=None,  # first moment, inclusive; None: everything
     end=None,  # last moment, exclusive; None: everything
     labels: str = "start",  # what the times are: "start" or "end" of a bar
-    price_scale: float
     # prices are divided by it: 100 for cents; None: as they are, whole numbers are asked about
-    | None = None,
-    columns: list
-    | str
+    price_scale: float | None = None,
     # names of the columns, in order, of a CSV file without a header: a list, or one text with commas
-    | None = None,
+    columns: list | str | None = None,
 ) -> tuple[pd.DataFrame, dict]:  # raw bars, and the facts that a report says of the source
     "Raw bars of a file of your own."
     if path is None:
@@ -670,32 +222,35 @@ def read_own_bars(
     file = find_file(path, symbol, timeframe, asset_class)
     if labels not in ("start", "end"):
         raise unknown_name("labels", labels, ("start", "end"))
-    _check_zone(timezone)
-    table = _read_table(file, symbol, columns)
-    if len(table) <= 0:
+    check_zone(timezone)
+    table = read_table(file, symbol, columns)
+    if not len(table):
         raise InputError(f"{file.name}: holds no bars; download it again")
     found = _find_columns(table, file.name, labels)
-    index = _parse_times(_times_of(table, found["timestamp"]), timeframe, asset_class, timezone, file.name)
+    index = parse_times(times_of(table, found["timestamp"]), timeframe, asset_class, timezone, file.name)
     if labels == "end":
         index = _starts_of(index, timeframe, asset_class, file.name)
     raw = pd.DataFrame({name: _numbers(table[found[name][0]]).to_numpy() for name in COLUMNS}, index=index)
     raw = _scale_prices(raw, price_scale, asset_class, file.name)
     for column in reversed(table.columns):  # of two such columns, the first
-        if _plain(column) in _KEPT:
-            raw[_KEPT[_plain(column)]] = table[column].to_numpy()
+        if plain_column(column) in KEPT:
+            raw[KEPT[plain_column(column)]] = table[column].to_numpy()
     _check_symbol(raw, symbol, file.name)
     span = f"{shown(index.min())[:10]} to {shown(index.max())[:10]}"
     if start is not None:
         raw = raw[raw.index >= parse_time(start, "start")]
     if end is not None:
         raw = raw[raw.index < parse_time(end, "end")]
-    if len(raw) <= 0:
+    if not len(raw):
         raise InputError(f"{file.name}: has no bars from {start} to {end}; it covers {span}")
-    ignored = [str(c) for c in table.columns if c not in sum(found.values(), []) and _plain(c) not in _KEPT]
-    declared = ({"labels": labels} if labels == "end" else {}) | (
-        {"price_scale": price_scale} if price_scale else {}
-    )
-    return raw, {"simulated": False, "file": file.name, "ignored_columns": sorted(ignored)} | declared
+    used = sum(found.values(), [])
+    ignored = [str(c) for c in table.columns if c not in used and plain_column(c) not in KEPT]
+    facts = {"simulated": False, "file": file.name, "ignored_columns": sorted(ignored)}
+    if labels == "end":
+        facts["labels"] = labels
+    if price_scale:
+        facts["price_scale"] = price_scale
+    return raw, facts
 
 # %% ../../nbs/01_data/03_user_files.ipynb #7d20b3f1
 def link_own_file(
