@@ -34,12 +34,16 @@ run: install  ## train and backtest as params.yaml says; does nothing when nothi
 check: install  ## export, format, lint, and the fast tests of the chapters that changed; up to 3 minutes
 	$(BIN)/ruff format --quiet .
 	$(BIN)/nbdev_export
+	$(BIN)/trading-lib settings --write
 	$(BIN)/nbdev_clean
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile -m 'not proof and not slow' $$($(BIN)/python tests/changed.py)
 
 test: install  ## all tests: notebooks and pytest, two at a time; about 20 minutes on two cores
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 	$(BIN)/nbdev_test --n_workers 2
 	$(BIN)/pytest -n 2 --dist loadfile  # two processes, each takes whole files: a module's fixtures are made once
 

@@ -852,6 +852,7 @@ FILES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_is_wrong_gets_one_line_quickly(tmp_path, name):
     import time
@@ -1057,6 +1058,7 @@ def test_an_error_in_a_notebook_is_one_line():
     assert shown == ["InputError: train: what to do"]
 
 
+@pytest.mark.slow
 def test_errors_for_people_are_known_by_their_names():
     "An error of a notebook's process is known to who started it by its name alone."
     derived = {"InputError"}

@@ -503,6 +503,7 @@ def test_summary_of_degenerate_runs():
         M.summarise_equity([1.0, 2.0], index[:1], "1Day", "crypto")
 
 
+@pytest.mark.slow
 def test_core_needs_neither_pandas_nor_scipy():
     import subprocess
     import sys

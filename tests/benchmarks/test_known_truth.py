@@ -139,6 +139,7 @@ def small_run(run):
     return run["folder"], run["summary"]
 
 
+@pytest.mark.slow
 def test_a_small_run_writes_a_file_for_each_seed_and_says_what_holds(small_run):
     folder, summary = small_run
     assert set(contents(folder)) == RESULTS and (folder / "proofs.png").read_bytes()[:4] == b"\x89PNG"
@@ -174,6 +175,7 @@ def test_after_a_kill_it_goes_on_where_it_was(run):
     )
 
 
+@pytest.mark.slow
 def test_another_process_computes_the_same_bytes(run, tmp_path):
     "What the killed run's workers had written, computed again in this process."
     shutil.copytree(run["folder"], tmp_path / "proofs")
@@ -185,6 +187,7 @@ def test_another_process_computes_the_same_bytes(run, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_what_was_changed_is_run_again_and_nothing_else(small_run, tmp_path):
     shutil.copytree(small_run[0], tmp_path / "proofs")
     before = contents(tmp_path / "proofs")
@@ -197,6 +200,7 @@ def test_what_was_changed_is_run_again_and_nothing_else(small_run, tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_a_result_of_other_code_settings_paths_or_a_torn_file_does_not_count(small_run, tmp_path):
     path = small_run[0] / "martingale-01.json"
     here = code_hash()
@@ -223,6 +227,7 @@ def test_a_result_of_other_code_settings_paths_or_a_torn_file_does_not_count(sma
     )
 
 
+@pytest.mark.slow
 def test_the_hash_of_the_code_follows_the_account_and_not_the_command_line(tmp_path, monkeypatch):
     shutil.copytree(
         Path(trading_lib.__file__).parent,
@@ -289,6 +294,7 @@ def test_bad_input_is_one_line(tmp_path, wrong):
 # --- profit before costs ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "symbol, asset_class, end", [("SIM-USD", "crypto", "2023-02-15"), ("SIM", "equity", "2023-06-01")]
 )
@@ -335,6 +341,7 @@ def test_profit_before_costs_from_the_fills_is_what_an_account_without_costs_ear
 # --- the leak -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_planted_column_tells_the_next_bar_and_nothing_else_changes():
     bars, _ = simulate_market("SIM-USD", "15Min", "2023-01-01", "2023-03-01", seed=1, edge=0.0)
     market = market_data(bars, "5.6.0", fit_features(bars, "5.6.0", "15Min", "crypto"), "15Min", "crypto", 32)
@@ -424,6 +431,7 @@ def made_up(
     )
 
 
+@pytest.mark.slow
 def test_figures_inside_the_bands_pass():
     results = made_up()
     summary = summarise_proofs(results)
@@ -446,6 +454,7 @@ def test_figures_inside_the_bands_pass():
     )
 
 
+@pytest.mark.slow
 def test_the_cross_stands_beside_the_agents():
     """Its share of the oracles' profit, of each seed and together, in the summary, in the line and in the
     picture; it is no band, and the agents may be worse."""
@@ -470,6 +479,7 @@ def test_the_cross_stands_beside_the_agents():
     )
 
 
+@pytest.mark.slow
 def test_bounds_that_say_nothing_are_not_in_the_lines():
     "A martingale of two models and two paths: its interval is wider than a fifth of the account."
     summary = summarise_proofs(made_up())
@@ -490,6 +500,7 @@ def test_bounds_that_say_nothing_are_not_in_the_lines():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "wrong, sentence",
     [

@@ -126,6 +126,7 @@ def test_observations_are_flattened_and_actions_counted_from_zero():
     assert env.finished == [(4, 7.0, 2), (4, 9.0, 2)]
 
 
+@pytest.mark.slow
 def test_vector_environments_are_taken_as_they_are():
     "Our own trading, which is one: what comes back is what Gymnasium's side shows."
     settings = dict(window=4, episode_length=5, flatten=True)
@@ -150,6 +151,7 @@ def test_vector_environments_are_taken_as_they_are():
 # --- going on from a state ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     ["CartPole-v1", "Acrobot-v1", partial(gym.make, "MountainCar-v0", max_episode_steps=30), CueRecall],
@@ -194,6 +196,7 @@ def test_an_environment_with_hidden_state_offers_none(env):
     assert not hasattr(env(), "state_dict") and not hasattr(env(), "load_state_dict")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make, network",
     [
@@ -292,6 +295,7 @@ def test_nothing_after_the_first_step_depends_on_the_cue():
         )  # any rule wins for one cue of four
 
 
+@pytest.mark.slow
 def test_a_network_without_memory_learns_no_more_than_to_guess():
     "40,000 steps of PPO, 5,000 episodes; the last 2,000 of which win 25 % with a deviation of 1 %."
     env = TensorEnv(CueRecall, 32)
@@ -310,6 +314,7 @@ def test_a_network_without_memory_learns_no_more_than_to_guess():
     assert abs(np.mean([won for _, won, _ in env.finished[-2000:]]) - 0.25) < 0.04
 
 
+@pytest.mark.slow
 def test_where_nothing_is_to_remember_the_same_network_wins():
     """The flag of the question shows the cue in its place: the trainer and the adapter are not what fails
     above."""

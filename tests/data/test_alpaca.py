@@ -425,6 +425,7 @@ def test_from_start_to_before_end(server, start, end):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("timeframe", TIMEFRAMES)
 def test_timeframes(timeframe):
     made = {
@@ -706,6 +707,7 @@ def test_keys_appear_nowhere(server, monkeypatch, caplog, capfd, tmp_path):
         assert [t for t in texts if secret in t or repr(secret.encode()) in t or secret[4:] in t] == []
 
 
+@pytest.mark.slow
 def test_keys_appear_in_no_output_of_a_program(server, tmp_path):
     "A script that nobody guards, with all logs on, one run that works and one that fails."
     secrets = fake_keys()

@@ -127,6 +127,7 @@ def test_range_arithmetic_against_sets():
             )  # sorted, and none touches the next
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjustment", ["raw", "all"])
 def test_any_order_of_calls_asks_for_each_moment_once_and_ends_in_the_same_bytes(tmp_path, adjustment):
     bars, rng = (
@@ -199,6 +200,7 @@ def test_ranges_without_bars_are_asked_for_once(tmp_path):
     assert equity(tmp_path, vendor, "2023-01-06", "2023-01-17")[1]["requests"] == 0
 
 
+@pytest.mark.slow
 def test_long_histories_are_not_rewritten_with_every_request(tmp_path, monkeypatch):
     written, write = [], cache_files.atomic_write
     monkeypatch.setattr(
@@ -742,6 +744,7 @@ def run(script, folder, *args, symbols=("SIM-USD",), timeout=120):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_random_moments_the_files_are_those_of_an_undisturbed_run(tmp_path):
     "Three symbols, two years of quarter-hours."
     out = run(
@@ -819,6 +822,7 @@ def test_killed_at_twenty_random_moments_the_files_are_those_of_an_undisturbed_r
     ]
 
 
+@pytest.mark.slow
 def test_killed_before_every_line_that_writes(tmp_path):
     "At each line of the commit, of the atomic write and of the lock, in the first commit and in a later one."
     out = run(
@@ -897,6 +901,7 @@ def test_killed_before_every_line_that_writes(tmp_path):
     assert 0 < out["again"] < sum(out["lives"])  # some of the killed had the bars on disk already
 
 
+@pytest.mark.slow
 def test_two_processes_fill_one_cache_together(tmp_path):
     out = run(
         """
@@ -949,6 +954,7 @@ def test_two_processes_fill_one_cache_together(tmp_path):
     assert len(out["asked"]) == len(set(out["asked"])) == 15 and len(out["files"]) == 2
 
 
+@pytest.mark.slow
 def test_many_processes_and_many_locks(tmp_path):
     "Six at once, over and over: the lock's file comes and goes, and never are two of them in."
     out = run(
@@ -983,6 +989,7 @@ def test_many_processes_and_many_locks(tmp_path):
     assert len(out["files"]) == 2
 
 
+@pytest.mark.slow
 def test_a_process_waits_only_so_long_and_the_dead_hold_no_lock(tmp_path):
     out = run(
         """
@@ -1024,6 +1031,7 @@ def test_a_process_waits_only_so_long_and_the_dead_hold_no_lock(tmp_path):
     assert (out["other"], out["after"], out["files"]) == (1, 1, 4)
 
 
+@pytest.mark.slow
 def test_readers_are_never_in_the_way_of_a_writer_nor_misled_by_it(tmp_path):
     "Before each piece the writer waits until the reader has read twice, so that every state was read."
     out = run(
@@ -1114,6 +1122,7 @@ def test_a_lock_on_a_file_that_its_holder_has_removed_is_none(tmp_path, monkeypa
     assert refused == [f"{os.getpid()}\n"] and not lock.exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_old_cache_good(tmp_path):
     "A limit on the size of files stands for it: at nothing, before the parquet, and at the second manifest."
     out = run(
@@ -1168,6 +1177,7 @@ def test_a_full_disk_leaves_the_old_cache_good(tmp_path):
     assert (out["requests"], out["from cache"], out["bars"], out["files"]) == (1, 19 * 96, 24 * 96, 2)
 
 
+@pytest.mark.slow
 def test_a_read_only_folder_can_be_read_and_is_left_alone():
     with tempfile.TemporaryDirectory() as folder:  # pytest's own folders cannot be entered by another user
         os.chmod(folder, 0o755)

@@ -87,6 +87,7 @@ def test_resampling_equities_against_grouping_by_local_hour(to):
     assert len(resample_bars(minutes.iloc[:-1], "5Min", to, "equity")) == len(out) - 1
 
 
+@pytest.mark.slow
 def test_a_longer_bar_is_known_only_at_its_close():
     """Whatever the moment, the longer bars made of what is known then are those of the whole history that
     have closed."""
@@ -269,6 +270,7 @@ EXPLAINED = {  # bars that one side has alone -> why
 }
 
 
+@pytest.mark.slow
 def test_real_resampling_equals_the_files(real_bars_folder):
     """Every pair of timeframes of every symbol; prices exactly, volumes but for the order of summation; `-s`
     shows the table."""

@@ -44,6 +44,7 @@ def slow_gaps(present, every):
     return gaps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asset_class, timeframe, start, end",
     [
@@ -317,6 +318,7 @@ def test_real_files_have_their_known_defects_and_no_others(real_bars_folder, nam
     print(f"\n{name:24}", *(f"\n    {note}" for note in report["notes"]), end="")
 
 
+@pytest.mark.slow
 def test_feeds_planted_into_real_files_are_found(real_bars_folder):
     """Ten sessions' worth of hundredfold thinner volume, at twelve random places of four real files: both
     ends, to the day."""

@@ -77,6 +77,7 @@ def test_martingale_at_edge_zero(symbol, timeframe, span):
         assert abs(sample.mean()) < 3.5 * sample.std() / len(sample) ** 0.5
 
 
+@pytest.mark.slow
 def test_prices_are_a_martingale_over_whole_histories():
     """The mean over 3000 histories of last price over first is 1: simple returns, not logarithms, whose mean
     is negative."""
@@ -169,6 +170,7 @@ def test_stylised_facts(symbol, other, correlation):
     assert (bars.open.iloc[1:].to_numpy() != bars.close.iloc[:-1].to_numpy()).all()
 
 
+@pytest.mark.slow
 def test_scales():
     """About 0.3 % per quarter-hour in crypto, 0.25 % in equities, growing with the root of the bar's length;
     prices that a small account can buy."""
@@ -254,6 +256,7 @@ def test_simulated_bars_are_good_bars(symbol, timeframe):
         assert (bars.volume == bars.volume.round()).all()
 
 
+@pytest.mark.slow
 def test_same_seed_same_market_in_any_process():
     "Python's own hash differs from process to process; the market must not."
     code = """if True:
@@ -573,6 +576,7 @@ def test_the_same_test_catches_a_look_ahead_and_an_edge(symbol, recipe):
     assert max(scores(symbol, recipe, simple_strategies, edge=0.1).values()) > threshold(n)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symbol, recipe", MARKETS)
 def test_means_and_variance_ratios_at_many_horizons(symbol, recipe):
     "Simple returns over 1 to 960 bars have mean 0; variances add up."

@@ -431,6 +431,7 @@ def test_where_files_are_looked_for(tmp_path):
         load_bars("SPY", "1Day", "files", path=tmp_path / "torn.parquet")
 
 
+@pytest.mark.slow
 def test_all_real_files_load(real_bars_folder):
     files = sorted(real_bars_folder.glob("*/*/*.parquet"))
     assert len(files) >= 38

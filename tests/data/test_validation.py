@@ -528,6 +528,7 @@ def split(bars, day, ratio):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ratio, name",
     [

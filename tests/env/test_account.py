@@ -214,6 +214,7 @@ def compare_with_scalar(config, asset_class, seed, steps, n, root=torch_root, ra
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_every_variable_equals_the_slow_account_to_the_last_bit(asset_class):
     """15,000 random steps per asset class: broker's costs, gaps, stops, targets, empty markets, and bars at
@@ -300,6 +301,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 def test_accounts_under_different_rules_step_as_if_alone():
     """Crypto and equity, shorts and none, other stops, costs and sizes: every variable and every fill, to
     the last bit; and so does a settlement."""

@@ -646,6 +646,7 @@ def test_windows_are_those_of_the_builder(version, asset_class):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.6.0", "5.3.0"])
 def test_windows_of_real_bars_are_those_of_the_builder(real_bars_folder, version):
     "BTC-USDT on both sides of its gap, SPY over sessions and a half day."
@@ -1153,6 +1154,7 @@ def test_a_gap_does_not_outweigh_everything(preset):
     assert preset != "equity" or (np.abs(ordinary).max() < 10 and rewards[194].tolist() == [-10, 10])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("volume", [1e12, 2.0**53, 2.0**64, 1e25, 1e308])
 def test_one_absurd_volume_is_forgotten_with_its_window(volume):
     """Turnover before it and from five days after it on is to the last bit what it was, and finite in
@@ -1182,6 +1184,7 @@ def test_exploration_counts_the_last_sixty_four_actions():
     assert [share[t][1] for t in (0, 1, 7, 8, 63, 64, 139)] == [1, 1 / 2, 1, 2 / 9, 1, 1 / 8, 1 / 8]
 
 
+@pytest.mark.slow
 def test_a_restart_forgets_the_old_episode():
     """After each of several restarts the account's rewards are those of a fresh environment: neither recent
     actions nor moving averages survive, also where the ring of 64 comes around again."""
@@ -1304,6 +1307,7 @@ def test_a_saved_environment_remembers_its_cost_scale():
     assert bool((costs > 0).all()) and torch.equal(costs, other.step(buy)[4]["fills"].costs)
 
 
+@pytest.mark.slow
 def test_a_state_from_before_is_still_read():
     """Older states keep the recent actions in a ring that begins anywhere, and their counts beside them:
     the same trajectory, through restarts."""
@@ -1384,6 +1388,7 @@ def closest(plain, compiled, actions):
     return worst, restarts
 
 
+@pytest.mark.slow
 @needs_a_compiler
 def test_compiled_steps_are_the_plain_ones():
     """Shorts, stops, costs, account columns, restarts, another cost scale, and a saved state that goes from
@@ -1454,6 +1459,7 @@ def test_every_preset_is_the_same_compiled(preset, version, asset_class):
     assert worst < 1e-12 and restarts > 10_000
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_what_to_do(tmp_path):
     "In a process of its own, whose compiler does not exist; plain steps go on as ever."
     code = """

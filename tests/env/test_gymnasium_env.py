@@ -98,6 +98,7 @@ def arrays_in(thing):
 # what others say
 
 
+@pytest.mark.slow
 def test_it_is_made_by_name_alone_in_a_fresh_python_and_nothing_else_here_needs_gymnasium():
     code = """
         import sys, gymnasium as gym
@@ -190,6 +191,7 @@ def test_registered_environments_say_what_they_are():
         e.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "asset_class, timeframe",
     [("crypto", "1Min"), ("equity", "1Hour"), ("equity", "1Day"), ("crypto", "1Day")],
@@ -797,6 +799,7 @@ def test_actions_that_do_not_exist_are_one_clear_line(actions, words):
     assert words in refusal(envs.step, actions)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -928,6 +931,7 @@ def has_learned(model):
     )
 
 
+@pytest.mark.slow
 def test_ppo_of_stable_baselines_learns_on_the_registered_environment():
     from stable_baselines3 import PPO
 
@@ -974,6 +978,7 @@ def as_sb3(envs):
     return Adapter()
 
 
+@pytest.mark.slow
 def test_ppo_of_stable_baselines_learns_on_the_vector_environment():
     from stable_baselines3 import PPO
 

@@ -53,6 +53,7 @@ BUY_75, SELL_75, CLOSE = 3, 6, 7
 # one engine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_the_equity_of_environment_backtest_and_slow_account_is_one(asset_class):
     "Random actions of 1,024 accounts; a backtest and the slow account give the same bits at every bar."
@@ -129,6 +130,7 @@ def test_a_replay_of_many_is_many_slow_accounts(asset_class, version):
     assert sum(account.trades for account in slow) > 0
 
 
+@pytest.mark.slow
 def test_other_decisions_change_nothing_before_them():
     "Two lists that differ from the 60th decision on have one equity until then; so have two futures."
     first = random_list(119)
@@ -223,6 +225,7 @@ def test_a_bankrupt_account_stays_bankrupt():
 # the books
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_trades_and_costs_add_up_to_the_profit(asset_class):
     "Profits of trades are the net profit, their costs the costs, and counts agree with the account's."
@@ -403,6 +406,7 @@ def test_buy_and_hold_earns_nothing_in_a_gap():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asset_class,version", [("crypto", "5.6.0"), ("equity", "2.3.0")])
 def test_moving_average_cross_by_hand(asset_class, version):
     "Mean close of 20 bars above that of 100: the largest purchase; else out. By the slow account."
@@ -422,6 +426,7 @@ def test_moving_average_cross_by_hand(asset_class, version):
     assert slow.trades > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_the_oracle_earns_where_there_is_an_edge_and_rests_where_there_is_none(asset_class):
     "Edge 0.2 at low costs: more than buy-and-hold and than its own shifts in time; edge 0: not one order."
@@ -493,6 +498,7 @@ def test_shifted_copies_do_the_same_at_other_times():
     assert torch.equal(copies, shifted(actions, 300, 4)) and not torch.equal(copies, shifted(actions, 300, 5))
 
 
+@pytest.mark.slow
 def test_the_percentile_is_the_agents_place_among_its_shifts():
     "Counted by hand from walks of the shifted lists."
     result, actions = long_run("crypto")
@@ -509,6 +515,7 @@ def test_the_percentile_is_the_agents_place_among_its_shifts():
 # policies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asset_class", ["crypto", "equity"])
 def test_a_policy_that_sees_its_account_is_asked_with_its_account(asset_class):
     "Layout 5.3.0: a policy's backtest is that of the list of its actions in the environment."
@@ -566,6 +573,7 @@ def test_a_policy_without_its_account_is_asked_in_one_go():
     assert together.tolist() == small.tolist() == alone and len(set(alone)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.6.0", "5.3.0"])
 def test_a_recurrent_policy_remembers_from_bar_to_bar(version):
     "With and without an account in its sight: as in the environment; what it remembers matters."
@@ -600,6 +608,7 @@ def test_a_recurrent_policy_remembers_from_bar_to_bar(version):
     assert result.actions["action"].map(meanings).tolist() == actions != forgetful and len(set(actions)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.6.0", "5.3.0"])
 def test_a_checkpoint_brings_everything_that_its_backtest_needs(tmp_path, version):
     "Layout, window, fit, account and symbol come from the file; the result is the network's."
@@ -634,6 +643,7 @@ def test_a_checkpoint_brings_everything_that_its_backtest_needs(tmp_path, versio
 # many scenarios, many symbols: one replay
 
 
+@pytest.mark.slow
 def test_many_symbols_in_one_call_are_each_alone(monkeypatch):
     "Other markets, layouts, lists, policies, spans, and a gap: to the last bit what each gives by itself."
     trainer, seeing = small_trainer("crypto", "5.6.0"), small_trainer("equity", "5.3.0")
@@ -705,6 +715,7 @@ def test_many_symbols_in_one_call_are_each_alone(monkeypatch):
         assert together.metrics["orders"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asset_class,version", [("crypto", "5.6.0"), ("equity", "5.3.0")])
 def test_each_stress_is_a_backtest_of_its_own(asset_class, version):
     "From a run with those very costs and sizes; a policy that sees its account is asked for each of them."
@@ -743,6 +754,7 @@ def test_each_stress_is_a_backtest_of_its_own(asset_class, version):
     )
 
 
+@pytest.mark.slow
 def test_a_late_order_is_the_same_list_shifted():
     "One, two, three bars; what was decided before a gap is not carried over it."
     actions = random_list(198, 9)
@@ -988,6 +1000,7 @@ def test_figures_by_bar_stand_beside_those_by_trade():
 # misuse
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "misuse,words",
     [
@@ -1087,6 +1100,7 @@ def test_a_misuse_gets_one_line(misuse, words):
 # --- models of older systems ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version, n_actions", [("2.3.0", 3), ("2.6.0", 3), ("2.7.0", 7)])
 @pytest.mark.parametrize("names", ["", "_orig_mod.module."])
 @pytest.mark.filterwarnings("ignore")
@@ -1125,6 +1139,7 @@ def test_a_model_that_holds_weights_and_nothing_else_is_backtested(version, n_ac
         run_backtest(tmp_path / "old.pt", bars, timeframe="15Min", asset_class="crypto")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", ["5.6.0", "2.7.0"])  # all bars at once, or one after another
 def test_an_answer_that_is_not_finite_names_its_bar(version):
     bars = simulate_bars("SIM-USD", "15Min", "2023-01-01", "2023-02-10", seed=1, asset_class="crypto")

@@ -102,6 +102,7 @@ def test_equal_numbers_are_equal_parameters():
     )
 
 
+@pytest.mark.slow
 def test_lines_hold_eight_significant_digits_and_nothing_about_when_or_where(tmp_path, ledger):
     odd = trial(returns=[1 / 3, 2e-9 / 3, -1 / 7, 0.0, -0.0, 1e-12, 0.1 + 0.2, 1, 2, 3], sharpe_per_bar=1 / 3)
     assert ledgers.record_trials(ledger, [odd]) == 1
@@ -164,6 +165,7 @@ def test_what_is_not_a_trial_is_refused_in_one_line_and_nothing_is_written(ledge
     assert "\n" not in str(e.value) and not ledger.exists()
 
 
+@pytest.mark.slow
 def test_missing_fields_are_named(ledger):
     with pytest.raises(InputError, match="seed, update missing"):
         ledgers.record_trials(ledger, [{k: v for k, v in trial().items() if k not in ("seed", "update")}])
@@ -188,6 +190,7 @@ def test_symbols_name_files(tmp_path, symbol):
         ledgers.ledger_path(tmp_path, symbol)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_8_runs_with_5_checkpoints_counts_as_8_and_40(ledger):
     assert ledgers.record_trials(ledger, sweep()) == 40 and ledgers.record_trials(ledger, sweep()) == 0
     assert ledgers.ledger_summary(ledgers.read_trials(ledger)) == {
@@ -236,6 +239,7 @@ def test_the_seed_of_training_is_no_parameter_and_the_seed_of_the_data_is():
     ) == (3, 1, "checkpoint")
 
 
+@pytest.mark.slow
 def test_the_same_settings_with_other_outcomes_are_other_runs(ledger):
     "Thirty versions of a formula, tried one after the other: nobody said so but the outcomes."
 
@@ -310,6 +314,7 @@ def write_25(path, number, counts):
         counts.put(ledgers.record_trials(path, [t]))
 
 
+@pytest.mark.slow
 def test_eight_processes_at_once_lose_tear_and_double_nothing(ledger):
     counts = fork.SimpleQueue()
     processes = [fork.Process(target=write_25, args=(ledger, i, counts)) for i in range(8)]
@@ -336,6 +341,7 @@ def write_for_ever(path, number, base, begun):
             begun.put(True)
 
 
+@pytest.mark.slow
 def test_killed_writers_leave_a_ledger_that_can_be_read_and_added_to(ledger):
     generator, base = (
         random.Random(0),
@@ -497,6 +503,7 @@ def write_100(path, number):
         ledgers.record_trials(path, [trial(seed=number, update=i, days=[], returns=[])])
 
 
+@pytest.mark.slow
 def test_no_line_goes_to_a_file_that_is_no_longer_there(ledger):
     ledgers.record_trials(ledger, [trial(days=[], returns=[])])
     stop = fork.SimpleQueue()
@@ -557,6 +564,7 @@ def test_a_ledger_that_could_not_take_a_trainings_trials_is_found_before_it(tmp_
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_found_before_a_training(tmp_path, ledger):
     ledgers.record_trials(ledger, [trial()])
     script = (
@@ -697,6 +705,7 @@ print(*told)
 """
 
 
+@pytest.mark.slow
 def test_a_long_ledger_is_added_to_without_reading_what_it_says(tmp_path, ledger):
     "20,000 lines, 80 MB: seconds of this process alone, and MB beyond what the modules take."
     ledger.parent.mkdir()

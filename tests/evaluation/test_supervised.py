@@ -131,6 +131,7 @@ def same(a: SupervisedBaseline, b: SupervisedBaseline, market, bars):
 # what it sees and what it predicts
 
 
+@pytest.mark.slow
 def test_target_is_the_return_from_the_next_open_in_units_of_volatility():
     market = market_of("SIM-USD", 0.0)
     prices, volatility = market.prices.copy(), market.volatility.copy()
@@ -185,6 +186,7 @@ def test_lags_are_earlier_bars_of_the_windowed_columns(version):
     )  # only what lies in the agent's window
 
 
+@pytest.mark.slow
 def test_targets_stop_before_gaps_span_ends_and_orders_that_cannot_fill():
     "Everything that a fit may not read is broken: not a number comes of it, and the fit is the same."
     market, spans = market_of("SIMA", 0.0), spans_of("SIMA")
@@ -220,6 +222,7 @@ def test_targets_stop_before_gaps_span_ends_and_orders_that_cannot_fill():
 # the learners and their figures
 
 
+@pytest.mark.slow
 def test_ridge_is_least_squares_with_rows_for_the_penalty():
     market, probe = market_of("SIM-USD", 0.2), probe_of("SIM-USD", 0.2, "ridge", BROKER)
     bounded = market.span(*spans_of("SIM-USD")["train"])
@@ -244,6 +247,7 @@ def test_ridge_is_least_squares_with_rows_for_the_penalty():
     )  # whoever asks for fewer gets the same
 
 
+@pytest.mark.slow
 def test_the_penalty_and_the_trees_are_the_best_on_the_validation_span():
     from sklearn.ensemble import HistGradientBoostingRegressor
     from sklearn.linear_model import Ridge
@@ -288,6 +292,7 @@ def test_the_penalty_and_the_trees_are_the_best_on_the_validation_span():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROBES)
 def test_figures_agree_with_independent_ones(kind):
     from scipy.stats import spearmanr
@@ -364,6 +369,7 @@ def oracle_profit(symbol, edge):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROBES)
 @pytest.mark.parametrize("symbol", DATES)
 def test_a_planted_edge_is_found_in_bars_never_seen(symbol, kind):
@@ -399,6 +405,7 @@ def test_a_martingale_holds_nothing(symbol, seed):
     assert not probe_actions(probe, test, bars).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROBES)
 def test_a_leak_is_exploited_without_measure(kind):
     """The probe can fail the other way.
@@ -431,6 +438,7 @@ def changed_after(cut):
     return made(bars, "SIM-USD", simulated("SIM-USD", 0.3)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROBES)
 def test_later_bars_change_neither_the_fit_nor_earlier_actions(kind):
     spans, market, probe = (
@@ -454,6 +462,7 @@ def test_later_bars_change_neither_the_fit_nor_earlier_actions(kind):
     assert torch.equal(now[:n], actions[:n]) and not torch.equal(now, actions) and bool(actions[:n].any())
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_probe():
     market, spans = market_of("SIM-USD", 0.2), spans_of("SIM-USD")
     for kind in PROBES:
@@ -465,6 +474,7 @@ def test_the_same_seed_gives_the_same_probe():
         )
 
 
+@pytest.mark.slow
 def test_a_long_history_is_thinned_evenly(monkeypatch):
     market, spans = market_of("SIM-USD", 0.2), spans_of("SIM-USD")
     monkeypatch.setattr("trading_lib.evaluation.supervised._ROWS", 3000)
@@ -483,6 +493,7 @@ def test_a_long_history_is_thinned_evenly(monkeypatch):
 CASES = [("SIM-USD", "5.6.0"), ("SIM-USD", "2.3.0"), ("SIMA", "5.6.0"), ("SIMA", "2.7.0"), ("SIMA", "2.3.0")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symbol, version", CASES)
 def test_actions_are_the_rule_applied_to_the_environments_own_account(symbol, version):
     asset_class, history = DATES[symbol][0], simulated(symbol, 0.3)[0].iloc[-4000:]
@@ -525,6 +536,7 @@ def test_actions_are_the_rule_applied_to_the_environments_own_account(symbol, ve
     )  # shorts in equities only, and no order crosses zero
 
 
+@pytest.mark.slow
 def test_no_shorts_where_the_account_says_so():
     long_only = replace(FREE, allow_short=False)
     test, bars = span_for_test("SIMA", 0.3)
@@ -533,6 +545,7 @@ def test_no_shorts_where_the_account_says_so():
     assert min(float(after.quantity) for _, _, _, after in environment_walk(test, long_only, actions)[0]) == 0
 
 
+@pytest.mark.slow
 def test_a_gap_is_crossed_flat():
     "What follows a gap is decided from a flat account: there is nothing to close."
     test, bars = span_for_test("SIM-USD", 0.3)
@@ -549,6 +562,7 @@ def test_a_gap_is_crossed_flat():
     )
 
 
+@pytest.mark.slow
 def test_each_candidates_profit_is_that_of_the_environments_account():
     market, spans = market_of("SIM-USD", 0.3), spans_of("SIM-USD")
     probe = probe_of("SIM-USD", 0.3, "ridge", BROKER)
@@ -576,6 +590,7 @@ def test_each_candidates_profit_is_that_of_the_environments_account():
     )
 
 
+@pytest.mark.slow
 def test_a_probe_trades_if_it_can_foretell_and_if_that_pays():
     from scipy.stats import spearmanr
 
@@ -648,6 +663,7 @@ def test_a_probe_serves_its_own_kind_of_market_only():
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asset_class, symbol", [("crypto", "BTC-USDT"), ("equity", "AAPL")])
 def test_real_bars(real_bars_folder, asset_class, symbol):
     bars, _ = validate_bars(

@@ -395,6 +395,7 @@ def test_paths_use_every_tested_block_once(blocks, tested):
 # running
 
 
+@pytest.mark.slow
 def test_a_fold_is_a_direct_backtest_to_the_last_bit():
     """Every fold of a fixed model, through the whole history at once, with another account than it was
     trained with.
@@ -450,6 +451,7 @@ def test_a_fold_is_a_direct_backtest_to_the_last_bit():
         ) and row["bars"] == fold.test[1] - fold.test[0]
 
 
+@pytest.mark.slow
 def test_a_retrained_agent_is_trained_and_tested_fold_by_fold():
     """A real, very short training for each fold; each fold is the direct backtest of that fold's own
     model, and the account starts afresh.
@@ -493,6 +495,7 @@ def test_a_retrained_agent_is_trained_and_tested_fold_by_fold():
     )
 
 
+@pytest.mark.slow
 def test_train_is_given_nothing_from_after_validation():
     """Bars after each fold's validation multiplied by noise.
 
@@ -539,6 +542,7 @@ def test_a_rolling_fold_is_fitted_on_its_own_span():
 # who has seen what
 
 
+@pytest.mark.slow
 def test_a_model_that_has_seen_a_test_is_refused_by_name(tmp_path):
     """By the span of its fit, as content, from a file, from the past's future, or by what it says about
     validation.
@@ -574,6 +578,7 @@ def test_a_model_that_has_seen_a_test_is_refused_by_name(tmp_path):
         walk(FOLDS[2:], models=model((0, 1881), 1900))
 
 
+@pytest.mark.slow
 def test_what_is_not_recorded_is_said():
     """A model from a longer history than it was fitted on may have been chosen on the test; one that
     says nothing may have seen anything.
@@ -607,6 +612,7 @@ def test_what_is_not_recorded_is_said():
     assert elsewhere.notes == ["model 1: was trained on SIM-USD, and is tested on OTHER-USD."]
 
 
+@pytest.mark.slow
 def test_a_train_that_returns_a_model_from_elsewhere_is_found_out():
     with pytest.raises(InputError, match="train gave for fold 1: was trained or chosen"):
         walk(train=lambda market, fold: model((0, 2100), 2180))
@@ -630,6 +636,7 @@ def test_a_train_that_returns_a_model_from_elsewhere_is_found_out():
         walk(SHORT[:1], train=lambda market, fold: told)
 
 
+@pytest.mark.slow
 def test_models_of_train_say_what_they_have_seen(tmp_path):
     "Kept models carry the spans of their fold, and are refused over earlier ones."
     walk(SHORT, train=untrained, folder=tmp_path, train_settings={})
@@ -657,6 +664,7 @@ def test_chaining_by_hand():
     assert chain_curves([[1000, 500], [1000, -10], [1000, 9000]]).tolist() == [1000, 500, 500, -5, 0, 0]
 
 
+@pytest.mark.slow
 def test_the_chained_curve_and_its_figures():
     "Product of the folds' returns; one point a bar; figures from pandas and numpy."
     result = retrained()
@@ -798,6 +806,7 @@ def test_one_fold_that_is_a_smoke_test_is_enough():
     )
 
 
+@pytest.mark.slow
 def test_bounds_that_say_nothing_are_not_written():
     """Twenty bars of large noise: a year of them might end anywhere.
 
@@ -817,6 +826,7 @@ def test_bounds_that_say_nothing_are_not_written():
         )
 
 
+@pytest.mark.slow
 def test_each_fold_is_beside_what_needs_no_agent(tmp_path):
     """The moving-average cross as in a backtest of the fold; ridge regression and boosting where they
     are asked for, on the fold's own spans; who did better is named; and the page shows it all, escaped.
@@ -888,6 +898,7 @@ def test_an_agent_that_does_nothing():
     )
 
 
+@pytest.mark.slow
 def test_a_batch_has_a_row_for_each_model_and_fold(tmp_path):
     """From files and from memory; each model's part is what it is alone; nothing is averaged over
     models, and nothing speaks for all of them.
@@ -984,6 +995,7 @@ def killed(folder):
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_missing_folds(tmp_path):
     "SIGKILL in the second of three trainings, in a process of its own; then the same call, here."
     done = subprocess.run(
@@ -1021,6 +1033,7 @@ def test_a_killed_run_goes_on_with_the_missing_folds(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_fold_that_was_trained_but_not_tested_is_not_trained_again(tmp_path):
     walk(SHORT, train=counting([]), folder=tmp_path, train_settings={})
     next(tmp_path.glob("fold_02_*.json")).unlink()
@@ -1036,6 +1049,7 @@ def test_a_fold_that_was_trained_but_not_tested_is_not_trained_again(tmp_path):
     assert whole() and calls == [], "a result under another's name is not taken for it"
 
 
+@pytest.mark.slow
 def test_another_input_is_not_mistaken_for_the_old_one(tmp_path):
     """Settings of train, account, seeds, name, truth, one volume of one bar, a span.
 
@@ -1068,6 +1082,7 @@ def test_another_input_is_not_mistaken_for_the_old_one(tmp_path):
     assert again() == [], "and the first is still there"
 
 
+@pytest.mark.slow
 def test_kept_results_of_fixed_models_know_their_model(tmp_path):
     "The same weights from memory and from a file are one model; other weights, another fit are not."
     walk(SHORT, models={"m": model()}, folder=tmp_path)
@@ -1171,6 +1186,7 @@ def test_all_folds_are_fitted_before_the_first_is_trained():
 # what is left behind
 
 
+@pytest.mark.slow
 def test_artefacts(tmp_path):
     "Four files, the same bytes each time; the page stands alone and says what the bars are."
     result = retrained()

@@ -355,6 +355,7 @@ def context_of(bars, timeframe, asset_class):
     return feature_table(bars, "5.6.0", fit, timeframe, asset_class)[list(BLOCKS["hourly_context"].columns)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "timeframe, asset_class, start, end",
     [
@@ -479,6 +480,7 @@ def test_no_lookahead_on_real_bars(real_bars_folder, path, timeframe, asset_clas
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", MARKET_BLOCKS)
 def test_a_planted_shift_is_caught_in_every_block(block, monkeypatch):
     version = next(v for v in DISTINCT if block in LAYOUTS[v].blocks)
@@ -515,6 +517,7 @@ def tail_difference(bars, version, fit, timeframe, asset_class, ends):
     return pd.DataFrame(rows).abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path, timeframe, asset_class",
     [
@@ -702,6 +705,7 @@ def test_a_long_halt_ends_neutral_and_without_a_jump_to_oversold():
     )
 
 
+@pytest.mark.slow
 def test_a_halt_is_low_volatility_on_real_bars(real_bars_folder):
     for path, asset_class in (
         ("BTC-USDT", "crypto"),

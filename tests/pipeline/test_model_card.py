@@ -461,6 +461,7 @@ def literal(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", HOSTILE)
 def test_text_from_elsewhere_is_shown_and_does_nothing(content, text):
     def shape(card):

@@ -475,6 +475,7 @@ def survived(folder: Path, kills: int, how: str) -> tuple[int, int]:
     return tuple(map(int, result.stdout.split()))
 
 
+@pytest.mark.slow
 def test_a_kill_during_a_save_leaves_a_good_file(tmp_path):
     good, saves = survived(tmp_path, 12, "ours")
     assert good == 12 and saves > 0

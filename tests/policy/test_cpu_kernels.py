@@ -278,6 +278,7 @@ def test_this_machine_has_them_where_it_has_a_compiler():
     assert cpu_kernels.available() or not any(map(shutil.which, cpp_library._COMPILERS))
 
 
+@pytest.mark.slow
 @needs_them
 def test_it_is_compiled_once_and_lies_in_the_cache_whole(tmp_path):
     "By a compiler that counts its calls; two processes at once both find it."
@@ -296,6 +297,7 @@ def test_it_is_compiled_once_and_lies_in_the_cache_whole(tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "compiler, why", [("/nonexistent", "no C++ compiler was found"), ("false", "ended with status 1")]
 )
@@ -304,18 +306,21 @@ def test_without_a_compiler_that_works_the_layers_are_torchs(tmp_path, compiler,
     assert available == "False" and why in missing and missing in slower and float(total) == 2400.0
 
 
+@pytest.mark.slow
 def test_another_cpu_has_none_and_says_nothing(tmp_path):
     assert tells(tmp_path, ATEN_CPU_CAPABILITY="avx2") == ["False", "None", "None", "2400.0"] and not any(
         tmp_path.iterdir()
     )
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
     (tmp_path / "file").write_text("")
     available, missing, slower, total = tells(tmp_path / "file")
     assert available == "False" and "NotADirectoryError" in missing and float(total) == 2400.0
 
 
+@pytest.mark.slow
 def test_a_cache_that_others_can_write_is_not_trusted(tmp_path):
     "Or somebody else's code would run in its place."
     folder = tmp_path / "trading_lib"
@@ -331,6 +336,7 @@ def test_a_cache_that_others_can_write_is_not_trusted(tmp_path):
     )
 
 
+@pytest.mark.slow
 @needs_them
 def test_a_damaged_library_is_made_anew(tmp_path):
     assert tells(tmp_path)[0] == "True"
@@ -340,6 +346,7 @@ def test_a_damaged_library_is_made_anew(tmp_path):
     assert tells(tmp_path) == ["True", "None", "None", "2400.0"] and path.stat().st_size == whole
 
 
+@pytest.mark.slow
 @needs_them
 def test_a_compiler_may_be_a_command_with_arguments(tmp_path):
     assert tells(tmp_path, CXX=f"{cpp_library._compiler()[0]} -g0")[0] == "True"
@@ -387,6 +394,7 @@ COMPILERS = {
 }
 
 
+@pytest.mark.slow
 @needs_them
 @pytest.mark.parametrize("name", COMPILERS)
 def test_what_a_compiler_makes_is_compared_before_it_is_kept(name, tmp_path, monkeypatch):
@@ -395,6 +403,7 @@ def test_what_a_compiler_makes_is_compared_before_it_is_kept(name, tmp_path, mon
     assert not any((tmp_path / "cache" / "trading_lib").iterdir())
 
 
+@pytest.mark.slow
 @needs_them
 def test_a_compiler_that_is_repaired_or_replaced_compiles_anew(tmp_path, monkeypatch):
     "And what it made lies under a name of its own: for each compiler file, and for each kind of CPU."
@@ -743,6 +752,7 @@ def test_losses_of_several_networks_are_each_its_own(monkeypatch, compiled):
         assert all(torch.allclose(of_all[k], one, atol=1e-7) for of_all, one in zip(gradients, found))
 
 
+@pytest.mark.slow
 @needs_them
 @pytest.mark.parametrize("settings", [dict(), dict(value_clip_range=0.1, entropy_coefficient=0.1)])
 def test_training_by_it_is_training_by_the_plain_one(monkeypatch, settings):

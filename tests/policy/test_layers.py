@@ -195,6 +195,7 @@ def sample_by_sample(epochs, data, n):
         yield [Minibatch(batch.samples) for batch in epoch]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -256,6 +257,7 @@ def test_a_look_up_is_a_selection(shape):
     assert torch.equal(*found) and bool(found[0].any())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 500, 1999, 2000, 5000])
 def test_whole_groups_stay_together(size):
     """2,000 samples of 300 groups, a third of which has none.
@@ -315,6 +317,7 @@ print(int(known), given_back, faults())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not GNU's")
 def test_pages_are_not_fetched_again():
     "40 MB twenty times over: 10,000 pages of 4 kB each time, or a twentieth of that where pages are large."
@@ -362,6 +365,7 @@ class Rows(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

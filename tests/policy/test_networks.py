@@ -340,6 +340,7 @@ def dense_run(version, shared):
     return train_dense(case(version, shared))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "version, shared, fused",
     [
@@ -776,6 +777,7 @@ def test_a_checkpoint_weighs_what_was_estimated(tmp_path, folds, shared):
     )
 
 
+@pytest.mark.slow
 def test_the_estimate_holds_for_twenty_random_shapes(tmp_path, capsys):
     "Count exact, file within 5 %, over layouts, depths and widths."
     random, worst = np.random.default_rng(0), 0.0

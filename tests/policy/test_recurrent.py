@@ -608,6 +608,7 @@ def test_inputs_scaled_once_are_the_inputs_scaled_at_every_gather():
     assert torch.equal(m.dense.inputs(Obs(None, m.windows[0]), None), m.windows[0])
 
 
+@pytest.mark.slow
 def test_folded_training_is_that_of_the_dense_network():
     """50 steps of Adam on whole sequences with clipping, against plain torch on plain windows.
 

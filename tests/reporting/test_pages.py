@@ -84,6 +84,7 @@ def scripted(**rows):
     )
 
 
+@pytest.mark.slow
 def test_a_verdict_that_turns_when_costs_double_says_so():
     "And one that does not turn says nothing; that it would be better without costs is no news."
     assert judge_stress(scripted(no_costs={"profit_factor": 9.0})) == (
@@ -300,6 +301,7 @@ def test_intervals_that_say_nothing_are_not_written(no_pictures):
     assert "31.25" not in render_report(wide)
 
 
+@pytest.mark.slow
 def test_text_from_outside_stays_text():
     """Of checkpoints, ledgers, files and verdicts.
 
@@ -358,6 +360,7 @@ def test_an_earlier_checkpoint_that_was_fitter_is_named():
     assert any("'update 5' is the better checkpoint" in flag for flag in said["flags"])
 
 
+@pytest.mark.slow
 def test_no_gate_is_passed_on_bars_that_training_saw():
     """Figures that are APPROVED on unseen bars, and where it is not known, are DROP where the model was
     trained or chosen on them; under every stress as well.
@@ -408,6 +411,7 @@ def outside_references(page):
     ] + re.findall(r"<script|<iframe|<link|https?://", page)
 
 
+@pytest.mark.slow
 def test_the_report_stands_alone_and_says_on_what(tmp_path):
     """Simulated or real, verdict, span, fingerprint, figures, stress and capacity are in one page that
     fetches nothing; the other files hold the same numbers.
@@ -460,6 +464,7 @@ def test_the_report_stands_alone_and_says_on_what(tmp_path):
     assert render_report(read_backtest(tmp_path)) == page, "the page is made of what is kept"
 
 
+@pytest.mark.slow
 def test_a_report_on_real_bars_says_so():
     "It never calls them simulated; a martingale is called one; what nobody knows is said."
     short = backtest(actions=random_list(59), start=FITTED, stop=FITTED + 60)

@@ -289,6 +289,7 @@ def test_a_deploy_zip_comes_back_and_any_zip_program_can_check_it(deploy, model,
         assert words in text
 
 
+@pytest.mark.slow
 def test_equal_inputs_give_equal_bytes_anywhere(tmp_path, deploy, model, files):
     for path in (model, *files.values()):
         os.utime(path, (1, 1)), path.chmod(0o600)

@@ -221,6 +221,7 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_a_misuse_gets_one_line(project, use):
     act, expected_status, words = USES[use]

@@ -468,6 +468,7 @@ USES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", USES)
 def test_a_misuse_gets_one_line(project, use):
     act, expected_status, words = USES[use]

@@ -453,6 +453,7 @@ def test_commands_run_the_clones_own_code(origin):
     )
 
 
+@pytest.mark.slow
 def test_repro_runs_three_stages_for_each_symbol(job):
     tree, said, *_ = job("first")
     for symbol in SYMBOLS:

@@ -267,6 +267,7 @@ def in_bare_site(site: Path, folder: Path, script: str, *arguments) -> subproces
     )
 
 
+@pytest.mark.slow
 def test_the_trainer_can_be_imported_where_only_torch_and_numpy_are(bare_site, tmp_path):
     done = in_bare_site(bare_site, tmp_path, "import trading_lib.trainer")
     assert done.returncode == 0, done.stderr
@@ -276,6 +277,7 @@ def test_the_trainer_can_be_imported_where_only_torch_and_numpy_are(bare_site, t
     assert missing.returncode != 0 and "No module named 'pandas'" in missing.stderr
 
 
+@pytest.mark.slow
 def test_training_and_saving_need_torch_and_numpy_only(bare_site, tmp_path):
     from trading_lib.env import market_data, split_bounds
     from trading_lib.features import fit_features
@@ -329,6 +331,7 @@ def contents(folder: Path, pattern: str) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_exported_code_and_clean_notebooks_are_what_the_tools_write(tmp_path):
     for name in ("nbs", "trading_lib"):
         shutil.copytree(
@@ -495,6 +498,7 @@ def test_what_a_stage_declares_covers_what_it_imports(stage):
     assert uncovered(stage, deps) == set()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train", "walk_forward", "seeds"])
 def test_each_dependency_of_a_training_is_needed_and_its_absence_is_noticed(stage):
     deps = declared(stage, "deps")
@@ -745,6 +749,7 @@ def secrets_in(text: str) -> list[str]:
     return [m[0] for pattern in _SECRETS for m in re.finditer(pattern, text)]
 
 
+@pytest.mark.slow
 def test_no_secrets(tracked):
     planted = [
         "PK" + "A1B2C3D4E5F6G7H8I9",
@@ -1019,6 +1024,7 @@ def test_the_hook_knows_the_stages():
     ) == set(STAGES)
 
 
+@pytest.mark.slow
 def test_make_lab_uses_the_hook():
     recipe = re.search(r"(?m)^lab:.*\n((?:\t.*\n)+)", MAKEFILE)[1]
     assert 'JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter"' in recipe

@@ -470,6 +470,7 @@ def ends_as(project: Project, whole: Project):
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_and_terminated_command_goes_on_to_the_same_bytes(whole, stopped, tmp_path):
     "A real SIGINT; `--resume` in a new process, which gets a real SIGTERM; `--resume` again."
     first, left = is_left_to_go_on_from(*stopped, "SIGINT", []), stopped[0].copied(tmp_path / "left")
@@ -573,6 +574,7 @@ def test_ctrl_c_at_a_terminal(project, whole, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_quits_at_once_and_checkpoints_stay(project, tmp_path):
     "In the middle of a rollout of 800 steps; the ledger knows what the first one showed."
     left = project.copied(tmp_path / "left")
@@ -608,6 +610,7 @@ def flipped(data: bytes, place: float) -> bytes:
     return data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage, words",
     [
@@ -661,6 +664,7 @@ def test_a_checkpoint_of_another_network_starts_fresh_with_a_message_that_names_
     )
 
 
+@pytest.mark.slow
 def test_a_fresh_start_puts_an_unfinished_run_aside(project, stopped, tmp_path):
     "Twice; each gets a folder of its own, and the fresh run is that of an empty project."
     left, empty = stopped[0].copied(tmp_path / "left"), project.copied(tmp_path / "empty")
@@ -816,6 +820,7 @@ def test_a_file_that_cannot_be_gone_on_from_is_one_line_and_changes_nothing(stop
     print(f"\n{name:30} {error.strip()}")
 
 
+@pytest.mark.slow
 def test_a_given_checkpoint_is_gone_on_from(whole, stopped, tmp_path):
     "An older one than the newest, by name."
     left = stopped[0].copied(tmp_path / "left")
@@ -901,6 +906,7 @@ def test_another_run_is_not_gone_on_from(ran):
     assert resume(other) is False and "other bars" in said[1] and len(said) == 2
 
 
+@pytest.mark.slow
 def test_a_run_can_be_gone_on_with_from_another_folder(project, whole, stopped, tmp_path):
     "Such as one that a fresh start has put aside: its best policy lies beside it."
     left = stopped[0].copied(tmp_path / "left")
@@ -911,6 +917,7 @@ def test_a_run_can_be_gone_on_with_from_another_folder(project, whole, stopped, 
     ends_as(left, whole)
 
 
+@pytest.mark.slow
 def test_the_best_policy_can_be_gone_on_from(project, tmp_path):
     """It is the state after its update: the rest of the run follows again. Of a seed whose best policy is
     not its last."""
@@ -940,6 +947,7 @@ def test_the_end_of_a_run_is_nothing_to_go_on_from(project, whole, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_duration_of_the_command_line_comes_before_those_of_params_yaml(project, tmp_path):
     left = project.copied(tmp_path / "left")
     left.edit(total_timesteps=8 * 32 * 5, iterations=None)
@@ -956,6 +964,7 @@ def test_lines_come_through_a_pipe_as_they_are_said():
         assert log.read() == b"a line\n"
 
 
+@pytest.mark.slow
 def test_a_damaged_best_policy_is_said_and_looked_for_anew(whole, stopped, tmp_path):
     left = stopped[0].copied(tmp_path / "left")
     best = RunFolder(left.runs)._best_path(load_checkpoint(interrupted_files(left)[0])["best_update"])
@@ -972,6 +981,7 @@ def test_a_damaged_best_policy_is_said_and_looked_for_anew(whole, stopped, tmp_p
     )["update"] > int(best.stem[-6:])
 
 
+@pytest.mark.slow
 def test_a_step_back_puts_aside_what_came_after(tmp_path):
     "Else the next resume would take the course that was left for the newest."
     first, said = trainer_in(tmp_path / "runs", 0, **KINDS["mlp"]), []

@@ -137,6 +137,7 @@ def test_a_rollout_on_paper():
     assert rollout_bytes(64, 128, sample_fields(64, 16)) == 64 * 128 * 341 * 1.5 == 4_190_208
 
 
+@pytest.mark.slow
 def test_the_operating_system_hands_out_what_was_predicted():
     """Pages that are written are resident: 150 MB of whole windows, in a process that keeps nothing of what
     others freed in it."""
@@ -218,6 +219,7 @@ def peak_of_a_step(policy, evaluate, samples, inputs):
     return measured.peak
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "inputs, hidden_dims, shared_trunk",
     [
@@ -274,6 +276,7 @@ print(int(compiled), status("VmHWM") - before - data)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not forget a memory peak"
 )
@@ -308,6 +311,7 @@ def test_compiled_layers_take_no_more(inputs, hidden_dims):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inputs, width, layers", [(64, 256, 2), (64, 128, 1), (355, 128, 2)])
 def test_activations_of_a_recurrent_minibatch_are_within_the_estimate(inputs, width, layers):
     steps, accounts = 32, 64

@@ -246,6 +246,7 @@ def test_critic_epochs_change_the_value_head_and_nothing_else():
         assert all(p.requires_grad for p in trainer.policy.parameters())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_optimizer_goes_on_with_two_and_back():
     "All moments and all step counts, bit for bit; what comes back goes on as if it had never been away."
     one = trading_trainer(7)
@@ -361,6 +362,7 @@ def test_a_run_ends_early_at_a_drawdown_when_no_recovery_is_left(recovery, last)
     assert len(again.train()) == last and again.recoveries == 3 * recovery  # … and its checkpoint says so
 
 
+@pytest.mark.slow
 def test_patience_counts_validations_without_a_better_score():
     trainer, said = judged(
         sharpes=[1.0, 2.0, 1.5, 2.0, 1.9, 9.0], patience=3
@@ -494,6 +496,7 @@ def test_an_overflow_in_fp16_is_no_step_and_a_smaller_scale(settings):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -600,6 +603,7 @@ def compiled(folder, compile, **environment):
     return torch.load(out)
 
 
+@pytest.mark.slow
 def test_without_a_compiler_training_goes_on_and_says_so_in_one_line(tmp_path):
     found, said = compiled(tmp_path, True, CXX="/nonexistent")
     plain = plain_trainer(total_timesteps=96 * 3)
@@ -725,6 +729,7 @@ def replayed(policy, rollout, state, accounts):
     return torch.stack(logits).flatten(0, 1), torch.stack(values).flatten(), state
 
 
+@pytest.mark.slow
 def test_recurrent_updates_are_those_of_a_plain_reimplementation():
     """Two joint epochs and four of the critic, in three updates; states are taken along from one rollout
     into the next."""
@@ -829,6 +834,7 @@ class Recall:
         return obs, reward, asked, torch.zeros_like(asked), {"final_obs": obs}
 
 
+@pytest.mark.slow
 def test_a_task_that_needs_memory_is_learned_with_one_and_not_without():
     "A guess is right half of the time: 0.125 a step; 0.25 is the best there is."
     last = {}
@@ -853,6 +859,7 @@ def test_a_task_that_needs_memory_is_learned_with_one_and_not_without():
     assert last["gru"] > 0.23 and abs(last["mlp"] - 0.125) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [dict(), dict(separate_optimizers=True)])
 def test_a_recurrent_run_is_resumed_bit_for_bit(settings, tmp_path):
     def make():

@@ -521,6 +521,7 @@ def is_caught_saving(child: int, is_half_written) -> bool:
     return caught
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_at_any_moment_leaves_a_run_to_go_on_from(tmp_path):
     run, generator, safe, torn = RunFolder(tmp_path), random.Random(0), 0, 0
@@ -579,6 +580,7 @@ def copied(run: RunFolder, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("start, until", [(0, 2), (6, 7)])
 def test_kill_before_every_single_file_operation(tmp_path, start, until):
@@ -604,6 +606,7 @@ def test_kill_before_every_single_file_operation(tmp_path, start, until):
     print(f"{killed} places to die")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kill_while_tidying_up_leaves_something_whole_or_nothing(tmp_path):
     source, n, left = RunFolder(tmp_path / "source"), 1, []

@@ -303,6 +303,7 @@ class Endless:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends, expected", [(False, 10.0), (True, (1 + 1.9 + 2.71 + 3.439) / 4)])
 def test_values_see_past_a_truncation_and_not_past_an_end(ends, expected):
     """With gamma 0.9 an endless reward of 1 is worth 1 / (1 - 0.9); four steps at a random moment are worth
@@ -507,6 +508,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "seed, settings", [(0, {}), (1, dict(shared_trunk=False)), (2, dict(version="2.7.0"))]
 )
@@ -614,6 +616,7 @@ def test_a_run_can_be_resumed_before_its_first_update(tmp_path):
     assert same(everything(whole), everything(second))
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_the_best_policy(tmp_path):
     "Otherwise the first validation after a resume is always the best so far, and the better policy is lost."
     validation = market().span(5500, 6500)
@@ -724,6 +727,7 @@ def test_another_number_of_accounts_is_refused(tmp_path):
 # --- running ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_counters_budget_and_rows():
     lines, trainer = [], plain_trainer(total_timesteps=96 * 3 + 1)  # a partial update is made whole
     trainer.progress = LineProgress(lines.append)
@@ -912,6 +916,7 @@ def walks(history, start, stop, config, policy):
     )
 
 
+@pytest.mark.slow
 def test_a_validation_equals_independent_walks_chained_in_time():
     "Across a gap in the history and with runs of unequal length, after costs."
     history, config, (start, stop) = gapped(), GPUEnvConfig(reward_preset="equity"), (4500, 6700)
@@ -956,6 +961,7 @@ class Seller:
         return F.one_hot(torch.full_like(x, 6), 8).float(), torch.zeros(len(x)), state
 
 
+@pytest.mark.slow
 def test_nobody_comes_back_from_bankruptcy_in_a_validation():
     """Prices rise to 3.5 times over a bar and a short account owes more than it has: the run is over, as in
     a walk; the next ones have nothing to go on with."""
@@ -1025,6 +1031,7 @@ def test_runs_cover_every_decision_once_and_cross_no_gap():
     assert len(runs_through(env, None)[0]) == 2
 
 
+@pytest.mark.slow
 def test_validation_always_pays_full_costs():
     "While the training environment still trades for a part of them."
     trainer = trading_trainer(0, market().span(5500, 6500), cost_warm_up=1.0, validation_interval=1)
@@ -1046,6 +1053,7 @@ def test_validation_always_pays_full_costs():
     assert own == fresh and free["return"] > own["return"] + 0.001
 
 
+@pytest.mark.slow
 def test_the_best_policy_by_validation_score_is_kept():
     trainer, kept = (
         trading_trainer(0, market().span(5500, 6500), validation_interval=1, total_timesteps=8 * 16 * 5),
@@ -1075,6 +1083,7 @@ def test_the_best_policy_by_validation_score_is_kept():
     )
 
 
+@pytest.mark.slow
 def test_validation_comes_at_its_interval_and_at_the_end():
     trainer = trading_trainer(
         0, market().span(5500, 6500), validation_interval=2, total_timesteps=8 * 16 * 5, n_epochs=1
@@ -1125,6 +1134,7 @@ def signalled(informative, bars=3000, window=5):
     ), up
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("informative", [True, False])
 def test_a_signal_is_learned_and_noise_is_not(informative):
     """On bars never seen: what an oracle earns that buys before each rise and closes before each fall, at
@@ -1207,6 +1217,7 @@ class CartPole:
         return self.state, torch.ones(self.n_envs), terminated, done & ~terminated, {"final_obs": after}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bootstrap", [True, False])
 def test_cartpole_is_balanced_and_its_value_sees_past_the_time_limit(bootstrap):
     """A balanced pole earns 1 / (1 - 0.99) = 100 for ever; where the time limit counts as a fall, no state
@@ -1260,6 +1271,7 @@ def test_a_rollout_of_one_sample_trains_and_is_judged():
 # --- a policy that answers NaN ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "version", ["5.6.0", "2.7.0"]
 )  # bars are looked at before they are played, or one after another

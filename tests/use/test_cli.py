@@ -177,6 +177,7 @@ def test_any_command_takes_another_file_of_parameters(project, capsys, monkeypat
 # --- terminals and pipes ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_terminal_without_utf_8_gets_what_it_can_show(prepared):
     for arguments, status, encoding in (
         (["train", "SIM-USD"], 0, "ascii"),
@@ -192,6 +193,7 @@ def test_a_terminal_without_utf_8_gets_what_it_can_show(prepared):
         (done.stdout + done.stderr).decode(encoding)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments", [["size", "--hidden-dims", "8"], ["verdict"], ["--help"], ["train", "--help"]]
 )
@@ -223,6 +225,7 @@ def test_ctrl_c_while_the_command_is_still_loading():
     assert (done.returncode, done.stderr) == (130, "interrupted before anything began\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command, left", [("train", "models/runs/SIM-USD_15Min/*.pt"), ("seeds", "reports/*/own/seeds.json")]
 )
@@ -264,6 +267,7 @@ def test_a_training_that_nobody_reads_ends_and_is_saved(prepared, command, left)
         )
 
 
+@pytest.mark.slow
 def test_an_output_that_was_closed_before_it_began(project):
     "As `trading-lib size >&-` does."
     command, environment = process("size", "--hidden-dims", "8")
@@ -436,6 +440,7 @@ def test_several_gpus_where_there_are_none(project, capsys):
     )
 
 
+@pytest.mark.slow
 def test_the_command_for_several_gpus_trains_one_policy_in_as_many_processes(prepared, capsys):
     command = torchrun_command(2, ["train", "SIM-USD", "--multi-gpu", "-q"])
     assert (
@@ -452,6 +457,7 @@ def test_the_command_for_several_gpus_trains_one_policy_in_as_many_processes(pre
     assert len(load_checkpoint(model)["processes"]) == 2
 
 
+@pytest.mark.slow
 def test_a_strict_version_refuses_what_a_warning_would_let_through(project, capsys):
     "As a check of continuous integration: `trading-lib inspect MODEL --strict-version`."
     from small_backtests import small_trainer
