@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from ..bars import COLUMNS, TIMEFRAMES, listed, parse_time, path_symbol, shown, timeframe_seconds
+from ..config import InputError, unknown_name
 from trading_lib.data.file_tables import (
     ENDS,
     KEPT,
@@ -22,9 +25,6 @@ from trading_lib.data.file_tables import (
     same_symbol,
 )
 from .file_times import check_zone, parse_times, times_of
-
-from ..bars import COLUMNS, TIMEFRAMES, listed, parse_time, path_symbol, shown, timeframe_seconds
-from ..config import InputError, unknown_name
 
 # %% ../../nbs/01_data/03_user_files.ipynb #a96f5dd0
 _PLACES = ("{symbol}", "{symbol}_{timeframe}", "{timeframe}/{symbol}", "{asset_class}/{timeframe}/{symbol}")
