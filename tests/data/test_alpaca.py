@@ -225,7 +225,7 @@ def test_a_missing_token_is_the_end(server):
 
 def test_what_was_mended_is_counted(server):
     server.inject("duplicate across pages", None)
-    report = stocks(server)[1]
+    report = stocks(server, **PATIENT)[1]
     assert report["duplicates"] == {
         "SIMA": 2,
         "SIMB": 3,

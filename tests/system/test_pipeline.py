@@ -211,7 +211,7 @@ def papermill_with_a_misspelt_name(tree: Tree):
 
 
 def break_the_code(tree: Tree):
-    path = tree.root / "trading_lib" / "pipeline" / "project.py"
+    path = tree.root / "trading_lib" / "pipeline" / "prepare.py"
     text = path.read_text()
     assert text.count("    write_bars(bars, paths.bars)\n") == 1
     path.write_text(

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['Artefacts', 'artefacts', 'kept_models', 'newest_model', 'asset_class_for', 'source_facts', 'prepared_market',
-           'stage_parameters', 'stage_command', 'write_compared', 'hold', 'summary']
+           'prepare_first', 'stage_parameters', 'stage_command', 'write_compared', 'hold', 'summary']
 
 # %% ../../nbs/09_pipeline/03_project.ipynb #f75e7823
 import json
 import os
 import re
 import shlex
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,6 +159,31 @@ def prepared_market(
             f"{again} again"
         )
     return market
+
+# %% ../../nbs/09_pipeline/03_project.ipynb #3d1c0a06
+def prepare_first(
+    symbol: str,
+    paths: Artefacts,
+):
+    "Run prepare's notebook, and say so, where it has not run: training stands alone on a fresh machine."
+    if paths.market.exists():
+        return
+    root = project_root()
+    print(f"{symbol}: its bars are not prepared; nbs/prepare.ipynb runs first", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable,
+            "-m",
+            "papermill",
+            root / "nbs" / "prepare.ipynb",
+            Path(folder) / "prepare.ipynb",
+        ]
+        given = ["-p", "symbol", symbol, "-p", "out_dir", paths.root]
+        done = subprocess.run(
+            [str(word) for word in (*command, *given)], cwd=root, capture_output=True, text=True
+        )
+    if done.returncode:
+        raise InputError(f"{symbol}: nbs/prepare.ipynb failed: {done.stderr.strip().splitlines()[-1]}")
 
 # %% ../../nbs/09_pipeline/03_project.ipynb #47eb81c7
 # of notebooks, and of no section of params.yaml
