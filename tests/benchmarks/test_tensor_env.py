@@ -295,20 +295,23 @@ def test_nothing_after_the_first_step_depends_on_the_cue():
         )  # any rule wins for one cue of four
 
 
+SHORT = dict(
+    hidden_dims=(32, 32),
+    n_steps=64,
+    minibatch_size=512,
+    n_epochs=4,
+    total_timesteps=40_000,
+    learning_rate=3e-3,
+)
+
+
 @pytest.mark.slow
 def test_a_network_without_memory_learns_no_more_than_to_guess():
     "40,000 steps of PPO, 5,000 episodes; the last 2,000 of which win 25 % with a deviation of 1 %."
     env = TensorEnv(CueRecall, 32)
     NativePPOTrainer(
         env,
-        NativePPOConfig(
-            hidden_dims=(32, 32),
-            n_steps=64,
-            minibatch_size=512,
-            n_epochs=4,
-            total_timesteps=40_000,
-            learning_rate=3e-3,
-        ),
+        NativePPOConfig(**SHORT),
         progress=None,
     ).train()
     assert abs(np.mean([won for _, won, _ in env.finished[-2000:]]) - 0.25) < 0.04
@@ -329,14 +332,7 @@ def test_where_nothing_is_to_remember_the_same_network_wins():
     env = TensorEnv(Shown, 32)
     NativePPOTrainer(
         env,
-        NativePPOConfig(
-            hidden_dims=(32, 32),
-            n_steps=64,
-            minibatch_size=512,
-            n_epochs=4,
-            total_timesteps=40_000,
-            learning_rate=3e-3,
-        ),
+        NativePPOConfig(**SHORT),
         progress=None,
     ).train()
     assert np.mean([won for _, won, _ in env.finished[-500:]]) > 0.95

@@ -124,20 +124,20 @@ def say(name, value): torch.save(value, out / f"{{name}}_{{rank}}.pt")
 """
 
 
+TORCHRUN = [
+    *(sys.executable, "-m", "torch.distributed.run"),
+    *("--nproc-per-node", "2"),
+    *("--rdzv-backend", "c10d"),
+    *("--rdzv-endpoint", "127.0.0.1:0"),
+]
+
+
 def torchrun(folder: Path, code: str):
     "Two processes that run a script; what they say lies in the folder."
     script = folder / "script.py"
     script.write_text(BEGIN + textwrap.dedent(code))
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
+        *TORCHRUN,
         str(script),
         str(folder),
     ]
@@ -372,15 +372,7 @@ def test_the_command_trains_with_two_processes(tmp_path):
     with contextlib.chdir(tmp_path):
         prepare()
     command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--rdzv-backend",
-        "c10d",
-        "--rdzv-endpoint",
-        "127.0.0.1:0",
+        *TORCHRUN,
         str(Path(sys.executable).parent / "trading-lib"),
         "train",
         "SIM-USD",
