@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 from trading_lib import config
@@ -907,6 +908,20 @@ def test_constraints_pin_what_requirements_bring_along():
         )
         == []
     )
+
+
+def test_every_pin_installs_on_the_oldest_python():
+    """Debian's Python is 3.11.2: a release that asks for 3.11.5 stops the installation there."""
+    oldest = read_ini()["min_python"] + ".0"
+    refused = []
+    for name in sorted(_closure([r.name for r in requirements()])):
+        try:
+            asked = importlib.metadata.metadata(name).get("Requires-Python") or ""
+        except importlib.metadata.PackageNotFoundError:
+            continue  # for another machine
+        if not SpecifierSet(asked).contains(oldest):
+            refused.append(f"{name} asks for Python {asked}")
+    assert refused == []
 
 
 # --- JupyterLab ---------------------------------------------------------------------------------------------
