@@ -91,7 +91,7 @@ def _choose(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     "`a` where the mask is 1, `b` where it is 0, exactly."
     return torch.where(mask > 0, a, b) if torch.compiler.is_compiling() else torch.lerp(b, a, mask)
 
-
+# %% ../nbs/03_env/01_account.ipynb #2c3661d1
 class NextBar(NamedTuple):
     "What a step needs of the market; tensors of shape (n,) or (), float64."
 
@@ -112,7 +112,7 @@ def _kept_as_fee(quantity: Tensor, rules: AccountRules) -> Tensor | float:  # on
     lots_kept = quantity.clamp(min=0) * (rules.commission * rules.lots * rules.fee_in_kind)
     return torch.round(lots_kept) / rules.lots
 
-
+# %% ../nbs/03_env/01_account.ipynb #ac67382e
 def order_quantity(
     state: AccountState,  # at decision
     direction: Tensor,  # (n,) +1 buy, -1 sell, 0 none
@@ -181,13 +181,13 @@ def _met(level: float | Tensor, reached: Tensor) -> Tensor:
     "Where a level is met, by accounts that have such a level at all."
     return reached * (level > 0) if torch.is_tensor(level) or not level > 0 else reached
 
-
+# %% ../nbs/03_env/01_account.ipynb #867f52fc
 def _levels(side: Tensor, entry: Tensor, rules: AccountRules) -> tuple[Tensor, Tensor]:
     "Stop and target, seen from the position's side."
     seen = side * entry
     return seen - entry * rules.stop, seen + entry * rules.target
 
-
+# %% ../nbs/03_env/01_account.ipynb #97d76a67
 class _Exit(NamedTuple):
     "What stop and target do inside a bar; numbers 0 and 1, and a price."
 
@@ -226,7 +226,7 @@ def _liquidity(bar: NextBar, rules: AccountRules) -> _Liquidity:
     market = bar.daily_dollar_volume.clamp(min=1.0)
     return _Liquidity(rules.impact * bar.daily_volatility / torch.sqrt(market), market)
 
-
+# %% ../nbs/03_env/01_account.ipynb #dafad6bd
 class _Costs(NamedTuple):
     "Of one bar, in currency."
 
@@ -237,7 +237,7 @@ class _Costs(NamedTuple):
     total: Tensor
     in_cash: Tensor  # all but what is paid in units
 
-
+# %% ../nbs/03_env/01_account.ipynb #c1fbc37c
 def _costs(
     traded: Tensor,  # value of all fills
     paid: Tensor,  # for the order; negative: received
@@ -291,7 +291,7 @@ class _Gap(NamedTuple):
     costs: Tensor
     spent: Tensor  # with costs
 
-
+# %% ../nbs/03_env/01_account.ipynb #a8d1c761
 def _leave_at_open(state: AccountState, bar: NextBar, rules: AccountRules, liquidity: _Liquidity) -> _Gap:
     "A stop or target that the open has passed takes the whole position out, whatever was ordered."
     side = torch.sign(state.quantity)
@@ -351,7 +351,7 @@ def _fills(
         gap_costs=gap.costs,
     )
 
-
+# %% ../nbs/03_env/01_account.ipynb #11af9da5
 def _running(state: AccountState, traded: Tensor, costs: _Costs) -> dict[str, Tensor]:
     "What an account adds up since its start."
     return {

@@ -39,6 +39,7 @@ from .evaluation.supervised import PROBES, fit_supervised, probe_actions, probe_
 from .features import FeatureFit
 from .files import atomic_write
 
+# %% ../nbs/07_evaluation/12_backtest.ipynb #49caf711
 _all_ = [
     "BacktestResult",
     "BacktestTask",
@@ -61,7 +62,7 @@ def _places(groups: list[list[Run]], first: int = 0) -> list[slice]:
         first += len(group)
     return places
 
-
+# %% ../nbs/07_evaluation/12_backtest.ipynb #3283e6fb
 def _lucky_equity(task: BacktestTask, agent: AccountPath, beside: Tensor) -> Tensor:  # (copies,)
     "What the agent's shifted copies ended with; `beside`: of those that were replayed beside it."
     if task.actions is not None:
@@ -70,7 +71,7 @@ def _lucky_equity(task: BacktestTask, agent: AccountPath, beside: Tensor) -> Ten
     copies = task.lucky_runs(torch.as_tensor(agent.action))
     return replay_and_keep(copies, keep=0)[1].equity if copies else beside[:0]
 
-
+# %% ../nbs/07_evaluation/12_backtest.ipynb #18862d6b
 def run_backtests(
     backtests: list[dict],  # arguments of `run_backtest`, one dict for each symbol or model
 ) -> list[BacktestResult]:
@@ -162,7 +163,7 @@ _KEPT = {
     "provenance": "provenance",
 }
 
-
+# %% ../nbs/07_evaluation/12_backtest.ipynb #b2830ee5
 def write_backtest(
     result: BacktestResult,  # from `run_backtest`
     folder: str | Path,  # reports/{symbol}_{timeframe}
@@ -178,13 +179,13 @@ def write_backtest(
     }
     return {name: atomic_write(Path(folder) / name, content) for name, content in contents.items()}
 
-
+# %% ../nbs/07_evaluation/12_backtest.ipynb #e158e285
 def _read_table(path: Path, times: list[str]) -> pd.DataFrame:
     "A table, its times in UTC."
     table = pd.read_csv(path)
     return table.assign(**{name: pd.to_datetime(table[name], utc=True).dt.as_unit("ns") for name in times})
 
-
+# %% ../nbs/07_evaluation/12_backtest.ipynb #e58988c7
 def read_backtest(
     folder: str | Path,  # that `write_backtest` wrote
 ) -> BacktestResult:

@@ -47,6 +47,7 @@ from trading_lib.sessions import (  # noqa: F401
     timeframe_seconds,
 )
 
+# %% ../nbs/01_data/01_bars.ipynb #423642b7
 _all_ = [
     "ASSET_CLASSES",
     "AssetClass",
@@ -84,7 +85,7 @@ def _bins(clock: BarClock, target: int, calendar: str | None) -> tuple[np.ndarra
     label = (clock.start + offset) // length * length - offset
     return label, np.minimum(label + length, clock.session_close)
 
-
+# %% ../nbs/01_data/01_bars.ipynb #6ba0bc85
 def _combine(bars: pd.DataFrame, label: np.ndarray) -> pd.DataFrame:
     "One bar for each run of equal labels."
     first = np.flatnonzero(np.concatenate([[True], np.diff(label) != 0]))
@@ -99,7 +100,7 @@ def _combine(bars: pd.DataFrame, label: np.ndarray) -> pd.DataFrame:
     }
     return pd.DataFrame(combined, index=pd.DatetimeIndex(label[first], tz="UTC", name="timestamp"))
 
-
+# %% ../nbs/01_data/01_bars.ipynb #a758cacc
 def resample_bars(
     bars: pd.DataFrame,  # validated bars
     timeframe: str,  # their timeframe
@@ -155,7 +156,7 @@ def write_bars(
         raise InputError(f"{path}: expected the name of a file that ends with .parquet or .csv")
     return atomic_write(path, content.getvalue())
 
-
+# %% ../nbs/01_data/01_bars.ipynb #cb40d78e
 def parquet_table(
     content: bytes,  # of a parquet file
 ) -> pd.DataFrame:  # all of its columns

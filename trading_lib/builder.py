@@ -27,7 +27,7 @@ def _as_fit(fit) -> FeatureFit:
         )
     return FeatureFit.from_state(fit) if isinstance(fit, dict) else fit
 
-
+# %% ../nbs/03_env/08_builder.ipynb #bedbaf59
 class _Builder:
     "The table, the account's columns, the window."
 

@@ -38,7 +38,7 @@ def checkpoint_size(
     "What a checkpoint would take on a disk."
     return signed_bytes(content).getbuffer().nbytes
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #c4b99741
 def save_checkpoint(
     content: dict,  # plain containers and tensors
     path: str | Path,  # the file; replaced in one step
@@ -80,7 +80,7 @@ def _load(path: Path, map_location="cpu") -> tuple[dict, str | None, int]:
         )
     return content, digest, len(data)
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #a4ce0fb6
 def load_checkpoint(
     path: str | Path,  # a file made by `save_checkpoint`
     map_location="cpu",  # device of the tensors
@@ -99,7 +99,7 @@ def library_versions() -> dict[str, str | None]:  # name -> version; None: not i
             versions[name] = None
     return versions
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #51127900
 def _git(root: str | Path, *arguments: str) -> str | None:
     "What a git command prints; None where it fails. No optional locks: a look must not disturb a commit."
     command = ["git", "-C", str(root), *arguments]
@@ -107,7 +107,7 @@ def _git(root: str | Path, *arguments: str) -> str | None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
     return result.stdout.strip() if result.returncode == 0 else None
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #8566a29d
 def git_state(
     root: str | Path | None = None,  # the project's folder; None: found from here upwards
 ) -> dict:  # commit: hash or None; dirty: bool or None where there is no commit
@@ -137,7 +137,7 @@ def _hidden_dims(content: dict) -> list[int] | None:
     config = content.get("config")
     return list(config["hidden_dims"]) if isinstance(config, dict) and config.get("hidden_dims") else None
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #221280fa
 def count_parameters(
     state: dict,  # a policy's state dict
 ) -> int:  # numbers
@@ -146,7 +146,7 @@ def count_parameters(
     named = [t for name, t in tensors.items() if str(name).rpartition(".")[2].startswith(("weight", "bias"))]
     return sum(t.numel() for t in named or tensors.values())
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #68f4fc0f
 # taken from the file as they are
 _FACTS = (
     "global_step",
@@ -159,7 +159,7 @@ _FACTS = (
     "layout_hash",
 )
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #aa60aa74
 def _describe(path: Path, content: dict, digest: str | None, size: int) -> dict:
     "What a checkpoint says about its model."
     facts = {name: content.get(name) for name in _FACTS}
@@ -179,7 +179,7 @@ def _describe(path: Path, content: dict, digest: str | None, size: int) -> dict:
         **facts,
     }
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #ffcc4ad7
 def inspect_checkpoint(
     path: str | Path,  # a checkpoint
 ) -> dict:  # file, bytes, sha256, model_version, hidden_dims, parameters, config, …; None: not in the file
@@ -197,7 +197,7 @@ def _shown(value) -> str:
         return f"{value:.6g}"
     return printable(value)
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #9ab454f7
 class Comparison(dict):
     "Two checkpoints side by side: name -> (value in a, value in b). Prints as a table, differences marked *."
 
@@ -218,7 +218,7 @@ class Comparison(dict):
 
     __repr__ = __str__
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #e44c17dc
 def flat_facts(
     facts: dict,  # name -> value, or a table of such
     prefix: str = "",  # of every name
@@ -232,7 +232,7 @@ def flat_facts(
             flat[f"{prefix}{name}"] = value
     return flat
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #867d3d41
 def _largest_change(a: dict, b: dict) -> float | None:
     "Of any weight between two policies; None where their shapes differ or there are none."
     shapes_a, shapes_b = (
@@ -243,7 +243,7 @@ def _largest_change(a: dict, b: dict) -> float | None:
     changes = (a[name].double() - b[name].double() for name in shapes_a if a[name].numel())
     return max(float(change.abs().max()) for change in changes)
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #48fab39f
 def compare_checkpoints(
     a: str | Path,  # a checkpoint
     b: str | Path,  # another
@@ -278,7 +278,7 @@ _HEADER = (
     "global_step",
 )
 
-
+# %% ../nbs/05_policy/09_checkpoint.ipynb #9388e459
 def export_policy(
     path: str | Path,  # a checkpoint
     out: str | Path,  # a .safetensors file

@@ -8,6 +8,7 @@ __all__ = ['COMMANDS', 'main']
 # %% ../nbs/11_use/06_cli.ipynb #76e066c1
 import sys
 
+# %% ../nbs/11_use/06_cli.ipynb #3252aa67
 try:
     import argparse
     import difflib
@@ -52,7 +53,7 @@ def _add_command(parser: _Parser, command):
         parser.add_argument(*flags, **settings)
     parser.set_defaults(run=command.run, parser=parser)
 
-
+# %% ../nbs/11_use/06_cli.ipynb #c143d2ba
 def _command_line() -> argparse.ArgumentParser:
     "Every command with its options."
     parser = _Parser(prog="trading-lib", description="Train, backtest and judge PPO trading agents.")
@@ -113,7 +114,7 @@ def _parameters_of(file: str | None):
         else:
             os.environ[PARAMETERS_VARIABLE] = before
 
-
+# %% ../nbs/11_use/06_cli.ipynb #04b17033
 def _run(arguments: list[str]) -> int:
     "Run a command; what is wrong is one line."
     try:

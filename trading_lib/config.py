@@ -66,6 +66,7 @@ from trading_lib.parameters.symbols import (  # noqa: F401
     path_symbol,
 )
 
+# %% ../nbs/00_base/05_config.ipynb #35a27aaf
 _all_ = [  # re-exported for convenience
     "FOR_PEOPLE",
     "InputError",
@@ -154,7 +155,7 @@ def _modes_of(document: dict) -> dict[str, ModeParameters]:
         raise InputError(f"modes: expected a table of names and budgets, was {shown(own)}")
     return MODES | {str(name): typed(ModeParameters, mode, f"modes.{name}") for name, mode in own.items()}
 
-
+# %% ../nbs/00_base/05_config.ipynb #83e49cb6
 def _symbols_of(document: dict, sections: dict) -> list[str]:
     "The symbols of a document; all that are listed in it are names."
     symbols = document.get("symbols", ["SIM-USD"])
@@ -170,7 +171,7 @@ def _symbols_of(document: dict, sections: dict) -> list[str]:
         check_symbols(sections[section].symbols, f"{section}.symbols")
     return symbols
 
-
+# %% ../nbs/00_base/05_config.ipynb #655f4f73
 def parse_parameters(
     document: dict,  # the content of params.yaml
     where: str = "params.yaml",  # for messages
@@ -205,7 +206,7 @@ def project_root(
             return folder
     raise InputError(f"no params.yaml beside a settings.ini in {start} or above; run this inside the project")
 
-
+# %% ../nbs/00_base/05_config.ipynb #a6a28c0a
 def home_path(
     text: str | Path,  # as a person wrote it
 ) -> Path:
@@ -215,7 +216,7 @@ def home_path(
     except RuntimeError:
         raise InputError(f"{text}: there is no such home folder; write the whole path") from None
 
-
+# %% ../nbs/00_base/05_config.ipynb #09ea28bc
 def project_path(
     text: str | Path,  # a path setting; a relative one is meant from the project
 ) -> Path:
@@ -231,7 +232,7 @@ def parameters_path() -> Path:
     "The file that parameters are read from: params.yaml of the project, or the one that `--config` names."
     return Path(os.environ.get(PARAMETERS_VARIABLE) or project_root() / "params.yaml")
 
-
+# %% ../nbs/00_base/05_config.ipynb #ad59b1d7
 def _override(document: dict, given: dict):
     "Put values by dotted name into a document."
     for name, value in given.items():
@@ -245,7 +246,7 @@ def _override(document: dict, given: dict):
             raise InputError(f"{section}: expected a table, was {shown(document[section])}")
         document[section][key] = value
 
-
+# %% ../nbs/00_base/05_config.ipynb #0fca381b
 def load_parameters(
     path: str | Path | None = None,  # the file; None: `parameters_path`
     **overrides,  # by dotted name, such as **{"train.mode": "standard"}; None leaves the file's
@@ -274,7 +275,7 @@ def _before_the_notebook() -> dict:
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return getattr(shell, "user_ns_hidden", {})
 
-
+# %% ../nbs/00_base/05_config.ipynb #8855c0f5
 def check_notebook_parameters(
     namespace: dict,  # the notebook's globals()
     known: list[str],  # the names in the cell tagged `parameters`

@@ -175,7 +175,7 @@ def _settled(bars, config: GPUEnvConfig | None, fit) -> tuple[MarketData, GPUEnv
     market = market_data(bars, config.version, fit, config.timeframe, config.asset_class, config.window)
     return market, config
 
-
+# %% ../nbs/03_env/07_env.ipynb #e8dae6b6
 def _usable_device(name: str | torch.device | None) -> torch.device:
     "The device, if there is one."
     try:

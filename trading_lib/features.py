@@ -37,7 +37,7 @@ def window_mean(
         total[k:] += x[:-k]
     return total / np.minimum(np.arange(1, len(x) + 1), bars)
 
-
+# %% ../nbs/02_features/02_features.ipynb #6d002e41
 def window_deviation(
     x: np.ndarray,  # (T,)
     bars: int,  # length of the window
@@ -52,7 +52,7 @@ def window_deviation(
     deviation = np.sqrt(total / np.minimum(np.arange(1, len(x) + 1), bars))
     return np.where(deviation <= 1e-12 * np.abs(mean), 0.0, deviation)
 
-
+# %% ../nbs/02_features/02_features.ipynb #d2ca3f32
 def _window_max(x, bars):
     "Largest of the last `bars` values, or of those that exist."
     top = x.copy()
@@ -60,12 +60,12 @@ def _window_max(x, bars):
         np.maximum(top[k:], x[:-k], out=top[k:])
     return top
 
-
+# %% ../nbs/02_features/02_features.ipynb #414d2637
 def _share(part, whole, neutral):
     "part / whole, and `neutral` where there is no whole."
     return np.where(whole == 0, neutral, part / np.where(whole == 0, 1.0, whole))
 
-
+# %% ../nbs/02_features/02_features.ipynb #c6d343e0
 def _warm(x, neutral):
     "The values that a recursive indicator leaves undefined at its start, set to `neutral`."
     defined = ~np.isnan(x)
@@ -163,7 +163,7 @@ class _Context:
     elapsing: int  # seconds in which it passes; of a week, the days that trade
     within_session: bool  # whether it stops at a session's start
 
-
+# %% ../nbs/02_features/02_features.ipynb #160baa5e
 def _context(timeframe, asset_class, name=None) -> _Context:
     "The context of a step; unknown or unfit ones are errors."
     from trading_lib.bars import timeframe_name, timeframe_seconds
@@ -222,7 +222,7 @@ def _price_7(s):
     activity = np.log1p(s.volume)
     return _price_6(s) + [activity - window_mean(activity, 20)]
 
-
+# %% ../nbs/02_features/02_features.ipynb #308aa1bc
 def _intraday(s):
     previous = s.close[np.maximum(s.index - 1, 0)].copy()
     previous[:1] = s.open[:1]  # no gap where there is no bar before
@@ -233,7 +233,7 @@ def _intraday(s):
         s.close / s.open - 1,
     ]
 
-
+# %% ../nbs/02_features/02_features.ipynb #414e502a
 def _temporal(s):
     turns = [
         2 * np.pi * s.clock["hour"] / 24,
@@ -260,11 +260,11 @@ def chain_observations(
         )
     return np.stack(columns, 1)
 
-
+# %% ../nbs/02_features/02_features.ipynb #20b49160
 def _markov(s):
     return s.probabilities.reshape(len(s), -1).T
 
-
+# %% ../nbs/02_features/02_features.ipynb #12246440
 def _reversal(s):
     trend, transition = s.probabilities[:, 1], s.chains.transitions[1]
     low, medium, high = trend.T
@@ -274,7 +274,7 @@ def _reversal(s):
         low * transition[0, 0] + medium * transition[1, 1] + high * transition[2, 2],
     ]
 
-
+# %% ../nbs/02_features/02_features.ipynb #5a836f19
 def _regime_bars(s):
     return np.minimum(state_ages(s.probabilities[:, :3]) / 100, 1.0).T
 
@@ -310,7 +310,7 @@ def _extended(s):
         s.rsi(7),
     ]
 
-
+# %% ../nbs/02_features/02_features.ipynb #5c4c63e1
 def _multi_window(s):
     return [
         column for bars in (20, 50, 100) for column in (s.change(bars), s.volatility(bars), s.zscore(bars))
@@ -328,7 +328,7 @@ def _groups(s):
     begin = start - face % seconds * _NS
     return begin, np.minimum(begin + seconds * _NS, s.clock["session_close"]), s.clock["close"]
 
-
+# %% ../nbs/02_features/02_features.ipynb #f7637ab3
 def _completed(s, steps, begin, over, known, home) -> list[np.ndarray]:
     "Return, volatility and range of the last context bar that was over when each bar was known; or 0."
     edge = np.concatenate([[True], (home[1:] != home[:-1]) | (begin[1:] != begin[:-1])])
@@ -346,7 +346,7 @@ def _completed(s, steps, begin, over, known, home) -> list[np.ndarray]:
     exists = (last >= 0) & (home[first[np.maximum(last, 0)]] == home)
     return [np.where(exists, x[np.maximum(last, 0)], 0.0) for x in whole]
 
-
+# %% ../nbs/02_features/02_features.ipynb #09e845b9
 def _hourly_context(s):
     "The columns of `hourly_context`, in order."
     r = s.context.steps
@@ -409,7 +409,7 @@ def _chains_of(state: dict | None) -> MarkovChains | None:
         raise InputError("feature fit: expected four chains of three states; fit again")
     return chains
 
-
+# %% ../nbs/02_features/02_features.ipynb #322bb6ba
 @dataclass(frozen=True, eq=False)
 class FeatureFit:
     "All that is fitted on the training span: plain values, safe to store."
@@ -493,7 +493,7 @@ def _table(segments: list[_Segment], layout: Layout) -> np.ndarray:  # (T, marke
             begin += len(s)
     return table
 
-
+# %% ../nbs/02_features/02_features.ipynb #f767bb17
 def _warmed(segments: list[_Segment], layout: Layout) -> np.ndarray:  # bool (T,)
     "Per bar: whether its segment has given it `min_history` bars, itself included."
     return np.concatenate([s.index >= layout.min_history - 1 for s in segments])
@@ -513,7 +513,7 @@ def _fit_segments(segments: list[_Segment], layout: Layout) -> MarkovChains | No
         s.chains = chains
     return chains
 
-
+# %% ../nbs/02_features/02_features.ipynb #0bcea2a9
 def _fit_scales(
     warm: np.ndarray,  # (T, market columns): the table without warm-up
     layout: Layout,  # of the table
@@ -528,7 +528,7 @@ def _fit_scales(
     scale[market] = np.where(moves & ~fixed, 1 / np.where(moves, deviation, 1.0), 1.0)
     return shift, scale
 
-
+# %% ../nbs/02_features/02_features.ipynb #fbfa8b1a
 def _tail_error(segments: list[_Segment], table: np.ndarray, layout: Layout) -> float:
     "Largest difference between rows from a tail, as a live builder has it, and the same rows of the table."
     sizes, history = [len(s) for s in segments], layout.min_history

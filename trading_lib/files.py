@@ -38,7 +38,7 @@ _ADVICE = {
     errno.EROFS: _CLOSED,
 }
 
-
+# %% ../nbs/00_base/06_files.ipynb #11f528cc
 def unwritable(
     path: str | Path,  # what was to be written
     error: OSError,  # why it was not
@@ -50,7 +50,7 @@ def unwritable(
 # %% ../nbs/00_base/06_files.ipynb #d68036db
 _ABANDONED = 3600  # seconds after which a temporary file is that of a writer who was killed
 
-
+# %% ../nbs/00_base/06_files.ipynb #2380bc3a
 def _replace(path: Path, data: bytes | memoryview | str):
     "Temporary file in the same folder, flush, fsync, rename, fsync of the folder."
     if path.is_dir():
@@ -81,7 +81,7 @@ def _replace(path: Path, data: bytes | memoryview | str):
         finally:
             os.close(folder)
 
-
+# %% ../nbs/00_base/06_files.ipynb #f41e0d0a
 def atomic_write(
     path: str | Path,  # the file to write; its folder is made if need be
     data: bytes | memoryview | str,  # the whole content; text is written as UTF-8
@@ -94,7 +94,7 @@ def atomic_write(
         raise unwritable(path, e) from None
     return path
 
-
+# %% ../nbs/00_base/06_files.ipynb #51e66c78
 def sha256_of_file(
     path: str | Path,  # an existing file
 ) -> str:  # 64 hexadecimal digits
@@ -109,7 +109,7 @@ def printable(
     "Text of a file for a terminal: nothing in it moves the cursor, changes a colour or turns text around."
     return "".join(c if c.isprintable() else " " for c in str(value))
 
-
+# %% ../nbs/00_base/06_files.ipynb #ae25296d
 def markdown(
     value: object,  # text; anything else is shown as JSON
 ) -> str:  # one line

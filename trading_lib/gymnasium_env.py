@@ -31,7 +31,7 @@ _SIMULATED_BARS = 4000
 _SIMULATED_SYMBOL = {"crypto": "SIM-USD", "equity": "SIMA"}
 _SETTINGS = [f.name for f in fields(GPUEnvConfig) if f.name not in ("n_envs", "observations")]
 
-
+# %% ../nbs/03_env/10_gymnasium_env.ipynb #f41d777f
 @lru_cache(maxsize=4)
 def _simulated(version: str, window: int, timeframe: str, asset_class: str) -> MarketData:
     "A small simulated market, made once."
@@ -63,7 +63,7 @@ def _two_bars(span) -> tuple[int, int]:
         ) from None
     return start, stop
 
-
+# %% ../nbs/03_env/10_gymnasium_env.ipynb #8c392f44
 def _tensor_env(bars, fit, span, num_envs: int, device, settings: dict) -> GPUVectorizedTradingEnv:
     "The environment that does the work, from all that people may give."
     if isinstance(settings.get("account"), dict):
@@ -103,7 +103,7 @@ INFOS = {  # name -> meaning, as of the close of the bar that is seen
     "costs": "all costs paid in the episode",
 }
 
-
+# %% ../nbs/03_env/10_gymnasium_env.ipynb #051b04fd
 def _states(market: MarketData, account: AccountState, bar: torch.Tensor) -> dict[str, np.ndarray]:
     "`INFOS` of n accounts; name -> (n,)."
     row, (_, _, _, close, _) = bar.cpu().numpy(), market.prices
@@ -119,7 +119,7 @@ def _states(market: MarketData, account: AccountState, bar: torch.Tensor) -> dic
         "costs": account.costs.cpu().numpy(),
     }
 
-
+# %% ../nbs/03_env/10_gymnasium_env.ipynb #8a66034e
 def _line(state: dict) -> str:
     "One account at one moment, for people."
     time = np.datetime_as_string(state["timestamp"], unit="m").replace("T", " ")

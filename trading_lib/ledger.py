@@ -42,6 +42,7 @@ from trading_lib.evaluation.luck import (  # noqa: F401
 )
 from .evaluation.trials import Trial, run_trials, simulated_trial, unique_trials  # noqa: F401
 
+# %% ../nbs/07_evaluation/04_ledger.ipynb #c75990e2
 _all_ = [
     "FEWEST_TRIALS",
     "Overfitting",
@@ -63,14 +64,14 @@ def ledger_path(
     "Where the trials of a symbol are recorded."
     return Path(root) / "ledger" / f"{check_symbol(symbol)}.jsonl"
 
-
+# %% ../nbs/07_evaluation/04_ledger.ipynb #3dc06cd5
 def index_path(
     root: str | Path,  # the project
 ) -> Path:
     "Where finished runs are listed, beside the ledgers; see `reporting.registry`."
     return Path(root) / "ledger" / "index.jsonl"
 
-
+# %% ../nbs/07_evaluation/04_ledger.ipynb #904d4aa4
 def record_trials(
     path: str | Path,  # from `ledger_path`
     trials: list,  # Trials, or dicts of their fields
@@ -78,7 +79,7 @@ def record_trials(
     "Add trials to a ledger; one that is there already is not counted again."
     return append_everywhere(path, unique_trials(trials))[0]
 
-
+# %% ../nbs/07_evaluation/04_ledger.ipynb #63468005
 def read_trials(
     path: str | Path,  # from `ledger_path`; no file: nothing was tried yet
 ) -> list[dict]:  # in the order in which they were recorded
@@ -99,7 +100,7 @@ def _check_room(place: Path):
             file.write(bytes(2**16))
             file.flush()
 
-
+# %% ../nbs/07_evaluation/04_ledger.ipynb #d1756074
 def check_ledger(
     root: str | Path,  # the project
     symbol: str,  # that is to be trained
@@ -113,7 +114,7 @@ def check_ledger(
         _check_room(place)
     code_identity()
 
-
+# %% ../nbs/07_evaluation/04_ledger.ipynb #ce6e824e
 def add_trials(
     root: str | Path,  # the project
     symbol: str,  # that was trained
@@ -153,7 +154,7 @@ def project_trials(
     tried = {symbol: read_trials(Path(root) / "ledger" / f"{symbol}.jsonl") for symbol in symbols}
     return {symbol: trials for symbol, trials in tried.items() if trials}
 
-
+# %% ../nbs/07_evaluation/04_ledger.ipynb #6c46a6d9
 def gather_ledgers(
     root: str | Path,  # the project
 ) -> None:
@@ -164,7 +165,7 @@ def gather_ledgers(
         except InputError as e:
             warnings.warn(str(e), stacklevel=2)  # it counts all the same
 
-
+# %% ../nbs/07_evaluation/04_ledger.ipynb #3c3eb987
 def comparable_trials(
     root: str | Path,  # the project
     simulated: bool,  # of the bars on which the choice was made

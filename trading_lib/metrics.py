@@ -50,6 +50,7 @@ from trading_lib.measures.luck import (  # noqa: F401
     stationary_bootstrap_indices,
 )
 
+# %% ../nbs/00_base/08_metrics.ipynb #6d7be288
 _all_ = [
     "annual_return",
     "block_bootstrap_interval",
@@ -121,7 +122,7 @@ def composite_score(
         )
     return total
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #13aaaab6
 def score_colour(
     score: float,  # from `composite_score`
 ) -> str:  # "green", "yellow" or "red"
@@ -151,7 +152,7 @@ def too_few_trades(
     "Whether figures of so few trades say anything."
     return None if trades is None or trades >= FEWEST_TRADES else f"too few trades to say ({trades})"
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #b7bd1e8b
 def interval_says(
     figure: str,  # a key of INTERVALS
     low: float,  # end of the interval
@@ -164,7 +165,7 @@ def interval_says(
         widest = math.inf if value is None else 2 * abs(value)
     return least <= low <= high <= most and high - low <= widest
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #03b61b8a
 def interval_text(
     figure: str,  # a key of INTERVALS
     low: float,  # end of the interval
@@ -186,7 +187,7 @@ def fitness(
     "One figure for a backtest."
     return 0.4 * min(profit_factor / 2.5, 1.0) + 0.3 * consistency + 0.3 * (1 - min(max_drawdown / 0.20, 1.0))
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #6d7f0aec
 GATES = {  # verdict -> figure -> (what it must be, threshold); the first whose every threshold holds is given
     "APPROVED": {
         "fitness": (">=", 0.70),
@@ -203,7 +204,7 @@ GATES = {  # verdict -> figure -> (what it must be, threshold); the first whose 
     },
 }
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #d8d39e75
 def _gate_figures(metrics: dict) -> dict:
     "The gate's figures, fitness derived where it is not given; None: unknown."
     figures = {name: metrics.get(name) for name in GATES["APPROVED"]}
@@ -229,7 +230,7 @@ def _oscillation(values: list[float]) -> float:
         return 0.0
     return float(np.abs(changes).sum() - abs(changes.sum())) / changes.size / mean
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #9afb9b7b
 def _flags(history: list) -> list[str]:
     "What the course of the fitness gives away."
     values = [float(value) for _, value in history]
@@ -257,14 +258,14 @@ def _passes(value: float | None, relation: str, threshold: float) -> bool:
     slack = 1e-12
     return value >= threshold - slack if relation == ">=" else value <= threshold + slack
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #626a6d55
 def _figure_text(name: str, value: float | None, few: str | None) -> str:
     "What a figure is, or why it is not known."
     if value is None:
         return "is unknown"
     return f"rests on {few}" if few and name in TRADE_FIGURES else f"{value:.4g}"
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #ff276963
 def assess_model_quality(
     metrics: dict,  # profit_factor, consistency, max_drawdown, deflated_sharpe; fitness is derived if absent
     history=(),  # (name, fitness) of checkpoints in order of training, the assessed one last
@@ -294,7 +295,7 @@ def _plain(value):
         return value
     return float(value) if math.isfinite(value) else None
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #2edccd3f
 def _pnl_figures(pnl: np.ndarray, changes: np.ndarray) -> dict:
     "Figures of trades, and the same of bars; a bar in which nothing moved is neither won nor lost."
 
@@ -313,7 +314,7 @@ def _pnl_figures(pnl: np.ndarray, changes: np.ndarray) -> dict:
         "average_bar_loss": mean(changes[changes < 0]),
     }
 
-
+# %% ../nbs/00_base/08_metrics.ipynb #3cfd6157
 def _risk_figures(equity: np.ndarray, time: np.ndarray, periods: float) -> dict:
     "Figures of an equity curve alone."
     returns = equity_returns(equity)

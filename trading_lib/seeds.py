@@ -34,6 +34,7 @@ from .training.run_state import policy_content
 from .training.update import Learner, rollout_figures
 from .training.validation import Validation
 
+# %% ../nbs/06_training/09_seeds.ipynb #5fcc4ff5
 _all_ = ["StackedActorCritic", "clip_each"]  # of policy.stacked, looked for here
 
 # %% ../nbs/06_training/09_seeds.ipynb #f24c047f
@@ -165,7 +166,7 @@ _ALIKE = {
     "patience": None,
 }
 
-
+# %% ../nbs/06_training/09_seeds.ipynb #154ebdfd
 def check_alike(
     config: NativePPOConfig,
 ):
@@ -184,7 +185,7 @@ def check_alike(
     if processes()[1] != 1:
         raise InputError("seeds: several at once are trained by one process; start it without torchrun")
 
-
+# %% ../nbs/06_training/09_seeds.ipynb #2e756acb
 def which_seeds(
     seeds: int | Sequence[int],  # so many, or which
     first: int,  # from which on they count

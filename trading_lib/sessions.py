@@ -36,7 +36,7 @@ _UNITS = {  # spelling -> seconds
     **dict.fromkeys(("d", "day", "days"), 86400),
 }
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #1717cf2e
 def timeframe_name(
     timeframe: str,  # such as "15Min", "60Min", "1h"
 ) -> str:  # a key of `TIMEFRAMES`
@@ -49,7 +49,7 @@ def timeframe_name(
                 return name
     raise unknown_name("timeframe", timeframe, TIMEFRAMES)
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #5955a2b2
 def timeframe_seconds(
     timeframe: str,  # such as "15Min"
 ) -> int:  # seconds
@@ -67,14 +67,14 @@ class AssetClass:
 
 ASSET_CLASSES = {"crypto": AssetClass(None, "UTC"), "equity": AssetClass("XNYS", "America/New_York")}
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #3de59356
 def asset_class_of(
     symbol: str,  # such as "BTC/USD", "BTC-USD", "SPY"
 ) -> str:  # a key of `ASSET_CLASSES`
     "A pair is crypto, a single name is an equity."
     return "crypto" if "/" in symbol or "-" in symbol else "equity"
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #b0886c27
 def asset_class_named(
     name: str,  # "crypto" or "equity"
 ) -> AssetClass:
@@ -95,7 +95,7 @@ def nanoseconds(
     "Time stamps as nanoseconds since 1970, UTC."
     return index.as_unit("ns").asi8.copy()
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #e172e050
 def local_nanoseconds(
     time: np.ndarray,  # int64 nanoseconds, UTC
     timezone: str,  # such as "America/New_York"
@@ -103,7 +103,7 @@ def local_nanoseconds(
     "What the clock on the wall shows at these times, as nanoseconds."
     return nanoseconds(pd.DatetimeIndex(time, tz="UTC").tz_convert(timezone).tz_localize(None))
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #6257975d
 def time_text(
     time: int,  # nanoseconds, UTC
 ) -> str:  # such as "2024-01-31 14:30Z"
@@ -113,7 +113,7 @@ def time_text(
 
 Moment: TypeAlias = str | date | np.datetime64 | pd.Timestamp  # a time as people write it
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #b35879ca
 def parse_time(
     value: Moment,  # without a zone it is UTC
     name: str = "time",  # for messages
@@ -140,7 +140,7 @@ class Sessions:
     close: np.ndarray
     offset: np.ndarray  # exchange-local clock minus UTC
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #647ed37c
 @cache
 def exchange_sessions(
     calendar: str,  # name in exchange_calendars, such as "XNYS"
@@ -183,7 +183,7 @@ def session_numbers(
     number = np.searchsorted(sessions.close, label, side="right")  # the first that closes after the label
     return number, label + seconds * SECOND > sessions.open[number]
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #b4b74a05
 def bars_of_sessions(
     sessions: Sessions,  # of the exchange
     seconds: int,  # length of a bar
@@ -205,7 +205,7 @@ def _session_labels(low: int, high: int, seconds: int, sessions: Sessions) -> np
     label = np.repeat(first, count) + within * seconds * SECOND
     return label[(label >= low) & (label < high)]
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #e7983c48
 def expected_labels(
     timeframe: str,  # such as "15Min"
     asset_class: str,  # "crypto" or "equity"
@@ -283,7 +283,7 @@ def _always_open(start: np.ndarray, length: int) -> dict:
         "broken": np.diff(start) - length > HOUR,
     }
 
-
+# %% ../nbs/00_base/07_sessions.ipynb #01e79093
 def _on_exchange(start: np.ndarray, length: int, sessions: Sessions) -> dict:
     "Equities: the exchange's sessions; a missing one breaks history."
     session, inside = session_numbers(start, length // SECOND, sessions)

@@ -58,7 +58,7 @@ def _from_simulation(symbol: str, timeframe: str, asset_class: str, options: dic
     # nothing here depends on the clock, and a bar never is unfinished
     return bars, facts, {"now": bars.index[-1] + pd.Timedelta(10, "D"), "allow_steps": True}
 
-
+# %% ../nbs/01_data/07_sources.ipynb #9c91bed9
 def _placed(path) -> Path | None:
     "A path that people give from where they are, or from their project: Jupyter's folder is the notebook's."
     if path is None or Path(path).is_absolute() or str(path).startswith("~") or os.path.exists(path):
@@ -69,7 +69,7 @@ def _placed(path) -> Path | None:
         return path
     return inside if os.path.exists(inside) else path
 
-
+# %% ../nbs/01_data/07_sources.ipynb #93039904
 def _from_files(symbol: str, timeframe: str, asset_class: str, options: dict) -> tuple:
     "Bars of a person's own files."
     raw, facts = read_own_bars(
@@ -89,7 +89,7 @@ def _from_files(symbol: str, timeframe: str, asset_class: str, options: dict) ->
 # %% ../nbs/01_data/07_sources.ipynb #eeb864e2
 _KEPT_BACK = pd.Timedelta(16, "min")  # of the feed sip: the last 15 minutes are for paid plans
 
-
+# %% ../nbs/01_data/07_sources.ipynb #a4726876
 class _Alpaca:
     "Fetches a symbol's bars, and keeps the time that the server told."
 
@@ -155,7 +155,7 @@ def _from_alpaca(symbol: str, timeframe: str, asset_class: str, options: dict) -
         )
     return raw, {"simulated": False, **kind}, {"now": options["now"], "allow_steps": options["allow_steps"]}
 
-
+# %% ../nbs/01_data/07_sources.ipynb #4ad9e629
 SOURCES = {"simulated": _from_simulation, "files": _from_files, "alpaca": _from_alpaca}
 
 # %% ../nbs/01_data/07_sources.ipynb #87409a3e
@@ -193,7 +193,7 @@ def _with_defaults(options: dict) -> dict:
         raise InputError(f"start and end: expected start before end, were {start} and {end}")
     return options
 
-
+# %% ../nbs/01_data/07_sources.ipynb #981e0084
 def load_with_report(
     symbol: str,  # such as "SIM-USD", "BTC/USD", "SPY"
     timeframe: str,  # such as "15Min"
@@ -215,7 +215,7 @@ def load_with_report(
         raise InputError(f"{facts.get('file', symbol)}: {e}") from None
     return bars, {"symbol": symbol, "source": source} | report | facts
 
-
+# %% ../nbs/01_data/07_sources.ipynb #830bff06
 def load_bars(
     symbol: str,  # such as "SIM-USD", "BTC/USD", "SPY"
     timeframe: str,  # such as "15Min"

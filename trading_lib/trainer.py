@@ -38,6 +38,7 @@ from .training.run_state import check_parts, restore, run_content, run_so_far
 from .training.update import Diverged, Learner, update_row
 from .training.validation import Validation
 
+# %% ../nbs/06_training/08_trainer.ipynb #2a86578e
 _all_ = ["Diverged", "NativePPOConfig", "get_a100_config", "get_auto_config"]  # re-exported for convenience
 
 # %% ../nbs/06_training/08_trainer.ipynb #e496d70d
@@ -81,11 +82,11 @@ def reaction(
         return False, f"{config.patience} validations without a better score"
     return False, None
 
-
+# %% ../nbs/06_training/08_trainer.ipynb #eaa221cb
 def _beyond(config: NativePPOConfig) -> str:
     return f"the validation's drawdown is beyond {config.max_drawdown_threshold:.0%}"
 
-
+# %% ../nbs/06_training/08_trainer.ipynb #d18345d3
 def validation_interval(
     config: NativePPOConfig,
     updates: int,  # of the run

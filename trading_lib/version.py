@@ -31,7 +31,7 @@ def parse_version(
     major, minor, patch = (int(part or 0) for part in match.groups())
     return major, minor, patch
 
-
+# %% ../nbs/02_features/03_version.ipynb #d2f7acf7
 def compare_versions(
     a: str,  # a version
     b: str,  # another
@@ -77,7 +77,7 @@ class _Version:
     notes: str  # what is new
     breaking_changes: tuple[str, ...] = ()  # why the previous version's models do not fit
 
-
+# %% ../nbs/02_features/03_version.ipynb #3acab4f7
 _VERSIONS = {
     "2.3.0": _Version(3, "2.3.0", "Market columns only; hold, buy or sell half a full-size order."),
     "2.4.0": _Version(
@@ -118,7 +118,7 @@ class ModelSpec:
     action_meanings: dict[int, str] = field(hash=False)  # output -> name
     breaking_changes: tuple[str, ...] = ()  # against the version before
 
-
+# %% ../nbs/02_features/03_version.ipynb #31d8b657
 def _spec(version: str) -> ModelSpec:
     n_features, n_actions = LAYOUTS[version].n_features, _VERSIONS[version].n_actions
     meanings = {i: action.name for i, action in enumerate(ACTION_SETS[n_actions])}
@@ -134,7 +134,7 @@ MODEL_TRADER_COMPATIBILITY = {
 }  # model -> lowest trader
 RELEASE_NOTES = {version: entry.notes for version, entry in _VERSIONS.items()}
 
-
+# %% ../nbs/02_features/03_version.ipynb #0f4fb073
 def missing_parts(
     version: str = CURRENT_MODEL_VERSION,  # a model version
 ) -> list[str]:  # names of what is missing; empty if the version is complete
@@ -166,11 +166,11 @@ def _actions(spec: ModelSpec | str) -> tuple[Action, ...]:
         )
     return ACTION_SETS[spec.n_actions]
 
-
+# %% ../nbs/02_features/03_version.ipynb #e39c3826
 def _listed(values) -> str:
     return ", ".join(str(v) for v in values)
 
-
+# %% ../nbs/02_features/03_version.ipynb #56ab25a4
 def interpret_action(
     action: int,  # output of the policy; a whole number of any library
     spec: ModelSpec | str,  # of the model that emitted it
@@ -245,7 +245,7 @@ def plain_name(
     "Its name in the plain network: wrappers such as `module.` are cut off."
     return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))
 
-
+# %% ../nbs/02_features/03_version.ipynb #269a84e7
 def policy_matrices(
     checkpoint: dict,  # content of a checkpoint
 ) -> dict[str, tuple[int, int]]:  # name -> (outputs, inputs), in the order of the network
@@ -263,7 +263,7 @@ def policy_matrices(
         if len(getattr(value, "shape", ())) == 2
     }
 
-
+# %% ../nbs/02_features/03_version.ipynb #b76270c5
 def policy_widths(
     checkpoint: dict,  # content of a checkpoint
 ) -> tuple[int, int] | None:  # (inputs of the first layer, outputs of the actor head); None: no matrices
@@ -313,7 +313,7 @@ def _known_structures() -> dict[tuple[int, int], list[str]]:
         known.setdefault((spec.obs_dim, spec.n_actions), []).append(version)
     return known
 
-
+# %% ../nbs/02_features/03_version.ipynb #a22e8f2d
 def _version_of_widths(widths: tuple[int, int] | None) -> str:
     "The newest version that has these inputs and actions; a warning where several have."
     known = _known_structures()
@@ -338,7 +338,7 @@ def _version_of_widths(widths: tuple[int, int] | None) -> str:
         )
     return version
 
-
+# %% ../nbs/02_features/03_version.ipynb #a7a27c21
 def detect_version_from_checkpoint(
     checkpoint: dict,  # content of a checkpoint
 ) -> tuple[str, ModelSpec]:  # the version and what it expects

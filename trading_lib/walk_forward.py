@@ -50,6 +50,7 @@ from trading_lib.evaluation.splits import (
 )
 from .features import FeatureFit, fit_features
 
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #b7962049
 _all_ = [
     "SCHEMES",
     "CombinatorialFold",
@@ -65,7 +66,7 @@ _all_ = [
 # %% ../nbs/07_evaluation/14_walk_forward.ipynb #2859893c
 _SPANS = ("train", "validation", "test")
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #0a1d63ff
 @dataclass(frozen=True)
 class _Task:
     "What a walk-forward was asked for."
@@ -123,7 +124,7 @@ def _check_decidable(task: _Task, fold: Fold, names: tuple[str, ...], warm_up: i
                 "use more history or fewer folds"
             )
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #6c4f7f33
 def _check_spans(task: _Task):
     "Spans that are long enough for the layout, before anything is trained."
     version = task.kind["version"]
@@ -174,7 +175,7 @@ class _Given(NamedTuple):
     content: dict
     unseen: dict[int, bool]  # number of a fold -> whether it is certain that its test was not seen
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #124a3445
 def _given(task: _Task, models) -> dict[str, _Given]:
     "Models by name, refused where they have seen a test; what is not known is noted."
     given = {}
@@ -233,7 +234,7 @@ def _probe_actions(task: _Task, content: dict, fold: Fold) -> tuple[dict, str | 
     except InputError as e:
         return {}, str(e)
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #5888eb4f
 def _fold_figures(result: BacktestResult, unseen: bool) -> dict:
     "What one test has to show, by column."
     metrics, baselines, training = result.metrics, result.baselines, result.provenance["training"]
@@ -259,7 +260,7 @@ def _fold_figures(result: BacktestResult, unseen: bool) -> dict:
         "said": training["said"],
     }
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #4f40ad7f
 class _Trained(NamedTuple):
     "A model that is ready for the test of a fold."
 
@@ -267,7 +268,7 @@ class _Trained(NamedTuple):
     seen: dict  # column -> first and last time of its spans
     unseen: bool  # whether it is certain that the test was not seen
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #420b012b
 def _tested(task: _Task, fold: Fold, name: str, model: _Trained) -> dict:
     "One fold's test, as plain values."
     start, stop = fold.test
@@ -305,7 +306,7 @@ class _Job(NamedTuple):
     path: Path | None  # where it is kept
     found: dict | None  # from an earlier run
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #86db5449
 def _jobs(task: _Task, given: dict[str, _Given]) -> list[_Job]:
     "All tests, in order of time, with what an earlier run has left of them."
     folder = task.folder
@@ -336,7 +337,7 @@ def _jobs(task: _Task, given: dict[str, _Given]) -> list[_Job]:
             jobs.append(_Job(fold, name, key, path, read_fold(path, key)))
     return jobs
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #4cae40a9
 def _fits(task: _Task, jobs: list[_Job]) -> dict[int, FeatureFit]:  # number of the fold -> fit
     "Every fold is fitted before the first is trained: what cannot be done is known at once."
     if task.train is None:
@@ -361,7 +362,7 @@ def _retrained(task: _Task, job: _Job, fit: FeatureFit) -> _Trained:
     }
     return _Trained(content, seen, certain)
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #2c2ec9e3
 def _existing(job: _Job, model: _Given) -> _Trained:
     "A model that existed before."
     span = training_span(model.content)
@@ -382,7 +383,7 @@ def _done(task: _Task, job: _Job, given: dict[str, _Given], fits: dict[int, Feat
         write_fold(job.path, fold)
     return fold
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #7e17f2b3
 def _fold_line(job: _Job, row: dict) -> str:
     "A fold in one line."
     kept = " (kept from an earlier run)" if job.found else ""
@@ -407,7 +408,7 @@ def _late_notes(task: _Task, rows: list[dict]) -> list[str]:
         if row["unseen"] != "yes"
     ]
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #452611e3
 def _provenance(task: _Task, horizon: int, embargo: int) -> dict:
     "What a result comes from."
     spans = []
@@ -484,7 +485,7 @@ def walk_forward(
     jobs = _jobs(task, given)
     return _walk(task, jobs, given, progress, _provenance(task, horizon, embargo))
 
-
+# %% ../nbs/07_evaluation/14_walk_forward.ipynb #b6fdd1f3
 def _walk(task: _Task, jobs: list[_Job], given: dict, progress, provenance: dict) -> WalkForwardResult:
     "Do what is left to do, fold by fold."
     fits, folds = _fits(task, jobs), []

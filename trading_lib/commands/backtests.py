@@ -34,7 +34,7 @@ def _jobs(arguments, parameters: Parameters) -> list:  # of pipeline.backtests.J
         raise InputError("backtest: give symbols of the project or --bars, not both")
     return file_jobs(parameters, arguments.bars, model, *span)
 
-
+# %% ../../nbs/11_use/03_backtests.ipynb #c9aa5463
 def _backtest(arguments):
     from trading_lib.backtest import write_backtest
     from trading_lib.pipeline.backtests import run_jobs, verdict_on
@@ -73,7 +73,7 @@ def _verdict(arguments):
         symbols = symbols_of(arguments, parameters)
     print("\n".join(summary(parameters, symbols=symbols)))
 
-
+# %% ../../nbs/11_use/03_backtests.ipynb #a5d84f21
 def _deploy(arguments):
     from trading_lib.pipeline.deploy import deploy_symbol
     from trading_lib.reporting.registry import load_deploy_zip

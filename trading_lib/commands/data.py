@@ -41,7 +41,7 @@ def _download(arguments):
             f"{report['segments']} segment(s); kept in {options['cache']}"
         )
 
-
+# %% ../../nbs/11_use/01_data.ipynb #bb60146a
 def _info(arguments):
     import pandas as pd
 
@@ -74,7 +74,7 @@ BAR_FILE = [
     ),
 ]
 
-
+# %% ../../nbs/11_use/01_data.ipynb #89b99901
 def _known_of(symbol: str) -> dict:  # options of `load_bars`
     "What the project's parameters say of a symbol."
     try:
@@ -84,7 +84,7 @@ def _known_of(symbol: str) -> dict:  # options of `load_bars`
     data = load_parameters().data
     return {"asset_class": data.asset_class(symbol), "allow_steps": data.steps(symbol)}
 
-
+# %% ../../nbs/11_use/01_data.ipynb #07e68132
 def own_bars(
     arguments,  # of BAR_FILE
 ) -> tuple:  # symbol, bars, report
@@ -129,7 +129,7 @@ def _check(arguments):
     if arguments.out is not None:
         _write_check(arguments.out, symbol, bars, report, facts)
 
-
+# %% ../../nbs/11_use/01_data.ipynb #26ab43e8
 def _write_check(out: str, symbol: str, bars, report: dict, facts: dict):
     "The report as JSON and picture."
     import io
@@ -152,7 +152,7 @@ def _check_lookahead(arguments):
     print(report)
     return 0 if report.passed else 1
 
-
+# %% ../../nbs/11_use/01_data.ipynb #91e67793
 def _find(arguments):
     from trading_lib.pipeline.prepare import find_symbol, link_warning
     from trading_lib.pipeline.project import artefacts

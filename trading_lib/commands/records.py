@@ -30,7 +30,7 @@ def _model_line(path, symbol: str, pipeline: bool) -> str:
     )
     return f"{line}, the pipeline’s" if pipeline else line
 
-
+# %% ../../nbs/11_use/04_records.ipynb #3d5823a3
 def _models(arguments):
     from trading_lib.pipeline.project import artefacts, kept_models
 
@@ -62,7 +62,7 @@ def _trials_line(symbol: str, trials: list) -> str:
     kind = "simulated, " if any(map(simulated_trial, trials)) else ""
     return f"{symbol}: {kind}{counts}; probability of backtest overfitting {luck}"
 
-
+# %% ../../nbs/11_use/04_records.ipynb #3db61e46
 def _trials(arguments):
     from trading_lib.ledger import comparable_trials, gather_ledgers, project_trials
 
@@ -77,7 +77,7 @@ def _trials(arguments):
         f"{simulated} on simulated ones"
     )
 
-
+# %% ../../nbs/11_use/04_records.ipynb #9be9800d
 def _history(arguments):
     from trading_lib.reporting.registry import format_history, index_path, index_runs, symbol_history
 

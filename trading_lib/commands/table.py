@@ -22,7 +22,7 @@ class Command:
     run: Callable  # called with the parsed arguments; returns the exit status, or None for 0
     example: str = ""  # of its arguments
 
-
+# %% ../../nbs/11_use/00_table.ipynb #6280ada2
 def argument(
     *names: str,  # such as "--out", or a name without dashes where it stands by its place
     **how,  # for `ArgumentParser.add_argument`, such as help="…"
@@ -30,7 +30,7 @@ def argument(
     "An argument of a command."
     return names, how
 
-
+# %% ../../nbs/11_use/00_table.ipynb #e84a403c
 SYMBOLS = argument(
     "symbols", nargs="*", metavar="SYMBOL", help="such as SIM-USD (default: those of params.yaml)"
 )
@@ -53,7 +53,7 @@ def symbols_of(
     named = [parameters.listed(symbol) for symbol in arguments.symbols]
     return list(dict.fromkeys(named)) or parameters.symbols
 
-
+# %% ../../nbs/11_use/00_table.ipynb #64219c05
 def dvc_symbol(
     stage: str,  # such as train
 ) -> str:
@@ -65,7 +65,7 @@ def dvc_symbol(
         raise InputError(f"{stage}: which symbol? Add one, such as --symbol SIM-USD")
     return name.removeprefix(f"{stage}@")
 
-
+# %% ../../nbs/11_use/00_table.ipynb #b3317934
 def run_by_dvc(
     stage: str,  # such as verdict
 ) -> bool:

@@ -58,7 +58,7 @@ def torchrun_command(
     main = "import sys; from trading_lib.cli import main; sys.exit(main())"
     return [*start, "--no-python", sys.executable, "-c", main, *own]
 
-
+# %% ../../nbs/11_use/02_training.ipynb #e6693f42
 def _torchrun(line: list[str]):
     "Become torchrun."
     import torch
@@ -77,7 +77,7 @@ def _stage(arguments):
     symbol = arguments.symbol or dvc_symbol(arguments.name)
     run_stage(arguments.name, load_parameters().listed(symbol, "--symbol"))
 
-
+# %% ../../nbs/11_use/02_training.ipynb #04bc57b8
 def _how_much(arguments) -> str | None:
     "How much is to be shown; None: what suits whoever is looking."
     if arguments.verbose and arguments.quiet:
@@ -86,7 +86,7 @@ def _how_much(arguments) -> str | None:
         return "verbose"
     return "quiet" if arguments.quiet else None
 
-
+# %% ../../nbs/11_use/02_training.ipynb #21e8a658
 def _train(arguments):
     from trading_lib.pipeline.project import artefacts
     from trading_lib.pipeline.train import train_symbol
@@ -128,7 +128,7 @@ def _seeds(arguments):
         if trainer.exit_status:
             return trainer.exit_status
 
-
+# %% ../../nbs/11_use/02_training.ipynb #a6b79097
 def _preflight(arguments):
     from trading_lib.bars import read_bars
     from trading_lib.env import split_bounds

@@ -32,6 +32,7 @@ from trading_lib.data.alpaca_http import (  # noqa: F401
     page_problem,
 )
 
+# %% ../../nbs/01_data/05_alpaca.ipynb #8e1d700f
 _all_ = ["KEY_VARIABLES", "Keys", "environment_keys"]  # people look for them here
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #3d93111d
@@ -83,7 +84,7 @@ def _check_feed(asset_class: str, feed: str | None, adjustment: str):
     if adjustment not in ADJUSTMENTS:
         raise unknown_name("adjustment", adjustment, ADJUSTMENTS)
 
-
+# %% ../../nbs/01_data/05_alpaca.ipynb #71717ab4
 def _check_options(
     asset_class: str,  # "equity" or "crypto"
     feed: str | None,  # crypto has but one
@@ -109,7 +110,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(?P<zone>Z|[+-]
 def _number(value) -> float:
     return value if type(value) in (int, float) and abs(value) < 1e300 else np.nan
 
-
+# %% ../../nbs/01_data/05_alpaca.ipynb #deb591e6
 def _read_rows(symbol: str, rows: list) -> pd.DataFrame:
     "Bars of one symbol, as they come."
 
@@ -198,7 +199,7 @@ def _question(
 # %% ../../nbs/01_data/05_alpaca.ipynb #e4cda45c
 _IDLE_PAGES = 5  # in a row; more lead nowhere
 
-
+# %% ../../nbs/01_data/05_alpaca.ipynb #ba53a12d
 class _Pages:
     "What the pages of one question have brought so far."
 
@@ -251,7 +252,7 @@ def _read_pages(client: PatientClient, path: str, params: dict, pages: _Pages):
         pages.tokens.add(token)
         pages.check_end(client.title)
 
-
+# %% ../../nbs/01_data/05_alpaca.ipynb #7daca0bc
 def _title(names: list[str], timeframe: str) -> str:
     "What is downloaded, for messages."
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

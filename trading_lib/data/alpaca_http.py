@@ -50,7 +50,7 @@ class Keys:
         "Whether both are letters, digits and signs alone; no frame of an error holds them."
         return all(re.fullmatch(r"[!-~]+", secret) for secret in (self.key_id, self.secret_key))
 
-
+# %% ../../nbs/01_data/04_alpaca_http.ipynb #6e35ecbd
 def environment_keys() -> Keys | None:  # None: neither variable is set
     "The keys in the environment."
     missing = [name for name in KEY_VARIABLES if not os.environ.get(name)]
@@ -187,7 +187,7 @@ def _told_time(headers) -> pd.Timestamp | None:
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
 
-
+# %% ../../nbs/01_data/04_alpaca_http.ipynb #a5b595fa
 def _wished_wait(headers) -> float | None:
     "Seconds to wait: Retry-After in seconds or as a date, else the time at which the limit is reset."
     after, reset = (headers.get(name, "").strip() for name in ("Retry-After", "X-Ratelimit-Reset"))
@@ -212,7 +212,7 @@ def _of_status(
     shown = f"{status}: {said}" if said else str(status)
     return Failure(f"the server {what} ({shown})", advice, tries, _wished_wait(headers))
 
-
+# %% ../../nbs/01_data/04_alpaca_http.ipynb #47e9a890
 def _of_exception(error: Exception) -> Failure:
     "What the transport raised. The exception itself holds the request with its keys, and goes no further."
     inner = error.args[0] if error.args else None
@@ -239,7 +239,7 @@ class _Stop(Exception):
         super().__init__(failure.what)
         self.failure = failure
 
-
+# %% ../../nbs/01_data/04_alpaca_http.ipynb #2c29de40
 def _said(content: bytes, keys: Keys | None) -> str:
     "The server's own words, if it sent any for people: one line, without keys."
     try:

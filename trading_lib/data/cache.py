@@ -42,7 +42,7 @@ def merge_ranges(
             merged.append((start, end))
     return merged
 
-
+# %% ../../nbs/01_data/06_cache.ipynb #629ee0b3
 def subtract_ranges(
     wanted: list[tuple],  # pairs (start, end), end exclusive
     known: list[tuple],  # pairs (start, end), end exclusive
@@ -65,7 +65,7 @@ def _between(bars: pd.DataFrame, start, end) -> pd.DataFrame:
     "The bars of [start, end)."
     return bars.iloc[bars.index.searchsorted(start) : bars.index.searchsorted(end)]
 
-
+# %% ../../nbs/01_data/06_cache.ipynb #dac566eb
 def _checked(got, title: str, start, end, grid: pd.Timedelta) -> pd.DataFrame:
     "What `fetch` gave, if it keeps its promise."
 
@@ -106,7 +106,7 @@ def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
     "Bars of several requests as one table, in order."
     return pd.concat(parts).sort_index() if len(parts) > 1 else parts[0]
 
-
+# %% ../../nbs/01_data/06_cache.ipynb #9f689938
 def _with_range(ranges: tuple, start, end, downloaded) -> tuple:
     "The range added; ranges that touch and were downloaded on the same day are one."
     merged = []
@@ -119,7 +119,7 @@ def _with_range(ranges: tuple, start, end, downloaded) -> tuple:
         merged.append((begin, stop, at))
     return tuple(merged)
 
-
+# %% ../../nbs/01_data/06_cache.ipynb #6dfda6a1
 def _pieces(missing: list[tuple], length: pd.Timedelta) -> list[tuple]:
     "Ranges cut into pieces of a length, in order."
     return [
@@ -140,7 +140,7 @@ def _nearest_day(bars: pd.DataFrame, start, length: pd.Timedelta) -> pd.DataFram
     nearest = bars.index[before - 1]
     return bars[(bars.index > nearest - day) & (bars.index <= nearest)]
 
-
+# %% ../../nbs/01_data/06_cache.ipynb #b7ae29c6
 def _largest_change(cached: pd.DataFrame, again: pd.DataFrame) -> tuple[pd.Timestamp | None, float]:
     "The bar whose prices have changed most, and their ratio new / old."
     labels, prices = cached.index.intersection(again.index), list(COLUMNS[:4])
@@ -277,7 +277,7 @@ def _check_names(asset_class: str, source: str, feed: str | None, adjustment: st
                 f"{name}: expected letters, digits, '-', '_' or ',', since it names a folder, was {value!r}"
             )
 
-
+# %% ../../nbs/01_data/06_cache.ipynb #bd4f176d
 def _wanted(start, end, present: pd.Timestamp, timeframe: str, title: str) -> tuple:  # (start, end)
     "What is asked for, up to the last bar that has closed."
     _, grid = bar_steps(timeframe)
@@ -292,7 +292,7 @@ def _wanted(start, end, present: pd.Timestamp, timeframe: str, title: str) -> tu
         )
     return begin, stop
 
-
+# %% ../../nbs/01_data/06_cache.ipynb #e4fe8391
 def _piece_length(chunk: int, timeframe: str, asset_class: str) -> pd.Timedelta:
     "The time that holds about so many bars; exchanges rest at night and on weekends."
     if not isinstance(chunk, int) or chunk < 1:

@@ -50,7 +50,7 @@ class Held:
         "When the newest of it came."
         return utc_text(max(at for _, _, at in self.ranges)) if self.ranges else None
 
-
+# %% ../../nbs/01_data/05_cache_files.ipynb #0ef5b639
 def no_bars() -> pd.DataFrame:
     "An empty table of bars."
     return pd.DataFrame(
@@ -58,12 +58,12 @@ def no_bars() -> pd.DataFrame:
         index=pd.DatetimeIndex([], dtype="datetime64[ns, UTC]", name="timestamp"),
     )
 
-
+# %% ../../nbs/01_data/05_cache_files.ipynb #50b5bf25
 def utc_text(t: pd.Timestamp) -> str:
     "A time as manifests and messages write it."
     return t.strftime("%Y-%m-%dT%H:%M:%SZ")
 
-
+# %% ../../nbs/01_data/05_cache_files.ipynb #ae2fc619
 def manifest_entry(held: Held) -> dict:
     "What the manifest says of it."
     labels = held.bars.index
@@ -103,12 +103,12 @@ def _load(manifest: Path) -> tuple[dict, bytes | None] | None:  # manifest and p
         )
     return told, content
 
-
+# %% ../../nbs/01_data/05_cache_files.ipynb #57207404
 def _again(manifest: Path) -> str:
     "What to do about a broken history."
     return f"delete {manifest.name} to download all of it again"
 
-
+# %% ../../nbs/01_data/05_cache_files.ipynb #f9cd8070
 def _held_of(entry: dict, content: bytes | None, interrupted: bool) -> Held:
     "What an entry of a manifest and its parquet hold; a `ValueError` where they do not belong together."
     ranges = tuple(tuple(parse_time(r[k]) for k in ("start", "end", "downloaded")) for r in entry["ranges"])
@@ -123,7 +123,7 @@ def _held_of(entry: dict, content: bytes | None, interrupted: bool) -> Held:
     )
     return Held(bars, ranges, tuple(entry["invalidated"]), entry["sha256"], proven, asked, interrupted)
 
-
+# %% ../../nbs/01_data/05_cache_files.ipynb #8f2d2401
 def read_history(
     manifest: Path,  # its parquet is beside it
 ) -> tuple[dict | None, Held]:  # identity of the history, what is held of it; None and nothing: no manifest
@@ -163,19 +163,19 @@ def bar_steps(timeframe: str) -> tuple[pd.Timedelta, pd.Timedelta]:
 
 HOUR, _DAY = pd.Timedelta(1, "h"), pd.Timedelta(1, "D")
 
-
+# %% ../../nbs/01_data/05_cache_files.ipynb #285ff0c4
 def end_of(bars: pd.DataFrame, timeframe: str) -> pd.Timestamp:
     "Up to here the newest bar proves that time has passed; a day of New York may have 23 hours."
     length, grid = bar_steps(timeframe)
     return bars.index[-1] + max(length - HOUR, grid)
 
-
+# %% ../../nbs/01_data/05_cache_files.ipynb #f7ffeccb
 def closed_by(now: pd.Timestamp, timeframe: str) -> pd.Timestamp:
     "All bars that start before this have closed, and are settled."
     length, grid = bar_steps(timeframe)
     return (now - _SETTLED - length).floor(grid) + grid
 
-
+# %% ../../nbs/01_data/05_cache_files.ipynb #4367e0df
 def _believed(held: Held, present: pd.Timestamp, timeframe: str) -> tuple:
     "The ranges without what a clock that was ahead may have added."
     proofs = [] if held.proven is None else [held.proven]

@@ -100,7 +100,7 @@ def shown(
     text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= most else text[:most] + "…"
 
-
+# %% ../../nbs/01_data/00_checks.ipynb #fed56d1e
 def listed(
     values: Iterable,  # such as the names of columns
     most: int = 12,  # of them
@@ -118,7 +118,7 @@ def refuse(
     "The error that a table of bars is answered with."
     raise InputError(f"bars refused, {kind}: {detail}; {REFUSED[kind]}")
 
-
+# %% ../../nbs/01_data/00_checks.ipynb #05a62a08
 def refuse_where(
     kind: str,  # a key of `REFUSED`
     bad: np.ndarray,  # (T,) bool
@@ -151,7 +151,7 @@ def _time_column(bars: pd.DataFrame) -> pd.Series:
         refuse("missing column", f"no timestamp among {listed(bars.columns)}, and the index holds no times")
     return bars.index.to_series()
 
-
+# %% ../../nbs/01_data/00_checks.ipynb #7a3d3841
 def labels_of(
     bars: pd.DataFrame,  # raw, with a `timestamp` column or index
 ) -> np.ndarray:  # (T,) int64 nanoseconds, UTC, in the order of the rows
@@ -192,7 +192,7 @@ def _refuse_column(name: str, column: pd.Series, label: np.ndarray):
         refuse("bad dtype", f"{name} holds {column.dtype}, such as {shown(column.iloc[0])!r}")
     refuse_where("no number", bad, label, lambda i: f"{name} is {shown(column.iloc[i])!r}")
 
-
+# %% ../../nbs/01_data/00_checks.ipynb #28231678
 def _as_float(name: str, column: pd.Series, label: np.ndarray) -> np.ndarray:
     "A column as float64; refused where it does not hold numbers."
     types = pd.api.types
@@ -218,7 +218,7 @@ def _check_column(name: str, v: np.ndarray, label: np.ndarray):
     beyond = (v < _CHEAPEST) | (v > _DEAREST)
     refuse_where("impossible value", beyond, label, lambda i: f"{name} is {v[i]:g}")
 
-
+# %% ../../nbs/01_data/00_checks.ipynb #ef30d72a
 def values_of(
     bars: pd.DataFrame,  # raw, with the columns of `COLUMNS`
     label: np.ndarray,  # (T,) int64 nanoseconds, from `labels_of`
@@ -257,7 +257,7 @@ def check_same_throughout(
         if len(different) > 1:
             refuse("mixed content", f"column {name} holds {listed(different, 3)}")
 
-
+# %% ../../nbs/01_data/00_checks.ipynb #3cfaefb0
 def versions_of(
     bars: pd.DataFrame,  # raw
 ) -> np.ndarray:  # (T,) float64; 0 without a column `updated`
@@ -280,7 +280,7 @@ def _refuse_outside_range(name: str, values: dict[str, np.ndarray], label: np.nd
         "OHLC order", outside, label, lambda i: text.format(name=name, value=v[i], low=low[i], high=high[i])
     )
 
-
+# %% ../../nbs/01_data/00_checks.ipynb #7418a4c8
 def check_order(
     values: dict[str, np.ndarray],  # column -> (T,); high and low are mended in place
     label: np.ndarray,  # (T,) int64 nanoseconds
@@ -316,7 +316,7 @@ def normalize_daily(
     label[off[midnight]] = local[midnight]
     return label, int(midnight.sum())
 
-
+# %% ../../nbs/01_data/00_checks.ipynb #423e108e
 def _check_timeframe(steps: np.ndarray, seconds: int):
     "Refuse bars most of which are another timeframe apart."
     if len(steps) < 20:
@@ -333,7 +333,7 @@ def _check_timeframe(steps: np.ndarray, seconds: int):
         f"bars are {usual / 60 / SECOND:g} minutes apart{like}, expected {seconds / 60:g}",
     )
 
-
+# %% ../../nbs/01_data/00_checks.ipynb #b857e89a
 def check_grid(
     label: np.ndarray,  # (T,) int64 nanoseconds, sorted and unique
     seconds: int,  # length of a bar

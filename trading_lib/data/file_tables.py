@@ -53,12 +53,12 @@ KEPT = {"symbol": "symbol", "ticker": "symbol"}
 KEPT |= {name: name for name in ("feed", "adjustment", "currency", "exchange", "updated")}
 _EXAMPLE = "timestamp,open,high,low,close,volume"
 
-
+# %% ../../nbs/01_data/02_file_tables.ipynb #5b1d56c9
 def plain_column(name) -> str:
     "A name in lower case, without punctuation."
     return re.sub(r"[\s_\-.<>]+", " ", str(name).lower()).strip()  # <CLOSE> is MetaTrader's
 
-
+# %% ../../nbs/01_data/02_file_tables.ipynb #2e94b2ca
 def _names_given(columns, where: str) -> list[str]:
     "The option `columns` as a list of names, checked."
     names = [str(c).strip() for c in (columns.split(",") if isinstance(columns, str) else columns)]
@@ -98,7 +98,7 @@ _FIELDS = {s for name, synonyms in SYNONYMS.items() if name != "timestamp" for s
 _NOTHING = ["", "NA", "N/A", "n/a", "#N/A", "NaN", "nan", "NULL", "null", "None"]  # cells that hold no value
 _MOST = 60_000_000  # bars; a hundred years of minutes are 53 million
 
-
+# %% ../../nbs/01_data/02_file_tables.ipynb #de5e908d
 def _decoded(content: bytes, where: str) -> str:
     "Text in whichever encoding it is."
     encoding = next((name for bom, name in _BOMS if content.startswith(bom)), None)
@@ -128,14 +128,14 @@ def _header_rows(lines: list[list[str]]) -> int:
             return i + 1
     return 1
 
-
+# %% ../../nbs/01_data/02_file_tables.ipynb #e33b5063
 def _names_of_levels(levels: list[list[str]]) -> list[tuple[str, str]]:
     "Per column: its name, and the symbol that it is of, where a row of names holds symbols."
     names = max(levels, key=lambda level: sum(plain_column(c) in _FIELDS for c in level))
     symbols = next((level for level in levels if level is not names), [""] * len(names))
     return list(zip(names, symbols))
 
-
+# %% ../../nbs/01_data/02_file_tables.ipynb #93cbd4b9
 def _of_symbol(
     pairs: list[tuple[str, str]], symbol: str, where: str
 ) -> tuple[list[int], list[str], str | None]:
@@ -153,7 +153,7 @@ def _of_symbol(
     chosen = [i for i, (_, s) in enumerate(pairs) if s.strip() in ("", mine)]
     return chosen, [pairs[i][0] for i in chosen], mine
 
-
+# %% ../../nbs/01_data/02_file_tables.ipynb #ad07c2f7
 def same_symbol(one: str, other: str) -> bool:
     "Whether two spellings mean the same: BRK.B and BRK-B, NASDAQ:AAPL and AAPL, btcusd and BTC/USD."
 
@@ -242,7 +242,7 @@ def _arrow_column(column, name: str, where: str) -> pd.Series:
         column = column.cast(pa.string())  # text becomes the nearest number later
     return column.to_pandas()
 
-
+# %% ../../nbs/01_data/02_file_tables.ipynb #8ea236d0
 def _read_parquet(content: bytes, symbol: str, columns, where: str) -> pd.DataFrame:
     "A parquet file; what pandas has written as an index is a column like any other."
     import pyarrow.parquet

@@ -32,7 +32,7 @@ def _of_epoch(values: np.ndarray) -> np.ndarray | None:
         return np.rint(values * (unit // 1000)).astype("int64") * 1000
     return None
 
-
+# %% ../../nbs/01_data/02_file_times.ipynb #36d962b8
 def _of_text(text: pd.Series, where: str) -> pd.Series:
     "Times that are written out, with an offset or without."
     text = (
@@ -66,7 +66,7 @@ def check_zone(timezone: str | None):
             f"timezone: unknown zone {shown(timezone)!r}; expected a name such as UTC or America/New_York"
         ) from None
 
-
+# %% ../../nbs/01_data/02_file_times.ipynb #d38130b6
 def _in_zone(index: pd.DatetimeIndex, timezone: str, where: str) -> pd.DatetimeIndex:
     "Times of a zone in UTC."
     check_zone(timezone)
@@ -78,7 +78,7 @@ def _in_zone(index: pd.DatetimeIndex, timezone: str, where: str) -> pd.DatetimeI
             f"({' '.join(str(e).split())[:80]}); write times in UTC"
         ) from None
 
-
+# %% ../../nbs/01_data/02_file_times.ipynb #3410569b
 def _of_dates(
     index: pd.DatetimeIndex, timeframe: str, asset_class: str, timezone: str | None, where: str
 ) -> pd.DatetimeIndex:
@@ -146,7 +146,7 @@ def parse_times(
         )
     return _in_zone(index, timezone, where)
 
-
+# %% ../../nbs/01_data/02_file_times.ipynb #8cd6262d
 def times_of(table: pd.DataFrame, columns: list) -> pd.Series:
     "The column of times, or a date and a time of day put together; 93000 is 09:30:00."
     times = table[columns[0]]

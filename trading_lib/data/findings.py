@@ -36,7 +36,7 @@ class SessionSummary:
     volume: np.ndarray  # mean per bar
     width: np.ndarray  # mean of (high - low) / close
 
-
+# %% ../../nbs/01_data/00_findings.ipynb #0abba52d
 def summarise_sessions(
     values: dict[str, np.ndarray],  # column -> (T,)
     clock: BarClock,  # of the same bars
@@ -52,7 +52,7 @@ def summarise_sessions(
         width=np.add.reduceat(width, first) / count,
     )
 
-
+# %% ../../nbs/01_data/00_findings.ipynb #aa95f793
 def _date(clock: BarClock, row: int) -> str:
     "The date of a bar's session."
     return pd.Timestamp(clock.session_open[row]).strftime("%Y-%m-%d")
@@ -110,7 +110,7 @@ def _directions(volume: np.ndarray, width: np.ndarray) -> np.ndarray:
         direction[changed + sessions] = sign[changed]
     return direction
 
-
+# %% ../../nbs/01_data/00_findings.ipynb #7d2317d6
 def _change_points(volume: np.ndarray, direction: np.ndarray) -> list[int]:
     "One session for each run of changes: before it volume is nearer the old level, from it on the new."
     starts = np.flatnonzero(np.diff(direction, prepend=0) != 0).tolist()
@@ -181,7 +181,7 @@ class Steps:
     whole: np.ndarray  # close / previous close; 1 across a segment
     joined: np.ndarray  # bool: the previous bar is of the same segment
 
-
+# %% ../../nbs/01_data/00_findings.ipynb #327192d5
 def steps_of(
     values: dict[str, np.ndarray],  # column -> (T,)
     clock: BarClock,  # of the same bars
@@ -206,14 +206,14 @@ def _split_like(ratio: float, known: dict, tolerance: float) -> str | None:
     name = min(known, key=lambda k: abs(np.log(ratio / known[k])))
     return name if abs(np.log(ratio / known[name])) < tolerance else None
 
-
+# %% ../../nbs/01_data/00_findings.ipynb #b81ecee5
 def _is_ordinary(sessions: SessionSummary, i: int) -> bool:
     "Whether a session's volume and ranges are like those of the 20 before."
     past = slice(max(i - 20, 0), i)
     quiet = sessions.volume[i] < 3 * np.median(sessions.volume[past])
     return i >= 5 and quiet and sessions.width[i] < 3 * np.median(sessions.width[past])
 
-
+# %% ../../nbs/01_data/00_findings.ipynb #965937ee
 def find_splits(
     jump: np.ndarray,  # (T,) from `steps_of`
     sessions: SessionSummary,  # of the same bars
@@ -244,7 +244,7 @@ def _let_pass(allow_steps: bool | str | list, day: np.ndarray) -> np.ndarray:
         )
     return np.isin(day, [parse_time(date, "allow_steps").value // DAY for date in dates])
 
-
+# %% ../../nbs/01_data/00_findings.ipynb #6b116aab
 def refuse_steps(
     steps: Steps,  # from `steps_of`
     splits: dict[int, str],  # from `find_splits`
@@ -279,7 +279,7 @@ def _describe_breaks(sessions: SessionSummary, clock: BarClock) -> list[dict]:
         for i, before, after in find_volume_breaks(sessions.volume, sessions.width)
     ]
 
-
+# %% ../../nbs/01_data/00_findings.ipynb #b06b0cf3
 def find_oddities(
     values: dict[str, np.ndarray],  # column -> (T,)
     clock: BarClock,  # of the same bars

@@ -132,7 +132,7 @@ def _times_smaller(volume: np.ndarray, day: np.ndarray, outside: np.ndarray) -> 
     smaller[outside] = usual / np.maximum(volume[outside], 1)
     return smaller
 
-
+# %% ../../nbs/01_data/00_out_of_session.ipynb #ed2decfc
 def describe_out_of_session(
     label: np.ndarray,  # (T,) int64 nanoseconds
     volume: np.ndarray,  # (T,)

@@ -13,6 +13,7 @@ import pandas as pd
 
 from ..sessions import ASSET_CLASSES, DAY, TIMEFRAMES, BarClock, bar_clock, expected_labels
 
+# %% ../../nbs/01_data/08_quality.ipynb #beffc93a
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -37,20 +38,20 @@ def _expected(bars: pd.DataFrame, timeframe: str, asset_class: str) -> pd.Dateti
     whole = enough.index[enough]
     return theirs.index[theirs.isin(whole)].union(ours.index[~ours.isin(whole)])
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #2117516f
 def _runs(true: np.ndarray) -> list[tuple[int, int]]:
     "First and last position of every run of true values."
     edges = np.flatnonzero(np.diff(np.concatenate([[0], true.astype(np.int8), [0]])))
     return [(int(a), int(b) - 1) for a, b in zip(edges[::2], edges[1::2])]
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #7eec148d
 def _time(t: pd.Timestamp) -> str:
     return t.strftime("%Y-%m-%d %H:%MZ")
 
 # %% ../../nbs/01_data/08_quality.ipynb #c6f4f7c0
 _LISTED = 100  # entries of a list at most
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #28ddd570
 def _sessions_of(bars: pd.DataFrame, expected: pd.DatetimeIndex, timeframe: str, asset_class: str) -> dict:
     "Days or sessions: how many there are, which are missing, short, or follow a change of the clock."
     have, should = (bar_clock(i, timeframe, asset_class) for i in (bars.index, expected))
@@ -73,7 +74,7 @@ def _sessions_of(bars: pd.DataFrame, expected: pd.DatetimeIndex, timeframe: str,
         "clock_changes": dates[1:][np.diff(offset) != 0].tolist(),
     }
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #ee237bb3
 def _months_of(expected: pd.DatetimeIndex, missing: np.ndarray) -> list[dict]:
     "Bars that should be there, are, and are not, by month."
     table = pd.DataFrame({"expected": 1, "missing": missing}).groupby(expected.strftime("%Y-%m")).sum()
@@ -82,7 +83,7 @@ def _months_of(expected: pd.DatetimeIndex, missing: np.ndarray) -> list[dict]:
         for month, total, lacking in zip(table.index, table["expected"], table["missing"])
     ]
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #d8eeae22
 def _moves(bars: pd.DataFrame, segment: np.ndarray) -> list[dict]:
     "The ten largest moves from close to close."
     close = bars["close"].to_numpy()
@@ -162,7 +163,7 @@ def _some(items: list, count: int | None = None) -> str:
     more = (count or len(items)) - 5
     return ", ".join(map(str, items[:5])) + (f" and {more:,} more" if more > 0 else "")
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #aa022163
 def _number(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
@@ -177,7 +178,7 @@ def _gap_text(gap: dict, seconds: int | None) -> str:
         length = f", {hours / 24:,.1f} days" if hours > 48 else f", {hours:,.1f} hours"
     return f"{gap['from']} to {end} ({_number(gap['bars'], 'bar')}{length})"
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #53a98ac8
 def _missing_notes(out: dict) -> list[str]:
     "What is not there."
     notes, sessions, crypto = [], out["sessions"], out["asset_class"] == "crypto"
@@ -194,7 +195,7 @@ def _missing_notes(out: dict) -> list[str]:
         notes.append(f"{_number(lost, unit)} without any bar: {_some(sessions['missing'], lost)}")
     return notes
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #108ee1a1
 def _outside_note(kind: str, bars: dict) -> str:
     "What was dropped outside the sessions."
     note = f"{_number(bars['bars'], 'bar')} {_OUTSIDE[kind]} on {_number(bars['days'], 'day')} dropped"
@@ -231,7 +232,7 @@ def _odd_notes(out: dict, findings: dict) -> list[str]:
         )
     return notes
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #1f65a050
 def _notes(out: dict, findings: dict) -> list[str]:
     "The findings in words."
     notes = [f"{_REPAIRS[kind]}: {count:,}" for kind, count in out["repaired"].items() if count]
@@ -250,7 +251,7 @@ def _notes(out: dict, findings: dict) -> list[str]:
 # %% ../../nbs/01_data/08_quality.ipynb #07b80e8e
 _COLUMNS = 700  # of the coverage picture at most; longer histories show several days in one
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #f6cdc7b0
 def _coverage(bars: pd.DataFrame, timeframe: str, asset_class: str) -> tuple[np.ndarray, list[float], str]:
     "Share of the expected bars that are there, NaN where none is; its extent, and the name of its height."
     expected, seconds = _expected(bars, timeframe, asset_class), TIMEFRAMES[timeframe]
@@ -277,7 +278,7 @@ def _on_axis(times) -> np.ndarray:
     "Times as matplotlib's days."
     return pd.DatetimeIndex(times).as_unit("ns").asi8 / 86_400e9
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #12b40a8f
 def _plot_coverage(axis, coverage: tuple, heading: str, daily: bool):
     "Panel 1: which bars are there."
     from matplotlib.colors import LinearSegmentedColormap
@@ -290,7 +291,7 @@ def _plot_coverage(axis, coverage: tuple, heading: str, daily: bool):
         days = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"][extent[3] : extent[2]]
         axis.set_yticks(np.arange(share.shape[0]) + extent[3] + 0.5, days)
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #5ff24e2b
 def _plot_close(axis, bars: pd.DataFrame, facts: dict, clock: BarClock):
     "Panel 2: the close, with its largest moves, spikes and splits."
     close = bars["close"]
@@ -312,7 +313,7 @@ def _plot_close(axis, bars: pd.DataFrame, facts: dict, clock: BarClock):
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="best", fontsize=8)
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #81d2e29f
 def _plot_volume(axis, bars: pd.DataFrame, facts: dict, clock: BarClock):
     "Panel 3: volume of a session's mean bar, with the days on which it changes."
     first = np.unique(clock.session, return_index=True)[1]
@@ -335,7 +336,7 @@ def _heading(bars: pd.DataFrame, report: dict, facts: dict, title: str | None) -
     what = f"{title or name}, {report['timeframe']}: {len(bars):,} bars"
     return f"{what}, {complete}; red: missing, white: closed"
 
-
+# %% ../../nbs/01_data/08_quality.ipynb #824d8936
 def plot_data_report(
     bars: pd.DataFrame,  # validated bars
     report: dict,  # what `validate_bars` reported of them

@@ -23,7 +23,7 @@ def is_simulated_name(
         return False
     return SIMULATED_NAME.fullmatch(symbol) is not None
 
-
+# %% ../../nbs/01_data/02_simulated_names.ipynb #23ec0ab3
 def simulated_bars(
     symbol: str | None,  # name of the market
     data: dict | None = None,  # fingerprint of the bars, with their source where it is known

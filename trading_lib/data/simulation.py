@@ -32,6 +32,7 @@ from trading_lib.sessions import (
     timeframe_seconds,
 )
 
+# %% ../../nbs/01_data/02_simulation.ipynb #b05b3665
 _all_ = ["check_simulated_name", "is_simulated_name", "simulated_bars"]
 
 # %% ../../nbs/01_data/02_simulation.ipynb #81304584
@@ -52,7 +53,7 @@ _OVERNIGHT = 0.55  # volatility of the overnight move, in units of a full sessio
 _TURBULENT, _TURBULENCE = 0.05, 2.0  # share of turbulent bars, and how much wider they are
 _SESSION_QUARTERS = 26  # quarter-hours of a full session of 6.5 hours
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #d9b9e688
 @dataclass(frozen=True)
 class Recipe:
     "Ingredients of a simulated market; the defaults are the plain one."
@@ -117,14 +118,14 @@ class _Streams:
     def own(self, quantity: str) -> np.random.Generator:
         return _stream(self.seed, "symbol", self.symbol, self.timeframe, quantity)
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #eccbf307
 def _autoregression(shocks: np.ndarray, persistence: float) -> np.ndarray:
     "AR(1) with variance 1 from standard shocks, started in its stationary distribution."
     shocks = np.concatenate([shocks[:1], shocks[1:] * np.sqrt(1 - persistence**2)])
     steps = accumulate(shocks.tolist(), lambda level, shock: persistence * level + shock)
     return np.fromiter(steps, float, len(shocks))
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #bfceefb2
 def _season(progress: np.ndarray, asset_class: str, measured: bool) -> tuple[np.ndarray, np.ndarray]:
     "Variance and volume by the share of the session elapsed, each with average 1."
     angle = 2 * np.pi * (progress - 15 / 24)
@@ -149,7 +150,7 @@ class _Schedule:
     variance: np.ndarray  # (n,)
     share: np.ndarray  # (n, 1 + steps) of the variance, by move; the opening gap first
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #9dd099b6
 def _schedule(clock: BarClock, timeframe: str, asset_class: str, recipe: Recipe) -> _Schedule:
     "Length, time of day and opening gap of each bar."
     n, session = len(clock), clock.session_close - clock.session_open
@@ -189,7 +190,7 @@ def _noise_parts(streams: _Streams, recipe: Recipe, shape: tuple) -> list[_Part]
         _Part(streams.own, own, streams.own("noise").standard_normal(shape)),
     ]
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #4edbab4a
 def _log_volatility(parts: list[_Part], share: np.ndarray, recipe: Recipe, quarters: float) -> np.ndarray:
     "Log-volatility (n,) of bars of `quarters` quarter-hours; each bar's noise moves that of the next."
     total = np.zeros(len(share))
@@ -206,14 +207,14 @@ def _log_volatility(parts: list[_Part], share: np.ndarray, recipe: Recipe, quart
         total += deviation * np.clip(level, -3, 3) - deviation**2  # mean square of exp(total) is 1
     return total
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #444c53a2
 def _hidden_state(streams: _Streams, n: int) -> np.ndarray:
     "+1 or -1, (n,): it lasts `STATE_BARS` bars on average."
     trend = streams.own("trend").random(n)
     switches = np.concatenate([[trend[0] < 0.5], trend[1:] < 1 / STATE_BARS])
     return 1 - 2 * (np.cumsum(switches) % 2)
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #3ae574a8
 def _widths(streams: _Streams, n: int) -> np.ndarray:
     "How wide each bar's moves are, (n,), with mean square 1: a few bars are turbulent."
     turbulent = streams.own("turbulence").random(n) < _TURBULENT
@@ -235,7 +236,7 @@ def _bridge_extremes(path: np.ndarray, variance: np.ndarray, own) -> tuple[np.nd
     high, low = ((a + b + reach("high")) / 2).max(1), ((a + b - reach("low")) / 2).min(1)
     return np.exp(high).clip(min=path.max(1)), np.exp(low).clip(max=path.min(1))
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #75a31c09
 def _log_volume_noise(streams: _Streams, recipe: Recipe, noise: np.ndarray, scale: np.ndarray) -> np.ndarray:
     "What moves log-volume (n,) besides the time of day and volatility; `scale` is that of a bar's noise."
     n = len(noise)
@@ -259,7 +260,7 @@ def _check_choice(asset_class: str, seed, edge, recipe: str):
     if recipe not in RECIPES:
         raise unknown_name("recipe", recipe, RECIPES)
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #0e2f4920
 def _labels(timeframe: str, asset_class: str, start, end) -> pd.DatetimeIndex:
     "Labels of the bars, and of one bar more, since the truth of the last bar speaks of the bar after it."
     labels = expected_labels(timeframe, asset_class, start, end)
@@ -267,13 +268,13 @@ def _labels(timeframe: str, asset_class: str, start, end) -> pd.DatetimeIndex:
     beyond = labels[-1] + pd.Timedelta(timeframe_seconds(timeframe), "s") + pd.Timedelta(10, "D")
     return expected_labels(timeframe, asset_class, labels[0], beyond)[: len(labels) + 1]
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #1a48aa2b
 def _first_price(symbol: str, asset_class: str) -> float:
     "The price at which a symbol begins; its own at any seed."
     cheap, dear = SIMULATED[asset_class]["price"]
     return cheap + (dear - cheap) * (zlib.crc32(symbol.encode()) / 2**32)
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #b75f5b56
 def _bounded_noise(parts: list[_Part], share: np.ndarray, scale: np.ndarray) -> np.ndarray:
     "The noise of each move (n, 1 + steps); symmetric, so the mean stays 0, and bounded: prices stay above 0."
     noise = sum((part.weight * part.noise for part in parts), np.zeros(share.shape))
@@ -326,7 +327,7 @@ def simulate_market(
     truth = {"expected_return": expected[1:], "volatility": volatility[1:], "state": state[1:]}
     return pd.DataFrame(values, index=labels).iloc[:-1], pd.DataFrame(truth, index=labels[:-1])
 
-
+# %% ../../nbs/01_data/02_simulation.ipynb #67a9430b
 def simulate_bars(
     symbol: str = "SIM-USD",  # any name that is no real ticker
     timeframe: str = "15Min",  # such as "1Min", "1Hour", "1Day"

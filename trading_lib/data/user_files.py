@@ -47,7 +47,7 @@ def find_file(
             "file, or to the folder that holds the files"
         ) from None
 
-
+# %% ../../nbs/01_data/03_user_files.ipynb #b76ad343
 def _find(path: Path, symbol: str, timeframe: str, asset_class: str) -> Path:
     if path.is_file():
         return path
@@ -83,7 +83,7 @@ def _find(path: Path, symbol: str, timeframe: str, asset_class: str) -> Path:
 # %% ../../nbs/01_data/03_user_files.ipynb #fded515e
 _FALLBACKS = {"volume": TICKS}
 
-
+# %% ../../nbs/01_data/03_user_files.ipynb #84721ff3
 def _find_columns(table: pd.DataFrame, where: str, labels: str = "start") -> dict[str, list]:
     "Our name -> the file's column; the time may be a date and a time of day in two columns."
     plain, found = {c: plain_column(c) for c in table.columns}, {}
@@ -151,7 +151,7 @@ def _starts_of(ends: pd.DatetimeIndex, timeframe: str, asset_class: str, where: 
         ends = ends.ceil("min")
     return ends - pd.Timedelta(timeframe_seconds(timeframe), "s")
 
-
+# %% ../../nbs/01_data/03_user_files.ipynb #3649bf2d
 def _scale_prices(raw: pd.DataFrame, price_scale: float | None, asset_class: str, where: str) -> pd.DataFrame:
     "Prices in currency; whole ones that are hardly possible are asked about."
     prices = list(COLUMNS[:4])
@@ -188,7 +188,7 @@ def _numbers(column: pd.Series) -> pd.Series:
     numbers = pd.to_numeric(column.map(lambda v: v if isinstance(v, str) else None), errors="coerce")
     return numbers if not numbers.isna().any() else column
 
-
+# %% ../../nbs/01_data/03_user_files.ipynb #cd179c7b
 def _check_symbol(raw: pd.DataFrame, symbol: str, where: str):
     "A file that says whose bars it holds is not taken for another's."
     if "symbol" not in raw.columns:

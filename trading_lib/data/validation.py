@@ -65,7 +65,7 @@ def _drop_unfinished(label: np.ndarray, timeframe: str, asset_class: str, now: i
         refuse("empty", f"no bar had closed by {time_text(now)}")
     return finished
 
-
+# %% ../../nbs/01_data/00_validation.ipynb #7b789c14
 def _raw_values(bars: pd.DataFrame) -> tuple[np.ndarray, dict[str, np.ndarray], int]:
     "Labels and values of a raw table in the order of its rows, and how many were rounded."
     if not isinstance(bars, pd.DataFrame):

@@ -29,6 +29,7 @@ from ..market.layouts import LAYOUTS
 from ..policy.factory import build_policy
 from ..version import MODEL_SPECS, ModelSpec, assert_compatibility, declared_version
 
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #339d596d
 T = TypeVar("T")
 
 # %% ../../nbs/07_evaluation/11_backtest_task.ipynb #1d0b9927
@@ -55,7 +56,7 @@ def training_span(
     last = max((time for time in lasts if time is not None), default=None)
     return {"first": first, "last": last, "possible": last if spans else _recorded_time(data.get("end"))}
 
-
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #0217932d
 def training_spans(
     content: dict,  # of a checkpoint
     times: pd.DatetimeIndex,  # of the bars
@@ -144,7 +145,7 @@ class _Setup(NamedTuple):
     account: AccountConfig | None
     symbol: str | None
 
-
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #395df85b
 class _Whole(NamedTuple):
     "The same with nothing missing."
 
@@ -156,7 +157,7 @@ class _Whole(NamedTuple):
     account: AccountConfig
     symbol: str
 
-
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #230d04d9
 def _setup_of_checkpoint(content: dict, policy, given: _Setup, past: pd.DataFrame) -> _Setup:
     "A checkpoint's own setup, checked against what was given."
     trained = (content.get("config") or {}).get("env") or {}  # older files say nothing of it
@@ -191,7 +192,7 @@ def _setup_of_checkpoint(content: dict, policy, given: _Setup, past: pd.DataFram
     symbol = given.symbol or (content.get("data") or {}).get("symbol")
     return _Setup(fit, version, timeframe, asset_class, window, account, symbol)
 
-
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #66a9baa1
 def _resolved(model, given: _Setup, past: pd.DataFrame) -> tuple[dict | None, Any, _Setup]:
     "Content of the checkpoint if there is one, the policy, and its setup."
     content, policy, setup = None, model, given
@@ -223,7 +224,7 @@ def checked_actions(
         raise InputError(f"actions: expected one row for each of {n} decision bars, was {len(given)}")
     return torch.tensor(given, dtype=torch.int64)  # a copy: a column of a table may be read-only
 
-
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #9a7a022b
 def _check_options(model, bars, actions, truth, random_policies, setup: _Setup):
     require(
         model is not None or actions is not None,
@@ -240,13 +241,13 @@ def _check_options(model, bars, actions, truth, random_policies, setup: _Setup):
     if not isinstance(random_policies, int) or random_policies < 0:
         raise InputError(f"random_policies: expected 0 or more, was {random_policies!r}")
 
-
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #db9c2125
 def _there(value: T | None, name: str) -> T:
     if value is None:
         raise InputError(f"run_backtest: {name} is missing; pass it, or a checkpoint that holds it")
     return value
 
-
+# %% ../../nbs/07_evaluation/11_backtest_task.ipynb #c4bc964f
 def _whole(setup: _Setup) -> _Whole:
     "A setup with its defaults; what has none and is missing is refused."
     version = _there(setup.version, "version")

@@ -52,7 +52,7 @@ def _flatten(spec: ModelSpec) -> int:
             return i
     return _largest(spec, "SELL")
 
-
+# %% ../../nbs/07_evaluation/06_baselines.ipynb #56168dc0
 def moving_average_actions(
     market: MarketData,  # with those bars
     bars: np.ndarray,  # decision bars

@@ -40,7 +40,7 @@ def _write(node, out: list[str]):
     else:
         out.append(repr(node))
 
-
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #6623c4c1
 def _hash(parts) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
@@ -64,7 +64,7 @@ def _code(code: CodeType) -> str:
         )
     )
 
-
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #c1c8b813
 def _held(function) -> list:
     "Defaults of a function, and the values that it closes over."
     try:
@@ -73,7 +73,7 @@ def _held(function) -> list:
         closed = []  # a variable that has no value yet
     return [closed, getattr(function, "__defaults__", None), getattr(function, "__kwdefaults__", None)]
 
-
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #1e7e3de4
 def _thing(value, known: set[str], depth: int = 0) -> str:
     "What an entry of a table, a default or a closed-over variable is; modules in `known` are hashed anyway."
 
@@ -111,7 +111,7 @@ _SHAPING = ("features", "seeds", "trainer")  # with everything that they import
 def _file(module: str, folder: Path) -> Path:
     return folder.joinpath(*module.split(".")).with_suffix(".py")
 
-
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #2caeb40c
 def package_imports(
     source: str,  # of a module of this package
     module: str,  # its name within the package, such as "data.cache"
@@ -132,7 +132,7 @@ def package_imports(
         found |= {".".join(base)} | {".".join([*base, alias.name]) for alias in node.names}
     return {name for name in found if name and _file(name, folder).is_file()}
 
-
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #00205c1d
 def package_closure(
     *modules: str,  # names within the package
     folder: Path = _FOLDER,  # of the package
@@ -151,7 +151,7 @@ def _package() -> dict[str, str]:
     "Modules that shape a training -> hash of their syntax."
     return {name: source_identity(source.decode()) for name, source in package_closure(*_SHAPING).items()}
 
-
+# %% ../../nbs/07_evaluation/00_code_identity.ipynb #9b6d49ad
 def _is_registered(value, known: set[str]) -> bool:
     "Whether an entry of a table holds a function from elsewhere."
     values = value if isinstance(value, (list, tuple)) else [value]

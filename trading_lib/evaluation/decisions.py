@@ -23,7 +23,7 @@ def _initial_memory(policy, n: int) -> Tensor | None:
     "What a policy remembers of nothing; None: it has no memory."
     return policy.initial_state(n) if hasattr(policy, "initial_state") else None
 
-
+# %% ../../nbs/07_evaluation/10_decisions.ipynb #7da4917f
 @torch.no_grad()
 def greedy_actions(
     policy: Any,  # NativeActorCritic or RecurrentActorCritic
@@ -47,7 +47,7 @@ def greedy_actions(
         logits.append(some[:, 0])
     return finite_logits(torch.cat(logits), bars).argmax(1)
 
-
+# %% ../../nbs/07_evaluation/10_decisions.ipynb #2b2ff14f
 @torch.no_grad()
 def _next_actions(
     policy, builder: BacktestObservationBuilder, bar: int, account: AccountState, memory: Tensor | None
@@ -66,7 +66,7 @@ class _SeenConfig(NamedTuple):
     initial_account_value: Tensor  # (n,)
     max_position_pct: float
 
-
+# %% ../../nbs/07_evaluation/10_decisions.ipynb #3c2755d7
 class _Asked:
     "The accounts of one task that are asked at every bar."
 
@@ -98,7 +98,7 @@ class _Asked:
             return self.past[-1 - delay][i]
         return torch.tensor(0)
 
-
+# %% ../../nbs/07_evaluation/10_decisions.ipynb #d7e3fbab
 def decider(
     tasks: list,  # BacktestTasks
     places: list[slice],  # of their runs among all

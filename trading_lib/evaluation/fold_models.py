@@ -23,7 +23,7 @@ def minute_text(
     "A time to the minute."
     return "an unknown time" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
 
-
+# %% ../../nbs/07_evaluation/13_fold_models.ipynb #3aece5fb
 def refuse_seen(
     content: dict,  # of a checkpoint
     name: str,  # of the model, for the message
@@ -43,7 +43,7 @@ def refuse_seen(
 # %% ../../nbs/07_evaluation/13_fold_models.ipynb #05193f95
 _CONTENT = ("policy_state_dict", "model_version", "config", "fit")  # without which a table is no checkpoint
 
-
+# %% ../../nbs/07_evaluation/13_fold_models.ipynb #2c712433
 def check_content(
     content,  # of a checkpoint
     name: str,  # of the model, for the message
@@ -68,7 +68,7 @@ def check_content(
                 "use models of one kind, or retrain with train="
             )
 
-
+# %% ../../nbs/07_evaluation/13_fold_models.ipynb #4bb6d1f1
 def _listed(models) -> list[tuple[str, Any]]:
     "Name and model, as they were given."
     if isinstance(models, dict) and "policy_state_dict" not in models:
@@ -80,7 +80,7 @@ def _listed(models) -> list[tuple[str, Any]]:
         items.append((Path(model).stem if is_path else f"model {number}", model))
     return items
 
-
+# %% ../../nbs/07_evaluation/13_fold_models.ipynb #aaded969
 def named_models(
     models,  # one or several paths or contents of checkpoints, or a table of names and such
 ) -> dict[str, Any]:  # paths and contents

@@ -46,7 +46,7 @@ RIVALS = (
 TRAINING = {True: "smoke test", False: "as its mode says", None: "not known"}  # how much of it there was
 CURVES = ("agent", "buy_and_hold", "buy_and_hold_at_exposure")
 
-
+# %% ../../nbs/07_evaluation/12_fold_results.ipynb #362a9074
 @dataclass(frozen=True, eq=False)
 class WalkForwardResult:
     "What happened in each fold, and what it is worth altogether."
@@ -128,7 +128,7 @@ def _rival_figures(result: WalkForwardResult, chained: pd.Series) -> dict:
         if name in rows
     }
 
-
+# %% ../../nbs/07_evaluation/12_fold_results.ipynb #d0cd112a
 def _smoke(result: WalkForwardResult) -> str | None:
     "Why a fold's model was trained for too little to be evidence; the first such fold; None: there is none."
     for row in result.folds.to_dict("records"):
@@ -136,7 +136,7 @@ def _smoke(result: WalkForwardResult) -> str | None:
             return row["said"]
     return None
 
-
+# %% ../../nbs/07_evaluation/12_fold_results.ipynb #fbd11642
 def _summary(result: WalkForwardResult, model: str) -> dict:
     "The figures of one model over all folds."
     rows, profits, seed = result.folds, result.profits[model], result.provenance["seed"]
@@ -190,7 +190,7 @@ def _luck(result: WalkForwardResult) -> str:
         return "below zero: it loses"
     return "it contains zero: luck would do as well"
 
-
+# %% ../../nbs/07_evaluation/12_fold_results.ipynb #a2bceff0
 def _rivals_text(summary: dict) -> str:
     "What did better, altogether or in folds; empty: nothing did."
     better = [
@@ -200,7 +200,7 @@ def _rivals_text(summary: dict) -> str:
     ]
     return f" What did better, altogether or in folds: {', '.join(better)}." if better else ""
 
-
+# %% ../../nbs/07_evaluation/12_fold_results.ipynb #66f93171
 def _count(n: int, word: str) -> str:
     return f"{n} {word}{'s' if n > 1 else ''}"
 
@@ -218,7 +218,7 @@ def _earned_text(result: WalkForwardResult) -> str:
         f"at the agent's exposure {s['buy_and_hold_at_exposure']:+.2%}."
     )
 
-
+# %% ../../nbs/07_evaluation/12_fold_results.ipynb #dde1cccf
 def _spread_text(result: WalkForwardResult) -> str:
     "In how many folds, and how far figures lie apart."
     s = result.summary
@@ -235,7 +235,7 @@ def _spread_text(result: WalkForwardResult) -> str:
         f"mean return of a bar {s['mean_return'] * 1e4:+.3f} bp, 95 % interval{interval}: {_luck(result)}."
     )
 
-
+# %% ../../nbs/07_evaluation/12_fold_results.ipynb #b3c0cf8e
 def _verdict(result: WalkForwardResult) -> str:
     "One model's line."
     smoke = _smoke(result)
@@ -245,7 +245,7 @@ def _verdict(result: WalkForwardResult) -> str:
         line += f" {_count(len(result.notes), 'thing')} not known: see the notes."
     return line
 
-
+# %% ../../nbs/07_evaluation/12_fold_results.ipynb #3e36c4ce
 def _verdict_of_many(result: WalkForwardResult) -> str:
     "The line of the best, and how likely luck alone would look as good."
     returns = {model: equity_returns(result.curves[model]["agent"].to_numpy()) for model in result.models}
@@ -271,7 +271,7 @@ def _chained(folds: list[dict]) -> pd.DataFrame:
     columns["fold"] = np.repeat(numbers, [len(fold["times"]) for fold in folds])
     return pd.DataFrame(columns, pd.DatetimeIndex(times, tz="UTC", name="timestamp"))
 
-
+# %% ../../nbs/07_evaluation/12_fold_results.ipynb #4a1cab1c
 def collect_folds(
     folds: list[dict],  # row, times (ns), curves and profits of each fold and model
     notes: list[str],

@@ -45,7 +45,7 @@ def usual_return(
     "Size of a usual return over the horizon, as far as it is known at each bar."
     return market.volatility[bars].clip(_STANDSTILL) * math.sqrt(horizon)
 
-
+# %% ../../nbs/07_evaluation/07_forecasts.ipynb #f3413e1d
 def probe_target(
     market: MarketData,  # in which the bars lie
     bars: np.ndarray,  # (n,) bar numbers
@@ -56,7 +56,7 @@ def probe_target(
     earned = close[bars + horizon] / opening[bars + 1] - 1
     return (earned / usual_return(market, bars, horizon)).clip(-_LARGEST_TARGET, _LARGEST_TARGET)
 
-
+# %% ../../nbs/07_evaluation/07_forecasts.ipynb #7341c7e3
 def target_bars(
     market: MarketData,  # bounded to a span
     horizon: int,  # bars
@@ -78,7 +78,7 @@ class Forecaster(Protocol):
 
 _PENALTIES = 10.0 ** np.arange(-4, 3)  # per training row
 
-
+# %% ../../nbs/07_evaluation/07_forecasts.ipynb #14f25790
 @dataclass(frozen=True)
 class _Ridge:
     "Weights of standardised columns."
@@ -92,7 +92,7 @@ class _Ridge:
         # not a matrix product: a row's forecast must not depend on how many rows are asked for
         return np.einsum("ij,j->i", (x - self.mean) / self.scale, self.weights) + self.intercept
 
-
+# %% ../../nbs/07_evaluation/07_forecasts.ipynb #5623fe7e
 def _fit_ridge(x, y, validation_x, validation_y, seed) -> tuple[_Ridge, dict]:
     "The penalty that the validation rows like best, and its weights."
     mean, spread = x.mean(0), x.std(0)
@@ -124,7 +124,7 @@ class _Boosting:
     def predict(self, x: np.ndarray) -> np.ndarray:
         return next(islice(self.model.staged_predict(x), self.trees - 1, None))
 
-
+# %% ../../nbs/07_evaluation/07_forecasts.ipynb #7683e869
 def _fit_boosting(x, y, validation_x, validation_y, seed) -> tuple[_Boosting, dict]:
     "As many trees as the validation rows like best."
     from sklearn.ensemble import HistGradientBoostingRegressor
@@ -158,7 +158,7 @@ def rank_correlation(
     size = math.sqrt((a @ a) * (b @ b))
     return float(a @ b / size) if size > 0 else math.nan
 
-
+# %% ../../nbs/07_evaluation/07_forecasts.ipynb #255f0227
 def information_coefficient(
     predicted: np.ndarray,  # (n,) of consecutive decisions
     target: np.ndarray,  # (n,)

@@ -38,7 +38,7 @@ def package_digest() -> str:  # 64 hexadecimal digits
         digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
-
+# %% ../../nbs/07_evaluation/13_kept_folds.ipynb #fa4cd9e1
 def truth_digest(
     truth: pd.DataFrame | None,  # of `simulate_market`, as far as a fold reaches
 ) -> str | None:
@@ -47,7 +47,7 @@ def truth_digest(
         return None
     return hashlib.sha256(pd.util.hash_pandas_object(truth).to_numpy().tobytes()).hexdigest()
 
-
+# %% ../../nbs/07_evaluation/13_kept_folds.ipynb #7ad46ede
 def model_digest(
     content: dict,  # of a checkpoint
 ) -> str:  # 64 hexadecimal digits
@@ -73,7 +73,7 @@ def read_fold(
         return None
     return found if isinstance(found, dict) and found.get("key") == key else None
 
-
+# %% ../../nbs/07_evaluation/13_kept_folds.ipynb #0e5def8b
 def write_fold(
     path: Path,
     fold: dict,  # with its key

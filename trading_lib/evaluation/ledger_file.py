@@ -35,7 +35,7 @@ def _plain_number(value: float, where: str, infinite: bool) -> int | float | Non
         return int(value)  # 1.0 is 1, -0.0 is 0
     return float(value)
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #fc75e25d
 def plain_value(
     value: Any,  # numbers, text, lists and tables, also of numpy
     where: str,  # what it is, for messages
@@ -61,7 +61,7 @@ def plain_value(
         f"{where}: expected numbers, text, lists and tables, was {type(value).__name__}; give plain values"
     )
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #b91b4fb3
 def json_text(
     value: object,  # in JSON's types
 ) -> str:
@@ -79,14 +79,14 @@ def sealed_line(
     body = json_text(record)[:-1].encode()
     return body + b',"line_sha256":"' + hashlib.sha256(body).hexdigest().encode() + b'"}\n'
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #ce3ea0cd
 def line_seal(
     line: bytes,  # that `sealed_line` wrote
 ) -> bytes:  # 64 hexadecimal digits
     "The seal of a line, by its place alone."
     return line.rstrip()[-66:-2]
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #28675214
 def sealed_body(
     line: bytes,  # of a ledger
 ) -> bytes | None:
@@ -132,7 +132,7 @@ def _locked_handle(path: Path, write: bool) -> int | None:
             os.close(handle)
     return handle if held else None
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #315d57cd
 @contextmanager
 def locked_file(
     path: Path,  # made where it is missing and is to be written
@@ -161,7 +161,7 @@ def _lines(handle: int) -> Iterator[bytes]:
         yield from lines
     yield rest
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #f24b132e
 def _seals(handle: int) -> tuple[set[bytes], bytes]:
     "The seals of a file's lines, and what stands after its last line feed."
     # nothing else of a line is looked at, for a file may have 100,000 of them
@@ -176,11 +176,11 @@ def _seals(handle: int) -> tuple[set[bytes], bytes]:
         seen.add(line_seal(rest))
     return seen, rest
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #c5e0b759
 def _is_torn(last: bytes) -> bool:
     return bool(last.strip()) and sealed_body(last) is None
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #429d0061
 def _warn_of_torn(path: Path, last: bytes, then: str):
     text = f"{path}: its last line is torn after {len(last)} bytes: a writer was killed; {then}"
     warnings.warn(text, stacklevel=4)
@@ -195,7 +195,7 @@ def check_folder(
             f"{folder}: is no folder, and what was tried is kept in one of that name; move it out of the way"
         )
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #e7db72fd
 @contextmanager
 def file_problems(
     path: Path,  # for the message
@@ -228,7 +228,7 @@ def _write_all(handle: int, data: bytes, end: int):
         os.ftruncate(handle, end)
         raise
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #61828a08
 def add_lines(
     path: Path,  # of a ledger
     lines: Callable[[set[bytes]], list[bytes]],  # seals that are there -> lines to add
@@ -266,7 +266,7 @@ def line_bodies(
         except FileNotFoundError:
             return
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #388546fe
 def _whole_body(path: Path, number: int, line: bytes) -> bytes:
     body = sealed_body(line)
     if body is None:
@@ -276,7 +276,7 @@ def _whole_body(path: Path, number: int, line: bytes) -> bytes:
         )
     return body
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #68b3242b
 def _complete_lines(handle: int, wanted: set[bytes] | None = None) -> dict[bytes, bytes]:
     "Seal -> line of the lines that are as they were written."
     lines = [line.rstrip() + b"\n" for line in _lines(handle) if wanted is None or line_seal(line) in wanted]
@@ -305,7 +305,7 @@ def _git_folder(root: Path) -> Path | None:
         return folder
     return (folder / common.read_text().strip()).resolve()
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #85e45259
 def _copied_from(root: Path) -> Path | None:
     "The project of which DVC made this copy; None: it is no copy."
     parts = root.resolve().parts
@@ -314,14 +314,14 @@ def _copied_from(root: Path) -> Path | None:
             return Path(*parts[:i])
     return None
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #8bfa90b1
 def kept_path(
     ledger: Path,  # ledger/SYMBOL.jsonl of a project
 ) -> Path:
     "Where trials are kept that could not be written to their ledger."
     return ledger.parent.parent / "models" / f"{ledger.stem}.trials.jsonl"
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #cc08c00a
 def ledger_places(
     path: str | Path,  # of a ledger
 ) -> tuple[list[Path], list[Path]]:
@@ -349,7 +349,7 @@ def _waiting_lines(ledger: Path) -> Iterator[dict[bytes, bytes]]:
         yield _complete_lines(handle)
         kept.unlink()
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #02450377
 def not_there(
     lines: dict[bytes, bytes],  # seal -> line
     there: set[bytes],  # seals of the file's lines
@@ -357,7 +357,7 @@ def not_there(
     "Of lines by their seals those that a file does not have."
     return [line for seal, line in lines.items() if seal not in there]
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #3e291d22
 def append_everywhere(
     path: str | Path,  # of a ledger
     records: list[dict],  # in JSON's types
@@ -382,7 +382,7 @@ def append_everywhere(
     known = {seal for seal in known if len(seal) == 64} | set(waiting)
     return len(set(given) - known), len(known | set(given))
 
-
+# %% ../../nbs/07_evaluation/01_ledger_file.ipynb #e30cdf39
 def read_everywhere(
     path: str | Path,  # of a ledger
     identity: Callable[[dict], object],  # records of equal identity are one

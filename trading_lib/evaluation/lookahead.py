@@ -27,14 +27,14 @@ def _noise(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.Data
     changed.iloc[cut + 1 :] *= 5.0 ** random.uniform(-1, 1, (len(bars) - cut - 1, bars.shape[1]))
     return changed
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #dbf12621
 def _nothing(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame:
     "No bar after the cut has a value."
     changed = bars.copy()
     changed.iloc[cut + 1 :] = np.nan
     return changed
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #05ee9255
 def _truncated(bars: pd.DataFrame, cut: int, random: np.random.Generator) -> pd.DataFrame:
     "The history ends with the cut."
     return bars.iloc[: cut + 1]
@@ -62,7 +62,7 @@ def _environment(market: MarketData, account: AccountConfig) -> GPUVectorizedTra
         ),
     )
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #41345f31
 def _traded(
     market: MarketData,
     cut: int,  # bar number
@@ -83,7 +83,7 @@ def _traded(
         accounts.append(torch.stack([getattr(account, f.name).double() for f in fields(account)]))
     return torch.stack(accounts)
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #8d03aced
 def _first_fill(
     market: MarketData,
     cut: int,  # bar number
@@ -145,14 +145,14 @@ class _Seen(NamedTuple):
     features: torch.Tensor  # (bars, columns) of every bar
     market: MarketData
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #99b4bdfe
 class _Traded(NamedTuple):
     "Accounts up to a cut, and one order at it."
 
     accounts: torch.Tensor | None
     fill: torch.Tensor | None
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #9682045e
 @dataclass(frozen=True)
 class _View:
     "How bars are looked at: everything but the bars."
@@ -172,7 +172,7 @@ class _View:
     def refit(self, bars: pd.DataFrame) -> dict:
         return fit_features(bars, self.version, self.timeframe, self.asset_class).to_state()
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #e1bd5096
 def _moved_table(
     known: _Seen, seen: _Seen, cut: int, names: list[str]
 ) -> dict[str, int]:  # column -> first bar
@@ -181,7 +181,7 @@ def _moved_table(
     moved = (now != before).numpy()
     return {names[column]: int(moved[:, column].argmax()) for column in np.flatnonzero(moved.any(0))}
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #c1017696
 def _moved_observation(known: _Seen, seen: _Seen, cut: int, names: Sequence[str]) -> list[str]:
     "Columns of the cut's observation that moved."
     account = AccountState.initial()
@@ -189,7 +189,7 @@ def _moved_observation(known: _Seen, seen: _Seen, cut: int, names: Sequence[str]
     moved = np.array(now).view(np.int32) != np.array(before).view(np.int32)
     return [names[column] for column in np.flatnonzero(moved.any(0)).tolist()]
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #be31ba46
 def _moved_masks(known: _Seen, seen: _Seen, cut: int) -> list[str]:
     "Masks that moved."
     stops = {"can_decide": cut + 1, "can_fill": cut}
@@ -199,7 +199,7 @@ def _moved_masks(known: _Seen, seen: _Seen, cut: int) -> list[str]:
         if (getattr(seen.market, name)[:stop] != getattr(known.market, name)[:stop]).any()
     ]
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #abba7f2c
 def _moved_accounts(market: MarketData, cut: int, accounts: torch.Tensor) -> bool:
     "Whether an account up to the cut moved."
     now = _traded(market, cut)
@@ -231,7 +231,7 @@ def _compare(
             moved["fill at a price known before the order"] = cut
     return moved, comparisons
 
-
+# %% ../../nbs/07_evaluation/08_lookahead.ipynb #13816c41
 def check_lookahead(
     bars: pd.DataFrame,  # validated bars
     version: str,  # layout

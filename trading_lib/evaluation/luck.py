@@ -24,7 +24,7 @@ class TrialReturns(NamedTuple):
     keys: list  # of the trials
     left_out: int  # trials on other data or another span, or without returns
 
-
+# %% ../../nbs/07_evaluation/03_luck.ipynb #d4f6a1fd
 def trial_returns(
     trials: list,  # from `read_trials`
 ) -> TrialReturns:
@@ -60,7 +60,7 @@ class Overfitting(NamedTuple):
     blocks: int
     left_out: int  # trials that were not compared
 
-
+# %% ../../nbs/07_evaluation/03_luck.ipynb #478abc37
 def _distinct(matrix: np.ndarray) -> np.ndarray:  # (days, trials)
     "Each column of returns once; at most as many as there are days, from all over the ledger."
     n_days = len(matrix)
@@ -73,7 +73,7 @@ def _distinct(matrix: np.ndarray) -> np.ndarray:  # (days, trials)
         matrix = matrix[:, np.linspace(0, matrix.shape[1] - 1, n_days).round().astype(int)]
     return matrix
 
-
+# %% ../../nbs/07_evaluation/03_luck.ipynb #208ca83e
 def _why_not(compared: int, distinct: int, n_days: int) -> str | None:
     if compared < 2:
         return f"{compared} trial(s) with daily returns; at least 2 on the same bars and span are needed"
@@ -83,7 +83,7 @@ def _why_not(compared: int, distinct: int, n_days: int) -> str | None:
         return f"all {compared} trials have the same returns; there was nothing to choose from"
     return None
 
-
+# %% ../../nbs/07_evaluation/03_luck.ipynb #601cf29b
 def overfitting_probability(
     trials: list,  # from `read_trials`
 ) -> Overfitting:
@@ -99,7 +99,7 @@ def overfitting_probability(
     probability = probability_of_backtest_overfitting(matrix, n_blocks)
     return Overfitting(probability, None, n, n_days, n_blocks, left_out)
 
-
+# %% ../../nbs/07_evaluation/03_luck.ipynb #4511c3e2
 def overfitting_text(
     probability: float | None,  # of `overfitting_probability`
     reason: str | None,  # why there is no probability

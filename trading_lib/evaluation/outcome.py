@@ -76,7 +76,7 @@ def _curves(
     position = pd.Series(_with_begins(path.position, begins, 0.0), index) / equity
     return bars, equity, position.rename("position")
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #28b43629
 def _orders_below_one_share(path: AccountPath, market: MarketData, spec, rules: AccountRules) -> int:
     "Orders to sell from flat that were too small for the one whole share that a short needs."
     if not rules.allow_short:
@@ -85,14 +85,14 @@ def _orders_below_one_share(path: AccountPath, market: MarketData, spec, rules: 
     sells, fillable = action_table(spec)[0][path.action] < 0, market.can_fill[path.bar]
     return int((sells & fillable & (before == 0) & (path.quantity == 0)).sum())
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #4b8e56ee
 def _action_entropy(path: AccountPath, n_actions: int) -> float:
     "0: always the same action; 1: all equally often."
     shares = np.bincount(path.action, minlength=n_actions) / len(path.action)
     entropy = -float((shares[shares > 0] * np.log(shares[shares > 0])).sum()) / math.log(n_actions)
     return entropy + 0.0
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #a29d5e2c
 def _figures(
     path: AccountPath, i: int, account: AccountState, rules: AccountRules, task: BacktestTask, periods: float
 ) -> tuple[dict, tuple]:
@@ -142,7 +142,7 @@ _IN_STRESS = (
 def _in_stress(figures: dict) -> dict:
     return {name: figures[name] for name in _IN_STRESS}
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #c1f8c34e
 def _stress_rows(rules: AccountRules, figures: dict[Scenario, dict]) -> list[dict]:
     "One row for each of STRESSES."
     return [
@@ -151,7 +151,7 @@ def _stress_rows(rules: AccountRules, figures: dict[Scenario, dict]) -> list[dic
         for name, (costs, delay) in STRESSES.items()
     ]
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #f4422b5f
 def _capacity_rows(
     rules: AccountRules, figures: dict[Scenario, dict], paths: dict[Scenario, AccountPath], market: MarketData
 ) -> tuple[list[dict], dict | None]:  # rows, where they end
@@ -176,7 +176,7 @@ def _simulated(task: BacktestTask) -> bool | None:
         return True
     return None
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #53ae109c
 def _chosen(content: dict) -> dict:
     "Among what a model was chosen, as far as it says so itself."
     data, seen = content.get("data"), content.get("validations")
@@ -186,7 +186,7 @@ def _chosen(content: dict) -> dict:
         "validations": max(listed, (content.get("run") or {}).get("validations") or 0),
     }
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #7128b8e9
 def _unseen(seen: dict, begins: pd.Timestamp) -> bool | None:
     "Whether the model was neither trained nor chosen on bars from here on; None: not recorded."
     if seen["last"] is not None and seen["last"] >= begins:
@@ -195,7 +195,7 @@ def _unseen(seen: dict, begins: pd.Timestamp) -> bool | None:
         return True
     return None
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #ff592e49
 def _provenance(task: BacktestTask, equity: pd.Series, capacity_ends: dict | None) -> dict:
     market, last = task.market, task.seen["last"]
     facts = {
@@ -232,7 +232,7 @@ def _action_rows(path: AccountPath, market: MarketData, spec) -> pd.DataFrame:
         }
     )
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #eeb01735
 def _add_baselines(result: BacktestResult, task: BacktestTask, final_equity: np.ndarray):
     "Cash, holding, and what traded under the agent's own account; `final_equity` is of the latter."
     equity, rules, metrics = result.equity, task.rules, result.metrics
@@ -264,7 +264,7 @@ def _periods(task: BacktestTask) -> float:
     start, end = (pd.Timestamp(int(market.timestamp[b]), tz="UTC") for b in (bars[0], bars[-1] + 1))
     return periods_per_year(market.timeframe, market.asset_class, start, end + pd.Timedelta(1, "ns"))
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #e7c23760
 def backtest_result(
     task: BacktestTask,  # that was run
     paths: list[AccountPath],  # of its runs: the scenarios first, then the baselines
@@ -318,7 +318,7 @@ def add_luck(
         100 * ((luck < agent).mean() + 0.5 * (luck == agent).mean())
     )
 
-
+# %% ../../nbs/07_evaluation/11_outcome.ipynb #a7a842f9
 def add_intervals(
     result: BacktestResult,  # is added to
     seed: int,  # of the bootstrap

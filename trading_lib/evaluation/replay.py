@@ -26,7 +26,7 @@ class DecisionBars(NamedTuple):
     begins: np.ndarray  # (D,) bool: the first decision of its stretch
     settles: np.ndarray  # (D,) bool: the bar after it is the last before a gap
 
-
+# %% ../../nbs/07_evaluation/05_replay.ipynb #c04f1b5a
 def decisions_of(
     market: MarketData,  # bounded to the span
 ) -> DecisionBars:
@@ -35,7 +35,7 @@ def decisions_of(
     begins = np.append(True, np.diff(bars) != 1)
     return DecisionBars(bars, begins, np.append(begins[1:], False))
 
-
+# %% ../../nbs/07_evaluation/05_replay.ipynb #ec10c5f6
 def decision_bars(
     market: MarketData,  # bounded to the span
 ) -> np.ndarray:  # bar numbers
@@ -50,7 +50,7 @@ class Run(NamedTuple):
     rules: AccountRules
     actions: Tensor | None = None  # (decision bars,) whole numbers; None: `decide` is asked
 
-
+# %% ../../nbs/07_evaluation/05_replay.ipynb #4aebf0fd
 class _Tables(NamedTuple):
     "What n runs in M markets look up at each of at most D decisions."
 
@@ -64,13 +64,13 @@ class _Tables(NamedTuple):
     first_row: Tensor  # (M,)
     meanings: tuple[Tensor, Tensor, Tensor]  # (M, actions): direction, size, whether it closes
 
-
+# %% ../../nbs/07_evaluation/05_replay.ipynb #aedd295c
 def _side_by_side(columns: list[np.ndarray], fill) -> Tensor:  # (longest, columns)
     longest = max(map(len, columns))
     padded = [np.pad(column, (0, longest - len(column)), constant_values=fill) for column in columns]
     return torch.as_tensor(np.stack(padded, 1))
 
-
+# %% ../../nbs/07_evaluation/05_replay.ipynb #102dfbc0
 def _lists(runs: list[Run], lengths: np.ndarray) -> Tensor:  # (steps, n) int8
     "The runs' lists side by side, checked."
     table = torch.zeros(int(lengths.max()), len(runs), dtype=torch.int8)
@@ -84,7 +84,7 @@ def _lists(runs: list[Run], lengths: np.ndarray) -> Tensor:  # (steps, n) int8
         table[: lengths[i], i] = torch.as_tensor(run.actions).to(torch.int8)
     return table
 
-
+# %% ../../nbs/07_evaluation/05_replay.ipynb #83e9e921
 def _tables(runs: list[Run]) -> _Tables:
     markets = list({id(run.market): run.market for run in runs}.values())
     place = {id(market): m for m, market in enumerate(markets)}
@@ -120,14 +120,14 @@ class Step(NamedTuple):
     settled: Tensor  # bool: the settlement holds for this account
     account: AccountState  # afterwards
 
-
+# %% ../../nbs/07_evaluation/05_replay.ipynb #c81f3bdd
 def _rules_of(runs: list[Run]) -> AccountRules:
     "The rules that all share, or everybody's own side by side."
     if all(run.rules == runs[0].rules for run in runs):
         return runs[0].rules
     return stack_rules([run.rules for run in runs])
 
-
+# %% ../../nbs/07_evaluation/05_replay.ipynb #02eb846c
 def replay(
     runs: list[Run],  # one or more
     # for runs without a list: (number of the decision, AccountState of all n) -> (n,) actions
@@ -229,7 +229,7 @@ def _kept(step: Step, n: int) -> Tensor:  # (n, fields)
     )
     return torch.stack([row[:n] for row in rows], 1)
 
-
+# %% ../../nbs/07_evaluation/05_replay.ipynb #07e2eb21
 def replay_and_keep(
     runs: list[Run],  # one or more
     decide: Callable[[int, AccountState], Tensor] | None = None,  # see `replay`

@@ -40,7 +40,7 @@ class Scenario(NamedTuple):
     rules: AccountRules
     delay: int = 0  # bars that every order comes late
 
-
+# %% ../../nbs/07_evaluation/09_scenarios.ipynb #6350a1ca
 def stress_scenario(
     rules: AccountRules,
     name: str,  # of STRESSES
@@ -49,7 +49,7 @@ def stress_scenario(
     costs, delay = STRESSES[name]
     return Scenario(rules if costs == 1 else rules.with_costs(costs), delay)
 
-
+# %% ../../nbs/07_evaluation/09_scenarios.ipynb #1325f8e5
 def capacity_scenario(
     rules: AccountRules,
     times: int,  # one of CAPACITIES
@@ -57,7 +57,7 @@ def capacity_scenario(
     "The agent's account with so many times the money."
     return Scenario(rules if times == 1 else replace(rules, initial=rules.initial * times))
 
-
+# %% ../../nbs/07_evaluation/09_scenarios.ipynb #f1d9f7e9
 def scenarios_of(rules: AccountRules) -> list[Scenario]:
     "The agent itself, then the stresses, then the capacities; what equals the agent is not asked twice."
     stresses = [stress_scenario(rules, name) for name, stress in STRESSES.items() if stress != (1, 0)]

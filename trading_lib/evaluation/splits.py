@@ -43,7 +43,7 @@ def check_whole(
     if not _is_whole(value) or value < least:
         raise InputError(f"{name}: expected a whole number of {least} or more, was {value!r}")
 
-
+# %% ../../nbs/07_evaluation/01_splits.ipynb #f3f77043
 def _check_share(name: str, value):
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not 0 < value < 1:
@@ -100,7 +100,7 @@ def _check_bars(cut: _Cut, n_bars: int, purge: str):
         f"{cut.enough():,} bars would fit, or use another fraction, a smaller window or fewer folds"
     )
 
-
+# %% ../../nbs/07_evaluation/01_splits.ipynb #ccfc0fd8
 def walk_forward_folds(
     n_bars: int,  # bars of the history
     n_folds: int = 5,  # test spans
@@ -146,7 +146,7 @@ def _check_span(fold: Fold, name: str, span):
             "expected two bar numbers, the first bar and the one after the last"
         )
 
-
+# %% ../../nbs/07_evaluation/01_splits.ipynb #2d230a83
 def _check_gap(fold: Fold, before: str, after: str, gap: int, purge: str):
     "Enough bars between two spans of a fold."
     end, begin = getattr(fold, before)[1], getattr(fold, after)[0]
@@ -159,7 +159,7 @@ def _check_gap(fold: Fold, before: str, after: str, gap: int, purge: str):
         f"end {before} at bar {begin - gap} or begin {after} at bar {end + gap}"
     )
 
-
+# %% ../../nbs/07_evaluation/01_splits.ipynb #5e423eb4
 def _check_tests(folds: list[Fold]):
     "Each fold has its own number, and no bar is tested twice."
     numbers = [fold.number for fold in folds]
@@ -212,7 +212,7 @@ class CombinatorialFold:
     train: list[tuple[int, int]]
     test: list[tuple[int, int]]  # one for each block, in order
 
-
+# %% ../../nbs/07_evaluation/01_splits.ipynb #42327402
 def _check_blocks(n_blocks: int, n_test_blocks: int):
     check_whole("n_blocks", n_blocks, 2)
     check_whole("n_test_blocks", n_test_blocks, 1)
@@ -249,7 +249,7 @@ def _train_spans(
         spans.append((start, stop))
     return spans
 
-
+# %% ../../nbs/07_evaluation/01_splits.ipynb #f0edc750
 def combinatorial_purged_folds(
     n_bars: int,  # bars of the history
     n_blocks: int = 6,  # N; the last block takes what does not divide

@@ -80,7 +80,7 @@ def _follow(
             state = state.where(first + step < end, after)
         yield action, state
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #669fb6b5
 def _settled(
     market: MarketData,
     account: AccountConfig,
@@ -93,7 +93,7 @@ def _settled(
     rules = account_rules(account, market.asset_class)
     return settle(state, close, volatility, dollar_volume, rules)[0]
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #d653b95b
 def _stretches(bars: np.ndarray) -> list[np.ndarray]:
     "Bar numbers, cut where one does not follow the other."
     return np.split(bars, np.flatnonzero(np.diff(bars) != 1) + 1)
@@ -114,7 +114,7 @@ def _threshold_pairs() -> list[tuple[float, float]]:
         pairs += [(entry, entry * share) for share in shares]
     return pairs
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #5506d16d
 def _runs(market: MarketData) -> list[np.ndarray]:
     "Decision bars of a span, in runs of at most 512."
     bars = np.flatnonzero(decision_span(market)[0])
@@ -150,7 +150,7 @@ def _try_thresholds(market: MarketData, account: AccountConfig, forecasts: np.nd
         for (entry, exit), profit, variance in zip(pairs, profits, variances)
     ]
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #8c53b396
 def _best(candidates: list[dict]) -> dict:
     "The most profitable pair; the first of equals, which has the lowest entry."
     return max(candidates, key=lambda row: row["profit"])
@@ -175,7 +175,7 @@ def _bar_numbers(market: MarketData, bars) -> np.ndarray:
         raise InputError("bars: some are warm-up, where no decision can be made; see decision_span")
     return bars
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #dc342abc
 @dataclass(frozen=True)
 class SupervisedBaseline:
     "A fitted learner and the thresholds at which it trades."
@@ -235,7 +235,7 @@ def _check_fit(market: MarketData, train, validation, kind: str, horizon):
             f"0..{len(market.timestamp)}, was {tuple(train)} and {tuple(validation)}; spans must not overlap"
         )
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #c55e7125
 def _usable_bars(market: MarketData, name: str, span: tuple[int, int], horizon: int) -> np.ndarray:
     "Bars of a span that have a target, if there are enough."
     bars = target_bars(market.span(*span), horizon)
@@ -250,7 +250,7 @@ def _usable_bars(market: MarketData, name: str, span: tuple[int, int], horizon: 
         )
     return bars
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #65874016
 def _thinned(bars: np.ndarray) -> np.ndarray:
     return bars[:: math.ceil(len(bars) / _ROWS)]
 
@@ -337,7 +337,7 @@ def probe_actions(
 def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #8f71f7c2
 def _measured_bars(probe: SupervisedBaseline, market: MarketData, bars: np.ndarray) -> np.ndarray:
     "Decision bars that have a target."
     bars = np.asarray(bars)
@@ -348,7 +348,7 @@ def _measured_bars(probe: SupervisedBaseline, market: MarketData, bars: np.ndarr
         )
     return measured
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #ac11d962
 def _share_beyond_entry(probe: SupervisedBaseline, forecasts: np.ndarray) -> float:
     "How often the forecast is strong enough to enter."
     if not probe.trades:
@@ -357,7 +357,7 @@ def _share_beyond_entry(probe: SupervisedBaseline, forecasts: np.ndarray) -> flo
     strong = np.abs(forecasts) if rules.allow_short else forecasts
     return float((strong > probe.entry * rules.round_trip).mean())
 
-
+# %% ../../nbs/07_evaluation/07_supervised.ipynb #bce514ec
 def probe_figures(
     probe: SupervisedBaseline,  # from `fit_supervised`
     market: MarketData,  # bounded to a span

@@ -30,7 +30,7 @@ _COLUMNS = [
     "exit",
 ]
 
-
+# %% ../../nbs/07_evaluation/10_trades.ipynb #dd1c8322
 @dataclass
 class _OpenTrade:
     "A trade that has no end yet."
@@ -47,11 +47,11 @@ class _OpenTrade:
         end = {"exit_time": time, "exit_price": float(price), "bars": bar - self.entry_bar + 1}
         return vars(self) | end | {"profit": float(profit), "exit": reason}
 
-
+# %% ../../nbs/07_evaluation/10_trades.ipynb #90382899
 def _bar_time(market: MarketData, bar: int) -> pd.Timestamp:
     return pd.Timestamp(int(market.timestamp[bar]), tz="UTC")
 
-
+# %% ../../nbs/07_evaluation/10_trades.ipynb #ff2937f6
 def _stop_or_target(stopped: bool) -> str:
     return "stop" if stopped else "target"
 
@@ -63,7 +63,7 @@ def _follow(trade: _OpenTrade, path: AccountPath, k: int, from_flat: bool):
     trade.largest_quantity = max(trade.largest_quantity, abs(float(before)), abs(float(after)))
     trade.costs += float(path.costs[k] - path.gap_costs[k] + path.settled_costs[k])
 
-
+# %% ../../nbs/07_evaluation/10_trades.ipynb #87a1ca11
 def _exit(path: AccountPath, market: MarketData, k: int, bar: int) -> tuple[float, float, str]:
     "Price, profit and reason of a trade that the k-th decision's bar ended after its open."
     if path.settled_quantity[k] != 0:
@@ -75,7 +75,7 @@ def _exit(path: AccountPath, market: MarketData, k: int, bar: int) -> tuple[floa
         return path.exit_price[k], path.profit[k] - path.gap_profit[k], _stop_or_target(stopped)
     return market.prices[0, bar], path.profit[k], "order"
 
-
+# %% ../../nbs/07_evaluation/10_trades.ipynb #b14f491f
 def _rows(path: AccountPath, market: MarketData) -> Iterator[dict]:
     trade: _OpenTrade | None = None
     opens = market.prices[0]
@@ -101,7 +101,7 @@ def _rows(path: AccountPath, market: MarketData) -> Iterator[dict]:
         bar = int(path.bar[-1]) + 1
         yield trade.closed(bar, pd.NaT, market.prices[3, bar], math.nan, "still open")
 
-
+# %% ../../nbs/07_evaluation/10_trades.ipynb #8e21cb0c
 def trade_table(
     path: AccountPath,  # of one account
     market: MarketData,  # that it went through

@@ -29,27 +29,27 @@ def _rounded(value, where: str) -> float:
         raise InputError(f"{where}: expected a finite number, was {value}")
     return float(f"{value:.8g}") + 0.0  # -0.0 is 0
 
-
+# %% ../../nbs/07_evaluation/02_trials.ipynb #068eaae7
 def _day(value) -> str:
     try:
         return date.fromisoformat(str(value)[:10]).isoformat()
     except ValueError:
         raise InputError(f"trial.days: expected days such as 2024-01-31, was {value!r}") from None
 
-
+# %% ../../nbs/07_evaluation/02_trials.ipynb #116c92ec
 def _whole_number(value, where: str, optional: bool) -> int | None:
     value = plain_value(value, where)
     if type(value) is not int and not (optional and value is None):
         raise InputError(f"{where}: expected a whole number, was {value!r}")
     return value
 
-
+# %% ../../nbs/07_evaluation/02_trials.ipynb #badfff72
 def _table(value, where: str) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected a table of names and values, was {value!r}")
     return plain_value(value, where)
 
-
+# %% ../../nbs/07_evaluation/02_trials.ipynb #0f48fa6c
 def _bars_of(data: dict) -> dict:
     if not isinstance(data.get("sha256"), str):
         raise InputError(f"trial.data: expected sha256, first and last of the bars, was {data}")
@@ -60,7 +60,7 @@ def _bars_of(data: dict) -> dict:
 _TRIED = ("symbol", "timeframe", "data", "span", "parameters", "seed", "update", "kind", "code")
 _SHOWN = ("sharpe_per_bar", "bars", "days", "returns")
 
-
+# %% ../../nbs/07_evaluation/02_trials.ipynb #e85e985f
 @dataclass(frozen=True)
 class Trial:
     "One thing that was tried, and what it showed on the validation span; what does not fit is refused."
@@ -151,14 +151,14 @@ def trial_record(
         raise InputError(f"trial: {', '.join(missing)} missing")
     return Trial(**trial).record()
 
-
+# %% ../../nbs/07_evaluation/02_trials.ipynb #a405be5c
 def unique_trials(
     trials: list,  # Trials, records, or dicts of their fields
 ) -> list[dict]:
     "Records of the trials, each key once."
     return list({r["key"]: r for r in map(trial_record, trials)}.values())
 
-
+# %% ../../nbs/07_evaluation/02_trials.ipynb #5f03d45b
 def simulated_trial(
     trial: dict,  # of a ledger
 ) -> bool:
@@ -175,7 +175,7 @@ def _without_seed(parameters: dict) -> dict:
         parameters["train"] = {name: value for name, value in parameters["train"].items() if name != "seed"}
     return parameters
 
-
+# %% ../../nbs/07_evaluation/02_trials.ipynb #b7116a54
 def run_trials(
     symbol: str,  # of the bars
     timeframe: str,  # such as "15Min"

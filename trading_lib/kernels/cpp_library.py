@@ -38,7 +38,7 @@ _UNSAFE_OPTIONS = re.compile(r"-Ofast|-f[\w-]*math[\w-]*|-funsafe.*")
 class _Unusable(Exception):
     "Why there is no library; one line."
 
-
+# %% ../../nbs/05_policy/00_cpp_shared_library.ipynb #6c5af691
 def _compiler() -> list[str]:  # a command
     "The user's own choice, or the first one found."
     chosen = os.environ.get("CXX")
@@ -67,7 +67,7 @@ def _folder() -> Path:
     base = Path(own) if os.path.isabs(own) else Path.home() / ".cache"
     return base / "trading_lib"
 
-
+# %% ../../nbs/05_policy/00_cpp_shared_library.ipynb #f7480d37
 def _cpu() -> str:
     "What this CPU can do."
     try:
@@ -148,7 +148,7 @@ _COMPARISON = (
     "from trading_lib.kernels.cpu import compare_with_torch; compare_with_torch(sys.argv[1])"
 )
 
-
+# %% ../../nbs/05_policy/00_cpp_shared_library.ipynb #a5ebd4e9
 def _compile(compiler: list[str], path: Path):
     "Put the library there, whole, once it has computed what PyTorch computes."
     import trading_lib
@@ -183,7 +183,7 @@ def open_library(
         getattr(library, name)
     return library
 
-
+# %% ../../nbs/05_policy/00_cpp_shared_library.ipynb #7f9314ff
 def _loaded(compiler: list[str], folder: Path) -> ctypes.CDLL:
     "The library, made anew where it is not there yet, damaged, or of no use."
     path = _path(compiler, folder)
@@ -197,7 +197,7 @@ def _loaded(compiler: list[str], folder: Path) -> ctypes.CDLL:
     _compile(compiler, path)
     return open_library(path)
 
-
+# %% ../../nbs/05_policy/00_cpp_shared_library.ipynb #c43af6cb
 @cache
 def library() -> tuple[ctypes.CDLL | None, str | None]:  # it, or why there is none
     "The compiled kernels of this machine; (None, None) where its CPU could not use them."
@@ -211,12 +211,12 @@ def library() -> tuple[ctypes.CDLL | None, str | None]:  # it, or why there is n
         # no place to write, no home, not POSIX, a system that will not load it
         return None, f"{type(e).__name__}: {e}"
 
-
+# %% ../../nbs/05_policy/00_cpp_shared_library.ipynb #acf88fe0
 def available() -> bool:  # compiled kernels can be called
     "Whether this machine has compiled kernels."
     return library()[0] is not None
 
-
+# %% ../../nbs/05_policy/00_cpp_shared_library.ipynb #4f7579fa
 def missing() -> str | None:  # one line; None: they are there, or this CPU could not use them
     "Why this machine has none though its CPU could use them."
     return library()[1]

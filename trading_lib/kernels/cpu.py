@@ -29,19 +29,19 @@ def _in_use() -> ctypes.CDLL:
         raise InputError(f"compiled layers: are not there ({missing() or 'this CPU has no AVX-512'})")
     return kernels
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #f160b960
 def _int_array(values) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #e89c92f4
 def _addresses(tensors) -> ctypes.Array:
     return (ctypes.c_void_p * len(tensors))(*(None if t is None else t.data_ptr() for t in tensors))
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #ed7757de
 def _address(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #dd79a397
 def _check(name: str, t: Tensor, *shape: int, of: str = "hidden layers"):
     "An error where a tensor is not contiguous float32 numbers of this shape on the CPU."
     float32 = t.dtype == torch.float32 and t.device.type == "cpu" and t.is_contiguous()
@@ -75,7 +75,7 @@ def _call(name: str, x: Tensor, weights: list[Tensor], linear: bool, *arguments)
             f"hidden layers of {len(x):,} rows: the system has no memory left; use a smaller minibatch_size"
         )
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #7841737b
 def forward(
     x: Tensor,  # (n, inputs), float32 on the CPU and contiguous, as all that follows; n >= 14, a tile
     weights: list[Tensor],  # of each layer (outputs, inputs)
@@ -92,7 +92,7 @@ def forward(
     _call("forward", x, weights, linear, _addresses(biases), _addresses(outputs))
     return [out for out in outputs if out is not None]
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #a0860adc
 def backward(
     x: Tensor,  # as for `forward`
     weights: list[Tensor],  # as for `forward`
@@ -125,7 +125,7 @@ def _check_samples(logits: Tensor, value: Tensor, data: dict[str, Tensor]):
             f"was {action.dtype} of shape {tuple(action.shape)}"
         )
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #99bf840a
 def loss_and_gradients(
     logits: Tensor,  # (n, actions), float32 on the CPU and contiguous, as all that follows
     value: Tensor,  # (n,)
@@ -175,7 +175,7 @@ def _require_same(what: str, found, expected):
         if not worst < 1e-4 or not torch.equal(a.isnan(), b.isnan()):
             sys.exit(f"{what} is wrong by {worst:.1g}")
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #0e12b52c
 def _plain_layers(x: Tensor, weights: list[Tensor], biases: list[Tensor], linear: bool) -> list[Tensor]:
     "Outputs of each layer by PyTorch."
     outputs = []
@@ -186,7 +186,7 @@ def _plain_layers(x: Tensor, weights: list[Tensor], biases: list[Tensor], linear
         outputs.append(x)
     return outputs
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #78719c22
 def _compare_layers(random: torch.Generator):
     "Forward and back, and forward with a NaN, of which there is no gradient to compare."
     widths, rows = (21, 40, 33, 5), 300
@@ -235,7 +235,7 @@ def _compare_loss(random: torch.Generator):
     loss = policy_loss + 0.5 * value_loss - 0.01 * entropy
     _require_same("the gradient of the loss", gradients, torch.autograd.grad(loss, [logits, value]))
 
-
+# %% ../../nbs/05_policy/00_cpu.ipynb #b427b732
 def compare_with_torch(
     path: str,  # a compiled library
 ):

@@ -93,7 +93,7 @@ class _CompiledLayers(torch.autograd.Function):
         pairs = zip(*cpu_kernels.backward(x, weights, outputs, gradient, context.linear))
         return None, None, *(v for pair in pairs for v in pair)
 
-
+# %% ../../nbs/05_policy/01_layers.ipynb #e2476f58
 def _needs_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
@@ -127,13 +127,13 @@ def compiles(
         return False
     return _dtype_of_products("cpu", dtype) == torch.float32 and cpu_kernels.available()
 
-
+# %% ../../nbs/05_policy/01_layers.ipynb #842f7b84
 def _compilable(x: Tensor, layers: list[tuple[Tensor, Tensor]]) -> bool:
     if not layers or x.ndim != 2 or _needs_gradient(x):
         return False
     return compiles(x.device, x.dtype, len(x), sum(weight.numel() for weight, _ in layers))
 
-
+# %% ../../nbs/05_policy/01_layers.ipynb #58aa7511
 def why_slower(
     device: torch.device,  # of the inputs
     dtype: torch.dtype,  # of the products
@@ -155,7 +155,7 @@ def few_sizes(
     step = 1 << max(0, (n - 1).bit_length() - 3)
     return -(-n // step) * step
 
-
+# %% ../../nbs/05_policy/01_layers.ipynb #85daa8bd
 def rows_in_few_sizes(
     x: Tensor,  # (n, …)
 ) -> Tensor:  # the same, or with rows of 0 behind them
@@ -184,7 +184,7 @@ def hidden_layers(
         return x
     return _HiddenLayers.apply(x.to(dtype).contiguous(), *(v.to(dtype) for layer in layers for v in layer))
 
-
+# %% ../../nbs/05_policy/01_layers.ipynb #ceb6734f
 def layers_and_heads(
     x: Tensor,  # (n, inputs)
     layers: list[tuple[Tensor, Tensor]],  # as for `hidden_layers`
@@ -216,7 +216,7 @@ def _medium_is_exact() -> bool:
     torch.set_float32_matmul_precision(before)
     return errors["medium"] <= _STILL_ROUNDING * errors["highest"]
 
-
+# %% ../../nbs/05_policy/01_layers.ipynb #c183a5dd
 @contextmanager
 def fast_products(
     device: torch.device,  # where they are computed

@@ -38,7 +38,7 @@ _BOUNDS = {
 }
 _BOUNDS_OF = {name: bounds for bounds, names in _BOUNDS.items() for name in names.split()}
 
-
+# %% ../../nbs/03_env/09_bounds.ipynb #84f193e5
 def column_bounds(
     layout: Layout,  # of n_features columns
 ) -> tuple[np.ndarray, np.ndarray]:  # (n_features,) float32 lowest values; highest values
@@ -62,7 +62,7 @@ def check_features(
             "make it with market_data, from validated bars"
         )
 
-
+# %% ../../nbs/03_env/09_bounds.ipynb #6a4e25ae
 def column_scaling(
     market: MarketData,  # with its fit
     layout: Layout,  # of its version

@@ -25,7 +25,7 @@ class Block:
     source: str  # "market": a function of the bars; "account": of the account's state
     meaning: str  # one line for people
 
-
+# %% ../../nbs/02_features/00_layouts.ipynb #4b9ba806
 def _block(
     kinds: str,  # one letter per name: w windowed, b broadcast; one letter alone serves all
     names: str,  # of the columns, in order
@@ -176,7 +176,7 @@ LAYOUTS = {
     )
 }
 
-
+# %% ../../nbs/02_features/00_layouts.ipynb #8dc74451
 def get_layout(
     version: str,  # such as "5.6.0"
 ) -> Layout:

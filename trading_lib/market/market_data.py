@@ -107,7 +107,7 @@ def _save(market: MarketData, path: str | Path) -> Path:
     np.savez_compressed(buffer, meta=meta, **arrays)
     return atomic_write(path, buffer.getvalue())
 
-
+# %% ../../nbs/03_env/02_market_data.ipynb #c40601ab
 def _load(path: str | Path) -> MarketData:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such file; run the prepare stage, or `MarketData.save`")
@@ -135,7 +135,7 @@ def _check_size(path: str | Path):
     if times > _MOST_TIMES or meta > _MOST_TIMES or sum(sizes.values()) > 64 * times + meta:
         raise InputError("unpacks to more than its bars need")
 
-
+# %% ../../nbs/03_env/02_market_data.ipynb #f1106a7b
 def _check_kinds(market: MarketData):
     "Refuse arrays of other types and shapes."
     n = len(market.timestamp)
@@ -154,7 +154,7 @@ def _check_kinds(market: MarketData):
                 f"{f.name} holds {value.dtype} of shape {value.shape}, expected {kind} of {shape}"
             )
 
-
+# %% ../../nbs/03_env/02_market_data.ipynb #133962e8
 def _check_values(market: MarketData):
     "Refuse what no market has."
     if market.asset_class not in ("crypto", "equity") or market.window < 1:
@@ -197,7 +197,7 @@ def _trailing_mean(values: np.ndarray, segment_start: np.ndarray, length: int) -
         out[start : start + n] = (here + behind).ravel()[:n] / np.minimum(np.arange(n) + 1, length)
     return out
 
-
+# %% ../../nbs/03_env/02_market_data.ipynb #87170677
 def _liquidity(
     close: np.ndarray,  # (T,)
     volume: np.ndarray,  # (T,) units
@@ -229,7 +229,7 @@ def _require_decisions(age: np.ndarray, warm_up: int, symbol: str, version: str,
         f"shorter bar{smaller}"
     )
 
-
+# %% ../../nbs/03_env/02_market_data.ipynb #f6988fb5
 def _fills_at_next_open(clock, intraday_sessions: bool) -> np.ndarray:  # (T,) bool
     "Where the next bar belongs to the same stretch, and to the same session where those matter."
     same_stretch = np.append(clock.segment[1:] == clock.segment[:-1], False)
@@ -298,7 +298,7 @@ class BarRow(NamedTuple):
     high: Tensor
     low: Tensor
 
-
+# %% ../../nbs/03_env/02_market_data.ipynb #c9039429
 def bar_table(
     market: MarketData,  # T bars
 ) -> Tensor:  # (T, 7) float64, columns as in `BarRow`
@@ -309,7 +309,7 @@ def bar_table(
     columns = (close, market.daily_volatility, turnover, market.can_fill, opening, high, low)
     return torch.stack(BarRow(*(torch.tensor(column, dtype=torch.float64) for column in columns)), 1)
 
-
+# %% ../../nbs/03_env/02_market_data.ipynb #cd0a0107
 def next_bar(
     here: tuple[Tensor, ...],  # columns of `bar_table` at the bars decided at
     there: tuple[Tensor, ...],  # the same of the bars after them

@@ -31,7 +31,7 @@ class Obs(NamedTuple):
             raise InputError("observation: has no index, only numbers; expected rows of an observation table")
         return self.index
 
-
+# %% ../../nbs/03_env/03_observations.ipynb #70fcb14e
 def own_columns(
     version: str,  # layout
     account: AccountState,  # n accounts
@@ -54,7 +54,7 @@ class ColumnOrder(NamedTuple):
     broadcast_places: tuple[int, ...]  # in the layout
     n_account: int  # the last so many of the broadcast columns
 
-
+# %% ../../nbs/03_env/03_observations.ipynb #deccd0d4
 def column_order(
     version: str,  # layout
 ) -> ColumnOrder:

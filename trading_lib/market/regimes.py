@@ -28,7 +28,7 @@ class MarkovChains:
         "How often each state occurs in the long run: the filter's belief before the first bar."
         return _stationary(self.transitions)
 
-
+# %% ../../nbs/02_features/01_regimes.ipynb #a2bb42c1
 def _stationary(transitions):
     # π(A - 1) = 0 and Σπ = 1, as (1 - A + ones)ᵀ π = ones; unique, since no transition is impossible
     states = transitions.shape[-1]
@@ -79,7 +79,7 @@ def filter_chains(
             probabilities[:, chain] = rows
     return probabilities
 
-
+# %% ../../nbs/02_features/01_regimes.ipynb #b5f2a47e
 def state_ages(
     probabilities: np.ndarray,  # (bars, chains, 3)
 ) -> np.ndarray:  # int (bars, chains): 0 at the bar of the change, and at the first bar
@@ -103,7 +103,7 @@ def _floored(
         result = np.where(fixed, floor, free * room / np.maximum(free.sum(-1, keepdims=True), 1e-300))
     return result
 
-
+# %% ../../nbs/02_features/01_regimes.ipynb #66369c1d
 def _chunks(
     observations: np.ndarray,  # (bars, chains)
     segment: np.ndarray,  # int (bars,): a chunk never crosses from one segment to the next
@@ -202,7 +202,7 @@ def _maximised(
     best = _floored(pairs / np.where(leaving > 1e-6, leaving, 1.0), TRANSITION_FLOOR)
     return MarkovChains(means, variances, np.where(leaving > 1e-6, best, transitions))
 
-
+# %% ../../nbs/02_features/01_regimes.ipynb #b6423fb0
 def _ordered(chains: MarkovChains) -> MarkovChains:
     "The same chains, their states ordered by mean."
     order = np.argsort(chains.means, axis=1, kind="stable")
@@ -213,7 +213,7 @@ def _ordered(chains: MarkovChains) -> MarkovChains:
         np.take_along_axis(rows, order[:, None, :], 2),
     )
 
-
+# %% ../../nbs/02_features/01_regimes.ipynb #18640707
 def fit_chains(
     observations: np.ndarray,  # (bars, chains); NaN: no information
     # int (bars,): bars with different numbers are not neighbours; None: one stretch

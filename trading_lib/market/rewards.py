@@ -51,7 +51,7 @@ def _direction(s: StepFacts) -> Tensor:
 def _magnitude(s: StepFacts) -> Tensor:
     return _direction(s) * s.forward_strength
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #9e449591
 def _in_volatility(s: StepFacts, share: Tensor) -> Tensor:
     return (share / s.volatility).clamp(-1, 1)
 
@@ -59,27 +59,27 @@ def _in_volatility(s: StepFacts, share: Tensor) -> Tensor:
 def _pnl(s: StepFacts) -> Tensor:
     return _in_volatility(s, s.after.equity / s.before.equity - 1)
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #2c33306a
 def _stop_tp(s: StepFacts) -> Tensor:
     return s.fills.targeted.double() - s.fills.stopped.double()
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #ab557b5b
 def _exploration(s: StepFacts) -> Tensor:
     return (1 - s.action_share) * ~(s.asked & (s.fills.quantity == 0))
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #11ecd83e
 def _drawdown(s: StepFacts) -> Tensor:
     return (-10 * (s.after.drawdown - _DRAWDOWN_LIMIT).clamp(min=0) ** 2).clamp(min=-1)
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #16056174
 def _costs(s: StepFacts) -> Tensor:
     return _in_volatility(s, -s.fills.costs / s.before.equity)
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #9a8bafea
 def _incentive(s: StepFacts) -> Tensor:
     return (s.fills.quantity != 0).double()
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #47380ed7
 def _equity(s: StepFacts) -> Tensor:
     growth = torch.log((s.after.equity / s.before.equity).clamp(min=1e-6))
     return (growth / s.full_move).clamp(-_LARGEST, _LARGEST)
@@ -96,7 +96,7 @@ def _differential_sharpe(s: StepFacts) -> Tensor:
     ) / variance.clamp(min=1e-12) ** 1.5
     return torch.where(variance > 1e-12, value, 0.0).clamp(-_LARGEST, _LARGEST)
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #cae658a8
 def sharpe_averages(
     before: AccountState,  # at decision
     after: AccountState,  # one bar later
@@ -125,7 +125,7 @@ REWARD_COMPONENTS: dict[str, Callable[[StepFacts], Tensor]] = {
     "differential_sharpe": _differential_sharpe,
 }
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #119770b9
 def weighted_reward(
     weights: dict[str, float],  # component -> weight, at least one
     facts: StepFacts,  # of n accounts
@@ -182,7 +182,7 @@ _REWARD_PRESETS: dict[str, dict[str, Any]] = {
 }
 _BLIND_DRAWDOWN_WEIGHT = 0.10  # for layouts that do not show the policy its drawdown
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #7f8ec6fa
 @dataclass(frozen=True)
 class RewardPreset:
     "One row of the table, for one layout and one cost schedule."
@@ -228,7 +228,7 @@ class ForwardRow(NamedTuple):
     forward_strength: Tensor
     volatility: Tensor
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #c1e7cf7e
 def forward_rows(
     market: MarketData,  # T bars
     preset: RewardPreset,  # its horizon and threshold
@@ -247,7 +247,7 @@ def forward_rows(
         volatility,
     )
 
-
+# %% ../../nbs/03_env/04_rewards.ipynb #59660a3e
 def full_move(
     market: MarketData,  # T bars
     rules: AccountRules,  # whose largest position is meant

@@ -73,7 +73,7 @@ class AccountRules:
         names = ("commission", "half_spread", "slippage", "impact")
         return replace(self, **{name: scale * getattr(self, name) for name in names})
 
-
+# %% ../../nbs/03_env/00_rules.ipynb #a9a3d94a
 def stack_rules(
     rules: Sequence[AccountRules],  # one for each account
 ) -> AccountRules:  # every field a tensor (n,)
@@ -90,7 +90,7 @@ def _set_or(default: dict, config: AccountConfig) -> dict:
     own = {name: getattr(config, name) for name in default}
     return {name: default[name] if value is None else value for name, value in own.items()}
 
-
+# %% ../../nbs/03_env/00_rules.ipynb #d6f7c38b
 def account_rules(
     config: AccountConfig,  # what a person has set
     asset_class: str,  # crypto or equity

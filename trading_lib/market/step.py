@@ -55,7 +55,7 @@ class MarketRow(NamedTuple):
             can_fill=self.can_fill > 0,
         )
 
-
+# %% ../../nbs/03_env/05_step.ipynb #cee9d4b8
 def step_table(
     market: MarketData,  # T bars
     reward: RewardPreset,
@@ -92,7 +92,7 @@ class StepInput(NamedTuple):
     mean_return: Tensor  # moving average of account returns
     mean_square: Tensor  # moving average of their squares
 
-
+# %% ../../nbs/03_env/05_step.ipynb #8a6f869a
 class StepResult(NamedTuple):
     "Accounts one bar later, before any restart; tensors of shape (n,)."
 
@@ -111,7 +111,7 @@ class StepResult(NamedTuple):
     own_columns: Tensor | None  # (n, D) float32; None in layouts that hide the account
     decision_equity: Tensor  # when the action was taken
 
-
+# %% ../../nbs/03_env/05_step.ipynb #ec21803e
 def reset_where(
     renew: Tensor | None,  # (n,) bool: whose last episode is over; None: nobody's
     fresh: AccountState,  # one account
@@ -197,7 +197,7 @@ def _flags(moved: StepResult, convert) -> StepResult:
         fills=fills,
     )
 
-
+# %% ../../nbs/03_env/05_step.ipynb #5484b769
 def _compiled_step(advance, n_actions: int):
     "The step by torch.compile."
     compiled = _compiled(lambda *arguments: _flags(advance(*arguments), torch.Tensor.float))
@@ -214,7 +214,7 @@ def _compiled_step(advance, n_actions: int):
 
     return checked_advance
 
-
+# %% ../../nbs/03_env/05_step.ipynb #2808365f
 def _compiled(function):
     "The function by torch.compile; where no compiler works, an `InputError` that says what to do."
     from torch._dynamo.exc import BackendCompilerFailed

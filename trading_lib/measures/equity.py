@@ -39,7 +39,7 @@ def as_numbers(
         )
     return array
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #1a15e0c9
 def as_nanoseconds(
     timestamps,  # times of any kind numpy reads, or int64 nanoseconds UTC
 ) -> np.ndarray:  # int64
@@ -63,7 +63,7 @@ def spread(
     deviation = float(values.std(ddof=1))
     return deviation if deviation > 1e-15 + 1e-12 * abs(float(values.mean())) else 0.0
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #85acc9fd
 def _equity(values) -> np.ndarray:
     "An equity curve as numbers."
     equity = as_numbers(values, "equity", 1)
@@ -88,7 +88,7 @@ def volatility(
     "Annualised standard deviation of returns."
     return spread(as_numbers(returns, "returns")) * math.sqrt(periods_per_year)
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #f5787e66
 def sharpe_ratio(
     returns,  # simple returns per period
     periods_per_year: float = 1.0,  # 1: not annualised
@@ -100,7 +100,7 @@ def sharpe_ratio(
         return 0.0
     return float(returns.mean()) / deviation * math.sqrt(periods_per_year)
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #118c08c7
 def _ratio(a: float, b: float) -> float:
     "a / b where b >= 0; inf where b is 0, but 0 / 0 is 0."
     if b > 0:
@@ -135,7 +135,7 @@ def annual_return(
     with np.errstate(over="ignore"):
         return float(np.expm1(np.log(growth) * periods_per_year / returns.size))
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #32c44945
 def drawdowns(
     equity,  # value of the account at the start and after each bar
 ) -> np.ndarray:  # of each value
@@ -143,14 +143,14 @@ def drawdowns(
     equity = _equity(equity)
     return 1 - equity / np.maximum.accumulate(equity)
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #6867c79a
 def max_drawdown(
     equity,  # value of the account at the start and after each bar
 ) -> float:  # positive share; 0.0 if it never falls
     "Largest loss from a high."
     return float(drawdowns(equity).max())
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #b00884c6
 def drawdown_length(
     equity,  # value of the account at the start and after each bar
 ) -> int:  # bars
@@ -159,7 +159,7 @@ def drawdown_length(
     position = np.arange(below.size)
     return int((position - np.maximum.accumulate(np.where(below, -1, position))).max())
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #5a22099f
 def calmar_ratio(
     returns,  # simple returns per period
     periods_per_year: float,  # see `metrics.periods_per_year`
@@ -177,7 +177,7 @@ def profit_factor(
     pnl = as_numbers(pnl, "pnl")
     return _ratio(float(pnl[pnl > 0].sum()), float(-pnl[pnl < 0].sum()))
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #f1d2ceb1
 def win_rate(
     pnl,  # profit or loss of each trade
 ) -> float:  # share in [0, 1]; 0.0 without a trade
@@ -185,7 +185,7 @@ def win_rate(
     pnl = as_numbers(pnl, "pnl")
     return float((pnl > 0).mean()) if pnl.size else 0.0
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #42981a98
 def tail_ratio(
     returns,  # simple returns per period
 ) -> float:  # above 1: the good tail is the longer one
@@ -215,7 +215,7 @@ def skewness(
         return 0.0
     return _standardised_moment(returns, 3) * (math.sqrt(n * (n - 1)) / (n - 2) if adjusted else 1.0)
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #0a462749
 def kurtosis(
     returns,  # simple returns per period
 ) -> float:  # 3.0 for normal returns: raw, not excess
@@ -226,7 +226,7 @@ def kurtosis(
 # %% ../../nbs/00_base/08_equity.ipynb #00de9e67
 DAY = 86_400 * 10**9  # nanoseconds
 
-
+# %% ../../nbs/00_base/08_equity.ipynb #95810a60
 def consistency(
     equity,  # value of the account at the start and after each bar
     timestamps=None,  # of each value; None: ten equal parts

@@ -28,7 +28,7 @@ def _autocovariance(centred: np.ndarray, longest: int) -> tuple[np.ndarray, np.n
     lags = np.arange(longest + 1)
     return covariance, np.sqrt((energy[n] - energy[lags + 1]) * energy[n - lags - 1])
 
-
+# %% ../../nbs/00_base/08_luck.ipynb #f022abcb
 def optimal_block_length(
     values,  # a series, at least 8 values
 ) -> float:  # mean number of values in a block, at least 1
@@ -71,7 +71,7 @@ def stationary_bootstrap_indices(
     first = generator.integers(0, length, (n, length))
     return (np.take_along_axis(first, block_start, axis=1) + position - block_start) % length
 
-
+# %% ../../nbs/00_base/08_luck.ipynb #114cc769
 def block_bootstrap_interval(
     values,  # a series in order of time
     statistic: Callable = np.mean,  # a resampled series (length,) -> number
@@ -109,7 +109,7 @@ def sharpe_probability(
     variance = max(1 - skewness * sharpe + (kurtosis - 1) / 4 * sharpe**2, 1e-300)
     return NormalDist().cdf((sharpe - benchmark) * math.sqrt(max(n - 1, 0)) / math.sqrt(variance))
 
-
+# %% ../../nbs/00_base/08_luck.ipynb #9315855c
 def sharpe_moments(
     returns,  # simple returns per period
 ) -> dict:  # sharpe per period, n, skewness, kurtosis
@@ -122,7 +122,7 @@ def sharpe_moments(
         "kurtosis": kurtosis(returns),
     }
 
-
+# %% ../../nbs/00_base/08_luck.ipynb #b5658c8d
 def probabilistic_sharpe_ratio(
     returns,  # simple returns per period
     benchmark: float = 0.0,  # Sharpe ratio to be exceeded, per period
@@ -145,7 +145,7 @@ def expected_maximum_sharpe(
         (1 - gamma) * quantile(1 - 1 / n_trials) + gamma * quantile(1 - 1 / (n_trials * math.e))
     )
 
-
+# %% ../../nbs/00_base/08_luck.ipynb #991d8434
 def deflated_sharpe_ratio(
     returns,  # simple returns per period of the trial that was chosen, or their `sharpe_moments`
     n_trials: int,  # everything that was tried: seeds, parameters, checkpoints
@@ -185,7 +185,7 @@ def _check_matrix(returns: np.ndarray, n_blocks: int):
     if not np.isfinite(returns).all():
         raise InputError("returns: some values are NaN or infinite; drop those bars for all configurations")
 
-
+# %% ../../nbs/00_base/08_luck.ipynb #20d64e4d
 def _sharpes_of_blocks(returns: np.ndarray, n_blocks: int) -> Callable[[np.ndarray], np.ndarray]:
     "A function from (choices, blocks) of 0 and 1 to (choices, configurations): Sharpe ratios of the union."
     # block sums of centred values give mean and variance of any union of blocks

@@ -26,7 +26,7 @@ _YAML = {  # kind -> pattern of a plain scalar; everything else is text
 }
 _LARGEST_FILE, _MOST_VALUES, _DEEPEST = 256 * 1024, 20_000, 30
 
-
+# %% ../../nbs/00_base/01_documents.ipynb #b8de55b2
 @functools.cache
 def _yaml_loader():
     "PyYAML's loader of plain data, with the scalars of YAML 1.2."
@@ -81,7 +81,7 @@ def _check_nodes(root, name: str):
             "write out what is meant"
         )
 
-
+# %% ../../nbs/00_base/01_documents.ipynb #95312137
 def _check_keys(mapping, name: str):
     "No key of a table is there twice."
     lines: dict[str, int] = {}
@@ -102,7 +102,7 @@ def _inside(node, key: str):
         return None
     return next((value for name, value in node.value if name.value == key), None)
 
-
+# %% ../../nbs/00_base/01_documents.ipynb #df58146b
 def _symbols_as_text(loader, root):
     "A symbol such as 1810 is text; one that YAML, and so DVC, would make something else of must be quoted."
     import yaml
@@ -131,7 +131,7 @@ def _problem(e) -> str:
     advice = "; indent with blanks, not with tabs" if "'\\t'" in str(e.problem) else ""
     return f"{place}{' '.join(f'{e.context or str()} {e.problem}'.split())}{advice}"
 
-
+# %% ../../nbs/00_base/01_documents.ipynb #45e1d55b
 def parse_yaml(
     text: str,  # of a file or a command line
     name: str = "YAML",  # for messages

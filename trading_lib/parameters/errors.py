@@ -20,7 +20,7 @@ class InputError(ValueError):
     def _render_traceback_(self):
         return [f"InputError: {self}"]
 
-
+# %% ../../nbs/00_base/00_errors.ipynb #dcb03106
 def unknown_name(
     where: str,  # what is being named, such as "train" or "mode"
     name: str,  # the name that was given
@@ -32,14 +32,14 @@ def unknown_name(
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(names)}"
     return InputError(f"{where}: unknown name '{cut(str(name))}'; {hint}")
 
-
+# %% ../../nbs/00_base/00_errors.ipynb #fdc002cf
 def cut(
     text: str,  # of a file or a person
 ) -> str:  # at most about 200 characters
     "The beginning of a text that may be long."
     return text if len(text) <= 200 else f"{text[:200]} …"
 
-
+# %% ../../nbs/00_base/00_errors.ipynb #3a25afb7
 def require(
     condition: object,  # what must hold; true and false of numpy and torch will do
     message: str,  # what was given, what was expected, what to do

@@ -35,7 +35,7 @@ def _expected(annotation) -> str:
         return f"a table, each {_expected(args[1])}"
     return words.get(annotation, str(annotation))
 
-
+# %% ../../nbs/00_base/02_fields.ipynb #04f6fe2d
 def shown(
     value: object,  # what was given
 ) -> str:  # for a message
@@ -57,7 +57,7 @@ _MISFITS = (TypeError, ValueError, OverflowError, KeyError)  # what `_convert` r
 def _is_number(value) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-
+# %% ../../nbs/00_base/02_fields.ipynb #511d5d66
 def _convert_plain(annotation, value):
     "`value` as a flag, number, text or table."
     if annotation is bool and isinstance(value, bool):
@@ -75,7 +75,7 @@ def _convert_plain(annotation, value):
         return value
     raise TypeError
 
-
+# %% ../../nbs/00_base/02_fields.ipynb #fd46c6de
 def _convert_union(args, value):
     "`value` as the first of several types that it fits."
     if type(None) in args and (value is None or (value == "null" and str not in args)):
@@ -232,7 +232,7 @@ class Setting:
         }
         return " and ".join(text.format(limit) for text, limit in words.items() if limit is not None)
 
-
+# %% ../../nbs/00_base/02_fields.ipynb #3baa62ec
 def setting(
     default: Any,  # of the field
     help: str,  # what it is, in a line
@@ -248,7 +248,7 @@ def setting_of(
     "What was declared of a field."
     return f.metadata["setting"]
 
-
+# %% ../../nbs/00_base/02_fields.ipynb #9b4567ba
 def check_limits(
     settings: Any,  # an instance of a dataclass of settings
     where: str,  # begins the message, such as "train"
@@ -265,7 +265,7 @@ def check_limits(
         advice = f"; {about.advice}" if about.advice else ""
         raise InputError(f"{where}.{f.name}: expected {words}, was {value}{advice}")
 
-
+# %% ../../nbs/00_base/02_fields.ipynb #09fec277
 class Section:
     "A section of params.yaml; a dataclass of settings inherits the check of its limits."
 
@@ -274,7 +274,7 @@ class Section:
     def __post_init__(self):
         check_limits(self, self.where)
 
-
+# %% ../../nbs/00_base/02_fields.ipynb #f00821de
 def setting_text(
     section: type,  # a dataclass of settings
     name: str,  # of the field

@@ -28,7 +28,7 @@ def _dates(value) -> bool | list[str]:
         )
     return dates
 
-
+# %% ../../nbs/00_base/04_sections.ipynb #2d541b7a
 def _by_path(table):
     "A table by symbol, with '/' written '-' as in paths."
     return {str(symbol).replace("/", "-"): value for symbol, value in table.items()}
@@ -117,7 +117,7 @@ class FeatureParameters(Section):
     version: str = setting("5.6.0", "layout of the observation")
     window: int = setting(100, "bars in one observation", at_least=1)
 
-
+# %% ../../nbs/00_base/04_sections.ipynb #124ac7ec
 @dataclass(frozen=True)
 class EnvParameters(Section):
     "The training environment."
@@ -133,7 +133,7 @@ class EnvParameters(Section):
 # %% ../../nbs/00_base/04_sections.ipynb #acc00001
 _ALL = "10000 is all that is traded"
 
-
+# %% ../../nbs/00_base/04_sections.ipynb #0373cbe6
 @checked
 @dataclass(frozen=True)
 class AccountConfig(Section):
@@ -177,7 +177,7 @@ class AccountConfig(Section):
 # a policy that must pay before it knows anything learns not to trade
 COST_WARM_UP = 0.5
 
-
+# %% ../../nbs/00_base/04_sections.ipynb #73879cd1
 @dataclass(frozen=True)
 class TrainingSettings(Section):
     "What shapes a training run: each setting of the trainer that a person may choose."
@@ -298,7 +298,7 @@ def _or_null(cls):
         setattr(cls, f.name, field(default=None, metadata={"setting": replace(about, null=means)}))
     return dataclass(frozen=True)(cls)
 
-
+# %% ../../nbs/00_base/04_sections.ipynb #307a25f1
 def yaml_text(
     value,  # plain data
 ) -> str:
@@ -311,7 +311,7 @@ def yaml_text(
         return f"[{', '.join(map(yaml_text, value))}]"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
-
+# %% ../../nbs/00_base/04_sections.ipynb #5f2b7385
 @_or_null
 class TrainParameters(TrainingSettings, RunSettings):  # fields of the last one come first
     "What to train, for how long. Null: decided by the hardware tier and the mode."
@@ -353,7 +353,7 @@ class ModeParameters:
             raise unknown_name("asset class of the mode's total_timesteps", asset_class, self.total_timesteps)
         return self.total_timesteps[asset_class]
 
-
+# %% ../../nbs/00_base/04_sections.ipynb #3118e75b
 # asset class -> steps by which its agents have peaked
 PEAK_TIMESTEPS = {"crypto": 100_000_000, "equity": 50_000_000}
 MODES = {
@@ -377,7 +377,7 @@ class BacktestParameters(Section):
     probes: bool = setting(True, "ridge regression and gradient boosting on the same features and spans")
     seed: int = setting(0, "of the shifted copies, the probes and the bootstrap")
 
-
+# %% ../../nbs/00_base/04_sections.ipynb #497b4cbb
 @dataclass(frozen=True)
 class WalkForwardParameters(Section):
     "How a history is cut into folds, each with a model of its own."
@@ -400,7 +400,7 @@ class WalkForwardParameters(Section):
     embargo: int = setting(0, "bars between spans, beside the window and the reward's horizon", at_least=0)
     model: str | None = setting(None, "path of a fixed checkpoint", null="each fold trains its own")
 
-
+# %% ../../nbs/00_base/04_sections.ipynb #26898a74
 @dataclass(frozen=True)
 class SeedsParameters(Section):
     "A study of several seeds: what is the idea, and what is the seed."

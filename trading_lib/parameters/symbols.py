@@ -27,7 +27,7 @@ def is_symbol(
     "Whether a text can stand in paths and commands."
     return _SYMBOL.fullmatch(text) is not None and ".." not in text and text.lower() != "index"
 
-
+# %% ../../nbs/00_base/03_symbols.ipynb #00d95626
 def _nearest_symbol(symbol: str) -> str | None:
     "What a person may have meant; None: it cannot be told."
 
@@ -66,7 +66,7 @@ def check_symbol(
         f"{where}: expected a name such as BTC-USD or SPY, was {symbol[:60]!r}{odd}; {_SYMBOL_RULE}"
     )
 
-
+# %% ../../nbs/00_base/03_symbols.ipynb #d37995d8
 def path_symbol(
     symbol: str,  # such as BTC/USD
     where: str = "symbol",  # for messages
@@ -76,7 +76,7 @@ def path_symbol(
         symbol = symbol.replace("/", "-")
     return check_symbol(symbol, where)
 
-
+# %% ../../nbs/00_base/03_symbols.ipynb #e7c0ad54
 def check_symbols(
     symbols: list[str],  # names of symbols
     where: str = "symbols",  # for messages

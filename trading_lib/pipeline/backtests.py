@@ -48,12 +48,12 @@ class Job:
     data: dict  # where the bars come from, for the report
     probes: dict = field(default_factory=dict)  # figures of baselines that learn
 
-
+# %% ../../nbs/09_pipeline/10_backtests.ipynb #752b3ca3
 def _bar_at(bars: pd.DataFrame, text: str | None, name: str, default: int) -> int:
     "Number of the first bar at or after a day that was given."
     return default if text is None else int(np.searchsorted(bars.index, parse_time(text, name)))
 
-
+# %% ../../nbs/09_pipeline/10_backtests.ipynb #02344ffe
 def _env_of(content: dict) -> dict:
     "The environment that a checkpoint was trained in; empty: of an older system, which did not say."
     return (content.get("config") or {}).get("env") or {}
@@ -73,7 +73,7 @@ def _model_of(parameters: Parameters, symbol: str, model: str | None, say) -> Pa
             )
     return found
 
-
+# %% ../../nbs/09_pipeline/10_backtests.ipynb #59375180
 def prepared_job(
     parameters: Parameters,
     symbol: str,  # of params.yaml
@@ -131,7 +131,7 @@ def _file_job(parameters: Parameters, file: str, content: dict, start: str | Non
     )
     return Job(arguments, {"source": f"the file {Path(file).name}"})
 
-
+# %% ../../nbs/09_pipeline/10_backtests.ipynb #849f8490
 def file_jobs(
     parameters: Parameters,
     files: list[str],  # CSV or parquet files of bars
@@ -205,7 +205,7 @@ def run_jobs(
         result.provenance |= {"data": job.data, "probes": job.probes}
     return results
 
-
+# %% ../../nbs/09_pipeline/10_backtests.ipynb #27cedfec
 def verdict_on(
     result: BacktestResult,
     content: dict,  # the checkpoint that traded
@@ -238,7 +238,7 @@ def model_facts(
         },
     }
 
-
+# %% ../../nbs/09_pipeline/10_backtests.ipynb #56e0eef6
 _LISTED = ("total_return", "sharpe", "max_drawdown", "profit_factor", "fitness", "trades")
 
 

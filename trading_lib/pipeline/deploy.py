@@ -26,7 +26,7 @@ def _files_of(paths: Artefacts, symbol: str) -> dict[str, bytes]:
             raise InputError(f"{symbol}: {path} is missing; run `dvc repro` first")
     return {name: path.read_bytes() for name, path in files.items()}
 
-
+# %% ../../nbs/09_pipeline/11_deploy.ipynb #a6921340
 def contradictions(
     verdict: dict,  # of verdict.json
     simulated: bool,  # whether the bars are
@@ -65,7 +65,7 @@ def _check_verdict(verdict: dict, simulated: bool, training: dict, symbol: str, 
             "on real bars (--anyway makes one all the same, and says so inside)"
         )
 
-
+# %% ../../nbs/09_pipeline/11_deploy.ipynb #e6b31432
 def deploy_symbol(
     parameters: Parameters,
     symbol: str,  # of params.yaml

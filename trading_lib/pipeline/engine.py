@@ -43,7 +43,7 @@ def _remove_left(folder: Path):
         except OSError:
             pass  # another run is removing it
 
-
+# %% ../../nbs/09_pipeline/02_engine.ipynb #8d8b7ace
 @contextmanager
 def kernel_folder():  # yields its path
     "A private folder with a short path for the connection of one kernel."
@@ -73,7 +73,7 @@ def _parent(pid: int) -> int | None:
     except OSError:
         return None
 
-
+# %% ../../nbs/09_pipeline/02_engine.ipynb #4f6d9eb6
 def _started_by_dvc() -> tuple[int, int] | None:  # a process that DVC started, and DVC
     "Where we run as a stage of a pipeline."
     if "DVC_STAGE" not in os.environ:
@@ -89,7 +89,7 @@ def _started_by_dvc() -> tuple[int, int] | None:  # a process that DVC started, 
             return pid, parent or 0
         pid = parent
 
-
+# %% ../../nbs/09_pipeline/02_engine.ipynb #8503850e
 @contextmanager
 def _ends_with_dvc(stop: StopRequest):
     "The end of DVC is a request to stop."
@@ -113,7 +113,7 @@ def _ends_with_dvc(stop: StopRequest):
 class _Over(Exception):
     "No further cell is to run."
 
-
+# %% ../../nbs/09_pipeline/02_engine.ipynb #1022507f
 class _HandedOn(StopRequest):
     "A stop request that the kernel gets too."
 
@@ -164,7 +164,7 @@ def _careful(save):
 
     return saved
 
-
+# %% ../../nbs/09_pipeline/02_engine.ipynb #81c43f8f
 def _last_words(notebook) -> str:
     "The error that ended a notebook, in one line."
     errors = [
@@ -176,7 +176,7 @@ def _last_words(notebook) -> str:
         else "interrupted; what was saved before is complete"
     )
 
-
+# %% ../../nbs/09_pipeline/02_engine.ipynb #c1ca99df
 @functools.cache
 def _engine():
     "The class, once papermill is there."
@@ -231,7 +231,7 @@ def _engine():
 
     return StageEngine
 
-
+# %% ../../nbs/09_pipeline/02_engine.ipynb #c1933cbe
 class _Later:
     "The engine, imported when it is needed."
 

@@ -32,7 +32,7 @@ def _table(header: tuple, rows) -> str:
 
     return "\n".join([line(header), "|" + " --- |" * len(header), *map(line, rows)])
 
-
+# %% ../../nbs/09_pipeline/07_model_card.ipynb #8c725f88
 def _code(text: str, language: str = "sh") -> str:
     "A block of code; its fence is longer than any in the text."
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
@@ -47,12 +47,12 @@ def _fingerprint(state: dict) -> str:
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
-
+# %% ../../nbs/09_pipeline/07_model_card.ipynb #f61b9caa
 def _counted(n: int | None, of: int | None = None) -> str:
     "A count, and of how many."
     return ("not recorded" if n is None else f"{n:,}") + ("" if of is None else f" of {of:,}")
 
-
+# %% ../../nbs/09_pipeline/07_model_card.ipynb #09e35759
 def _budget(content: dict) -> dict:
     "Steps and updates, done and in all; how often validation looked."
     train, env = (content.get("config", {}).get(name, {}) for name in ("train", "env"))
@@ -81,7 +81,7 @@ def _budget(content: dict) -> dict:
         "all_looks": looks(updates),
     }
 
-
+# %% ../../nbs/09_pipeline/07_model_card.ipynb #827cdf03
 def _source(data: dict) -> str | None:
     "Simulated or real, where the checkpoint knows it."
     if data.get("source") is None:
@@ -97,7 +97,7 @@ def _source(data: dict) -> str | None:
         "simulated market" if data["source"] == "simulated" else f"real market, from {data['source']}"
     ) + (f" ({details})" if details else "")
 
-
+# %% ../../nbs/09_pipeline/07_model_card.ipynb #88a769f6
 def _worth(metrics: dict, name: str) -> str | None:
     "What to say instead of a figure of too few trades."
     part, _, figure = name.rpartition(".")
@@ -107,7 +107,7 @@ def _worth(metrics: dict, name: str) -> str | None:
         else None
     )
 
-
+# %% ../../nbs/09_pipeline/07_model_card.ipynb #4c95beca
 def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
     "What the figures of the card do not show."
     update, updates, looks, all_looks = (budget[name] for name in ("update", "updates", "looks", "all_looks"))
@@ -149,7 +149,7 @@ def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
         ),
     ]
 
-
+# %% ../../nbs/09_pipeline/07_model_card.ipynb #5eb5904b
 def model_card(
     content: dict,  # of a checkpoint, as `NativePPOTrainer.content` makes it; what is missing is said
     command: str,  # the exact command line that trained it
@@ -261,7 +261,7 @@ def model_card(
         + "\n"
     )
 
-
+# %% ../../nbs/09_pipeline/07_model_card.ipynb #805cded3
 def write_model_card(
     path_of_checkpoint: str | Path,  # such as models/SIM-USD_15Min.pt
     content: dict,  # what was saved there

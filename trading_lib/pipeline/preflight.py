@@ -33,7 +33,7 @@ def _two_updates(trainer) -> str:
     require(len(rows) == min(_UPDATES, trainer.updates), f"expected {_UPDATES} updates, were {len(rows)}")
     return f"{trainer.global_step:,} steps, reward {rows[-1]['reward']:+.4f}"
 
-
+# %% ../../nbs/09_pipeline/06_preflight.ipynb #5282fbd5
 def _one_validation(trainer) -> str:
     if trainer.validation is None:
         return "no validation span"
@@ -42,7 +42,7 @@ def _one_validation(trainer) -> str:
         f"{len(trainer.validation.bars):,} bars, return {figures['return']:+.2%}, {figures['trades']} trades"
     )
 
-
+# %% ../../nbs/09_pipeline/06_preflight.ipynb #39c03fc0
 def _saved_and_loaded(trainer, folder: Path, fresh) -> str:
     path = save_checkpoint(trainer.content(), folder / "preflight.pt")
     content = load_checkpoint(path)
@@ -58,7 +58,7 @@ def _saved_and_loaded(trainer, folder: Path, fresh) -> str:
     )
     return f"{path.stat().st_size / 1e6:.1f} MB, identical after a round trip"
 
-
+# %% ../../nbs/09_pipeline/06_preflight.ipynb #c232fb25
 def _same_observations(trainer, bars) -> str:
     market, table = trainer.env.market, trainer.table
     at = trainer.env.decision_bars[np.linspace(0, len(trainer.env.decision_bars) - 1, _BARS).astype(int)]
@@ -87,7 +87,7 @@ def _same_observations(trainer, bars) -> str:
     )
     return f"{_BARS} bars, largest difference {largest:.1g}"
 
-
+# %% ../../nbs/09_pipeline/06_preflight.ipynb #6ae5c60b
 def preflight(
     fresh: Callable[[], Any],  # makes a new trainer of the run
     bars: Any = None,  # DataFrame of the same history, to compare observations; None: not compared

@@ -42,7 +42,7 @@ def kept_folder(
     filled = [place for place in places if _is_filled(place)]
     return (filled or places[1:] or places)[0]
 
-
+# %% ../../nbs/09_pipeline/04_prepare.ipynb #b1301cc9
 def source_options(
     parameters: Parameters,
     symbol: str,
@@ -76,7 +76,7 @@ def link_warning(
         f"do once: git rm --cached {shlex.join(tracked)} && git commit -m 'bars are on another disk'"
     )
 
-
+# %% ../../nbs/09_pipeline/04_prepare.ipynb #e8bfb900
 def find_symbol(
     parameters: Parameters,
     symbol: str,
@@ -110,7 +110,7 @@ def _check_history(parameters: Parameters, symbol: str, bars: int, trained: int)
         f"{needed}; use more history or a shorter bar{smaller}"
     )
 
-
+# %% ../../nbs/09_pipeline/04_prepare.ipynb #11aadf2c
 def _load(parameters: Parameters, symbol: str) -> tuple:  # bars, report
     "The bars of a symbol, checked."
     d = parameters.data

@@ -103,7 +103,7 @@ def kept_models(
     found = [path for path in paths.kept.glob("*.pt") if re.fullmatch(r"[0-9a-f]{8}\.pt", path.name)]
     return sorted(found, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
 
-
+# %% ../../nbs/09_pipeline/03_project.ipynb #fb292574
 def newest_model(
     paths: Artefacts,
 ) -> Path:  # where the pipeline's would be, if there is none at all

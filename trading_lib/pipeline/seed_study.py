@@ -23,6 +23,7 @@ from .train import enter_trials, make_trainer, unread
 from ..seeds import SeedsTrainer, mean_interval
 from ..training.progress import Unharmed, progress_for
 
+# %% ../../nbs/09_pipeline/09_seed_study.ipynb #060d991b
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -34,12 +35,12 @@ _SHOWN = {"return": "{:+.2%}", "sharpe": "{:+.2f}", "max_drawdown": "{:.2%}", "t
 def _bests(trainer: SeedsTrainer) -> list[dict]:
     return [best for best in trainer.bests if best is not None]
 
-
+# %% ../../nbs/09_pipeline/09_seed_study.ipynb #92c15116
 def _interval(name: str, text: str, result: dict) -> str:
     ends = result["interval_95"]
     return interval_text(name, ends["low"], ends["high"], text, result["mean"])
 
-
+# %% ../../nbs/09_pipeline/09_seed_study.ipynb #e9f0f42b
 def seeds_table(
     trainer: SeedsTrainer,  # after `train`
 ) -> str:
@@ -69,7 +70,7 @@ def seeds_table(
     )
     return "\n".join(rows)
 
-
+# %% ../../nbs/09_pipeline/09_seed_study.ipynb #6e4c1512
 def plot_seeds(
     trainer: SeedsTrainer,  # after `train`
 ) -> "Figure":
@@ -155,7 +156,7 @@ def train_seeds(
         enter_trials(trainer)  # what was looked at counts, whatever ended it
     return trainer
 
-
+# %% ../../nbs/09_pipeline/09_seed_study.ipynb #a5d49c07
 def _put_aside(files: list, say):
     "An earlier study is not shown as this one's, and not lost."
     if not files[0].exists():
@@ -169,7 +170,7 @@ def _put_aside(files: list, say):
         "nothing reads it, and it may be deleted"
     )
 
-
+# %% ../../nbs/09_pipeline/09_seed_study.ipynb #072dad01
 def _write_study(trainer: SeedsTrainer, symbol: str, files: list, say):
     "What the seeds reached, as a table, a file and a picture."
     if trainer.update < trainer.updates:

@@ -41,7 +41,7 @@ def _with_remark(start: str, text: str, column: int) -> str:
     "A line with its remark at a column, or as near as its value lets it."
     return f"{start.ljust(column - 1)} # {text}" if text else start
 
-
+# %% ../../nbs/09_pipeline/00_settings.ipynb #771da70c
 def _extent(lines: list[str], section: str, file: str) -> tuple[int, int] | None:
     "The lines of a section: the first below its name, and the first behind it; None: there is none."
     for i, line in enumerate(lines):
@@ -86,7 +86,7 @@ def _write_section(block: list[str], section: type) -> list[str]:
             after += 1  # a value on lines of its own
     return block
 
-
+# %% ../../nbs/09_pipeline/00_settings.ipynb #3a965943
 def settings_text(
     text: str,  # of a params.yaml
     file: str = "params.yaml",  # for messages
@@ -116,7 +116,7 @@ def notebook_settings(
     "The settings that a stage's notebook takes."
     return dict(NOTEBOOK_SETTINGS.get(stage, {}))
 
-
+# %% ../../nbs/09_pipeline/00_settings.ipynb #ac7c63f6
 def given_settings(
     namespace: dict,  # the notebook's globals()
     stage: str,
@@ -124,7 +124,7 @@ def given_settings(
     "The settings that were given to a stage's notebook, and not left to params.yaml."
     return {name: namespace[name] for name in notebook_settings(stage) if namespace[name] is not None}
 
-
+# %% ../../nbs/09_pipeline/00_settings.ipynb #1e646bfe
 def parameters_text(
     text: str,  # of the cell tagged `parameters`
     stage: str,
@@ -176,7 +176,7 @@ def option(
         how["choices"] = typing.get_args(hint)
     return flags, how
 
-
+# %% ../../nbs/09_pipeline/00_settings.ipynb #54fae8e4
 def settings_of(
     what: str,  # such as gru
 ) -> list[str]:
@@ -200,7 +200,7 @@ def _notebook_text(text: str, stage: str) -> str:
     cell["source"] = after.splitlines(keepends=True)
     return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
 
-
+# %% ../../nbs/09_pipeline/00_settings.ipynb #8a92227f
 def write_settings(
     root: Path,  # the project
     write: bool = True,  # False: only say what differs

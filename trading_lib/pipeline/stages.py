@@ -28,7 +28,7 @@ def _set_variables(values: dict[str, str | None]):
         else:
             os.environ[name] = value
 
-
+# %% ../../nbs/09_pipeline/05_stages.ipynb #26376c23
 @contextmanager
 def _plain_kernel():
     "The kernel of a stage is the interpreter that runs it, and reads no startup files of a person's."
@@ -69,7 +69,7 @@ def _show_output():
         logger.addHandler(shown := logging.StreamHandler())
         shown.addFilter(_is_output)
 
-
+# %% ../../nbs/09_pipeline/05_stages.ipynb #a0901268
 @_plain_kernel()
 def run_stage(
     stage: str,  # a name in STAGES

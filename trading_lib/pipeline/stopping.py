@@ -18,7 +18,7 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 READER_GONE = 141  # exit status: 128 + SIGPIPE, as of other tools whose output `head` has read
 _TOGETHER = 1.0  # seconds in which two signals that no person sends are one
 
-
+# %% ../../nbs/09_pipeline/01_stopping.ipynb #61f22313
 class StopRequest:
     """Inside `with`, the first SIGINT, SIGTERM or SIGHUP sets `requested`,
     and `signal` to which one it was; the second quits at once."""

@@ -78,12 +78,12 @@ def _device(name: str) -> torch.device:
         else device
     )
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #7dcb2ad7
 def _folder_of(trainer: NativePPOTrainer) -> RunFolder:
     assert trainer.folder is not None  # what goes on later has a folder
     return trainer.folder
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #0c105e4d
 def _best_of(trainer: NativePPOTrainer) -> dict:
     if trainer.best is None:
         raise InputError(
@@ -91,7 +91,7 @@ def _best_of(trainer: NativePPOTrainer) -> dict:
         )
     return trainer.best
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #78901255
 def rollout_shape(
     market: MarketData,  # that is trained on
 ) -> RolloutShape:
@@ -104,7 +104,7 @@ def rollout_shape(
         market.window * len(order.windowed) + len(order.broadcast),
     )
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #0a5b9fb5
 def make_trainer(
     parameters: Parameters,  # of params.yaml
     market: MarketData,  # features fitted on the training span
@@ -192,7 +192,7 @@ def training_trials(
         )
     ]
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #1f13c41f
 def record_training(
     trainer: NativePPOTrainer,  # after `train`
     root: str | Path,  # the project
@@ -200,7 +200,7 @@ def record_training(
     "Enter every validated checkpoint of a run into the symbol's ledger."
     return record_trials(ledger_path(root, trainer.env.market.symbol), training_trials(trainer))
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #f57df5b6
 def enter_trials(
     trainer: NativePPOTrainer,  # after `train`, whole or broken off
 ) -> None:
@@ -234,7 +234,7 @@ def _make_room(
     if checkpoint is not None and trainer.best is not None:
         folder.save_best(trainer.best)
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #b6d496ba
 def _check_unfinished(trainer: NativePPOTrainer, name: str):
     "There is something left to do, or at least to write."
     over = trainer.update >= trainer.updates or trainer.ended is not None
@@ -247,7 +247,7 @@ def _check_unfinished(trainer: NativePPOTrainer, name: str):
         ),
     )
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #815f7660
 class _Beside(RunFolder):
     """Where a checkpoint lies: in the folder of its run, or as the last policy of a finished one,
     beside its best."""
@@ -267,7 +267,7 @@ class _Beside(RunFolder):
         content = load_checkpoint(self._finished)
         return content if content.get("update") == update else None
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #78973393
 def resume(
     trainer: NativePPOTrainer,  # that has not trained yet, with a folder
     checkpoint: str
@@ -306,7 +306,7 @@ def resume(
             say(f"going on from {path}, after update {trainer.update} of {trainer.updates}")
     return trainer.update > 0
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #c37434da
 def unread(
     trainer: NativePPOTrainer,  # that is training
 ) -> bool:
@@ -314,7 +314,7 @@ def unread(
     who ends the reader ends the run, as with any tool."""
     return getattr(trainer.progress, "unread", False)
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #4475fe29
 def run_until_stopped(
     trainer: NativePPOTrainer,  # ready to train, with a folder
     command: str,  # that trained it, for the model card
@@ -331,7 +331,7 @@ def run_until_stopped(
     )  # another process of ours was asked
     return _folder_of(trainer).path if trainer.rank else _save_state(trainer, content, command)
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #920346d5
 def _save_state(trainer: NativePPOTrainer, content: dict, command: str) -> Path:
     "Write everything that the next update depends on: into the run's folder, or where there is room."
     folder, now = _folder_of(trainer), datetime.now()
@@ -355,7 +355,7 @@ def _save_state(trainer: NativePPOTrainer, content: dict, command: str) -> Path:
 
 _BEGINS = {"--resume": 0, "--checkpoint": 1}  # options of how a run begins -> words that follow
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #c49d54fb
 def _how_to_go_on(
     trainer: NativePPOTrainer, symbols: list[str], symbol: str, path: Path, command: str
 ) -> str:
@@ -385,7 +385,7 @@ def _keep_model(paths: Artefacts, best: dict, last: dict, command: str) -> Path:
     write_model_card(model, best, command)
     return model
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #3b1c97cb
 def _keep_earlier(paths: Artefacts, say):
     "A model that another one is about to replace is kept, if it is not already."
     if not paths.model.exists():
@@ -407,7 +407,7 @@ def _keep_earlier(paths: Artefacts, say):
             atomic_write(copy, path.read_bytes())
     say(f"{paths.model}: the model that was there is kept as {kept}")
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #fcee69b3
 def _write_course(trainer: NativePPOTrainer, report: Path) -> dict:  # what is in train.json
     "The course of a run and its figures."
     history, best = trainer.history, _best_of(trainer)
@@ -440,7 +440,7 @@ def _write_course(trainer: NativePPOTrainer, report: Path) -> dict:  # what is i
     atomic_write(report / "train.json", json.dumps(figures, indent=1, default=float, allow_nan=False) + "\n")
     return figures
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #3bb05524
 def finish_training(
     trainer: NativePPOTrainer,  # whose run is complete
     content: dict,  # of the trainer now
@@ -486,7 +486,7 @@ def finish_training(
         )
     return model
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #c2395a35
 def _check_room(trainer: NativePPOTrainer, content: dict, paths: Artefacts):
     "What a run will write fits on the disk now: not after hours."
     folder = next(folder for folder in (paths.kept, *paths.kept.parents) if folder.exists())
@@ -500,7 +500,7 @@ def _check_room(trainer: NativePPOTrainer, content: dict, paths: Artefacts):
             f" {memory_text(needed)}: free some space, or take a smaller network"
         )
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #4eee12c8
 def train_symbol(
     parameters: Parameters,  # of params.yaml
     symbol: str,  # that is trained
@@ -522,7 +522,7 @@ def train_symbol(
             parameters, symbol, paths, command, resumes, checkpoint, progress, own, folder, alone
         )
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #1e1f7f15
 def _train_alone(parameters, symbol, paths, command, resumes, checkpoint, progress, own, folder, alone):
     market = prepared_market(parameters, symbol, paths)
     spans = split_bounds(
@@ -574,7 +574,7 @@ def _train_alone(parameters, symbol, paths, command, resumes, checkpoint, progre
                 print(f"nobody reads the output any more: {line}", file=sys.stderr, flush=True)
     return trainer, stopped
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #f60210b8
 def _what_there_is(paths: Artefacts) -> str:
     "What a person who wants to go on may have meant."
     aside = sorted(paths.root.glob(f"models/runs/{glob.escape(paths.name)}.[0-9]*/*.pt"))
@@ -586,7 +586,7 @@ def _what_there_is(paths: Artefacts) -> str:
     ]
     return "".join(f"; {one}" for one in said)
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #dd15d066
 def _finish(
     trainer: NativePPOTrainer,
     symbols: list[str],
@@ -609,7 +609,7 @@ def _finish(
             f"{_how_to_go_on(trainer, symbols, symbol, path, command)} writes the model"
         ) from None
 
-
+# %% ../../nbs/09_pipeline/08_train.ipynb #91718e26
 def train_fold(
     parameters: Parameters,  # of params.yaml
     market: MarketData,  # fitted on the fold's training span

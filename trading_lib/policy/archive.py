@@ -39,7 +39,7 @@ def entry_name(
     "An entry of a checkpoint as messages show it."
     return "content" + "".join(f"[{key!r}]" for key in path)
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #c13e4969
 def _hint(value, type_name: str) -> str:
     "What to write instead."
     if type_name in _HINTS:
@@ -57,7 +57,7 @@ def _refused(value, path: tuple) -> InputError:
     expected = "expected None, a number, text, a tensor, or dicts and lists of them"
     return InputError(f"checkpoint: {entry_name(path)} is a {name}; {expected}: {_hint(value, name)}")
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #641f916b
 def _check_text(text: str, of, path: tuple):
     "An error where a terminal would obey a text instead of showing it: names and values are shown to people."
     if _CONTROL.search(text):
@@ -66,7 +66,7 @@ def _check_text(text: str, of, path: tuple):
             f"in {text[:40]!r}; refused"
         )
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #1c3ce809
 def _is_plain(tensor: torch.Tensor) -> bool:
     "Real numbers in an order that strides can say: not sparse, quantised, complex, or without numbers."
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_complex() or tensor.is_nested:
@@ -80,7 +80,7 @@ def _plain_tensor(value: torch.Tensor) -> torch.Tensor:
     own_storage = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
     return tensor if tensor.is_contiguous() and own_storage else tensor.contiguous().clone()
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #f611af54
 def _plain_dict(value: dict, path: tuple, texts: dict) -> dict:
     for key in value:
         if type(key) not in (str, int, bool, float, type(None)):
@@ -92,7 +92,7 @@ def _plain_dict(value: dict, path: tuple, texts: dict) -> dict:
         for key, v in value.items()
     }
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #77b88798
 def plain_content(
     value,  # what a checkpoint is to hold
     path: tuple = (),  # its place in the content
@@ -163,7 +163,7 @@ def file_bytes(
         raise InputError(f"{path}: is empty; restore it from a copy or train again")
     return data
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #5e27a1b3
 def _kind_of_file(data: bytes) -> str:
     "What bytes are that are no zip archive, by their beginning."
     if data[:1] == b"\x80":
@@ -172,7 +172,7 @@ def _kind_of_file(data: bytes) -> str:
         return "a safetensors file"
     return f"something that starts with {data[:8]!r}"
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #2bac726d
 def verified_digest(
     data: bytes,  # of a file
     path: Path,  # its name, for messages
@@ -221,7 +221,7 @@ def _check_archive(data: bytes, path: Path):
             f"{path}: holds compressed or overlapping records, which no torch file does; refused"
         )
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #1612e233
 def _unpickle(data: bytes, path: Path, map_location):
     "The content, without running anything from the file."
     have = re.sub(r"^(\d+\.\d+(\.\d+)?).*", r"\1", torch.__version__)
@@ -257,7 +257,7 @@ def _check_tensor(tensor: torch.Tensor, limit: int, path: Path, at: tuple):
             f"{path}: {entry_name(at)}: a tensor claims {claimed:,} bytes, the file has {limit:,}; refused"
         )
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #7569cbd9
 def _check_names(table: dict, path: Path, at: tuple):
     "An error where a name is no plain value, or a terminal would obey it."
     for name in table:
@@ -268,7 +268,7 @@ def _check_names(table: dict, path: Path, at: tuple):
         if isinstance(name, str):
             _check_text(name, path, (*at, name))
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #d85c744a
 def _check_values(content, limit: int, path: Path):
     "An error where values are nested without end, or one of them is not what it says."
     seen: set[int] = set()
@@ -290,7 +290,7 @@ def _check_values(content, limit: int, path: Path):
             entries = value.items() if isinstance(value, dict) else enumerate(value)
             left += [((*at, name), v) for name, v in entries]
 
-
+# %% ../../nbs/05_policy/07_archive.ipynb #1e4f59e1
 def read_content(
     data: bytes,  # whose digest was verified
     path: Path,  # the file's name, for messages

@@ -18,7 +18,7 @@ from .multilayer import NativeActorCritic
 # %% ../../nbs/05_policy/05_cache.ipynb #63ad1425
 _UNKNOWN = -1
 
-
+# %% ../../nbs/05_policy/05_cache.ipynb #0c9f7bd4
 class PolicyOutputCache:
     "Logits and values of networks that see nothing of an account, at each bar; each bar is looked at once."
 

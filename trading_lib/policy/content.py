@@ -28,7 +28,7 @@ _TABLES = (
     ("metrics",),
 )
 
-
+# %% ../../nbs/05_policy/08_content.ipynb #71ba8c02
 def check_tables(
     content: dict,  # of a checkpoint
     path: Path,  # the file's name, for messages
@@ -51,15 +51,15 @@ _LARGEST = 1e15
 def _bounded(x: np.ndarray) -> np.ndarray:
     return np.abs(x) <= _LARGEST
 
-
+# %% ../../nbs/05_policy/08_content.ipynb #d84c947f
 def _positive(x: np.ndarray) -> np.ndarray:
     return (x >= 1 / _LARGEST) & (x <= _LARGEST)
 
-
+# %% ../../nbs/05_policy/08_content.ipynb #b865b8e8
 def _probabilities(x: np.ndarray) -> np.ndarray:
     return (x >= 0) & (np.abs(x.sum(-1, keepdims=True) - 1) < 1e-6)
 
-
+# %% ../../nbs/05_policy/08_content.ipynb #9e555036
 # figure -> which of its numbers may be so, and what they should be
 _FITTED = {
     "shift": (_bounded, f"at most {_LARGEST:g} either way"),
@@ -70,7 +70,7 @@ _FITTED = {
 }
 _OF_COLUMNS = ("shift", "scale")  # the others are those of the regimes, in a table `chains`
 
-
+# %% ../../nbs/05_policy/08_content.ipynb #8797fe75
 def _check_figure(name: str, values, where: str):
     "An error where a fitted figure could not have come from bars."
     fits, expected = _FITTED[name]
@@ -89,7 +89,7 @@ def _check_figure(name: str, values, where: str):
             f"such as {wrong[:1]}; the fitted features are damaged: prepare and train anew"
         )
 
-
+# %% ../../nbs/05_policy/08_content.ipynb #bc4c172b
 def _check_fit(fit: dict, path: Path):
     "An error where what the features were fitted to could not have come from bars."
     chains = fit.get("chains")
@@ -126,11 +126,11 @@ def _figures(value, at: tuple) -> Iterator[tuple[tuple, float | torch.Tensor]]:
     elif isinstance(value, (float, torch.Tensor)):
         yield at, value
 
-
+# %% ../../nbs/05_policy/08_content.ipynb #e71da263
 def _is_finite(value: float | torch.Tensor) -> bool:
     return math.isfinite(value) if isinstance(value, float) else bool(torch.isfinite(value).all())
 
-
+# %% ../../nbs/05_policy/08_content.ipynb #48bd86cf
 def check_numbers(
     content: dict,  # of a checkpoint
     path: Path,  # the file's name, for messages

@@ -91,7 +91,7 @@ def _layout_of_checkpoint(content: dict, state: dict, inputs: int) -> InputLayou
         )
     return layout
 
-
+# %% ../../nbs/05_policy/06_factory.ipynb #f579d8e9
 def build_policy(
     content: dict,  # of a checkpoint, as `load_checkpoint` returns it
 ) -> Policy:  # in evaluation mode

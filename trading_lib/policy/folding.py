@@ -29,7 +29,7 @@ class InputLayout:
     shift: tuple[float, ...]  # per column
     scale: tuple[float, ...]  # per column
 
-
+# %% ../../nbs/05_policy/02_folding.ipynb #ef75b29c
 def _per_column(name: str, values: Sequence[float] | None, default: float, n: int, version: str) -> tuple:
     if values is None:
         return (default,) * n

@@ -32,7 +32,7 @@ RECOMMENDED_FOR = {
     "tiny": "runs on a CPU",
 }
 
-
+# %% ../../nbs/05_policy/02_multilayer.ipynb #5d4b9c2f
 def orthogonal_linear(
     inputs: int,  # numbers
     outputs: int,  # numbers
@@ -44,7 +44,7 @@ def orthogonal_linear(
     nn.init.zeros_(layer.bias)
     return layer
 
-
+# %% ../../nbs/05_policy/02_multilayer.ipynb #f269e289
 class Trunk(nn.Sequential):
     "Linear and ReLU, once per hidden layer."
 

@@ -30,7 +30,7 @@ def parameter_groups(
         for repeats, ps in by_repeats.items()
     ]
 
-
+# %% ../../nbs/05_policy/02_optimizer_state.ipynb #87d1aeaa
 def clip_gradients(
     groups: list[dict],  # an optimizer's parameter groups with their `repeats`
     max_norm: float,  # of the gradients of the plain network
@@ -58,7 +58,7 @@ def _plain_parameters(policy: nn.Module) -> list:
             out += list(module.parameters(recurse=False))
     return out
 
-
+# %% ../../nbs/05_policy/02_optimizer_state.ipynb #3be0245e
 def _owners(optimizers: list[torch.optim.Adam]) -> dict[int, torch.optim.Adam]:
     "The optimizer of each parameter, by the parameter's id."
     owners: dict[int, torch.optim.Adam] = {}
@@ -67,7 +67,7 @@ def _owners(optimizers: list[torch.optim.Adam]) -> dict[int, torch.optim.Adam]:
             owners |= {id(p): optimizer for p in group["params"]}
     return owners
 
-
+# %% ../../nbs/05_policy/02_optimizer_state.ipynb #e43ca0e5
 def plain_optimizer_state(
     policy: nn.Module,  # with or without folded layers
     optimizers: list[torch.optim.Adam],  # that share the policy's parameters between them
@@ -131,7 +131,7 @@ def folded_sums(
         if isinstance(m, FoldedLinear)
     }
 
-
+# %% ../../nbs/05_policy/02_optimizer_state.ipynb #e3309bff
 def load_folded_sums(
     policy: nn.Module,  # of the shape that `sums` are from
     sums: dict[str, Tensor],  # of `folded_sums`

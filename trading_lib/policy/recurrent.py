@@ -27,7 +27,7 @@ def _encoder(obs_dim: int, hidden_dim: int, dropout: float) -> nn.Sequential:
         modules += [linear, nn.ReLU(), nn.LayerNorm(hidden_dim), nn.Dropout(dropout)]
     return nn.Sequential(*modules)
 
-
+# %% ../../nbs/05_policy/03_recurrent.ipynb #9c1d69cf
 def _gru(hidden_dim: int, n_layers: int, dropout: float) -> nn.GRU:
     "Each gate's weights orthogonal, biases zero."
     gru = nn.GRU(hidden_dim, hidden_dim, n_layers, dropout=dropout)
@@ -39,7 +39,7 @@ def _gru(hidden_dim: int, n_layers: int, dropout: float) -> nn.GRU:
                 nn.init.orthogonal_(gate)
     return gru
 
-
+# %% ../../nbs/05_policy/03_recurrent.ipynb #da678daa
 class _Head(nn.Sequential):
     "Of logits, or of values."
 
@@ -68,7 +68,7 @@ class EpisodePieces(NamedTuple):
     begins: Tensor  # (pieces,) bool: an episode begins; else it goes on from the state before the first step
     last: Tensor  # (n,) the piece that ends each account's sequence
 
-
+# %% ../../nbs/05_policy/03_recurrent.ipynb #55fbac80
 def episode_pieces(
     starts: Tensor,  # (T, n) bool: the observation is the first of its episode
 ) -> EpisodePieces:
@@ -217,7 +217,7 @@ class RecurrentActorCritic(FoldsInputs):
 def _linear_size(inputs: int, outputs: int) -> int:
     return inputs * outputs + outputs
 
-
+# %% ../../nbs/05_policy/03_recurrent.ipynb #8ac94d9a
 def estimate_recurrent(
     obs_dim: int,  # width of the flat observation
     n_actions: int,  # logits

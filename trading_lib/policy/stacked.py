@@ -22,7 +22,7 @@ _Layer = tuple[Tensor, Tensor]  # weight (networks, outputs, inputs), bias (netw
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.baddbmm(bias[:, None], x, weight.transpose(1, 2))  # (networks, n, inputs) -> (…, n, outputs)
 
-
+# %% ../../nbs/05_policy/05_stacked.ipynb #4103eda0
 def _of_each(layers: list[_Layer]):
     "Of each network, its own weight and bias of each layer."
     return zip(*(zip(weight, bias) for weight, bias in layers))

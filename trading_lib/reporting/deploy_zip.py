@@ -55,7 +55,7 @@ def read_file(
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror}); check the path") from None
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #19d3dd6b
 def json_table(
     data: bytes,
     where: str,  # what it is, for messages
@@ -69,7 +69,7 @@ def json_table(
         raise InputError(f"{where}: is not a table in JSON; run the backtest again")
     return content
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #8bd61563
 def checkpoint_of(
     data: bytes,
     where: str,  # for messages
@@ -98,7 +98,7 @@ def model_facts(
         "commit": git.get("commit"),
     }
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #bedc1f01
 def verdict_word(
     verdict: dict | str | None,  # a verdict with its reasons, or its word alone
 ) -> str:
@@ -126,7 +126,7 @@ def check_agreement(
         _check_about(where, "verdict.json", verdict.get("model_sha256"), model)
         _check_stated(where, manifest, verdict)
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #d910d9ec
 def _check_about(where: str, name: str, of, model: str):
     if of != model:
         raise InputError(
@@ -134,7 +134,7 @@ def _check_about(where: str, name: str, of, model: str):
             f"{MODEL} has {model[:16]}; run `dvc repro` first"
         )
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #a208afb7
 def _check_stated(where: str, manifest: dict, verdict: dict):
     stated = manifest["verdict"]
     if not isinstance(stated, dict):
@@ -175,20 +175,20 @@ def _known(manifest: dict, *names: str) -> str:
             return markdown(manifest[name])
     return "unknown"
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #e23ac7fb
 def _failed_reasons(verdict) -> list[str]:
     failed = verdict.get("failed") if isinstance(verdict, dict) else None
     if not isinstance(failed, dict):
         return []
     return [reason for reasons in failed.values() for reason in reasons]
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #abafb1a9
 def _market_text(simulated: bool, source: str | None) -> str:
     if simulated:
         return "SIMULATED, which says nothing about a real one"
     return markdown(source) if source else "not recorded"
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #d56adfd3
 def deploy_readme(
     manifest: dict,  # with `files`
 ) -> str:  # Markdown
@@ -236,7 +236,7 @@ def sealed_zip(files: dict[str, bytes]) -> bytes:
     body = buffer.getvalue()[:-_COMMENT_SIZE]
     return body + _MARK + hashlib.sha256(body).hexdigest().encode()
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #bdc43c4f
 def is_sealed(
     path: Path,  # for messages
     data: bytes,
@@ -280,7 +280,7 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo], size: int, limit:
             f"{path}: holds compressed or overlapping entries, which write_deploy_zip does not make; refused"
         )
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #1b35b62f
 def zip_entries(
     path: Path,  # for messages
     data: bytes,
@@ -310,7 +310,7 @@ def _lists_files(listed) -> bool:
             return False
     return True
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #b409b48c
 def manifest_of(
     path: Path,  # for messages
     data: bytes | None,  # None: there is none
@@ -336,7 +336,7 @@ def manifest_of(
         raise InputError(f"{path}: its {MANIFEST} states no verdict; {expected}")
     return manifest
 
-
+# %% ../../nbs/08_reporting/03_deploy_zip.ipynb #1cbdec80
 def check_listed(
     path: Path,  # for messages
     listed: dict,  # of the manifest

@@ -36,14 +36,14 @@ _LABELS = {
     "cash": "cash",
 }
 
-
+# %% ../../nbs/08_reporting/01_figures.ipynb #6c3fa476
 def picture_text(
     text: str,  # from a file, a checkpoint or a ledger
 ) -> str:
     "Text that a picture shows literally: a pair of $ would be read as a formula."
     return text.replace("$", r"\$")
 
-
+# %% ../../nbs/08_reporting/01_figures.ipynb #ad115ffa
 def figure_bytes(
     figure: Figure,  # from any of the plots
 ) -> bytes:  # PNG; the same figure gives the same bytes
@@ -77,7 +77,7 @@ def _draw_prices(axis: Axes, result: BacktestResult):
         axis.legend(loc="best", fontsize=8)
     axis.set_ylabel("price")
 
-
+# %% ../../nbs/08_reporting/01_figures.ipynb #fceba09f
 def _draw_account(axis: Axes, result: BacktestResult):
     "The account beside cash and buy-and-hold."
     for name in ("cash", "buy_and_hold", "buy_and_hold_at_exposure", "agent"):
@@ -89,7 +89,7 @@ def _draw_account(axis: Axes, result: BacktestResult):
     axis.set_ylabel("account")
     axis.legend(loc="best", fontsize=8)
 
-
+# %% ../../nbs/08_reporting/01_figures.ipynb #02805bae
 def plot_backtest(
     result: BacktestResult,  # from `run_backtest`
     title: str = "",  # says on what data; empty: the symbol

@@ -85,7 +85,7 @@ def render_page(
     "A page from a template; values are escaped."
     return _PAGES.from_string(template).render(style=_STYLE, **values)
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #af74a36f
 def image_source(
     picture: bytes,  # PNG
 ) -> str:
@@ -112,7 +112,7 @@ def describe_source(
     told = [f"{name} {data[name]}" for name in ("feed", "adjustment") if data.get(name)]
     return f"Bars from {', '.join([source, *told])}."
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #30b5f150
 def kind_of_data(
     data: dict,  # `source` and what belongs to it
     simulated: bool,
@@ -157,7 +157,7 @@ _INTERVALS = {
     "sharpe": ("Sharpe ratio, 95 % interval", "{:.2f}"),
 }
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #8c42db90
 def _written(value, form: str) -> str:
     return "–" if value is None else form.format(value)
 
@@ -194,7 +194,7 @@ def _span_rows(result: BacktestResult) -> list[tuple]:
         *p.get("model", {}).items(),
     ]
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #2390a231
 def _baseline_rows(result: BacktestResult) -> list[tuple[str, str]]:
     better = better_baselines(result.metrics["total_return"], result.baselines)
     rows = []
@@ -206,7 +206,7 @@ def _baseline_rows(result: BacktestResult) -> list[tuple[str, str]]:
 
 _STRESS_COLUMNS = ("return", "net", "costs", "Sharpe", "drawdown", "profit factor", "trades", "verdict")
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #520dd2a6
 def _stress_rows(result: BacktestResult, verdicts: dict) -> list[tuple]:
     "For each stress its name, and the columns above."
     return [
@@ -224,7 +224,7 @@ def _stress_rows(result: BacktestResult, verdicts: dict) -> list[tuple]:
         for row in result.stress
     ]
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #48940e1a
 def _capacity_rows(result: BacktestResult) -> list[tuple]:
     "For each size of the account: return, costs as a share of it, trades."
     rows = []
@@ -233,7 +233,7 @@ def _capacity_rows(result: BacktestResult) -> list[tuple]:
         rows.append((f"{size:,.0f}", f"{row['total_return']:+.2%}", f"{costs:.2%}", row["trades"]))
     return rows
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #3ad939f3
 def _supervised_rows(result: BacktestResult) -> list[tuple]:
     "For each supervised learner: information coefficient, R², return."
     rows = []
@@ -254,7 +254,7 @@ def _meaning(verdict: dict) -> str:
         meaning += ", on simulated bars"
     return meaning
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #a9cefacb
 def _trial_rows(verdict: dict) -> list[tuple[str, str]]:
     "What a verdict was chosen from, and how much of it luck may be."
     trials, luck = verdict["trials"], verdict["luck"]
@@ -307,7 +307,7 @@ are the same, unless the layout shows the account. One span of one symbol is an 
 {% endblock %}
 """
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #3a1ef7c5
 def render_report(
     result: BacktestResult,  # `provenance` may hold `data` (its source), `model` and `probes`
     verdict: dict | None = None,  # from `assess`; None: judged as the only trial
@@ -357,7 +357,7 @@ def _market_word(result: BacktestResult) -> str:
         return "simulated"
     return "real" if result.provenance.get("data", {}).get("source") else "unknown"
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #f7a780e5
 def _comparison_row(result: BacktestResult, verdict: dict) -> dict:
     "Column -> text of one backtest."
     metrics, baselines = result.metrics, result.baselines
@@ -379,7 +379,7 @@ def _comparison_row(result: BacktestResult, verdict: dict) -> dict:
         "verdict": verdict["verdict"],
     }
 
-
+# %% ../../nbs/08_reporting/02_pages.ipynb #a9cca216
 def comparison_table(
     results: list[BacktestResult],
     verdicts: list[dict],  # from `assess`, one for each

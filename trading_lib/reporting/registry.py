@@ -40,6 +40,7 @@ from trading_lib.reporting.deploy_zip import (  # noqa: F401
     zip_entries,
 )
 
+# %% ../../nbs/08_reporting/03_registry.ipynb #dce6ce0e
 _all_ = ["DEPLOY_FORMAT", "MAX_DEPLOY_BYTES", "index_path", "json_table"]
 
 # %% ../../nbs/08_reporting/03_registry.ipynb #7f209ec5
@@ -57,7 +58,7 @@ def record_run(
     require(not missing, f"run: expected {', '.join(_RUN)}; {', '.join(missing)} missing")
     return bool(append_everywhere(path, [plain_value(run, "run", infinite=True)])[0])
 
-
+# %% ../../nbs/08_reporting/03_registry.ipynb #ac50133e
 def index_runs(
     path: str | Path,  # from `index_path`; no file: no runs yet
 ) -> list[dict]:  # in the order in which they were recorded
@@ -67,7 +68,7 @@ def index_runs(
         raise InputError(f"{path}: holds lines that are not runs; expected the index of runs")
     return runs
 
-
+# %% ../../nbs/08_reporting/03_registry.ipynb #a25bcda5
 def symbol_history(
     path: str | Path,  # from `index_path`
     symbol: str,  # such as BTC-USD
@@ -87,12 +88,12 @@ def _changes(before: dict | None, after: dict) -> str:
     text = printable("; ".join(changed))
     return text if len(text) <= 60 else text[:59] + "…"
 
-
+# %% ../../nbs/08_reporting/03_registry.ipynb #554994e0
 def _figure(run: dict, name: str, form: str) -> str:
     value = run["metrics"].get(name)
     return format(value, form) if isinstance(value, (int, float)) else "-"
 
-
+# %% ../../nbs/08_reporting/03_registry.ipynb #e5904422
 _FIGURES = {  # column -> name and form of a figure
     "return": ("total_return", "+.2%"),
     "Sharpe": ("sharpe", "+.2f"),
@@ -114,7 +115,7 @@ def _history_row(run: dict) -> dict[str, str]:
     row |= {"model": str(run["model_sha256"] or "-")[:8], "commit": str(run["commit"] or "-")[:8]}
     return {column: printable(text) for column, text in row.items()}
 
-
+# %% ../../nbs/08_reporting/03_registry.ipynb #8d261bb1
 def format_history(
     rows: list[dict],  # from `symbol_history` or `index_runs`
 ) -> str:
@@ -153,7 +154,7 @@ def _check_names(names: list[str]):
         not twice, f"deploy zip: {', '.join(twice)} would be one file on systems that ignore case; rename one"
     )
 
-
+# %% ../../nbs/08_reporting/03_registry.ipynb #defa2c2b
 def _checked_facts(facts: dict) -> dict:
     if not isinstance(facts, dict) or facts.get("verdict") is None:
         raise InputError("deploy zip: facts need a verdict; run the backtest first")
@@ -162,7 +163,7 @@ def _checked_facts(facts: dict) -> dict:
     require(not reserved, f"deploy zip: facts.{', '.join(reserved)} is written by itself; leave it out")
     return facts
 
-
+# %% ../../nbs/08_reporting/03_registry.ipynb #432c98e7
 def _listed(packed: dict[str, bytes]) -> dict[str, dict]:
     return {
         name: {"sha256": hashlib.sha256(packed[name]).hexdigest(), "bytes": len(packed[name])}

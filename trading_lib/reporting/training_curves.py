@@ -26,7 +26,7 @@ CURVES = (
     "validation_score",
 )
 
-
+# %% ../../nbs/08_reporting/03_training_curves.ipynb #28246c71
 class Curves:
     """Another way of showing progress, and beside it DVCLive's files.
 

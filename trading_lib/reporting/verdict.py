@@ -35,7 +35,7 @@ def _named_baselines(values: dict[str, float]) -> str:
         words.append(baseline_name(name) + figure)
     return ", ".join(words)
 
-
+# %% ../../nbs/08_reporting/00_verdict.ipynb #4c8440bc
 def _market_text(result: BacktestResult) -> str:
     "What the agent stands beside."
     metrics, baselines = result.metrics, result.baselines
@@ -49,7 +49,7 @@ def _market_text(result: BacktestResult) -> str:
             text += f" (the agent has {metrics['share_of_oracle']:.0%} of it)"
     return text
 
-
+# %% ../../nbs/08_reporting/00_verdict.ipynb #8bbb767e
 def headline(
     result: BacktestResult,
 ) -> str:  # one line
@@ -113,7 +113,7 @@ def limits_of(
         limits.append(("REVIEW", f"{few}: what it earned may be one lucky hit"))
     return limits
 
-
+# %% ../../nbs/08_reporting/00_verdict.ipynb #492e62c3
 def judge(
     figures: dict,  # metrics of a backtest, or a row of its stress table
     n_trials: int = 1,  # everything that was tried before this was chosen
@@ -146,7 +146,7 @@ def judge_stress(
     ]
     return verdicts, turns
 
-
+# %% ../../nbs/08_reporting/00_verdict.ipynb #52d474d4
 def capacity_limit(
     result: BacktestResult,
 ) -> float | None:  # account value; inf: beyond the largest that was tried; None: there is no profit to lose
@@ -206,7 +206,7 @@ def _capacity_sentence(result: BacktestResult, limit: float) -> str:
         f"where {ends['volume_limit']:.0%} is the most, so larger ones are not shown."
     )
 
-
+# %% ../../nbs/08_reporting/00_verdict.ipynb #bc3b7c07
 def _cost_sentence(metrics: dict) -> str:
     "What it paid, and what it could pay."
     bearable = metrics["break_even_cost_bps"]
@@ -215,7 +215,7 @@ def _cost_sentence(metrics: dict) -> str:
         left = f"at {bearable:.1f} nothing would be left."
     return f"It paid {metrics['cost_bps']:.1f} basis points of traded value; {left}"
 
-
+# %% ../../nbs/08_reporting/00_verdict.ipynb #1ed098c5
 def _trading_sentences(result: BacktestResult) -> list[str]:
     "How it traded: costs, orders too small, holding, capacity."
     metrics, sentences = result.metrics, []
@@ -256,7 +256,7 @@ def _sentences(result: BacktestResult, turns: list[str], counted: str) -> list[s
         sentences.append(f"{training['said'][0].upper()}{training['said'][1:]}.")
     return sentences
 
-
+# %% ../../nbs/08_reporting/00_verdict.ipynb #9fc52893
 def _failed(gates: dict, limits: list[tuple[str, str]], best: str) -> dict[str, list[str]]:
     "Gate -> why it was not passed; a gate says something about bars to come, where nothing forbids it."
     failed = {}
@@ -267,7 +267,7 @@ def _failed(gates: dict, limits: list[tuple[str, str]], best: str) -> dict[str, 
             failed[gate] = reasons
     return failed
 
-
+# %% ../../nbs/08_reporting/00_verdict.ipynb #c823c02b
 def _luck(result: BacktestResult, trials: list[dict]) -> dict:
     "How much of it luck may be, from the trials' own returns; nothing without a ledger."
     if not trials:

@@ -34,7 +34,7 @@ _AT_EXPOSURE_LABEL = "buy and hold at the agent's exposure"
 def _label(model: str) -> str:
     return "agent, retrained for each fold" if model == "retrained" else picture_text(model)
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #371423e7
 def _model_colours(models: list[str]) -> dict:
     "One model has the agent's colour; several have shades."
     if len(models) == 1:
@@ -42,7 +42,7 @@ def _model_colours(models: list[str]) -> dict:
     shades = plt.get_cmap("viridis")
     return {model: shades(share) for model, share in zip(models, np.linspace(0, 0.85, len(models)))}
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #06ebde5a
 def _draw_curve(axis: Axes, base: pd.DataFrame, curve: pd.Series, label: str, colour, width: float = 1.0):
     "Return in percent; bars are numbered as in the first model's curve."
     values = 100 * (curve.to_numpy() / curve.iloc[0] - 1)
@@ -58,7 +58,7 @@ def _draw_account(axis: Axes, result: WalkForwardResult, colours: dict):
     for model, curve in result.curves.items():
         _draw_curve(axis, base, curve["agent"], _label(model), colours[model], 1.6)
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #54c9698c
 def _draw_market(axis: Axes, result: WalkForwardResult, colours: dict):
     "The same beside a whole account in the market."
     base = result.curves[result.models[0]]
@@ -91,7 +91,7 @@ def _mark_folds(axis: Axes, base: pd.DataFrame, named: bool):
     ticks = np.linspace(0, len(base) - 1, min(9, len(base))).astype(int)
     axis.set_xticks(ticks, [base.index[i].strftime("%Y-%m-%d") for i in ticks])
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #4d79381a
 def _draw_folds(axis: Axes, result: WalkForwardResult, colours: dict):
     "The return of each fold, side by side."
     names = [f"fold {span['fold']}" for span in result.provenance["spans"]]
@@ -106,7 +106,7 @@ def _draw_folds(axis: Axes, result: WalkForwardResult, colours: dict):
     axis.set_xticks(np.arange(len(names)), names)
     axis.set_ylabel("return of the fold, %")
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #65cc7b2f
 def _draw_spans(axis: Axes, result: WalkForwardResult):
     "Which bars trained, chose and tested; of models that existed before, the tests alone are known."
     spans = result.provenance["spans"]
@@ -126,7 +126,7 @@ def _draw_spans(axis: Axes, result: WalkForwardResult):
 # %% ../../nbs/08_reporting/04_walk_forward.ipynb #4bf42c47
 _ORIGINS = {"Simulated data": "simulated bars", "Real data": "real bars"}
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #d60b06a1
 def plot_walk_forward(
     result: WalkForwardResult,
     data: dict | None = None,  # where the bars come from: `source` and what belongs to it; None: not known
@@ -207,7 +207,7 @@ def _fold_cell(row: dict, column: str) -> str:
     few = too_few_trades(row["trades"]) if column in TRADE_FIGURES else None
     return few or _cell(row[column], _COLUMNS[column][1])
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #5815bc98
 def _mean_interval(summary: dict, periods: float) -> str:
     "The interval of the mean return of a bar; it says nothing where a year of it could not be."
     low, high = summary["mean_return_low"], summary["mean_return_high"]
@@ -215,7 +215,7 @@ def _mean_interval(summary: dict, periods: float) -> str:
         return f"{low:+.6%} to {high:+.6%}"
     return interval_text("annual_mean", periods * low, periods * high)
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #e6780446
 def summary_rows(
     result: WalkForwardResult,  # of one model
 ) -> list[tuple[str, str]]:  # label and figure
@@ -249,7 +249,7 @@ def _fact_rows(result: WalkForwardResult) -> list[tuple]:
         ("account", account),
     ]
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #0ce411de
 _PAGE = """{% extends "base.html" %}
 {% from "parts.html" import table, grid, picture %}
 {% block content %}
@@ -273,7 +273,7 @@ markets that are unlike them.</p>
 {% endblock %}
 """
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #394ff435
 def _page(result: WalkForwardResult, data: dict, picture: bytes) -> str:
     "One self-contained page."
     p, rows, simulated = result.provenance, result.folds, is_simulated(result, data)
@@ -302,7 +302,7 @@ def _plain(value):
         return value.isoformat()
     return value.item() if hasattr(value, "item") else value
 
-
+# %% ../../nbs/08_reporting/04_walk_forward.ipynb #daed6572
 def write_walk_forward(
     result: WalkForwardResult,
     folder: str | Path,  # reports/{symbol}_{timeframe}

@@ -45,7 +45,7 @@ from trading_lib.training.memory import (
 # critic-only epochs where they are not given, with separate optimizers and for recurrent policies
 CRITIC_EPOCHS = 4
 
-
+# %% ../../nbs/06_training/01_config.ipynb #3ffdc7cc
 @checked
 @dataclass(frozen=True)
 class NativePPOConfig(TrainingSettings):
@@ -102,7 +102,7 @@ class NativePPOConfig(TrainingSettings):
             )
         return n_envs
 
-
+# %% ../../nbs/06_training/01_config.ipynb #dbfa1cf1
 def is_due(
     update: int,  # that was just made, from 1
     interval: int,  # 0: never
@@ -130,7 +130,7 @@ HIGH_VRAM = dict(n_envs=65_536, n_steps=512, minibatch_size=65_536)
 # and a desktop and the driver want their share
 LOW_VRAM = dict(n_envs=256, n_steps=256, minibatch_size=1024)
 
-
+# %% ../../nbs/06_training/01_config.ipynb #dcc5b23a
 def tier_of(
     name: str | None,  # of the GPU, as its driver calls it; None: there is none
     gigabytes: float = 0.0,  # its memory, 10⁹ bytes
@@ -146,7 +146,7 @@ def tier_of(
         return "high"
     return "medium" if gigabytes >= 20 else "low"
 
-
+# %% ../../nbs/06_training/01_config.ipynb #a43745e6
 def resolve_device(
     device: str | torch.device | None = None,  # None or "auto": the first GPU, else the CPU
 ) -> torch.device:
@@ -163,7 +163,7 @@ def resolve_device(
     )
     return chosen
 
-
+# %% ../../nbs/06_training/01_config.ipynb #7854cdbd
 def hardware_tier(
     device: str | torch.device | None = None,  # None or "auto": the first GPU, else the CPU
 ) -> str:  # a key of TIERS
@@ -174,7 +174,7 @@ def hardware_tier(
     properties = torch.cuda.get_device_properties(device)
     return tier_of(properties.name, properties.total_memory / 1e9)
 
-
+# %% ../../nbs/06_training/01_config.ipynb #f667df65
 def _has_bf16_matrix_instructions() -> bool:
     "bf16 pays on a CPU only where the chip multiplies it natively; elsewhere it is emulated and slower."
     return any(
@@ -196,18 +196,18 @@ def interval_in_force(
     "Every run has about ten validations."
     return max(1, min(interval, updates // 10))
 
-
+# %% ../../nbs/06_training/01_config.ipynb #8014e776
 def _decided(config: NativePPOConfig, by: dict[str, str]) -> NativePPOConfig:
     "The same configuration, which knows who decided what."
     object.__setattr__(config, "decided_by", by)
     return config
 
-
+# %% ../../nbs/06_training/01_config.ipynb #89213d42
 def _on_tier(steps: int, tier: str | None) -> int:
     "What a mode's steps are on a tier."
     return max(1, int(steps * CPU_STEP_SHARE)) if tier == "cpu" else steps
 
-
+# %% ../../nbs/06_training/01_config.ipynb #b24a41e8
 def _mode(
     training_mode: str, asset_class: str, modes: dict[str, ModeParameters]
 ) -> tuple[ModeParameters, int]:
@@ -218,7 +218,7 @@ def _mode(
         raise unknown_name("train.mode", training_mode, modes)
     return modes[training_mode], modes[training_mode].steps(asset_class)
 
-
+# %% ../../nbs/06_training/01_config.ipynb #fac352b6
 def budget_warnings(
     training_mode: str,  # a key of `modes`
     asset_class: str,  # crypto or equity
@@ -235,7 +235,7 @@ def budget_warnings(
         f"and overtrade at {_short(limit)}; `auto` has the budget that suits {asset_class}"
     ]
 
-
+# %% ../../nbs/06_training/01_config.ipynb #ffba61ce
 def get_auto_config(
     total_timesteps: int | None = None,  # explicit budget; None: the mode's
     training_mode: str = "auto",  # a key of `modes`, or auto: the budget recommended for the asset class
@@ -316,7 +316,7 @@ def get_auto_config(
             decide(asked_by, **{name: value})
     return _decided(NativePPOConfig(**values), by)
 
-
+# %% ../../nbs/06_training/01_config.ipynb #ed0faf89
 def get_a100_config(
     vram_gb: int,  # 40 or 80
 ) -> NativePPOConfig:
@@ -328,7 +328,7 @@ def get_a100_config(
         tier=f"a100-{vram_gb}",
     )
 
-
+# %% ../../nbs/06_training/01_config.ipynb #d2491a1f
 def _short(n: float) -> str:
     return f"{n / 1e6:,.4g} M" if n >= 1e6 else f"{n:,.0f}"
 
@@ -351,7 +351,7 @@ def layer_widths(
         1,
     )  # encoder, three gates and the state of each layer, heads
 
-
+# %% ../../nbs/06_training/01_config.ipynb #af0b5d6e
 def parameters_of(
     config: NativePPOConfig,
     inputs: int,  # that the first layer reads
@@ -362,7 +362,7 @@ def parameters_of(
         return estimate_recurrent(inputs, n_actions, config.gru_hidden_dim, config.n_gru_layers)["parameters"]
     return estimate_model(inputs, config.hidden_dims, n_actions, config.shared_trunk)["parameters"]
 
-
+# %% ../../nbs/06_training/01_config.ipynb #82551767
 def _model(config: NativePPOConfig, shape: RolloutShape) -> dict:
     "What memory depends on in the network."
     return dict(
@@ -383,7 +383,7 @@ def memory_of(
         config.accounts(n_envs), config.n_steps, config.minibatch_size, shape.fields, **_model(config, shape)
     )
 
-
+# %% ../../nbs/06_training/01_config.ipynb #b9d64fc1
 def fit_config(
     config: NativePPOConfig,
     shape: RolloutShape,  # of the environment
@@ -522,7 +522,7 @@ def describe(
         )
     return "\n".join([*lines, *(f"note: {line}" for line in warnings)])
 
-
+# %% ../../nbs/06_training/01_config.ipynb #0e7df1c4
 def _device_text(device) -> str:
     device = resolve_device(device)
     if device.type != "cuda":
@@ -544,7 +544,7 @@ DEVICES = {
 
 _SHAPE = RolloutShape(5800, 8, own_columns=0, folded_inputs=355)  # of observation layout 5.6.0
 
-
+# %% ../../nbs/06_training/01_config.ipynb #bab71d01
 def config_rows(
     shape: RolloutShape = _SHAPE,  # of the environment
     devices: dict[str, tuple] = DEVICES,  # label -> name of the GPU and gigabytes
@@ -585,7 +585,7 @@ def config_rows(
             )
     return rows
 
-
+# %% ../../nbs/06_training/01_config.ipynb #0ce26537
 def config_table(
     **arguments,  # of `config_rows`
 ) -> str:
@@ -624,13 +624,13 @@ def _is_smoke(mode: str | None, steps: int | None, budget: int | None, counted: 
         return True
     return None if budget is None or not counted else False
 
-
+# %% ../../nbs/06_training/01_config.ipynb #b7e2752a
 def _count(steps: int | None, counted: bool) -> str:
     if steps is None:
         return "an unknown number of"
     return f"{steps:,}" if counted else f"at most {steps:,}"
 
-
+# %% ../../nbs/06_training/01_config.ipynb #b5ddf80b
 def _on_evidence(mode: str | None, tier: str | None, count: str, budget: int | None, smoke: bool | None):
     "A sentence where training is, or may be, too short; else None."
     if smoke and mode == SMOKE_MODE:
@@ -646,7 +646,7 @@ def _on_evidence(mode: str | None, tier: str | None, count: str, budget: int | N
         )
     return None
 
-
+# %% ../../nbs/06_training/01_config.ipynb #b8cc27b7
 def training_budget(
     content: dict,  # of a checkpoint
 ) -> (

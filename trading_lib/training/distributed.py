@@ -21,7 +21,7 @@ def processes() -> tuple[int, int]:  # this one's number from 0, and how many th
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
-
+# %% ../../nbs/06_training/03_distributed.ipynb #0f594c4d
 def join_processes(
     device: torch.device,  # of this process
 ) -> bool:  # whether there are others
@@ -46,7 +46,7 @@ def all_reduce_mean(
         values /= processes()[1]
     return values
 
-
+# %% ../../nbs/06_training/03_distributed.ipynb #5db258e4
 def all_gather(
     value,  # plain data and tensors
 ) -> list:  # one of each process
@@ -58,7 +58,7 @@ def all_gather(
     dist.all_gather_object(out, value)
     return out
 
-
+# %% ../../nbs/06_training/03_distributed.ipynb #aa4a52c5
 def broadcast_first(
     make,  # called in the first process only
 ):

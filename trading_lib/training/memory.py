@@ -43,7 +43,7 @@ def sample_fields(
         "logits": (torch.float32, n_actions),
     }
 
-
+# %% ../../nbs/06_training/00_memory.ipynb #492762f2
 def _bytes(fields: dict[str, tuple[torch.dtype, int]]) -> int:
     return sum(dtype.itemsize * (width or 1) for dtype, width in fields.values())
 
@@ -70,7 +70,7 @@ def buffer_bytes(
     state_floats = state[0] * state[1] if state else 0
     return n_envs * (n_steps * _bytes(fields) + 4 * state_floats)
 
-
+# %% ../../nbs/06_training/00_memory.ipynb #2db30e1a
 def rollout_bytes(
     n_envs: int,  # accounts
     n_steps: int,  # of a rollout
@@ -80,7 +80,7 @@ def rollout_bytes(
     "The buffers and what is computed from them."
     return int(OVERHEAD * buffer_bytes(n_envs, n_steps, fields, state))
 
-
+# %% ../../nbs/06_training/00_memory.ipynb #a2f99ebd
 def memory_text(
     n: int,  # bytes
 ) -> str:  # such as 1.2 GB
@@ -132,7 +132,7 @@ def memory_in_use(
 # %% ../../nbs/06_training/00_memory.ipynb #2557a9ff
 BYTES_PER_PARAMETER = 20  # weight, gradient, two moments, and a copy while gradients are made
 
-
+# %% ../../nbs/06_training/00_memory.ipynb #b60fc6bf
 @dataclass(frozen=True)
 class RolloutShape:
     "What memory depends on in an environment and the way a policy reads it."
@@ -177,7 +177,7 @@ class MemoryUse(NamedTuple):
         parts = f"rollout {rollout}, step {step} or minibatch {minibatch}, model {model}"
         return f"{memory_text(self.total)}: {parts}"
 
-
+# %% ../../nbs/06_training/00_memory.ipynb #66f547ae
 def memory_use(
     n_envs: int,  # accounts
     n_steps: int,  # of a rollout
@@ -233,7 +233,7 @@ def _available_ram() -> int | None:
     except (OSError, ValueError):
         return available  # no container, or one without a limit
 
-
+# %% ../../nbs/06_training/00_memory.ipynb #7272f8da
 def memory_limit(
     device: str | torch.device = "cpu",  # where a run is computed
     max_vram_gpu0: float = 45,  # GB that may be used of GPU 0
@@ -256,7 +256,7 @@ class Fit(NamedTuple):
     minibatch_size: int
     warnings: list[str]  # one line for each change
 
-
+# %% ../../nbs/06_training/00_memory.ipynb #0740cc89
 def _to_halve(sizes: dict[str, int], use: MemoryUse, fixed_envs: bool) -> str | None:
     "The size of which half is used next; None: nothing can be cut."
     if use.minibatch > max(use.rollout, use.step) and sizes["minibatch_size"] > 1:
@@ -265,7 +265,7 @@ def _to_halve(sizes: dict[str, int], use: MemoryUse, fixed_envs: bool) -> str | 
         return "n_envs"
     return "n_steps" if sizes["n_steps"] > 1 else None
 
-
+# %% ../../nbs/06_training/00_memory.ipynb #5fbc79c2
 def _changes(
     asked: dict[str, int], fits: dict[str, int], first: int, total: int, limit: int | None
 ) -> list[str]:

@@ -61,7 +61,7 @@ class Minibatch(NamedTuple):
     groups: Tensor | None = None  # (k,) the different groups among them; None: they are not looked at
     place: Tensor | None = None  # (n,) of which of these each sample is
 
-
+# %% ../../nbs/06_training/02_ppo.ipynb #0f0c1cb1
 def minibatches(
     n: int,  # samples
     size: int,  # of a minibatch; the last may be smaller
@@ -76,20 +76,20 @@ def _counts(group: Tensor, n_groups: int) -> Tensor:  # (n_groups,)
     counts = torch.zeros(n_groups, dtype=torch.int64, device=group.device)
     return counts.scatter_add_(0, group, torch.ones_like(group))
 
-
+# %% ../../nbs/06_training/02_ppo.ipynb #59f59cbc
 def _shuffles(n: int, epochs: int, generator: torch.Generator) -> Tensor:  # (epochs, n)
     return torch.stack(
         [torch.randperm(n, generator=generator, device=generator.device) for _ in range(epochs)]
     )
 
-
+# %% ../../nbs/06_training/02_ppo.ipynb #cdcf2b08
 def _edges(ends: Tensor, ranges: list[tuple[int, int]]) -> list:  # of each epoch, for each range: two places
     "Which group each minibatch begins in, and which it ends in: one answer to wait for, however many epochs."
     first_and_last = torch.tensor([[begin, end - 1] for begin, end in ranges], device=ends.device)
     wanted = first_and_last.view(1, -1).expand(len(ends), -1).contiguous()
     return torch.searchsorted(ends, wanted, right=True).view(len(ends), -1, 2).cpu().tolist()
 
-
+# %% ../../nbs/06_training/02_ppo.ipynb #3b856f34
 def group_minibatches(
     group: Tensor,  # (n,) of each sample, from 0
     n_groups: int,  # that there may be
@@ -126,7 +126,7 @@ def normalize(
     "Mean 0 and standard deviation 1."
     return (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
 
-
+# %% ../../nbs/06_training/02_ppo.ipynb #62417124
 def value_loss(
     value: Tensor,  # (n,) now
     old: Tensor,  # (n,) when acting
@@ -191,7 +191,7 @@ class _CompiledLoss(torch.autograd.Function):
     def backward(context, gradient, _):
         return *(gradient * own for own in context.saved_tensors), None, None, None
 
-
+# %% ../../nbs/06_training/02_ppo.ipynb #57557d19
 _WATCHED = ("policy_loss", "value_loss", "entropy", "kl", "clip_fraction")
 
 
@@ -217,7 +217,7 @@ def ppo_loss(
     loss, means = _CompiledLoss.apply(logits, value, data, config, entropy_coefficient)
     return loss, dict(zip(_WATCHED, means.unbind()))
 
-
+# %% ../../nbs/06_training/02_ppo.ipynb #0460586e
 def ppo_losses(
     logits: Tensor,  # (networks, n, actions) now
     value: Tensor,  # (networks, n) now

@@ -18,7 +18,7 @@ from .memory import memory_in_use, memory_text
 def _print(line: str):
     print(line, flush=True)  # as it comes, into a pipe too
 
-
+# %% ../../nbs/06_training/06_progress.ipynb #b4bef8da
 def _seconds_and_memory(trainer) -> list[str]:
     "What the last update took: seconds of each part, and on a GPU the memory that is reserved there."
     spent = [f"{name} {seconds:.2f} s" for name, seconds in trainer.seconds.items() if seconds]
@@ -28,7 +28,7 @@ def _seconds_and_memory(trainer) -> list[str]:
         out.append(f"{memory_text(reserved)} reserved")
     return out
 
-
+# %% ../../nbs/06_training/06_progress.ipynb #71631ab5
 class LineProgress:
     "Progress as about twenty lines in a run."
 
@@ -93,7 +93,7 @@ class Quiet(LineProgress):
         if "validation_score" in row or trainer.update == trainer.updates:
             self.say(self.line(trainer, row))
 
-
+# %% ../../nbs/06_training/06_progress.ipynb #b5bc3149
 class Verbose(LineProgress):
     "Two lines for each update: how it went, and what it learned from."
 
@@ -112,7 +112,7 @@ class Verbose(LineProgress):
 # %% ../../nbs/06_training/06_progress.ipynb #ac5cffb9
 _COLOURS = {"green": 32, "yellow": 33, "red": 31}  # of a terminal
 
-
+# %% ../../nbs/06_training/06_progress.ipynb #e953edd5
 class BarProgress(LineProgress):
     "Two bars in a terminal: the run, and what it is doing; validated updates stay as lines above."
 
@@ -180,7 +180,7 @@ class _Text:
     def __repr__(self):
         return self.text
 
-
+# %% ../../nbs/06_training/06_progress.ipynb #57a79475
 class NotebookProgress(LineProgress):
     "One output in a notebook that is replaced as the run goes on: a bar, the phase, the last validations."
 
@@ -258,7 +258,7 @@ def _who_is_looking() -> str:
         return "cell"
     return "bars" if sys.stderr.isatty() else "lines"
 
-
+# %% ../../nbs/06_training/06_progress.ipynb #0f637f2b
 def progress_for(
     kind: str | None = None,  # a key of PROGRESS; None: TRADING_LIB_PROGRESS, else what suits who is looking
 ) -> LineProgress:

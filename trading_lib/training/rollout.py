@@ -51,7 +51,7 @@ def mixed_precision(
 def _dense(obs: Obs) -> Tensor:
     return obs.dense
 
-
+# %% ../../nbs/06_training/04_rollout.ipynb #9bebf966
 class PolicyRunner:
     "A policy with what it needs to answer: its device, its precision and its inputs."
 
@@ -99,7 +99,7 @@ def decision_rows(
     "Bars at which a policy may act: those that have a whole window."
     return range(max(market.start, market.window - 1), market.stop)
 
-
+# %% ../../nbs/06_training/04_rollout.ipynb #a106224e
 def distinct_share(
     samples: int,  # drawn from so many bars
     bars: int,
@@ -107,7 +107,7 @@ def distinct_share(
     "Of all bars, those that are expected to be drawn at least once."
     return -math.expm1(-samples / bars)
 
-
+# %% ../../nbs/06_training/04_rollout.ipynb #92c3649e
 def computed_share(
     env,  # any with the tensor interface
     samples: int,  # of a rollout
@@ -151,7 +151,7 @@ def as_obs(
     "An observation of a plain environment as that of one with a table."
     return obs if isinstance(obs, Obs) else Obs(None, obs)
 
-
+# %% ../../nbs/06_training/04_rollout.ipynb #2749f49b
 class RolloutCollector:
     "Lets a policy act, and stores what a training step needs."
 

@@ -54,7 +54,7 @@ def _update(content: dict) -> int:
         )
     return update
 
-
+# %% ../../nbs/06_training/07_run_folder.ipynb #293d98be
 def _remove(path: Path):
     "Delete a checkpoint and its card; the card first, for nobody would come back for it alone."
     if _NUMBERED.fullmatch(path.name) or _BEST.fullmatch(path.name) or _INTERRUPTED.fullmatch(path.name):
@@ -72,7 +72,7 @@ def _open_lock(lock: Path) -> int:
     except OSError as e:
         raise unwritable(lock, e) from None
 
-
+# %% ../../nbs/06_training/07_run_folder.ipynb #312af5de
 def _take(held: int, path: Path, wait: float):
     "Hold the lock, or say after so many seconds who holds it."
     import fcntl  # not on every system; reading a module must not fail there
@@ -92,7 +92,7 @@ def _take(held: int, path: Path, wait: float):
             )
         time.sleep(0.1)
 
-
+# %% ../../nbs/06_training/07_run_folder.ipynb #db2e2182
 @contextmanager
 def only_process(
     path: Path,  # of a folder

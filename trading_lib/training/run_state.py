@@ -51,7 +51,7 @@ def bars_of_run(
         },
     }
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #790755d8
 def bars_of(trainer) -> dict:
     "`bars_of_run` of a trainer."
     validation = trainer.validation
@@ -67,7 +67,7 @@ def run_so_far(trainer) -> dict:
         "ended": trainer.ended,
     }
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #8c164f69
 def policy_content(
     trainer,
     policy: nn.Module,  # one of the trainer's
@@ -103,7 +103,7 @@ def process_content(trainer) -> dict:
         "recurrent_state": trainer.collector.state,
     }
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #5c2b1c2d
 def run_content(
     trainer,
     metrics: dict | None = None,  # of the validation that chose it
@@ -149,13 +149,13 @@ PARTS: dict[str, type | tuple[type, ...]] = {
 # parts of what is each process's own
 PROCESS = ("environment_state", "rng_state", "observation", "recurrent_state")
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #539fdb71
 def _no_state(name: str, what: str) -> InputError:
     return InputError(
         f"{name}: holds no state to go on from ({what}); train anew, or use a checkpoint of a run"
     )
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #ab6333f7
 def _missing_parts(content: dict) -> list[str]:
     missing = [part for part in PARTS if part not in content]
     if isinstance(content.get("processes"), list):
@@ -188,12 +188,12 @@ def _network_text(settings: dict, inputs: int, actions: int) -> str:
         inner = f"mlp, hidden {list(settings['hidden_dims'])}"
     return f"{inputs} inputs, {inner}, {actions} actions"
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #dcd2488c
 def _bars_text(data: dict) -> str:
     span, digest = data["spans"]["train"], str(data.get("sha256"))[:8]
     return f"{data['symbol']} {data['timeframe']}, {span['first']} to {span['last']}, SHA-256 {digest}"
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #b8777255
 def _check_network(trainer, content: dict, name: str):
     theirs, mine = content["config"]["train"], asdict(trainer.config)
     if mine["shared_trunk"] != theirs["shared_trunk"]:
@@ -209,7 +209,7 @@ def _check_network(trainer, content: dict, name: str):
             "a run keeps its seed"
         )
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #8b55ffe2
 def _check_process(trainer, content: dict, name: str):
     world, env = trainer.world, trainer.env
     if len(content["processes"]) != world:
@@ -230,7 +230,7 @@ def _check_process(trainer, content: dict, name: str):
             f"the state is of {len(saved['bar'])} accounts"
         )
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #fa12652f
 def check_same_run(
     trainer,
     content: dict,  # of a checkpoint
@@ -264,7 +264,7 @@ RUN = (
     "best_update",
 )
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #6672dcd4
 class _Before:
     "All that restoring may change; an environment that has not begun has nothing to lose."
 
@@ -304,7 +304,7 @@ def _say_changes(trainer, was: dict, name: str):
     if changed:
         trainer.progress.say(f"{name}: goes on with other settings than before: {', '.join(changed)}")
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #39193fef
 def _take_over_policy(trainer, content: dict, name: str):
     policy, scaler = trainer.policy, trainer.runner.scaler
     load_weights(policy, content["policy_state_dict"], name)
@@ -314,7 +314,7 @@ def _take_over_policy(trainer, content: dict, name: str):
     if scaler and content["scaler_state_dict"]:
         scaler.load_state_dict(content["scaler_state_dict"])
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #b80cd08d
 def _take_over_best(trainer, content: dict, name: str, beside: RunFolder | None):
     if content["best_score"] is not None:
         trainer.best_score = content["best_score"]  # a worse policy must not take the best one's place
@@ -333,7 +333,7 @@ def _take_over_best(trainer, content: dict, name: str, beside: RunFolder | None)
         )
         trainer.best_update, trainer.best_score = None, -math.inf
 
-
+# %% ../../nbs/06_training/07_run_state.ipynb #a453a1b4
 def _take_over(trainer, content: dict, name: str, beside: RunFolder | None):
     "What `restore` does, where nothing goes wrong."
     own, collector = content["processes"][trainer.rank], trainer.collector

@@ -31,7 +31,7 @@ from trading_lib.training.ppo import (
 )
 from .rollout import PolicyRunner, computed_share, decision_rows
 
-
+# %% ../../nbs/06_training/04_update.ipynb #c1cdeeb4
 class Diverged(InputError):
     "Training met a number that is not finite; the weights are those of the last good update."
 
@@ -67,7 +67,7 @@ def copied(
                 out.append((p, p.detach().clone(), optimizer, moments))
     return out
 
-
+# %% ../../nbs/06_training/04_update.ipynb #90327e64
 @torch.no_grad()
 def put_back(
     copies: list,  # of `copied`
@@ -92,7 +92,7 @@ def padded_rows(
     k = min(n, -(-len(bars) // _ROWS) * _ROWS)
     return bars[torch.arange(k, device=bars.device).clamp_(max=len(bars) - 1)] + first
 
-
+# %% ../../nbs/06_training/04_update.ipynb #7704c429
 def answers_of_samples(
     answer: Tensor,  # (bars, …)
     place: Tensor,  # (n,) of which of the bars each sample is
@@ -156,7 +156,7 @@ class Evaluate(nn.Module):
             return self.policy.evaluate_sequences(x, *sequences)[:2]
         return self.policy.evaluate(x)
 
-
+# %% ../../nbs/06_training/04_update.ipynb #1fa661e4
 def compiled_or_plain(
     forward: Callable,
     say: Callable[[str], None],  # called with a line where compiling fails

@@ -34,7 +34,7 @@ def runs_through(
 # %% ../../nbs/06_training/05_validation.ipynb #cbef420d
 _DAY = 86_400 * 10**9  # nanoseconds
 
-
+# %% ../../nbs/06_training/05_validation.ipynb #b20022f4
 def played_figures(
     played: dict[str, np.ndarray],
     timestamp: np.ndarray,  # (bars + 1,) nanoseconds: of the first decision, then of each bar's close
@@ -65,7 +65,7 @@ def played_figures(
         **{f"reward_{name}": float(played[name].mean()) for name in reward_names},
     }
 
-
+# %% ../../nbs/06_training/05_validation.ipynb #c04c726f
 def daily_returns(
     returns: np.ndarray,  # (bars,)
     timestamp: np.ndarray,  # (bars,) nanoseconds, at whose closes they are known
@@ -83,7 +83,7 @@ def daily_returns(
 # %% ../../nbs/06_training/05_validation.ipynb #5c850e2a
 _BARS = 2048  # that a policy looks at together
 
-
+# %% ../../nbs/06_training/05_validation.ipynb #2e09b821
 class Validation:
     "A span and a policy's performance on it."
 
