@@ -107,7 +107,7 @@ def _train(arguments):
             arguments.resume,
             arguments.checkpoint,
             shown,
-            own=True,
+            replace_pipeline_model=False,
         )
         if trainer.exit_status:
             return trainer.exit_status
@@ -124,7 +124,9 @@ def _seeds(arguments):
         )
     count = arguments.seeds or parameters.seeds.count
     for symbol in symbols_of(arguments, parameters):
-        trainer = train_seeds(parameters, symbol, artefacts(parameters, symbol), count, own=True)
+        trainer = train_seeds(
+            parameters, symbol, artefacts(parameters, symbol), count, replace_pipeline_study=False
+        )
         if trainer.exit_status:
             return trainer.exit_status
 

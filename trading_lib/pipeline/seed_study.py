@@ -17,9 +17,11 @@ from ..env import split_bounds
 from ..files import atomic_write
 from ..ledger import check_ledger
 from ..metrics import interval_says, interval_text
+from .new_run import make_trainer
 from .project import Artefacts, prepared_market
+from .recorded_run import enter_trials
+from .stopped_run import unread
 from .stopping import READER_GONE, StopRequest
-from .train import enter_trials, make_trainer, unread
 from ..seeds import SeedsTrainer, mean_interval
 from ..training.progress import Unharmed, progress_for
 
@@ -119,7 +121,7 @@ def train_seeds(
     paths: Artefacts,  # of the symbol
     seeds: int = 8,  # from the configured one on
     progress: str | None = None,  # a key of PROGRESS; None: what suits whoever is looking
-    own: bool = False,  # write beside the pipeline's study, and leave that as it is
+    replace_pipeline_study: bool = True,  # False: write beside the pipeline's study, and leave that as it is
 ) -> SeedsTrainer:
     """Train them, print what they reached, and write seeds.json and seeds.png into the symbol's report;
     a signal ends it after the present update."""
@@ -142,7 +144,10 @@ def train_seeds(
         f"{trainer.description}"
     )
     check_ledger(project_root(), symbol)
-    files = [(paths.own_report if own else paths.report) / name for name in ("seeds.json", "seeds.png")]
+    report = paths.own_report
+    if replace_pipeline_study:
+        report = paths.report
+    files = [report / name for name in ("seeds.json", "seeds.png")]
     _put_aside(files, say)
     try:
         with StopRequest(say) as stop:
