@@ -39,6 +39,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -117,7 +118,16 @@ def is_recurrent(settings: dict) -> bool:
 
 
 def peer_of(settings: dict) -> str:
-    return "sb3-contrib RecurrentPPO" if is_recurrent(settings) else "stable-baselines3 PPO"
+    if is_recurrent(settings):
+        return "sb3-contrib RecurrentPPO"
+    return "stable-baselines3 PPO"
+
+
+def name_of(side: str, settings: dict) -> str:
+    "Whose trainer it is, for people."
+    if side == "ours":
+        return "trading_lib"
+    return peer_of(settings)
 
 
 # --- one run ------------------------------------------------------------------------------------------------
@@ -132,7 +142,9 @@ def episodes_to_threshold(
     if len(finished) < episodes:
         return None
     reached = np.flatnonzero(_running_means(finished, episodes) >= threshold)
-    return int(reached[0]) + episodes if len(reached) else None
+    if not len(reached):
+        return None
+    return int(reached[0]) + episodes
 
 
 def _running_means(finished: list, episodes: int) -> np.ndarray:  # the first is that of the first `episodes`
@@ -154,21 +166,34 @@ def curve(
 def our_trainer(task: str, settings: dict, seed: int) -> NativePPOTrainer:
     "Our side, ready to train."
     own = {name: value for name, value in settings.items() if name != "threshold"}
-    network = (
-        dict(network="gru", n_gru_layers=1, critic_epochs=0)
-        if is_recurrent(settings)
-        else dict(shared_trunk=False, critic_epochs=0)
-    )
+    network = dict(shared_trunk=False)
+    if is_recurrent(settings):
+        network = dict(network="gru", n_gru_layers=1)
     return NativePPOTrainer(
         TensorEnv(MAKERS.get(task, task), settings["n_envs"]),
-        NativePPOConfig(**own, **network, seed=seed),
+        NativePPOConfig(**own, **network, critic_epochs=0, seed=seed),
         progress=None,
     )
 
 
+def peer_algorithm(settings: dict) -> tuple:  # class, name of its policy, settings of the policy
+    "What the peer calls a trainer and a network of these settings."
+    from stable_baselines3 import PPO
+
+    policy = dict(activation_fn=torch.nn.ReLU, ortho_init=True)
+    if not is_recurrent(settings):
+        widths = settings["hidden_dims"]
+        return PPO, "MlpPolicy", policy | dict(net_arch=dict(pi=widths, vf=widths))
+    from sb3_contrib import RecurrentPPO
+
+    width = settings["gru_hidden_dim"]
+    heads = dict(pi=[width // 2], vf=[width // 2])
+    policy |= dict(lstm_hidden_size=width, n_lstm_layers=1, net_arch=heads)
+    return RecurrentPPO, "MlpLstmPolicy", policy
+
+
 def peer_model(task: str, settings: dict, seed: int):  # a PPO or RecurrentPPO
     "The peer's side, ready to train."
-    from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
 
     rollout, budget = settings["n_envs"] * settings["n_steps"], settings["total_timesteps"]
@@ -181,23 +206,7 @@ def peer_model(task: str, settings: dict, seed: int):  # a PPO or RecurrentPPO
             settings["learning_rate"],
         )
 
-    policy = dict(activation_fn=torch.nn.ReLU, ortho_init=True)
-    if is_recurrent(settings):
-        from sb3_contrib import RecurrentPPO
-
-        width = settings["gru_hidden_dim"]
-        algorithm, name, policy = (
-            RecurrentPPO,
-            "MlpLstmPolicy",
-            policy
-            | dict(lstm_hidden_size=width, n_lstm_layers=1, net_arch=dict(pi=[width // 2], vf=[width // 2])),
-        )
-    else:
-        algorithm, name, policy = (
-            PPO,
-            "MlpPolicy",
-            policy | dict(net_arch=dict(pi=settings["hidden_dims"], vf=settings["hidden_dims"])),
-        )
+    algorithm, name, policy = peer_algorithm(settings)
     return algorithm(
         name,
         make_vec_env(MAKERS.get(task, task), settings["n_envs"], seed=seed),
@@ -252,11 +261,17 @@ def run_peer(task: str, settings: dict, seed: int) -> list:  # of finished episo
 def run(side: str, task: str, settings: dict, seed: int) -> dict:
     "One line of the results."
     begin = time.thread_time()
-    finished = (run_ours if side == "ours" else run_peer)(task, settings, seed)
+    if side == "ours":
+        finished = run_ours(task, settings, seed)
+    else:
+        finished = run_peer(task, settings, seed)
     n = episodes_to_threshold(finished, settings["threshold"])
+    steps = settings["total_timesteps"]
+    if n is not None:
+        steps = finished[n - 1][0]
     return {
         "seed": seed,
-        "steps": finished[n - 1][0] if n else settings["total_timesteps"],
+        "steps": steps,
         "reached": n is not None,
         "seconds": round(time.thread_time() - begin, 1),
         "curve": curve(finished[:n]),
@@ -275,16 +290,13 @@ def _pin(cores):
 
 def versions(side: str, settings: dict) -> dict:  # package -> version
     "What the numbers depend on."
-    names = [
-        "torch",
-        "numpy",
-        "gymnasium",
-        *(
-            ["trading_lib"]
-            if side == "ours"
-            else ["stable-baselines3", *(["sb3-contrib"] if is_recurrent(settings) else [])]
-        ),
-    ]
+    names = ["torch", "numpy", "gymnasium"]
+    if side == "ours":
+        names.append("trading_lib")
+    else:
+        names.append("stable-baselines3")
+        if is_recurrent(settings):
+            names.append("sb3-contrib")
 
     def of(name):
         try:
@@ -296,7 +308,9 @@ def versions(side: str, settings: dict) -> dict:  # package -> version
 
 
 def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def write(path: Path, content: dict):
@@ -315,6 +329,13 @@ def write(path: Path, content: dict):
     atomic_write(path, (text + "\n").encode())
 
 
+def _cores() -> list[int]:
+    "Those that this process may use."
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def train(side: str, tasks: list, workers: int):
     "All runs that a command before did not finish; finished tasks replace those that were kept."
     unfinished = RESULTS.with_suffix(f".{side}.unfinished.json")
@@ -330,10 +351,7 @@ def train(side: str, tasks: list, workers: int):
             part = {**now, "runs": []}  # none yet, or of other settings
         parts[task] = {side: part}
         todo += [(task, seed) for seed in SEEDS if seed not in [r["seed"] for r in part["runs"]]]
-    context, cores = (
-        multiprocessing.get_context("spawn"),
-        sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count())),
-    )
+    context, cores = multiprocessing.get_context("spawn"), _cores()
     free = context.Queue()
     for i in range(workers):
         free.put(cores[i % len(cores)])
@@ -341,11 +359,12 @@ def train(side: str, tasks: list, workers: int):
         running = {pool.submit(run, side, task, TASKS[task], seed): task for task, seed in todo}
         for future in as_completed(running):
             task, row = running[future], future.result()
-            parts[task][side]["runs"] = sorted([*parts[task][side]["runs"], row], key=lambda r: r["seed"])
+            parts[task][side]["runs"] = sorted([*parts[task][side]["runs"], row], key=itemgetter("seed"))
             write(unfinished, parts)
+            failed = ", threshold not reached" * (not row["reached"])
             print(
-                f"{task:12} {side:5} seed {row['seed']:3}: {row['steps']:>7,} "
-                f"steps{'' if row['reached'] else ', threshold not reached'}, {row['seconds']:.0f} s",
+                f"{task:12} {side:5} seed {row['seed']:3}: {row['steps']:>7,} steps{failed}, "
+                f"{row['seconds']:.0f} s",
                 flush=True,
             )
     kept = read(RESULTS)
@@ -370,8 +389,10 @@ def compared(
     theirs: list,
 ) -> dict:  # medians, their ratio, and p of "ours needs more steps"
     "The numbers that the bars are about."
-    ties = len(set(ours) | set(theirs)) < len(ours) + len(theirs)
-    p = mannwhitneyu(ours, theirs, alternative="greater", method="asymptotic" if ties else "exact").pvalue
+    method = "exact"
+    if len(set(ours) | set(theirs)) < len(ours) + len(theirs):  # ties
+        method = "asymptotic"
+    p = mannwhitneyu(ours, theirs, alternative="greater", method=method).pvalue
     return {
         "ours": float(np.median(ours)),
         "theirs": float(np.median(theirs)),
@@ -382,14 +403,13 @@ def compared(
 
 def misses(results: dict, task: str) -> list[str]:
     "What keeps a task from passing, in words."
+    none = {"ours": "no runs of ours", "peers": "no runs of the peer; make them with --peers"}
+    how = {"ours": "", "peers": " with --peers"}
     for side in SIDES:
         if side not in results.get(task, {}):
-            return [f"no runs of {'ours' if side == 'ours' else 'the peer; make them with --peers'}"]
+            return [none[side]]
         if results[task][side]["settings"] != TASKS[task]:
-            return [
-                f"the kept runs ({side}) are of other settings; make them "
-                f"anew{' with --peers' if side == 'peers' else ''}"
-            ]
+            return [f"the kept runs ({side}) are of other settings; make them anew{how[side]}"]
     ours, theirs = ([r["steps"] for r in results[task][side]["runs"]] for side in SIDES)
     c, out = compared(ours, theirs), []
     if c["ratio"] > LARGEST_RATIO:
@@ -421,8 +441,7 @@ def table(results: dict) -> int:  # tasks that missed a bar
                 c = compared(steps, [r["steps"] for r in results[task]["peers"]["runs"]])
                 figures = f"{c['ratio']:>6.2f} {c['p']:>6.3f}"
             print(
-                f"{task if side == 'ours' else '':12} "
-                f"{'trading_lib' if side == 'ours' else peer_of(settings):25} {np.median(steps):>8,.0f} "
+                f"{task * (side == 'ours'):12} {name_of(side, settings):25} {np.median(steps):>8,.0f} "
                 f"{f'{min(steps):,} to {max(steps):,}':>18} "
                 f"{sum(r['reached'] for r in runs):>5}/{len(runs)} {figures}"
             )
@@ -446,11 +465,9 @@ def draw(results: dict):
             if side not in results.get(task, {}):
                 continue
             runs, colour = results[task][side]["runs"], colours[side]
-            name = "trading_lib" if side == "ours" else peer_of(settings)
-            for i, r in enumerate(runs):
-                above.plot(
-                    *zip(*r["curve"]), color=colour, alpha=0.5, linewidth=1, label=name if i == 0 else None
-                )
+            labels = [name_of(side, settings)] + [None] * len(runs)  # each side once
+            for r, label in zip(runs, labels):
+                above.plot(*zip(*r["curve"]), color=colour, alpha=0.5, linewidth=1, label=label)
             steps = np.array([r["steps"] for r in runs])
             reached = np.array([r["reached"] for r in runs])
             places = height + np.linspace(-0.22, 0.22, len(runs))
@@ -487,7 +504,14 @@ def main(arguments=None) -> int:  # exit status
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--workers", type=int, default=1, help="runs at a time, each on a core of its own")
     given = parser.parse_args(arguments)
-    for side in [] if given.kept else [given.only] if given.only else SIDES if given.peers else ["ours"]:
+    sides = ["ours"]
+    if given.kept:
+        sides = []
+    elif given.only:
+        sides = [given.only]
+    elif given.peers:
+        sides = list(SIDES)
+    for side in sides:
         train(side, given.tasks, given.workers)
     results = read(RESULTS)
     draw(results)

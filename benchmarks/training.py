@@ -57,11 +57,8 @@ from trading_lib.trainer import NativePPOConfig, NativePPOTrainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, PICTURES = ROOT / "benchmarks" / "results", ROOT / "docs"
-SECONDS, MOST_ITERATIONS, TURNS = (
-    60,
-    15,
-    3,
-)  # a row is measured for so long in all, but at least once in each of its turns
+# a row is measured for so many seconds in all, but at least once in each of its turns
+SECONDS, MOST_ITERATIONS, TURNS = 60, 15, 3
 
 PPO = dict(
     learning_rate=3e-4,
@@ -119,9 +116,8 @@ GOALS = {
 GOALS |= {name: {None: rate} for name, rate in zip(LARGE, (3e6, 1.4e6, 0.6e6))}
 SMALLEST_SHARE = 0.55  # of the limit, for the rows that are compared
 
-ROLLOUT = dict(
-    n_steps=256, n_epochs=1
-)  # the memory of a rollout does not depend on how often it is learnt from
+# the memory of a rollout does not depend on how often it is learnt from
+ROLLOUT = dict(n_steps=256, n_epochs=1)
 MOST_MEMORY = 200e6
 
 SCALED = dict(n_steps=48)  # 49,152 samples in every row
@@ -135,15 +131,11 @@ SCALING = {  # label -> settings that change
     },
     "window": {n: dict(window=n) for n in (10, 50, 100, 200)},
 }
-SCALED_ROW = {
-    "bars, every sample computed": dict(every_sample=True)
-}  # without what makes few bars cheap: a bar that several samples look at is computed once
+# without what makes few bars cheap: a bar that several samples look at is computed once
+SCALED_ROW = {"bars, every sample computed": dict(every_sample=True)}
 SCALING_SECONDS = 10
-MOST_COST = {
-    "n_envs": 1.2,
-    "bars": 1.5,
-    "bars, every sample computed": 1.5,
-}  # of any row, relative to the row before it with the least cost
+# of any row, relative to the row before it with the least cost
+MOST_COST = {"n_envs": 1.2, "bars": 1.5, "bars, every sample computed": 1.5}
 
 # seeds at once and alone: the sizes of a quick test on a CPU, and widths of small networks
 SEEDS, MOST_SECONDS, SEEDS_SECONDS = 8, 3.0, 10
@@ -169,22 +161,18 @@ def kind_of(device: str) -> str:
     matrices and vectors."""
     if device != "cpu":
         return re.sub(r"\W+", "_", torch.cuda.get_device_name(device)).lower()
-    return (
-        "amx"
-        if torch.cpu._is_amx_tile_supported()
-        else "avx512_bf16"
-        if torch.cpu._is_avx512_bf16_supported()
-        else torch.backends.cpu.get_cpu_capability().lower()
-    )
+    if torch.cpu._is_amx_tile_supported():
+        return "amx"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "avx512_bf16"
+    return torch.backends.cpu.get_cpu_capability().lower()
 
 
 def default_row(device: str) -> str:
     "What the trainer's defaults are there."
-    return (
-        DEFAULTS
-        if kind_of(device) in ("amx", "avx512_bf16") or device != "cpu"
-        else "ours: folded, shared trunk"
-    )
+    if device != "cpu" or kind_of(device) in ("amx", "avx512_bf16"):
+        return DEFAULTS
+    return "ours: folded, shared trunk"
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------
@@ -208,7 +196,11 @@ def flops_per_step(
 def precision_of(error: float) -> str:
     """What a product's relative error says about the numbers that were multiplied: 24, 11 or 8 significant
     bits."""
-    return "float32" if error < 5e-6 else "tf32" if error < 1e-3 else "bf16"
+    if error < 5e-6:
+        return "float32"
+    if error < 1e-3:
+        return "tf32"
+    return "bf16"
 
 
 def limit_of(limits: list[dict], precision: str) -> float | None:  # FLOP/s; None: not measured
@@ -216,6 +208,13 @@ def limit_of(limits: list[dict], precision: str) -> float | None:  # FLOP/s; Non
     return max(
         (rate for row in limits if row["precision"] == precision for rate in row["rates"]), default=None
     )
+
+
+def _share(rate: float, limit: float | None) -> float | None:
+    "Of the limit; None: not measured."
+    if not limit:
+        return None
+    return rate / limit
 
 
 def compared(part: dict) -> list[dict]:  # one row for each trainer that was measured
@@ -238,13 +237,18 @@ def compared(part: dict) -> list[dict]:  # one row for each trainer that was mea
                 },
                 "flops": flops,
                 "flop_rate": rate * flops,
-                "share": rate * flops / limit if limit else None,
+                "share": _share(rate * flops, limit),
                 "busy": row["busy"],
                 "peak": row["peak"],
                 "precision": row["precision"],
             }
         )
     return out
+
+
+def verdict(reached: bool) -> str:
+    "Of equal width, for the left of a table."
+    return {True: "met   ", False: "missed"}[bool(reached)]
 
 
 def judged(rows: list[dict]) -> list[str]:
@@ -256,20 +260,17 @@ def judged(rows: list[dict]) -> list[str]:
         row = by_name[name]
         for peer, least in goals.items():
             if peer is None:
-                reached, text = row["rate"], f"{least:,.0f} steps/s"
+                reached = row["rate"]
+                text = f"{least:,.0f} steps/s, is {reached:,.0f}"
             elif peer in row["ratios"]:
-                reached, text = row["ratios"][peer], f"{least:g} times {peer}"
+                reached = row["ratios"][peer]
+                text = f"{least:g} times {peer}, is {reached:,.1f}"
             else:
                 continue
-            lines.append(
-                f"{'met   ' if reached >= least else 'missed'} {name}: {text}, is "
-                f"{reached:,.{0 if peer is None else 1}f}"
-            )
+            lines.append(f"{verdict(reached >= least)} {name}: {text}")
         if row["share"] is not None and None not in goals:
-            lines.append(
-                f"{'met   ' if row['share'] >= SMALLEST_SHARE else 'missed'} {name}: {SMALLEST_SHARE:.0%} of "
-                f"the limit, is {row['share']:.0%}"
-            )
+            met = verdict(row["share"] >= SMALLEST_SHARE)
+            lines.append(f"{met} {name}: {SMALLEST_SHARE:.0%} of the limit, is {row['share']:.0%}")
     return lines
 
 
@@ -277,11 +278,12 @@ def costs(
     rows: list[dict],
 ) -> list[dict]:  # with `cost`, seconds per transition, and `relative`, to the least of the rows before
     "What a transition costs, row by row."
-    out, least = [], None
+    out, least = [], float("inf")
     for row in rows:
         cost = statistics.median(row["seconds"]) / row["samples"]
-        out.append(row | {"cost": cost, "relative": cost / least if least else 1.0})
-        least = cost if least is None else min(least, cost)
+        relative = cost / least or 1.0  # the first has nothing before it
+        out.append(row | {"cost": cost, "relative": relative})
+        least = min(least, cost)
     return out
 
 
@@ -312,7 +314,8 @@ def peak_memory() -> int:  # bytes
             if line.startswith("VmHWM")
         )
     except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        unit = {"darwin": 1}.get(sys.platform, 1024)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def memory_now() -> int:  # bytes
@@ -336,9 +339,8 @@ def memory_now() -> int:  # bytes
 def make_env(job: dict) -> GPUVectorizedTradingEnv:
     s, market = job["settings"], MarketData.load(job["market"])
     if market.window != s["window"]:
-        market = replace(
-            market, window=s["window"]
-        )  # features do not depend on it, and indicators are warm after 600 bars in any case
+        # features do not depend on it, and indicators are warm after 600 bars in any case
+        market = replace(market, window=s["window"])
     return GPUVectorizedTradingEnv(
         market,
         GPUEnvConfig(
@@ -377,29 +379,32 @@ def iteration_of(row: dict, env, settings: dict, device: torch.device):  # calle
         for name, value in row.items()
         if name not in ("dense", "settings", "matmul", "every_sample")
     }
-    trainer = our_trainer(_peers.DenseEnv(env) if row.get("dense") else env, settings, **config)
+    if row.get("dense"):
+        env = _peers.DenseEnv(env)
+    trainer = our_trainer(env, settings, **config)
     if row.get("every_sample"):
         trainer.learner.whole_bars = False
-    return lambda n_epochs: trainer.train(1)
+
+    def iterate(n_epochs: int):
+        trainer.train(1)
+
+    return iterate
 
 
 def flops_of(row: dict, env, settings: dict) -> int:  # per step
     folded = "peer" not in row and not row.get("dense")
-    windowed = int(env.layout.windowed.sum())
-    inputs = windowed * env.config.window + env.layout.n_features - windowed if folded else env.obs_dim
-    shared = "peer" not in row and row.get("shared_trunk", True)
-    flops = flops_per_step(
-        inputs, settings["hidden_dims"], env.n_actions, 1 if shared else 2, settings["n_epochs"]
-    )
-    return round(
-        flops["forward"]
-        + (flops["step"] - flops["forward"])
-        * (
-            our_trainer(env, settings).learner.computed_share
-            if folded and not row.get("every_sample")
-            else 1.0
-        )
-    )
+    inputs = env.obs_dim
+    if folded:
+        windowed = int(env.layout.windowed.sum())
+        inputs = windowed * env.config.window + env.layout.n_features - windowed
+    trunks = 2
+    if "peer" not in row and row.get("shared_trunk", True):
+        trunks = 1
+    share = 1.0  # of the samples, that are computed
+    if folded and not row.get("every_sample"):
+        share = our_trainer(env, settings).learner.computed_share
+    flops = flops_per_step(inputs, settings["hidden_dims"], env.n_actions, trunks, settings["n_epochs"])
+    return round(flops["forward"] + (flops["step"] - flops["forward"]) * share)
 
 
 def product_error(
@@ -410,6 +415,20 @@ def product_error(
     a, b = (torch.randn(shape, generator=random).to(device, dtype) for shape in ((m, k), (n, k)))
     exact = a[:256].double() @ b.double().T
     return float((multiply(a, b)[:256].double() - exact).norm() / exact.norm()), a, b
+
+
+def peak_of(device: torch.device) -> int:  # bytes
+    "The most that was reserved on a GPU, or that this process had in memory."
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return peak_memory()
+
+
+def precision_here(row: dict, device: torch.device) -> str:
+    "What a row's products are made of: bf16, or what torch makes of float32 now."
+    if row.get("amp"):
+        return "bf16"
+    return precision_of(product_error(torch.nn.functional.linear, 1_024, 355, 512, device)[0])
 
 
 def measure_row(job: dict) -> dict:
@@ -424,22 +443,19 @@ def measure_row(job: dict) -> dict:
         torch.cuda.synchronize(device)
     times, begin, processor_begin = [], time.perf_counter(), time.process_time()
     while not times or (sum(times) < job["seconds"] and len(times) < MOST_ITERATIONS):
-        times.append(seconds(lambda: iterate(s["n_epochs"]), device))
+        times.append(seconds(partial(iterate, s["n_epochs"]), device))
     busy = (time.process_time() - processor_begin) / (time.perf_counter() - begin) / torch.get_num_threads()
-    peak = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else peak_memory()
-    precision = (
-        "bf16"
-        if row.get("amp")
-        else precision_of(product_error(torch.nn.functional.linear, 1_024, 355, 512, device)[0])
-    )  # as torch multiplies float32 now
+    peak = above = peak_of(device)
+    if device.type != "cuda":
+        above = peak - before
     return {
         "seconds": [round(t, 5) for t in times],
         "samples": s["n_envs"] * s["n_steps"],
         "flops": flops_of(row, env, s),
-        "precision": precision,
+        "precision": precision_here(row, device),
         "busy": round(busy, 3),
         "peak": peak,
-        "above_environment": peak - (0 if device.type == "cuda" else before),
+        "above_environment": above,
     }
 
 
@@ -454,7 +470,9 @@ def measure_memory(job: dict) -> dict:
     else:
         before = memory_now()
     trainer.train(1)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+    peak = peak_memory()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
     return {
         "before": before,
         "peak": peak,
@@ -525,16 +543,24 @@ def measure_limits(job: dict) -> dict:
 MEASURES = {"row": measure_row, "memory": measure_memory, "seeds": measure_seeds, "limits": measure_limits}
 
 
+def cores() -> list[int]:
+    "Those that this process may use."
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
 def work(job: dict):
     "One measurement, as a line for the parent."
-    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if job["threads"] < len(allowed):
+    allowed = cores()
+    if job["threads"] < len(allowed) and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, allowed[: job["threads"]])  # for libraries that take every core they see
     torch.set_num_threads(job["threads"])
     try:
         result = MEASURES[job["measure"]](job)
     except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as e:
-        result = {"left_out": f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"}
+        said = str(e).splitlines() or [""]
+        result = {"left_out": f"{type(e).__name__}: {said[0]}"}
     print("\n" + json.dumps(result), flush=True)
 
 
@@ -647,21 +673,36 @@ def about(settings: dict, device: str, threads: int) -> dict:
     }
 
 
+def with_turns_before(result: dict, before: dict | None, turn: int) -> dict:
+    "A turn's result together with those of the turns before."
+    if not before or "seconds" not in result:
+        return result
+    busy = (turn * before["busy"] + result["busy"]) / (turn + 1)
+    peaks = {peak: max(before[peak], result[peak]) for peak in ("peak", "above_environment")}
+    return result | {"seconds": before["seconds"] + result["seconds"], "busy": round(busy, 3)} | peaks
+
+
 class Bench:
     "One run on one machine."
 
     def __init__(self, folder: str, small: bool, threads: int):
-        self.markets, self.small, self.threads, self.device = (
-            Markets(folder),
-            small,
-            threads,
-            "cuda" if torch.cuda.is_available() else "cpu",
-        )
+        self.markets, self.small, self.threads = Markets(folder), small, threads
+        self.device = "cpu"
+        if torch.cuda.is_available():
+            self.device = "cuda"
+
+    def duration(self, full: float) -> float:
+        "How long to measure: a small run does it to see that it runs."
+        if self.small:
+            return 0.1
+        return full
 
     def settings(self, *changes: dict) -> dict:
         "The sizes of a job; small ones keep what a small run cannot."
         out = SETTINGS | {name: value for change in changes for name, value in change.items()}
-        return out | SMALL if self.small else out
+        if self.small:
+            out |= SMALL
+        return out
 
     def measure(self, name: str, what: str, settings: dict, **job) -> dict:
         job |= {"measure": what, "settings": settings, "device": self.device, "threads": self.threads}
@@ -673,10 +714,10 @@ class Bench:
         return result
 
     def limits(self) -> list[dict]:
-        shapes = [(64, 32, 16)] if self.small else SHAPES
-        limits = self.measure(
-            "limits", "limits", self.settings(), shapes=shapes, seconds=0.05 if self.small else 2.0
-        )
+        shapes = SHAPES
+        if self.small:
+            shapes = [(64, 32, 16)]
+        limits = self.measure("limits", "limits", self.settings(), shapes=shapes, seconds=self.duration(2.0))
         print_limits(limits)
         return limits
 
@@ -689,40 +730,30 @@ class Bench:
         )
         limits = self.limits()
         part |= {"shapes": limits["shapes"], "limits": limits["rows"]}
-        rows = {
-            name: row
-            for name, row in (ROWS | LARGE).items()
-            if name in (names or [*ROWS, *(LARGE if self.device == "cuda" else ())])
-        }
-        for turn in range(1 if self.small else TURNS):
+        wanted, turns = list(ROWS), TURNS
+        if self.device == "cuda":
+            wanted += LARGE
+        if self.small:
+            turns = 1
+        rows = {name: row for name, row in (ROWS | LARGE).items() if name in (names or wanted)}
+        for turn in range(turns):
             for name, row in rows.items():
                 before = part["rows"].get(name)
                 if before and "left_out" in before:
                     continue
-                if names is None and row.get("amp") and default_row(self.device) != DEFAULTS:
-                    result = {"left_out": "this CPU has no bfloat16 instructions"}
-                else:
-                    result = self.measure(
-                        name,
-                        "row",
-                        self.settings(row.get("settings", {})),
-                        row=row,
-                        seconds=0.2 if self.small else SECONDS / TURNS,
-                    )
-                if "seconds" in result:
-                    print(
-                        f"  {name:40} {result['samples'] / statistics.median(result['seconds']):>12,.0f} "
-                        "steps/s",
-                        flush=True,
-                    )
-                if before and "seconds" in result:
-                    seconds = before["seconds"] + result["seconds"]
-                    result |= {
-                        "seconds": seconds,
-                        "busy": round((turn * before["busy"] + result["busy"]) / (turn + 1), 3),
-                    } | {peak: max(before[peak], result[peak]) for peak in ("peak", "above_environment")}
-                part["rows"][name] = result
+                part["rows"][name] = with_turns_before(self.turn(name, row, names), before, turn)
         return part
+
+    def turn(self, name: str, row: dict, names: list[str] | None) -> dict:
+        "One turn of a row; a row that nobody asked for by name is left out where it makes no sense."
+        if names is None and row.get("amp") and default_row(self.device) != DEFAULTS:
+            return {"left_out": "this CPU has no bfloat16 instructions"}
+        settings = self.settings(row.get("settings", {}))
+        result = self.measure(name, "row", settings, row=row, seconds=self.duration(SECONDS / TURNS))
+        if "seconds" in result:
+            rate = result["samples"] / statistics.median(result["seconds"])
+            print(f"  {name:40} {rate:>12,.0f} steps/s", flush=True)
+        return result
 
     def memory(self) -> dict:
         part = about(self.settings(ROLLOUT), self.device, self.threads) | {"rows": {}}
@@ -745,7 +776,7 @@ class Bench:
                     "row",
                     self.settings(SCALED, change),
                     row=ROWS[part["row"]] | SCALED_ROW.get(axis, {}),
-                    seconds=0.1 if self.small else SCALING_SECONDS,
+                    seconds=self.duration(SCALING_SECONDS),
                 )
                 if "seconds" not in result:
                     continue
@@ -760,18 +791,18 @@ class Bench:
     def seeds(self) -> dict:
         part = about(self.settings(FEW), self.device, self.threads) | {"rows": []}
         for label, widths in WIDTHS.items():
-            for amp in (False, True):
-                settings = self.settings(FEW, {} if self.small else {"hidden_dims": widths})
+            for precision, amp in (("float32", False), ("bf16", True)):
+                settings = self.settings(FEW, {"hidden_dims": widths})
                 result = self.measure(
                     f"{SEEDS} seeds, {label}",
                     "seeds",
                     settings,
                     seeds=SEEDS,
                     amp=amp,
-                    seconds=0.1 if self.small else SEEDS_SECONDS,
+                    seconds=self.duration(SEEDS_SECONDS),
                 )
                 if "alone" in result:
-                    part["rows"].append({"label": label, "precision": "bf16" if amp else "float32", **result})
+                    part["rows"].append({"label": label, "precision": precision, **result})
         return part
 
 
@@ -779,7 +810,9 @@ class Bench:
 
 
 def flop_text(rate: float) -> str:
-    return f"{rate / 1e12:,.1f} TFLOP/s" if rate >= 1e13 else f"{rate / 1e9:,.0f} GFLOP/s"
+    if rate >= 1e13:
+        return f"{rate / 1e12:,.1f} TFLOP/s"
+    return f"{rate / 1e9:,.0f} GFLOP/s"
 
 
 def print_limits(limits: dict):
@@ -807,11 +840,11 @@ def print_training(part: dict):
         + f"{'MFLOP/step':>12}{'rate':>16}{'of limit':>14}{'busy':>6}{'peak':>9}"
     )
     for row in rows:
-        ratios = "".join(
-            (f"{row['ratios'][name]:.1f}" if name in row["ratios"] else "").rjust(len(name) + 4)
-            for name in peers
-        )
-        share = f"{row['share']:.0%} {row['precision']}" if row["share"] else ""
+        texts = {name: f"{ratio:.1f}" for name, ratio in row["ratios"].items()}
+        ratios = "".join(texts.get(name, "").rjust(len(name) + 4) for name in peers)
+        share = ""
+        if row["share"]:
+            share = f"{row['share']:.0%} {row['precision']}"
         print(
             f"{row['name']:40}{row['rate']:>12,.0f}{ratios}{row['flops'] / 1e6:>12.1f}"
             f"{flop_text(row['flop_rate']):>16}{share:>14}"
@@ -830,7 +863,7 @@ def print_memory(part: dict):
         if "above" not in row:
             continue
         print(
-            f"{'met   ' if row['above'] <= MOST_MEMORY else 'missed'} {name}: {row['above'] / 1e6:.0f} MB "
+            f"{verdict(row['above'] <= MOST_MEMORY)} {name}: {row['above'] / 1e6:.0f} MB "
             f"above model and table ({row['before'] / 1e6:.0f} MB) in an update of {row['samples']:,} steps "
             f"with {row['inputs']:,} inputs, at most {MOST_MEMORY / 1e6:.0f}"
         )
@@ -848,23 +881,23 @@ def print_scaling(part: dict):
         if axis in MOST_COST and rows:
             worst = max(row["relative"] for row in rows)
             print(
-                f"{'met   ' if worst <= MOST_COST[axis] else 'missed'} {axis}: at most {MOST_COST[axis]:g} "
+                f"{verdict(worst <= MOST_COST[axis])} {axis}: at most {MOST_COST[axis]:g} "
                 f"times the least cost of the rows before, is {worst:.2f}"
             )
 
 
 def print_seeds(part: dict):
     "Eight beside one."
+    seeds = next((row["seeds"] for row in part["rows"]), SEEDS)
     print(
-        f"\n{'hidden layers':>20}{'':>9}{'one seed':>11}"
-        f"{part['rows'][0]['seeds'] if part['rows'] else SEEDS:>4} at once{'times':>8}{'steps/s of all':>16}"
+        f"\n{'hidden layers':>20}{'':>9}{'one seed':>11}{seeds:>4} at once{'times':>8}{'steps/s of all':>16}"
     )
     for row in part["rows"]:
         alone, together = (statistics.median(row[name]) for name in ("alone", "together"))
         print(
             f"{row['label']:>20}{row['precision']:>9}{alone:>9.3f} s{together:>10.3f} "
             f"s{together / alone:>8.2f}{row['seeds'] * row['samples'] / together:>16,.0f}  "
-            f"{'met' if together <= MOST_SECONDS * alone else 'missed'}: at most {MOST_SECONDS:g}"
+            f"{verdict(together <= MOST_SECONDS * alone).strip()}: at most {MOST_SECONDS:g}"
         )
 
 
@@ -883,10 +916,11 @@ def draw_training(part: dict, path: Path):
     figure = _figure(10, 0.42 * len(rows) + 1.4)
     axes = figure.subplots()
     first = next(iter(ROWS))
+    colours = {True: "tab:blue", False: "tab:orange"}  # ours, and the peers'
     bars = axes.barh(
         [row["name"] for row in rows],
         [row["rate"] for row in rows],
-        color=["tab:blue" if row["name"].startswith("ours") else "tab:orange" for row in rows],
+        color=[colours[row["name"].startswith("ours")] for row in rows],
     )
 
     def text(row: dict) -> str:
@@ -912,13 +946,19 @@ def draw_training(part: dict, path: Path):
     figure.savefig(path)
 
 
+def label_text(label: int | str) -> str:
+    if isinstance(label, str):
+        return label
+    return f"{label:,}"
+
+
 def draw_scaling(part: dict, path: Path):
     "What a transition costs, a panel for each thing that grows."
     figure = _figure(15, 3.6)
     for axes, (axis, rows) in zip(figure.subplots(1, len(part["tables"])), part["tables"].items()):
         rows = costs(rows)
         axes.plot(
-            [str(row["label"]) if isinstance(row["label"], str) else f"{row['label']:,}" for row in rows],
+            [label_text(row["label"]) for row in rows],
             [1e6 * row["cost"] for row in rows],
             marker="o",
         )
@@ -950,7 +990,9 @@ def file_of(kind: str) -> Path:
 
 
 def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def show(name: str, part: dict, kind: str | None):
@@ -987,23 +1029,29 @@ def main(arguments=None):
         metavar="NAME",
         help="trainers to measure; not kept: " + "; ".join([*ROWS, *LARGE]),
     )
-    parser.add_argument(
-        "--threads",
-        type=int,
-        default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-    )
+    parser.add_argument("--threads", type=int, default=len(cores()))
     parser.add_argument("--job", help=argparse.SUPPRESS)  # a measurement as JSON: how this file calls itself
     given = parser.parse_args(arguments)
     if given.job:
         return work(json.loads(given.job))
-    parts = ["training"] if given.rows else [name for name in SHOW if getattr(given, name)] or list(SHOW)
+    parts = [name for name in SHOW if getattr(given, name)] or list(SHOW)
+    if given.rows:
+        parts = ["training"]
     if given.kept:
         return show_kept(parts)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(folder, given.small, given.threads)
-        kind = None if given.small or given.rows else kind_of(bench.device)  # None: not kept
+        measures = {
+            "training": partial(bench.training, given.rows),
+            "memory": bench.memory,
+            "scaling": bench.scaling,
+            "seeds": bench.seeds,
+        }
+        kind = None  # not kept
+        if not given.small and not given.rows:
+            kind = kind_of(bench.device)
         for name in parts:
-            part = bench.training(given.rows) if name == "training" else getattr(bench, name)()
+            part = measures[name]()
             if kind:
                 RESULTS.mkdir(exist_ok=True)
                 kept = read(file_of(kind)) | {name: part}

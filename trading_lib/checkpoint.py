@@ -83,7 +83,7 @@ def _load(path: Path, map_location="cpu") -> tuple[dict, str | None, int]:
 # %% ../nbs/05_policy/09_checkpoint.ipynb #a4ce0fb6
 def load_checkpoint(
     path: str | Path,  # a file made by `save_checkpoint`
-    map_location="cpu",  # device of the tensors
+    map_location: str | torch.device = "cpu",  # device of the tensors
 ) -> dict:  # what was saved
     "Read a checkpoint after verifying its SHA-256; runs no code from it. InputError where it is damaged."
     return _load(Path(path), map_location)[0]

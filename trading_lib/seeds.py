@@ -21,16 +21,16 @@ from torch import Tensor
 
 from .checkpoint import save_checkpoint
 from .config import InputError
-from .env import Obs
+from .env import MarketData, Obs
 from .kernels.layers import few_sizes
 from .policy.factory import fresh_policy
 from .policy.stacked import StackedActorCritic, clip_each
 from .trainer import NativePPOTrainer, validation_score
+from .training.checkpoint_content import policy_content
 from .training.config import NativePPOConfig
 from .training.distributed import processes
 from .training.ppo import Minibatch, normalize, ppo_losses
-from .training.rollout import PolicyRunner, RolloutCollector, component_means
-from .training.run_state import policy_content
+from .training.rollout import Act, PolicyRunner, RolloutCollector, component_means
 from .training.update import Learner, rollout_figures
 from .training.validation import Validation
 
@@ -53,38 +53,55 @@ def _student(freedom: int) -> float:
 
 
 def mean_interval(
-    values,  # of independent seeds, two or more
+    values: Sequence[float] | np.ndarray,  # of independent seeds, two or more
 ) -> tuple[float, float]:  # (low, high)
     "95 % interval of a mean by Student's t (1908): a bootstrap of so few values would be too narrow."
-    values = np.asarray(values, dtype=np.float64)
-    if values.size < 2:
+    x = np.asarray(values, dtype=np.float64)
+    if x.size < 2:
         raise InputError("mean_interval: one value has no interval; train several seeds")
-    half = _student(values.size - 1) * values.std(ddof=1) / math.sqrt(values.size)
-    return float(values.mean() - half), float(values.mean() + half)
+    half = _student(x.size - 1) * x.std(ddof=1) / math.sqrt(x.size)
+    return float(x.mean() - half), float(x.mean() + half)
 
 # %% ../nbs/06_training/16_seeds.ipynb #4725a457
 class SeedsCollector(RolloutCollector):
     "Lets all networks act, each for its own accounts and with its own random numbers."
 
-    def __init__(self, env, config: NativePPOConfig, runner: PolicyRunner, seeds: list[int]):
+    def __init__(
+        self,
+        env: Any,  # with a table, and equally many accounts for each seed
+        config: NativePPOConfig,  # of one seed
+        runner: PolicyRunner,  # of all networks
+        seeds: list[int],  # in the order of their accounts
+    ):
         super().__init__(env, config, runner, networks=len(seeds))
         self.seeds, self.accounts = seeds, env.n_envs // len(seeds)
         self.randoms = [torch.Generator(runner.device).manual_seed(seed) for seed in seeds]
 
-    def begin(self):
+    def begin(self) -> None:
         "Start all episodes, each seed's as it would alone."
         self.obs, self.state = self.env.reset_index(self.seeds), None
 
-    def race(self, logits: Tensor) -> Tensor:
+    def race(
+        self,
+        logits: Tensor,  # (n_envs, actions)
+    ) -> Tensor:  # (n_envs, actions), above 0
         "Exponential random numbers, of each seed's own."
         own = zip(logits.chunk(len(self.seeds)), self.randoms)
         return torch.cat([torch.empty_like(x).exponential_(generator=random) for x, random in own])
 
-    def mean_over_accounts(self, x: Tensor) -> Tensor:  # (seeds, …)
-        "Of each seed's accounts."
+    def mean_over_accounts(
+        self,
+        x: Tensor,  # (n_envs, …)
+    ) -> Tensor:  # (seeds, …)
+        "The mean of each seed's accounts."
         return x.unflatten(0, (len(self.seeds), -1)).mean(1)
 
-    def values(self, act, obs: Obs, account: Tensor) -> Tensor:  # (n,)
+    def values(
+        self,
+        act: Act,  # of `acting`
+        obs: Obs,  # of n accounts
+        account: Tensor,  # (n,) which accounts these are
+    ) -> Tensor:  # (n,)
         "Networks take equally many rows, so the shorter groups are filled up."
         if not len(account):
             return obs.rows.new_zeros(0, dtype=torch.float32)
@@ -97,7 +114,10 @@ class SeedsCollector(RolloutCollector):
         fill[place] = torch.arange(len(seed), device=seed.device)
         return act(Obs(obs.rows[fill], obs.dense[fill]), None)[1][place]
 
-    def account_name(self, i: int) -> str:
+    def account_name(
+        self,
+        i: int,  # from 0
+    ) -> str:  # for a person
         "What a message calls an account."
         return f"account {i % self.accounts} of seed {self.seeds[i // self.accounts]}"
 
@@ -105,7 +125,14 @@ class SeedsCollector(RolloutCollector):
 class SeedsLearner(Learner):
     "Gradient steps of all networks at once, each on its own samples."
 
-    def __init__(self, env, config, runner: PolicyRunner, samples: int, randoms: list[torch.Generator]):
+    def __init__(
+        self,
+        env: Any,  # with a table, and equally many accounts for each seed
+        config: NativePPOConfig,  # of one seed
+        runner: PolicyRunner,  # of all networks
+        samples: int,  # of a rollout, of one network
+        randoms: list[torch.Generator],  # one for each network
+    ):
         self.randoms = randoms
         super().__init__(env, config, runner, samples)
 
@@ -122,7 +149,11 @@ class SeedsLearner(Learner):
         seeds, steps = len(self.randoms), self.config.n_steps
         return x.unflatten(0, (steps, seeds, -1)).transpose(0, 1).flatten(1, 2)
 
-    def epochs(self, data: dict[str, Tensor], n: int) -> Iterator[list[Minibatch]]:
+    def epochs(
+        self,
+        data: dict[str, Tensor],  # of `samples_of`
+        n: int,  # passes over it
+    ) -> Iterator[list[Minibatch]]:  # once per pass; samples of each network in turn
         "Each network's own minibatches, side by side."
         indices = zip(self.each(data["index"]), self.randoms)
         own = [self.shuffled(index, n, random) for index, random in indices]
@@ -140,8 +171,11 @@ class SeedsLearner(Learner):
             yield together
 
     def losses(
-        self, data: dict[str, Tensor], batch: Minibatch, entropy_coefficient: float
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        self,
+        data: dict[str, Tensor],  # of `samples_of`
+        batch: Minibatch,  # of `epochs`
+        entropy_coefficient: float,  # weight of the entropy in the loss
+    ) -> tuple[Tensor, dict[str, Tensor]]:  # () of all, and (seeds,) of each name
         "The loss of a minibatch of each network, and what to watch of each."
         n, names = len(self.randoms), ("action", "log_probability", "logits", "value", "advantage", "return")
         own = {name: data[name].index_select(0, batch.samples).unflatten(0, (n, -1)) for name in names}
@@ -150,7 +184,10 @@ class SeedsLearner(Learner):
         loss, watch = ppo_losses(logits, value, own, self.config, entropy_coefficient)
         return loss.sum(), watch  # a sum: no network's gradient depends on how many there are
 
-    def clip(self, groups: list[dict]) -> Tensor:
+    def clip(
+        self,
+        groups: list[dict],  # of stacked parameters that have gradients
+    ) -> Tensor:  # (seeds,) norms of the gradients before
         "Each network by its own norm."
         return clip_each(groups, self.config.max_grad_norm)
 
@@ -168,8 +205,8 @@ _ALIKE = {
 
 # %% ../nbs/06_training/16_seeds.ipynb #154ebdfd
 def check_alike(
-    config: NativePPOConfig,
-):
+    config: NativePPOConfig,  # of one seed
+) -> None:
     "Settings under which all seeds go the same way; else raises `InputError`."
     for name, value in _ALIKE.items():
         if getattr(config, name) != value:
@@ -205,11 +242,12 @@ class SeedsTrainer(NativePPOTrainer):
 
     def __init__(
         self,
-        env,  # GPUVectorizedTradingEnv with equally many accounts for each seed
+        env: Any,  # GPUVectorizedTradingEnv with equally many accounts for each seed
         config: NativePPOConfig | None = None,  # of one seed: its n_envs, its minibatches, its budget
         seeds: int | Sequence[int] = 8,  # so many, from the configured one on; or which
-        validation_market=None,  # history bounded to the validation span; None: no validation
-        progress=print,  # as of `NativePPOTrainer`
+        validation_market: MarketData
+        | None = None,  # history bounded to the validation span; None: no validation
+        progress: Any = print,  # as of `NativePPOTrainer`
     ):
         config = config or NativePPOConfig()
         self.seeds = which_seeds(seeds, config.seed)
@@ -272,7 +310,7 @@ class SeedsTrainer(NativePPOTrainer):
             if name.startswith("validation"):
                 row[name] = float(np.mean([history[-1][name] for history in self.histories]))
 
-    def validations_by_seed(self) -> list[tuple[int, list[dict]]]:
+    def validations_by_seed(self) -> list[tuple[int, list[dict]]]:  # seed, and a row for each validation
         "What was looked at, of each seed that is trained."
         return list(zip(self.seeds, self.each_validations))
 
@@ -284,8 +322,8 @@ class SeedsTrainer(NativePPOTrainer):
     def content(  # type: ignore[override]  # of one seed: all of them together are in no file
         self,
         k: int,  # which of the seeds, from 0
-        metrics: dict | None = None,  # of its validation
-    ) -> dict:
+        metrics: dict | None = None,  # of its validation; None: there was none
+    ) -> dict:  # plain containers and tensors
         "What a checkpoint of one seed's policy holds. It can be evaluated and traded, but not resumed."
         config = replace(self.config, seed=self.seeds[k])
         return policy_content(self, self.policy.network(k), config) | {
@@ -304,7 +342,10 @@ class SeedsTrainer(NativePPOTrainer):
             for k, (seed, best) in enumerate(zip(self.seeds, self.bests))
         ]
 
-    def load(self, path):
+    def load(
+        self,
+        path: str | Path,  # of a checkpoint
+    ) -> dict:  # never
         "Refused: raises `InputError`."
         raise InputError(
             f"{path}: several seeds at once cannot go on from a file; "

@@ -10,8 +10,10 @@ __all__ = ['validation_score', 'reaction', 'validation_interval', 'NativePPOTrai
 import copy
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +24,7 @@ from .env import MarketData
 from .kernels.layers import fast_products, keep_freed_memory
 from .metrics import composite_score
 from .policy.factory import fresh_policy
+from .training.checkpoint_content import run_content, run_so_far
 from trading_lib.training.config import (  # noqa: F401
     NativePPOConfig,
     get_a100_config,
@@ -30,12 +33,13 @@ from trading_lib.training.config import (  # noqa: F401
     is_due,
 )
 from .training.distributed import all_gather, broadcast_first, processes
+from .training.policy_runner import PolicyRunner
 from .training.ppo import learning_rate_at
 from .training.progress import LineProgress
-from .training.rollout import PolicyRunner, RolloutCollector, component_means
+from .training.rollout import RolloutCollector, component_means, not_finite_cause
 from .training.run_folder import RunFolder
-from .training.run_state import check_parts, restore, run_content, run_so_far
-from .training.update import Diverged, Learner, update_row
+from .training.run_state import check_parts, restore
+from .training.update import Diverged, Learner, samples_of, update_row
 from .training.validation import Validation
 
 # %% ../nbs/06_training/15_trainer.ipynb #2a86578e
@@ -45,15 +49,18 @@ _all_ = ["Diverged", "NativePPOConfig", "get_a100_config", "get_auto_config"]  #
 def validation_score(
     metrics: dict,  # of a validation; the composite score is added to it
     row: dict,  # of the update: explained_variance, entropy, kl, clip_fraction
-    config: NativePPOConfig,
-    n_actions: int,
+    config: NativePPOConfig,  # the drawdown's threshold and its weight
+    n_actions: int,  # logits
 ) -> tuple[float, float]:  # by which checkpoints are chosen; drawdown beyond the threshold, in thresholds
     "Judge a validation."
     deviation, threshold = metrics["reward_deviation"], config.max_drawdown_threshold
+    reward_ratio = 0.0
+    if deviation:
+        reward_ratio = metrics["reward"] / deviation
     metrics["composite"] = composite_score(
         100 * metrics["run_return"],
         metrics["win_rate"],
-        metrics["reward"] / deviation if deviation else 0.0,
+        reward_ratio,
         row["explained_variance"],
         row["entropy"] / math.log(n_actions),
         row["kl"],
@@ -67,7 +74,7 @@ _RECOVERIES = 3  # at most so many times the learning rate is halved
 
 
 def reaction(
-    config: NativePPOConfig,
+    config: NativePPOConfig,  # `recovery`, `early_stop`, `patience`
     excess: float,  # drawdown beyond the threshold, in thresholds
     recoveries: int,  # that there were already
     without_better: int,  # validations since the best one
@@ -76,8 +83,10 @@ def reaction(
     if excess and config.recovery and recoveries < _RECOVERIES:
         return True, None
     if excess and config.early_stop:
-        after = f" after {recoveries} recoveries" if config.recovery else ""
-        return False, f"{_beyond(config)}{after}"
+        reason = _beyond(config)
+        if config.recovery:
+            reason += f" after {recoveries} recoveries"
+        return False, reason
     if config.patience is not None and without_better >= config.patience:
         return False, f"{config.patience} validations without a better score"
     return False, None
@@ -88,7 +97,7 @@ def _beyond(config: NativePPOConfig) -> str:
 
 # %% ../nbs/06_training/15_trainer.ipynb #d18345d3
 def validation_interval(
-    config: NativePPOConfig,
+    config: NativePPOConfig,  # its interval, and who decided it
     updates: int,  # of the run
     world: int,  # processes that share them
 ) -> int:  # updates
@@ -97,48 +106,22 @@ def validation_interval(
         return interval_in_force(config.validation_interval, updates)
     return config.validation_interval
 
-# %% ../nbs/06_training/15_trainer.ipynb #95ffa2d9
-class NativePPOTrainer:
-    "PPO for any environment with the tensor interface."
+# %% ../nbs/06_training/15_trainer.ipynb #94415667
+class _Updates:
+    "A policy, what lets it act and what teaches it; one update after another."
 
-    description = ""  # of the run, for people: who makes the trainer writes it
-    exit_status = 0  # of the program that trains: who stops the run sets it
-
-    def __init__(
-        self,
-        env,  # with n_envs, n_actions, obs_dim, device, reset(seed) and step(actions) on tensors
-        config: NativePPOConfig | None = None,
-        validation_market: MarketData | None = None,  # bounded to the validation span; None: no validation
-        progress=print,  # called with a line now and then, or an object like `LineProgress`; None: silent
-        folder: RunFolder | None = None,  # where checkpoints of the run go; None: nowhere
-    ):
-        self.env, self.config, self.folder = env, config or NativePPOConfig(), folder
-        if not hasattr(progress, "updated"):
-            progress = LineProgress(progress or (lambda line: None))
-        self.progress = progress
+    def __init__(self, env: Any, config: NativePPOConfig, progress: Any):
+        self.env, self.config, self.progress = env, config, progress
         self.rank, self.world = processes()
         self.accounts = self._accounts_of_one_policy()
         self.samples = self.accounts * self.config.n_steps  # of one policy in a rollout
         self._make_parts()
         self.device, self.table = self.runner.device, self.runner.table
-        self.validation = None
-        if validation_market is not None:
-            networks = env.n_envs // self.accounts
-            self.validation = Validation(validation_market, env.config, self.device, networks)
         self.updates = math.ceil(self.config.total_timesteps / (self.samples * self.world))
-        self.validation_interval = validation_interval(self.config, self.updates, self.world)
         self.update, self.global_step = 0, 0
-        self.history: list[dict] = []
-        self.best: dict | None = None
-        self.best_update: int | None = None
-        self.best_score = -math.inf
-        # a row for each checkpoint that was looked at: what a ledger of trials needs
-        self.validations: list[dict] = []
-        self.recoveries = self.without_better = 0
-        self.ended: str | None = None  # why the run is over before its budget
+        self.recoveries = 0
         # seconds of the last update; no part of a checkpoint, whose bytes depend on the run alone
         self.seconds = dict.fromkeys(("rollout", "update", "critic"), 0.0)
-        self.made_with = {"git": git_state(), "libraries": library_versions()}
 
     def _accounts_of_one_policy(self) -> int:
         if self.config.n_envs not in (None, self.env.n_envs):
@@ -159,30 +142,35 @@ class NativePPOTrainer:
     def _say(self, line: str):
         self.progress.say(line)
 
-    policy = property(lambda self: self.runner.policy, doc="The policy that is trained.")
-    optimizers = property(lambda self: self.learner.optimizers, doc="One, or two where they are separate.")
+    @property
+    def policy(self) -> Any:  # a network, or several stacked
+        "The policy that is trained."
+        return self.runner.policy
 
-    # -- an update -------------------------------------------------------------------------------------------
+    @property
+    def optimizers(self) -> list[torch.optim.Adam]:  # one, or two where they are separate
+        "What takes its gradient steps."
+        return self.learner.optimizers
+
+    def _update_once(self) -> dict[str, float]:
+        "Act, look, learn; what is kept of the update."
+        began = time.perf_counter()
+        rollout = self._rollout()
+        self._check(rollout)  # a GPU has done what it was asked by then
+        acted = time.perf_counter()
+        row = self._learn(rollout)
+        learned = time.perf_counter() - acted - self.seconds["critic"]
+        self.seconds |= {"rollout": acted - began, "update": learned}
+        return row
 
     def _rollout(self) -> dict[str, Tensor]:
         return self.collector.collect(self.progress.phase)
 
     def _check(self, rollout: dict[str, Tensor]):
         "Every number of every process's rollout is finite, or the cause is named."
-        causes = [cause for cause in all_gather(self.collector.cause(rollout)) if cause]
+        causes = [cause for cause in all_gather(not_finite_cause(self.collector, rollout)) if cause]
         if causes:
-            raise self._diverged(causes[0])  # all end together, or one would wait for ever
-
-    def _diverged(self, cause: str) -> Diverged:
-        "Keep what is good, and say where."
-        # they may hold what went wrong: who goes on from here begins new episodes
-        self.collector.obs = self.collector.state = None
-        path = self._keep(self.folder.save) if self.folder is not None and self.update else None
-        kept = f"; kept {path}" if path else ""
-        return Diverged(
-            f"training: in update {self.update + 1} {cause}. "
-            f"The weights are those of update {self.update}{kept}"
-        )
+            raise Diverged(causes[0])  # all end together, or one would wait for ever
 
     def _learn(self, rollout: dict[str, Tensor]) -> dict[str, float]:
         "All epochs over one rollout; what is kept of the update."
@@ -190,11 +178,8 @@ class NativePPOTrainer:
         schedule = c.learning_rate, c.warmup_fraction, c.min_lr_fraction
         rate = learning_rate_at(self.update, self.updates, *schedule) * 0.5**self.recoveries
         entropy_coefficient = c.entropy_coefficient * 1.5**self.recoveries
-        data = learner.samples_of(rollout)
-        try:
-            watched, means = learner.learn(data, rate, entropy_coefficient, self.progress.phase)
-        except Diverged as e:
-            raise self._diverged(str(e)) from None
+        data = samples_of(rollout)
+        watched, means = learner.learn(data, rate, entropy_coefficient, self.progress.phase)
         self.seconds["critic"] = learner.critic_seconds
         settings = {"learning_rate": rate, "entropy_coefficient": entropy_coefficient}
         return self._row(watched, means, settings, data)
@@ -203,12 +188,54 @@ class NativePPOTrainer:
         "What is kept of an update."
         return update_row(watched, means, settings, data, component_means(self.collector))
 
+# %% ../nbs/06_training/15_trainer.ipynb #dc0896bd
+def _nothing(line: str):
+    "Progress that nobody wants to see."
+
+
+def _never() -> bool:
+    return False
+
+# %% ../nbs/06_training/15_trainer.ipynb #95ffa2d9
+class NativePPOTrainer(_Updates):
+    "PPO for any environment with the tensor interface."
+
+    description = ""  # of the run, for people: who makes the trainer writes it
+    exit_status = 0  # of the program that trains: who stops the run sets it
+
+    def __init__(
+        self,
+        env: Any,  # with n_envs, n_actions, obs_dim, device, reset(seed) and step(actions) on tensors
+        config: NativePPOConfig | None = None,  # None: the defaults
+        validation_market: MarketData | None = None,  # bounded to the validation span; None: no validation
+        progress: Any = print,  # called with a line now and then, or like `LineProgress`; None: silent
+        folder: RunFolder | None = None,  # where checkpoints of the run go; None: nowhere
+    ):
+        if not hasattr(progress, "updated"):
+            progress = LineProgress(progress or _nothing)
+        super().__init__(env, config or NativePPOConfig(), progress)
+        self.folder = folder
+        self.validation = None
+        if validation_market is not None:
+            networks = env.n_envs // self.accounts
+            self.validation = Validation(validation_market, env.config, self.device, networks)
+        self.validation_interval = validation_interval(self.config, self.updates, self.world)
+        self.history: list[dict] = []
+        self.best: dict | None = None
+        self.best_update: int | None = None
+        self.best_score = -math.inf
+        # a row for each checkpoint that was looked at: what a ledger of trials needs
+        self.validations: list[dict] = []
+        self.without_better = 0
+        self.ended: str | None = None  # why the run is over before its budget
+        self.made_with = {"git": git_state(), "libraries": library_versions()}
+
     # -- the run ---------------------------------------------------------------------------------------------
 
     def train(
         self,
         max_updates: int | None = None,  # stop after so many more; None: the whole budget
-        stop=lambda: False,  # asked after every update whether to end; `StopRequest` answers for signals
+        stop: Callable[[], bool] = _never,  # asked after every update; `StopRequest` answers for signals
     ) -> list[dict]:  # one row per update
         "Train; may be called again to go on."
         if self.device.type == "cpu":
@@ -219,25 +246,23 @@ class NativePPOTrainer:
             best["run"] = run_so_far(self)  # the best policy comes of the whole run
         return self.history
 
-    def _train(self, max_updates: int | None, stop):
-        c = self.config
+    def _train(self, max_updates: int | None, stop: Callable[[], bool]):
+        c, last = self.config, self.updates
+        if max_updates is not None:
+            last = min(last, self.update + max_updates)
         if self.collector.obs is None:
             self.collector.begin()
-        last = self.updates if max_updates is None else min(self.updates, self.update + max_updates)
         self.progress.start(self)
         while self.update < last and self.ended is None:
             if c.cost_warm_up and hasattr(self.env, "set_cost_scale"):
                 self.env.set_cost_scale(min(1.0, (self.update + 1) / (c.cost_warm_up * self.updates)))
-            began = time.perf_counter()
-            rollout = self._rollout()
-            self._check(rollout)  # a GPU has done what it was asked by then
-            acted = time.perf_counter()
-            row = self._learn(rollout)
-            learned = time.perf_counter() - acted - self.seconds["critic"]
-            self.seconds |= {"rollout": acted - began, "update": learned}
+            try:
+                made = self._update_once()
+            except Diverged as e:
+                raise self._diverged(str(e)) from None
             self.update += 1
             self.global_step += self.samples * self.world
-            row = {"update": self.update, "timesteps": self.global_step, **row}
+            row = {"update": self.update, "timesteps": self.global_step, **made}
             self.history.append(row)
             due = is_due(self.update, self.validation_interval) or self.update == self.updates
             if self.validation and due:
@@ -247,6 +272,19 @@ class NativePPOTrainer:
             self.progress.updated(self, row)
             if any(all_gather(bool(stop()))):
                 break
+
+    def _diverged(self, cause: str) -> Diverged:
+        "Keep what is good, and say where."
+        # they may hold what went wrong: who goes on from here begins new episodes
+        self.collector.obs = self.collector.state = None
+        kept = ""
+        if self.folder is not None and self.update:
+            path = self._keep(self.folder.save)
+            kept = f"; kept {path}" * bool(path)
+        return Diverged(
+            f"training: in update {self.update + 1} {cause}. "
+            f"The weights are those of update {self.update}{kept}"
+        )
 
     # -- validating ------------------------------------------------------------------------------------------
 
@@ -287,29 +325,40 @@ class NativePPOTrainer:
         if self.ended:
             self.progress.say(f"update {self.update}: ended early: {self.ended}")
 
-    def validations_by_seed(self) -> list[tuple[int, list[dict]]]:
+    def validations_by_seed(self) -> list[tuple[int, list[dict]]]:  # seed, and a row for each validation
         "What was looked at, of each seed that is trained."
         return [(self.config.seed, self.validations)]
 
     def _bests(self) -> list[dict]:
-        return [] if self.best is None else [self.best]
+        return [best for best in (self.best,) if best is not None]
 
     # -- saving and going on ---------------------------------------------------------------------------------
 
-    def content(self, metrics: dict | None = None) -> dict:
-        "Everything a checkpoint holds: plain containers and tensors."
+    def content(
+        self,
+        metrics: dict | None = None,  # of the validation that chose it; None: there was none
+    ) -> dict:  # plain containers and tensors
+        "Everything that a checkpoint holds."
         return run_content(self, metrics)
 
-    def _keep(self, save):
+    def _keep(self, save: Callable[[dict], Path | None]) -> Path | None:
         "The first process writes what all of them have."
         content = self.content()
-        return save(content) if self.rank == 0 else None
+        if self.rank:
+            return None
+        return save(content)
 
-    def save(self, path: str | Path) -> Path:
+    def save(
+        self,
+        path: str | Path,  # of the new file, *.pt
+    ) -> Path:  # where it is
         "Write the present state as a checkpoint."
         return save_checkpoint(self.content(), path)
 
-    def load(self, path: str | Path) -> dict:  # the checkpoint's content
+    def load(
+        self,
+        path: str | Path,  # of a checkpoint
+    ) -> dict:  # the checkpoint's content
         "Go on from a checkpoint of the same network and environment."
         content = load_checkpoint(path, map_location=self.device)
         self.restore(content, str(path), RunFolder(Path(path).parent))
@@ -320,7 +369,7 @@ class NativePPOTrainer:
         content: dict,  # of a checkpoint
         name: str = "the checkpoint",  # for messages
         beside: RunFolder | None = None,  # where the best policy lies; None: the run's own folder
-    ):
+    ) -> None:
         "Take over everything that the next update depends on, or change nothing."
         restore(self, content, name, beside)
 

@@ -16,6 +16,9 @@ import tempfile
 import zipfile
 from collections import Counter
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..checkpoint import load_checkpoint
 from ..config import InputError, require
@@ -39,9 +42,9 @@ FROM_MODEL = (
 
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #d4c708e5
 def read_file(
-    path: Path,
-    limit: int,  # bytes
-) -> bytes:
+    path: Path,  # of a file
+    limit: int,  # bytes; InputError where it has more
+) -> bytes:  # all of it
     "The bytes of a file that is not too large."
     if path.is_dir():
         raise InputError(f"{path}: is a folder; give the name of a file")
@@ -57,9 +60,9 @@ def read_file(
 
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #19d3dd6b
 def json_table(
-    data: bytes,
+    data: bytes,  # of a JSON file
     where: str,  # what it is, for messages
-) -> dict:
+) -> dict:  # its names and values
     "A table in JSON."
     try:
         content = json.loads(data)
@@ -71,10 +74,10 @@ def json_table(
 
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #8bd61563
 def checkpoint_of(
-    data: bytes,
+    data: bytes,  # of a checkpoint file
     where: str,  # for messages
-    map_location="cpu",  # device of the tensors
-) -> dict:
+    map_location: str | torch.device = "cpu",  # device of the tensors
+) -> dict:  # as `load_checkpoint` gives it
     "The content of a checkpoint's bytes: of these very bytes, whatever happens to the file they came from."
     with tempfile.TemporaryDirectory() as private:
         copy = Path(private) / MODEL
@@ -85,11 +88,18 @@ def checkpoint_of(
             raise InputError(str(e).replace(str(copy), where)) from None
 
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #36f1539b
+def _table(value: Any) -> dict:
+    "A table that a file should hold; empty where it holds something else."
+    if isinstance(value, dict):
+        return value
+    return {}
+
+
 def model_facts(
     content: dict,  # of a checkpoint
 ) -> dict:  # those of FROM_MODEL, data, commit; None: not known
     "What the checkpoint says about itself."
-    data, git = ({} if not isinstance(content.get(name), dict) else content[name] for name in ("data", "git"))
+    data, git = _table(content.get("data")), _table(content.get("git"))
     return {
         "model_version": declared_version(content),
         "layout_hash": content.get("layout_hash"),
@@ -101,24 +111,25 @@ def model_facts(
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #bedc1f01
 def verdict_word(
     verdict: dict | str | None,  # a verdict with its reasons, or its word alone
-) -> str:
+) -> str:  # one word
     "APPROVED, REVIEW, DROP, or a dash."
     if isinstance(verdict, dict):
         verdict = verdict.get("verdict")
-    return "-" if verdict is None else str(verdict)
+    if verdict is None:
+        return "-"
+    return str(verdict)
 
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #03f59a91
 def check_agreement(
     where: str,  # for messages
-    manifest: dict,
-    files: dict[str, bytes],
-):
+    manifest: dict,  # of the archive, or the facts that it is made of
+    files: dict[str, bytes],  # name in the archive -> content; the model among them
+) -> None:
     "Manifest, verdict.json and metrics.json speak of this very model and say the same, else InputError."
     model = hashlib.sha256(files[MODEL]).hexdigest()
     if "metrics.json" in files:
         metrics = json_table(files["metrics.json"], f"{where}: metrics.json")
-        about = metrics.get("provenance") or {}
-        of = about.get("model_sha256") if isinstance(about, dict) else None
+        of = _table(metrics.get("provenance")).get("model_sha256")
         if of is not None:  # older files do not say
             _check_about(where, "metrics.json", of, model)
     if "verdict.json" in files:
@@ -177,16 +188,14 @@ def _known(manifest: dict, *names: str) -> str:
 
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #e23ac7fb
 def _failed_reasons(verdict) -> list[str]:
-    failed = verdict.get("failed") if isinstance(verdict, dict) else None
-    if not isinstance(failed, dict):
-        return []
+    failed = _table(_table(verdict).get("failed"))
     return [reason for reasons in failed.values() for reason in reasons]
 
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #abafb1a9
 def _market_text(simulated: bool, source: str | None) -> str:
     if simulated:
         return "SIMULATED, which says nothing about a real one"
-    return markdown(source) if source else "not recorded"
+    return markdown(source or "not recorded")
 
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #d56adfd3
 def deploy_readme(
@@ -224,7 +233,9 @@ _COMMENT_SIZE = len(_MARK) + 64
 _END_SIZE = 22  # bytes of the end record before its comment; the last two are the comment's length
 
 
-def sealed_zip(files: dict[str, bytes]) -> bytes:
+def sealed_zip(
+    files: dict[str, bytes],  # name in the archive -> content
+) -> bytes:  # of the archive
     "An archive whose bytes depend on the files alone, its own SHA-256 as the comment."
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
@@ -239,11 +250,13 @@ def sealed_zip(files: dict[str, bytes]) -> bytes:
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #bdc43c4f
 def is_sealed(
     path: Path,  # for messages
-    data: bytes,
+    data: bytes,  # of the archive
 ) -> bool:  # False: it carries no SHA-256 of its own
     "Whether an archive is whole by its own SHA-256; InputError where it is no zip, cut off or damaged."
     if data[:4] != b"PK\x03\x04":
-        fault = "not a zip archive, or is damaged at its start" if data else "empty"
+        fault = "empty"
+        if data:
+            fault = "not a zip archive, or is damaged at its start"
         raise InputError(f"{path}: is {fault}; expected one made by write_deploy_zip")
     end = data[-_COMMENT_SIZE - _END_SIZE : -_COMMENT_SIZE]
     if end[:4] == b"PK\x05\x06" and end[-2:] == _COMMENT_SIZE.to_bytes(2, "little"):
@@ -283,9 +296,9 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo], size: int, limit:
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #1b35b62f
 def zip_entries(
     path: Path,  # for messages
-    data: bytes,
-    limit: int,  # bytes
-) -> dict[str, bytes]:
+    data: bytes,  # of the archive
+    limit: int,  # bytes that its entries may have
+) -> dict[str, bytes]:  # name -> content
     "Names and bytes of an archive, once its directory is known to be harmless."
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
@@ -313,8 +326,8 @@ def _lists_files(listed) -> bool:
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #b409b48c
 def manifest_of(
     path: Path,  # for messages
-    data: bytes | None,  # None: there is none
-) -> dict:
+    data: bytes | None,  # of the file in the archive; None: there is none
+) -> dict:  # with format_version, files and verdict
     "The manifest, once it can be understood, else InputError."
     expected = "expected an archive made by write_deploy_zip"
     if data is None:
@@ -323,7 +336,7 @@ def manifest_of(
         manifest = json.loads(data)
     except (ValueError, RecursionError):
         raise InputError(f"{path}: its {MANIFEST} is not JSON; {expected}") from None
-    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    version = _table(manifest).get("format_version")
     if type(version) is not int or version < 1:
         raise InputError(f"{path}: its {MANIFEST} has no format_version; {expected}")
     if version > DEPLOY_FORMAT:
@@ -340,8 +353,8 @@ def manifest_of(
 def check_listed(
     path: Path,  # for messages
     listed: dict,  # of the manifest
-    files: dict[str, bytes],
-):
+    files: dict[str, bytes],  # name -> content, without the manifest
+) -> None:
     "The archive holds the listed files, whole, and no others, else InputError."
     extra, missing = sorted(set(files) - set(listed)), sorted(set(listed) - set(files))
     require(not extra, f"{path}: holds {', '.join(extra)}, which its manifest does not list; refused")

@@ -83,7 +83,7 @@ def _draw_account(axis: Axes, result: BacktestResult):
     for name in ("cash", "buy_and_hold", "buy_and_hold_at_exposure", "agent"):
         curve = result.curves[name]
         earned = curve.iloc[-1] / curve.iloc[0] - 1
-        width = 1.6 if name == "agent" else 1.0
+        width = {"agent": 1.6}.get(name, 1.0)
         label = f"{_LABELS[name]} {earned:+.1%}"
         axis.plot(np.arange(len(curve)), curve, color=COLOURS[name], lw=width, label=label)
     axis.set_ylabel("account")
@@ -118,12 +118,14 @@ def plot_backtest(
 # %% ../../nbs/08_reporting/01_figures.ipynb #6eb63f3e
 def title_of(
     result: BacktestResult,  # with its provenance
-) -> str:
+) -> str:  # for a picture or a page
     "On what, in a few words."
     p = result.provenance
-    bars = "real bars" if p.get("data", {}).get("source") else "bars"
+    bars = "bars"
     if is_simulated(result):
         bars = "simulated bars"
+    elif p.get("data", {}).get("source"):
+        bars = "real bars"
     return f"{p['symbol']} {p['timeframe']}: {bars}, {p['span'][0][:10]} to {p['span'][1][:10]}"
 
 # %% ../../nbs/08_reporting/01_figures.ipynb #05e9e396

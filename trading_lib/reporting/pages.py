@@ -88,7 +88,7 @@ def render_page(
 # %% ../../nbs/08_reporting/02_pages.ipynb #af74a36f
 def image_source(
     picture: bytes,  # PNG
-) -> str:
+) -> str:  # a data: URL
     "A picture inside the page, as its address."
     return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
@@ -106,7 +106,7 @@ def describe_source(
             kind = "a martingale: there is nothing to learn"
         return f"Simulated market, {kind}; seed {data.get('seed')}. {nothing_real}"
     if simulated:
-        return f"A simulated market{f', read from {source}' if source else ''}. {nothing_real}"
+        return f"A simulated market{f', read from {source}' * bool(source)}. {nothing_real}"
     if not source:
         return "Bars that were given as a table; where they come from is not known."
     told = [f"{name} {data[name]}" for name in ("feed", "adjustment") if data.get(name)]
@@ -115,12 +115,14 @@ def describe_source(
 # %% ../../nbs/08_reporting/02_pages.ipynb #30b5f150
 def kind_of_data(
     data: dict,  # `source` and what belongs to it
-    simulated: bool,
-) -> str:
+    simulated: bool,  # whatever the source is
+) -> str:  # two or four words
     "What stands first on a page."
     if simulated:
         return "Simulated data"
-    return "Real data" if data.get("source") else "Data of unknown origin"
+    if data.get("source"):
+        return "Real data"
+    return "Data of unknown origin"
 
 # %% ../../nbs/08_reporting/02_pages.ipynb #4c9c63d5
 # figure -> (label, how it is written)
@@ -159,13 +161,17 @@ _INTERVALS = {
 
 # %% ../../nbs/08_reporting/02_pages.ipynb #8c42db90
 def _written(value, form: str) -> str:
-    return "–" if value is None else form.format(value)
+    if value is None:
+        return "–"
+    return form.format(value)
 
 
 def _figure(figures: dict, name: str, form: str) -> str:
     "A figure in words, where it says anything."
-    few = too_few_trades(figures.get("trades")) if name in TRADE_FIGURES else None
-    return few or _written(figures[name], form)
+    few = too_few_trades(figures.get("trades"))
+    if few and name in TRADE_FIGURES:
+        return few
+    return _written(figures[name], form)
 
 
 def _figure_rows(metrics: dict) -> list[tuple[str, str]]:
@@ -199,8 +205,10 @@ def _baseline_rows(result: BacktestResult) -> list[tuple[str, str]]:
     better = better_baselines(result.metrics["total_return"], result.baselines)
     rows = []
     for name, value in result.baselines.items():
-        note = ", better than the agent" if name in better else ""
-        rows.append((name.replace("_", " "), f"{value:+.2%}{note}"))
+        figure = f"{value:+.2%}"
+        if name in better:
+            figure += ", better than the agent"
+        rows.append((name.replace("_", " "), figure))
     return rows
 
 
@@ -259,7 +267,7 @@ def _trial_rows(verdict: dict) -> list[tuple[str, str]]:
     "What a verdict was chosen from, and how much of it luck may be."
     trials, luck = verdict["trials"], verdict["luck"]
     tried = (
-        f"{trials['n_trials']} trial{'s' if trials['n_trials'] > 1 else ''} (symbols: {trials['n_symbols']}, "
+        f"{trials['n_trials']} trial{'s' * (trials['n_trials'] > 1)} (symbols: {trials['n_symbols']}, "
         f"runs: {trials['n_runs']}, checkpoints looked at: {trials['n_checkpoints']}). {trials['counted']}"
     )
     deflated = (
@@ -318,7 +326,7 @@ def render_report(
     data = p.get("data", {})
     return render_page(
         _REPORT,
-        title=f"{p['symbol']} {p['timeframe']} backtest{', simulated' if simulated else ''}",
+        title=f"{p['symbol']} {p['timeframe']} backtest{', simulated' * simulated}",
         kind=kind_of_data(data, simulated),
         source=describe_source(data, simulated),
         verdict=verdict,
@@ -339,7 +347,7 @@ def render_report(
 
 # %% ../../nbs/08_reporting/02_pages.ipynb #da55fb08
 def write_report(
-    result: BacktestResult,
+    result: BacktestResult,  # of `run_backtest`
     folder: str | Path,  # reports/{symbol}_{timeframe}
     verdict: dict | None = None,  # from `assess`; None: judged as the only trial
 ) -> dict[str, Path]:  # name -> file
@@ -355,7 +363,9 @@ def write_report(
 def _market_word(result: BacktestResult) -> str:
     if is_simulated(result):
         return "simulated"
-    return "real" if result.provenance.get("data", {}).get("source") else "unknown"
+    if result.provenance.get("data", {}).get("source"):
+        return "real"
+    return "unknown"
 
 # %% ../../nbs/08_reporting/02_pages.ipynb #f7a780e5
 def _comparison_row(result: BacktestResult, verdict: dict) -> dict:
@@ -381,7 +391,7 @@ def _comparison_row(result: BacktestResult, verdict: dict) -> dict:
 
 # %% ../../nbs/08_reporting/02_pages.ipynb #a9cca216
 def comparison_table(
-    results: list[BacktestResult],
+    results: list[BacktestResult],  # of `run_backtest`, of one symbol each
     verdicts: list[dict],  # from `assess`, one for each
 ) -> str:  # lines of equal length
     "Many symbols, one line each: what an agent did, what it must beat, and the verdict."

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from ..checkpoint import flat_facts, library_versions
 from ..config import InputError, require
 from ..evaluation.ledger_file import append_everywhere, json_text, plain_value, read_everywhere
@@ -86,12 +88,16 @@ def _changes(before: dict | None, after: dict) -> str:
     if before["data"] != after["data"]:
         changed.insert(0, "other data")
     text = printable("; ".join(changed))
-    return text if len(text) <= 60 else text[:59] + "…"
+    if len(text) <= 60:
+        return text
+    return text[:59] + "…"
 
 # %% ../../nbs/08_reporting/03_registry.ipynb #554994e0
 def _figure(run: dict, name: str, form: str) -> str:
     value = run["metrics"].get(name)
-    return format(value, form) if isinstance(value, (int, float)) else "-"
+    if not isinstance(value, (int, float)):
+        return "-"
+    return format(value, form)
 
 # %% ../../nbs/08_reporting/03_registry.ipynb #e5904422
 _FIGURES = {  # column -> name and form of a figure
@@ -118,7 +124,7 @@ def _history_row(run: dict) -> dict[str, str]:
 # %% ../../nbs/08_reporting/03_registry.ipynb #8d261bb1
 def format_history(
     rows: list[dict],  # from `symbol_history` or `index_runs`
-) -> str:
+) -> str:  # lines
     "A table for people, one line per run; its last column: what was changed since the symbol's run before."
     if not rows:
         return "no runs yet"
@@ -129,13 +135,10 @@ def format_history(
         table.append({"run": str(i), **_history_row(run), "changed": changed})
         before[run["symbol"]] = run
     widths = {name: max(len(name), *(len(row[name]) for row in table)) for name in table[0]}
-    to_the_right = {"run", *_FIGURES}
+    align = dict.fromkeys(widths, "<") | dict.fromkeys(("run", *_FIGURES), ">")
 
     def line(row: dict[str, str]) -> str:
-        padded = [
-            row[name].rjust(width) if name in to_the_right else row[name].ljust(width)
-            for name, width in widths.items()
-        ]
+        padded = [f"{row[name]:{align[name]}{width}}" for name, width in widths.items()]
         return "  ".join(padded).rstrip()
 
     lines = [line({name: name for name in widths}), *map(line, table)]
@@ -185,7 +188,7 @@ def write_deploy_zip(
     out_path: str | Path,  # the archive, replaced in one step
     files: Mapping[
         str, str | Path | bytes
-    ],  # name in the archive -> file or its bytes; verdict.json is about this model
+    ],  # name in the archive -> file or its bytes; a verdict.json must be of this model
     facts: dict,  # for the manifest: verdict, and what the checkpoint does not know
 ) -> Path:  # the archive
     "Pack a model with its manifest and a README; equal inputs give equal bytes."
@@ -203,10 +206,11 @@ def write_deploy_zip(
             )
     packed = {MODEL: model}
     for name, file in files.items():
-        packed[name] = file if isinstance(file, bytes) else read_file(Path(file), MAX_DEPLOY_BYTES)
-    check_agreement(
-        "deploy zip", facts, packed
-    )  # of the bytes that are packed, whatever becomes of the files
+        if not isinstance(file, bytes):
+            file = read_file(Path(file), MAX_DEPLOY_BYTES)
+        packed[name] = file
+    # of the bytes that are packed, whatever becomes of the files
+    check_agreement("deploy zip", facts, packed)
     given = {name: value for name, value in facts.items() if value is not None}
     libraries = content.get("libraries") or library_versions()
     archive = sealed_zip(_with_manifest(packed, {"libraries": libraries, **known, **given}))
@@ -221,7 +225,7 @@ def write_deploy_zip(
 def load_deploy_zip(
     path: str | Path,  # an archive made by `write_deploy_zip`
     limit: int = MAX_DEPLOY_BYTES,  # bytes beyond which it is not read
-    map_location="cpu",  # device of the tensors
+    map_location: str | torch.device = "cpu",  # device of the tensors
 ) -> dict:  # content of the checkpoint, manifest, files: name -> bytes
     "Verify an archive to the last byte and read it; nothing is unpacked by its name, no code of it runs."
     path = Path(path)

@@ -36,7 +36,7 @@ class Curves:
 
     def __init__(
         self,
-        shown,  # like `trainer.LineProgress`
+        shown: Any,  # like `trainer.LineProgress`
         folder: str | Path,  # replaced when a run begins
     ):
         self._shown, self._folder = shown, Path(folder)
@@ -45,11 +45,20 @@ class Curves:
     def __getattr__(self, name):
         return getattr(self._shown, name)
 
-    def start(self, trainer):
+    def start(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`
+    ) -> None:
+        "A run begins or goes on: its curves so far are written anew."
         self._careful(self._begin, trainer)
         self._shown.start(trainer)
 
-    def updated(self, trainer, row: dict):
+    def updated(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`
+        row: dict,  # figures of the update, by name
+    ) -> None:
+        "An update is complete."
         if self._live is not None:
             self._careful(self._log, row)
         self._shown.updated(trainer, row)

@@ -31,7 +31,7 @@ def _named_baselines(values: dict[str, float]) -> str:
     "Names, with the figures that the line does not have yet."
     words = []
     for name, value in values.items():
-        figure = "" if name in _IN_THE_LINE else f" {value:+.2%}"
+        figure = f" {value:+.2%}" * (name not in _IN_THE_LINE)
         words.append(baseline_name(name) + figure)
     return ", ".join(words)
 
@@ -51,12 +51,12 @@ def _market_text(result: BacktestResult) -> str:
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #8bbb767e
 def headline(
-    result: BacktestResult,
+    result: BacktestResult,  # of `run_backtest`
 ) -> str:  # one line
     "What it earned after costs, and which of the simple things it beats."
     metrics, earned = result.metrics, result.metrics["total_return"]
-    unseen = " unseen" if result.provenance.get("unseen") else ""
-    simulated = " simulated" if is_simulated(result) else ""
+    unseen = " unseen" * bool(result.provenance.get("unseen"))
+    simulated = " simulated" * is_simulated(result)
     line = (
         f"{result.symbol}: agent {earned:+.2%} after costs over {metrics['bars']}{unseen}{simulated} bars; "
         f"{_market_text(result)}"
@@ -87,13 +87,13 @@ VERDICTS = {  # from the best to what decides whatever else was found -> what it
 
 def worst_verdict(
     *verdicts: str,  # keys of VERDICTS
-) -> str:
+) -> str:  # one of them
     "The one that decides."
     return max(verdicts, key=list(VERDICTS).index)
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #319716c6
 def limits_of(
-    result: BacktestResult,
+    result: BacktestResult,  # of `run_backtest`
 ) -> list[tuple[str, str]]:  # verdict that it cannot be better than, and why
     "What no figure can make up for."
     provenance, metrics, limits = result.provenance, result.metrics, []
@@ -117,9 +117,7 @@ def limits_of(
 def judge(
     figures: dict,  # metrics of a backtest, or a row of its stress table
     n_trials: int = 1,  # everything that was tried before this was chosen
-    history: Sequence[
-        tuple[str, float]
-    ] = (),  # (name, fitness) of checkpoints in order of training, the assessed one last
+    history: Sequence[tuple[str, float]] = (),  # (name, fitness) of checkpoints, the assessed one last
     best: str = "APPROVED",  # the word for what passes every gate
 ) -> dict:  # verdict, fitness, failed, flags, deflated_sharpe, n_trials
     "The verdict of the gates after the number of trials is discounted."
@@ -129,8 +127,8 @@ def judge(
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #8db0d639
 def judge_stress(
-    result: BacktestResult,
-    n_trials: int = 1,
+    result: BacktestResult,  # with its `stress`
+    n_trials: int = 1,  # everything that was tried before this was chosen
     best: str = "APPROVED",  # the word for what passes every gate
     limits: Sequence[str] = (),  # verdicts that it cannot be better than, whatever it earned
 ) -> tuple[dict, list[str]]:  # name of the stress -> verdict; sentences where a verdict turns
@@ -148,7 +146,7 @@ def judge_stress(
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #52d474d4
 def capacity_limit(
-    result: BacktestResult,
+    result: BacktestResult,  # of `run_backtest`
 ) -> float | None:  # account value; inf: beyond the largest that was tried; None: there is no profit to lose
     "The account size at which half of the return is gone, interpolated between the sizes that were tried."
     sizes = np.array([row["initial"] for row in result.capacity])
@@ -165,7 +163,7 @@ def capacity_limit(
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #98528c18
 def _count(n: int, word: str) -> str:
-    return f"{n} {word}{'' if n == 1 else 's'}"
+    return f"{n} {word}{'s' * (n != 1)}"
 
 
 def _counted(trials: list[dict], chosen: dict) -> tuple[int, str]:
@@ -178,13 +176,14 @@ def _counted(trials: list[dict], chosen: dict) -> tuple[int, str]:
             "it is judged as the only thing that was tried."
         )
     if not n:
-        return seen, f"No ledger was found: the {recorded} {'is' if seen == 1 else 'are'} counted."
+        verb = {1: "is"}.get(seen, "are")
+        return seen, f"No ledger was found: the {recorded} {verb} counted."
     missing = max(0, seen - sum(t["symbol"] == chosen.get("symbol") for t in trials))
     symbols = _count(len({t["symbol"] for t in trials}), "symbol")
     text = f"It is discounted for {_count(n, 'trial')} of {symbols} in the project's ledgers"
     if missing:
-        text += f", and for {missing} of the {recorded}: the ledger lacks them."
-    return n + missing, text if missing else text + "."
+        text += f", and for {missing} of the {recorded}: the ledger lacks them"
+    return n + missing, text + "."
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #7cc53835
 _HOLDING = 0.9  # a correlation of bar returns from which an agent is a buy-and-hold at a smaller size
@@ -278,28 +277,32 @@ def _luck(result: BacktestResult, trials: list[dict]) -> dict:
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #39df85d1
 def assess(
-    result: BacktestResult,
+    result: BacktestResult,  # of `run_backtest`
     trials: Sequence[dict] = (),  # among which the model was chosen, from `comparable_trials`
-    history: Sequence[
-        tuple[str, float]
-    ] = (),  # (name, fitness) of checkpoints in order of training, the assessed one last
+    history: Sequence[tuple[str, float]] = (),  # (name, fitness) of checkpoints, the assessed one last
 ) -> dict:  # plain values: verdict, reasons, sentences and figures
     "The verdict on a backtest, with its reasons."
     trials = list(trials)
     n_trials, counted = _counted(trials, result.provenance.get("chosen", {}))
-    best, limits = SIMULATED_PASS if is_simulated(result) else "APPROVED", limits_of(result)
+    simulated, limits = is_simulated(result), limits_of(result)
+    best = "APPROVED"
+    if simulated:
+        best = SIMULATED_PASS
     forbidden = [verdict for verdict, _ in limits]
     judged = judge(result.metrics, n_trials, history, best)
     verdict = worst_verdict(judged["verdict"], *forbidden)
     failed = _failed(judged["failed"], limits, best)
     stress, turns = judge_stress(result, n_trials, best, forbidden)
     sentences, limit = _sentences(result, turns, counted), capacity_limit(result)
+    if limit is not None and not math.isfinite(limit):
+        limit = None  # JSON has no infinity
+    word_above = {"DROP": "REVIEW"}.get(verdict, best)  # which it was not given
     counts = {"n_trials": n_trials, "n_symbols": len({t["symbol"] for t in trials}), "counted": counted}
     return {
         "verdict": verdict,
-        "simulated": best == SIMULATED_PASS,
+        "simulated": simulated,
         "headline": headline(result),
-        "reasons": failed.get("REVIEW" if verdict == "DROP" else best, []) + judged["flags"] + sentences,
+        "reasons": failed.get(word_above, []) + judged["flags"] + sentences,
         "failed": failed,
         "flags": judged["flags"],
         "fitness": judged["fitness"],
@@ -308,6 +311,6 @@ def assess(
         "luck": _luck(result, trials),
         "stress": stress,
         "sentences": sentences,
-        "capacity": limit if limit is not None and math.isfinite(limit) else None,
+        "capacity": limit,
         "model_sha256": result.provenance.get("model_sha256"),
     }

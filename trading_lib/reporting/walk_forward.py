@@ -32,7 +32,9 @@ _AT_EXPOSURE_LABEL = "buy and hold at the agent's exposure"
 
 
 def _label(model: str) -> str:
-    return "agent, retrained for each fold" if model == "retrained" else picture_text(model)
+    if model == "retrained":
+        return "agent, retrained for each fold"
+    return picture_text(model)
 
 # %% ../../nbs/08_reporting/04_walk_forward.ipynb #371423e7
 def _model_colours(models: list[str]) -> dict:
@@ -110,12 +112,14 @@ def _draw_folds(axis: Axes, result: WalkForwardResult, colours: dict):
 def _draw_spans(axis: Axes, result: WalkForwardResult):
     "Which bars trained, chose and tested; of models that existed before, the tests alone are known."
     spans = result.provenance["spans"]
-    shown = list(_SPANS) if "validation_first" in result.folds else ["test"]
+    shown = ["test"]
+    if "validation_first" in result.folds:
+        shown = list(_SPANS)
     ends = []
     for place, fold in enumerate(spans):
         for name in shown:
             first, last = (pd.Timestamp(fold["times"][name][end]) for end in ("first", "last"))
-            label = None if place else name
+            label = name if place == 0 else None  # once in the legend
             axis.barh(place, last - first, left=first, height=0.6, color=_SPANS[name], label=label)
             ends += [first, last]
     days = pd.date_range(min(ends), max(ends), periods=9)
@@ -128,9 +132,9 @@ _ORIGINS = {"Simulated data": "simulated bars", "Real data": "real bars"}
 
 # %% ../../nbs/08_reporting/04_walk_forward.ipynb #d60b06a1
 def plot_walk_forward(
-    result: WalkForwardResult,
+    result: WalkForwardResult,  # of `walk_forward`
     data: dict | None = None,  # where the bars come from: `source` and what belongs to it; None: not known
-) -> Figure:
+) -> Figure:  # four panels
     "Chained equity beside buy-and-hold, returns of the folds, and the spans in time."
     figure, axes = plt.subplots(
         4, 1, figsize=(12, 12), height_ratios=[3, 1.6, 1.6, 1.4], layout="constrained"
@@ -144,7 +148,7 @@ def plot_walk_forward(
     _draw_folds(folds, result, colours)
     _draw_spans(spans, result)
     for axis in axes:
-        axis.legend(loc="upper right" if axis is spans else "best", fontsize=8)
+        axis.legend(loc={spans: "upper right"}.get(axis, "best"), fontsize=8)
         axis.grid(alpha=0.25)
         axis.margins(x=0.01)
         axis.set_axisbelow(True)
@@ -199,13 +203,17 @@ _SUMMARY = {
 
 # %% ../../nbs/08_reporting/04_walk_forward.ipynb #fda7773e
 def _cell(value, form: str) -> str:
-    return "–" if value is None or value == "" or pd.isna(value) else form.format(value)
+    if value is None or value == "" or pd.isna(value):
+        return "–"
+    return form.format(value)
 
 
 def _fold_cell(row: dict, column: str) -> str:
     "A fold's figure, where it says anything."
-    few = too_few_trades(row["trades"]) if column in TRADE_FIGURES else None
-    return few or _cell(row[column], _COLUMNS[column][1])
+    few = too_few_trades(row["trades"])
+    if few and column in TRADE_FIGURES:
+        return few
+    return _cell(row[column], _COLUMNS[column][1])
 
 # %% ../../nbs/08_reporting/04_walk_forward.ipynb #5815bc98
 def _mean_interval(summary: dict, periods: float) -> str:
@@ -278,10 +286,12 @@ def _page(result: WalkForwardResult, data: dict, picture: bytes) -> str:
     "One self-contained page."
     p, rows, simulated = result.provenance, result.folds, is_simulated(result, data)
     columns = [name for name in _COLUMNS if name in rows and rows[name].notna().any()]
-    single = len(result.models) == 1
+    headings = dict(zip(result.models, result.models))
+    if len(result.models) == 1:
+        headings = {result.models[0]: "All folds"}
     return render_page(
         _PAGE,
-        title=f"{p['symbol']} {p['timeframe']} walk-forward{', simulated' if simulated else ''}",
+        title=f"{p['symbol']} {p['timeframe']} walk-forward{', simulated' * simulated}",
         kind=kind_of_data(data, simulated),
         source=describe_source(data, simulated),
         verdict=result.verdict,
@@ -289,7 +299,7 @@ def _page(result: WalkForwardResult, data: dict, picture: bytes) -> str:
         picture_source=image_source(picture),
         columns=[_COLUMNS[name][0] for name in columns],
         folds=[[_fold_cell(row, name) for name in columns] for row in rows.to_dict("records")],
-        summaries=[("All folds" if single else name, summary_rows(result[name])) for name in result.models],
+        summaries=[(heading, summary_rows(result[name])) for name, heading in headings.items()],
         facts=_fact_rows(result),
     )
 
@@ -300,11 +310,13 @@ def _plain(value):
         return None
     if isinstance(value, pd.Timestamp):
         return value.isoformat()
-    return value.item() if hasattr(value, "item") else value
+    if hasattr(value, "item"):
+        return value.item()
+    return value
 
 # %% ../../nbs/08_reporting/04_walk_forward.ipynb #daed6572
 def write_walk_forward(
-    result: WalkForwardResult,
+    result: WalkForwardResult,  # of `walk_forward`
     folder: str | Path,  # reports/{symbol}_{timeframe}
     data: dict,  # provenance of the bars: `source` and what belongs to it
 ) -> dict[str, Path]:  # name -> file

@@ -22,11 +22,11 @@ def device_text(
     device: str | torch.device | None,  # None or "auto": the first GPU, else the CPU
 ) -> str:  # its name, and its memory or threads
     "Name a device."
-    device = resolve_device(device)
-    if device.type != "cuda":
-        return f"{device.type}, {torch.get_num_threads()} threads"
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name}, {memory_text(properties.total_memory)} ({device})"
+    found = resolve_device(device)
+    if found.type != "cuda":
+        return f"{found.type}, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(found)
+    return f"{properties.name}, {memory_text(properties.total_memory)} ({found})"
 
 # %% ../../nbs/06_training/06_describe.ipynb #fb1a60ae
 def layers_text(

@@ -7,6 +7,8 @@ __all__ = ['processes', 'join_processes', 'all_reduce_mean', 'all_gather', 'broa
 
 # %% ../../nbs/06_training/09_distributed.ipynb #d7b9345e
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,12 +35,12 @@ def join_processes(
             raise InputError("torchrun: this torch was built without torch.distributed; train in one process")
         if device.type == "cuda":
             torch.cuda.set_device(device)  # what is gathered goes over this one
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group({"cuda": "nccl"}.get(device.type, "gloo"))
     return dist.get_world_size() > 1
 
 # %% ../../nbs/06_training/09_distributed.ipynb #9bc4da31
 def all_reduce_mean(
-    values: Tensor,
+    values: Tensor,  # of this process, floating point
 ) -> Tensor:  # the mean over all processes; the very tensor where there is one
     "Average in place."
     if processes()[1] > 1:
@@ -48,7 +50,7 @@ def all_reduce_mean(
 
 # %% ../../nbs/06_training/09_distributed.ipynb #5db258e4
 def all_gather(
-    value,  # plain data and tensors
+    value: Any,  # plain data and tensors
 ) -> list:  # one of each process
     "Everybody's value, in the order of the processes."
     count = processes()[1]
@@ -60,11 +62,13 @@ def all_gather(
 
 # %% ../../nbs/06_training/09_distributed.ipynb #aa4a52c5
 def broadcast_first(
-    make,  # called in the first process only
-):
+    make: Callable[[], Any],  # called in the first process only
+) -> Any:  # plain data and tensors
     "What the first process has made."
     rank, count = processes()
-    box = [make() if rank == 0 else None]
+    box: list[Any] = [None]
+    if rank == 0:
+        box = [make()]
     if count > 1:
         dist.broadcast_object_list(box, src=0)
     return box[0]

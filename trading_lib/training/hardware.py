@@ -89,10 +89,10 @@ def hardware_tier(
     device: str | torch.device | None = None,  # None or "auto": the first GPU, else the CPU
 ) -> str:  # a key of TIERS
     "Name the tier of a device."
-    device = resolve_device(device)
-    if device.type != "cuda":
+    found = resolve_device(device)
+    if found.type != "cuda":
         return "cpu"
-    properties = torch.cuda.get_device_properties(device)
+    properties = torch.cuda.get_device_properties(found)
     return tier_of(properties.name, properties.total_memory / 1e9)
 
 # %% ../../nbs/06_training/02_hardware.ipynb #b88f2ef0

@@ -31,7 +31,9 @@ def sample_fields(
         raise InputError(
             f"dense_floats: expected more than 0, or 0 where observations are indexed, was {dense_floats}"
         )
-    fields = {"index": (torch.int64, 0)} if indexed else {}
+    fields = {}
+    if indexed:
+        fields["index"] = (torch.int64, 0)
     if dense_floats:
         fields["dense"] = (torch.float32, dense_floats)
     return fields | {
@@ -67,8 +69,8 @@ def buffer_bytes(
     state: tuple[int, int] | None = None,  # layers and width of a recurrent policy's state; None: it has none
 ) -> int:  # bytes
     "What `allocate_rollout` takes, to the byte."
-    state_floats = state[0] * state[1] if state else 0
-    return n_envs * (n_steps * _bytes(fields) + 4 * state_floats)
+    layers, width = state or (0, 0)
+    return n_envs * (n_steps * _bytes(fields) + 4 * layers * width)
 
 # %% ../../nbs/06_training/01_memory.ipynb #2db30e1a
 def rollout_bytes(
@@ -105,7 +107,9 @@ def allocate_rollout(
     buffers = {}
     try:
         for name, (dtype, width) in fields.items():
-            shape = (n_steps, n_envs, width) if width else (n_steps, n_envs)
+            shape = [n_steps, n_envs]
+            if width:
+                shape.append(width)
             buffers[name] = torch.empty(shape, dtype=dtype, device=device)
         if state:
             buffers["state"] = torch.empty((state[0], n_envs, state[1]), device=device)
@@ -156,7 +160,9 @@ class RolloutShape:
     @property
     def inputs(self) -> int:  # numbers
         "What the first layer reads."
-        return self.obs_dim if self.folded_inputs is None else self.folded_inputs
+        if self.folded_inputs is None:
+            return self.obs_dim
+        return self.folded_inputs
 
 # %% ../../nbs/06_training/01_memory.ipynb #282e8f52
 class MemoryUse(NamedTuple):
@@ -206,7 +212,9 @@ def device_cap(
     for name, gigabytes in (("max_vram_gpu0", max_vram_gpu0), ("max_vram_gpu1", max_vram_gpu1)):
         if gigabytes <= 0:
             raise InputError(f"train.{name}: expected more than 0 GB, was {gigabytes}")
-    limit = max_vram_gpu0 if index == 0 else max_vram_gpu1
+    limit = max_vram_gpu1
+    if index == 0:
+        limit = max_vram_gpu0
     return min(int(1e9 * limit), free)
 
 # %% ../../nbs/06_training/01_memory.ipynb #e93a96c1
@@ -244,7 +252,9 @@ def memory_limit(
     if device.type != "cuda":
         available = _available_ram()
         return available and int(0.8 * available)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device()
     return device_cap(index, torch.cuda.mem_get_info(index)[0], max_vram_gpu0, max_vram_gpu1)
 
 # %% ../../nbs/06_training/01_memory.ipynb #d267ac36
@@ -263,7 +273,9 @@ def _to_halve(sizes: dict[str, int], use: MemoryUse, fixed_envs: bool) -> str | 
         return "minibatch_size"
     if sizes["n_envs"] > 1 and sizes["n_envs"] >= sizes["n_steps"] and not fixed_envs:
         return "n_envs"
-    return "n_steps" if sizes["n_steps"] > 1 else None
+    if sizes["n_steps"] > 1:
+        return "n_steps"
+    return None
 
 # %% ../../nbs/06_training/01_memory.ipynb #5fbc79c2
 def _changes(
@@ -271,7 +283,9 @@ def _changes(
 ) -> list[str]:
     "One line for each size that is not as it was asked."
     samples = asked["n_envs"] * asked["n_steps"]
-    allowed = "no more" if limit is None else memory_text(limit)
+    allowed = "no more"
+    if limit is not None:
+        allowed = memory_text(limit)
     same_rollout = fits["n_envs"] == asked["n_envs"] and fits["n_steps"] == asked["n_steps"]
     if same_rollout and fits["minibatch_size"] == samples < asked["minibatch_size"]:
         return [

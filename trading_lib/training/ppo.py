@@ -144,9 +144,8 @@ def value_loss(
 def plain_ppo_loss(
     logits: Tensor,  # (n, actions) now
     value: Tensor,  # (n,) now
-    # of the same n samples: action, log_probability, logits (normalized: all log-probabilities), value,
-    # advantage (normalized), return
-    data: dict[str, Tensor],
+    # action, log_probability, logits (all log-probabilities), value, advantage (normalized), return
+    data: dict[str, Tensor],  # of the same n samples
     config: TrainingSettings,  # clip_range, value_clip_range, value_coefficient
     entropy_coefficient: float,  # weight of the entropy in the loss
 ) -> tuple[Tensor, dict[str, Tensor]]:  # (), and what to watch

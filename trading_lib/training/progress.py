@@ -9,6 +9,8 @@ __all__ = ['PROGRESS', 'LineProgress', 'Quiet', 'Verbose', 'BarProgress', 'Noteb
 import os
 import sys
 import time
+from collections.abc import Callable
+from typing import Any, TextIO
 
 from ..config import InputError
 from ..metrics import score_colour
@@ -19,13 +21,14 @@ def _print(line: str):
     print(line, flush=True)  # as it comes, into a pipe too
 
 # %% ../../nbs/06_training/12_progress.ipynb #b4bef8da
-def _seconds_and_memory(trainer) -> list[str]:
+def _seconds_and_memory(trainer: Any) -> list[str]:
     "What the last update took: seconds of each part, and on a GPU the memory that is reserved there."
     spent = [f"{name} {seconds:.2f} s" for name, seconds in trainer.seconds.items() if seconds]
-    out = [", ".join(spent)] if spent else []
-    reserved = memory_in_use(trainer.device) if trainer.device.type == "cuda" else None
-    if reserved is not None:
-        out.append(f"{memory_text(reserved)} reserved")
+    out = []
+    if spent:
+        out.append(", ".join(spent))
+    if trainer.device.type == "cuda":
+        out.append(f"{memory_text(memory_in_use(trainer.device) or 0)} reserved")
     return out
 
 # %% ../../nbs/06_training/12_progress.ipynb #71631ab5
@@ -34,32 +37,53 @@ class LineProgress:
 
     def __init__(
         self,
-        say=_print,  # called with each line
+        say: Callable[[str], Any] = _print,  # called with each line
     ):
         self.say = say
 
-    def start(self, trainer):
+    def start(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+    ) -> None:
         "A run begins or goes on."
         self._every = max(1, trainer.updates // 20)
         self._began, self._first_step = time.perf_counter(), trainer.global_step
 
-    def phase(self, name: str, done: int, total: int):
+    def phase(
+        self,
+        name: str,  # rollout, epochs or critic epochs
+        done: int,  # steps or minibatches
+        total: int,  # of them
+    ) -> None:
         "So much of the present rollout or of its epochs is done."
 
-    def updated(self, trainer, row: dict):
+    def updated(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+        row: dict,  # figures of the update, by name
+    ) -> None:
         "An update is complete."
         if trainer.update % self._every == 0 or trainer.update == trainer.updates:
             self.say(self.line(trainer, row))
 
-    def steps_per_second(self, trainer) -> float:
-        "Since the run began or went on."
+    def steps_per_second(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+    ) -> float:  # of all accounts together
+        "Steps a second since the run began or went on."
         return (trainer.global_step - self._first_step) / (time.perf_counter() - self._began)
 
-    def score(self, value: float) -> str:
+    def score(
+        self,
+        value: float,  # of `composite_score`
+    ) -> str:  # without decimals
         "The composite score as it is shown."
         return f"{value:+.0f}"
 
-    def validation(self, trainer) -> str | None:  # None: there was none yet
+    def validation(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+    ) -> str | None:  # None: there was none yet
         "What the last validation found; what was earned on simulated bars is called so."
         seen = next((row for row in reversed(trainer.history) if "validation_score" in row), None)
         if seen is None:
@@ -71,7 +95,11 @@ class LineProgress:
             f"Sharpe {seen['validation_sharpe']:+.2f}, score {self.score(seen['validation_composite'])}"
         )
 
-    def line(self, trainer, row: dict) -> str:
+    def line(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+        row: dict,  # figures of the update, by name
+    ) -> str:  # for a person
         "An update in one line."
         parts = [
             f"update {trainer.update}/{trainer.updates}",
@@ -88,7 +116,11 @@ class LineProgress:
 class Quiet(LineProgress):
     "A line for each validation, and nothing else."
 
-    def updated(self, trainer, row: dict):
+    def updated(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+        row: dict,  # figures of the update, by name
+    ) -> None:
         "An update is complete."
         if "validation_score" in row or trainer.update == trainer.updates:
             self.say(self.line(trainer, row))
@@ -97,7 +129,11 @@ class Quiet(LineProgress):
 class Verbose(LineProgress):
     "Two lines for each update: how it went, and what it learned from."
 
-    def updated(self, trainer, row: dict):
+    def updated(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+        row: dict,  # figures of the update, by name
+    ) -> None:
         "An update is complete."
         self.say(self.line(trainer, row))
         parts = [
@@ -118,12 +154,13 @@ class BarProgress(LineProgress):
 
     def __init__(
         self,
-        stream=None,  # None: standard error
+        stream: TextIO | None = None,  # None: standard error
     ):
         from tqdm import tqdm
 
         self._stream, self._tqdm = stream or sys.stderr, tqdm
-        self._run = self._phase = None
+        self._run: Any = None  # of the whole run …
+        self._phase: Any = None  # … and of what it is doing
         super().__init__(self._line_above)
 
     def _line_above(self, line: str):
@@ -132,13 +169,21 @@ class BarProgress(LineProgress):
     def _bar(self, **settings):
         return self._tqdm(file=self._stream, dynamic_ncols=True, **settings)
 
-    def start(self, trainer):
+    def start(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+    ) -> None:
         "A run begins or goes on."
         super().start(trainer)
         self._close()
         self._run = self._bar(total=trainer.updates, initial=trainer.update, desc="updates", unit="update")
 
-    def phase(self, name: str, done: int, total: int):
+    def phase(
+        self,
+        name: str,  # rollout, epochs or critic epochs
+        done: int,  # steps or minibatches
+        total: int,  # of them
+    ) -> None:
         "So much of the present rollout or of its epochs is done."
         if self._phase is None:
             self._phase = self._bar(total=total, desc=name, leave=False, position=1)
@@ -147,7 +192,11 @@ class BarProgress(LineProgress):
             self._phase.reset(total)
         self._phase.update(done - self._phase.n)
 
-    def updated(self, trainer, row: dict):
+    def updated(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+        row: dict,  # figures of the update, by name
+    ) -> None:
         "An update is complete."
         text = f"{self.steps_per_second(trainer):,.0f} steps/s, reward {row['reward']:+.4f}"
         self._run.set_postfix_str(text, refresh=False)
@@ -157,7 +206,10 @@ class BarProgress(LineProgress):
         if trainer.update == trainer.updates or trainer.ended:
             self._close()
 
-    def score(self, value: float) -> str:
+    def score(
+        self,
+        value: float,  # of `composite_score`
+    ) -> str:  # without decimals
         "The composite score, in a colour where the stream is a terminal."
         text = super().score(value)
         if not self._stream.isatty():
@@ -200,13 +252,16 @@ class NotebookProgress(LineProgress):
         self._lines = [*self._lines, line][-self._SHOWN :]
         self._show(True)
 
-    def start(self, trainer):
+    def start(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+    ) -> None:
         "A run begins or goes on."
         super().start(trainer)
         self._handle = None
         self._head = self._bar(trainer)
 
-    def _bar(self, trainer) -> str:
+    def _bar(self, trainer: Any) -> str:
         done = round(30 * trainer.update / trainer.updates)
         bar = f"[{'#' * done}{'.' * (30 - done)}] update {trainer.update}/{trainer.updates}"
         made = trainer.global_step - self._first_step
@@ -218,12 +273,21 @@ class NotebookProgress(LineProgress):
             bar += f", {steps / self.steps_per_second(trainer) / 60:.1f} minutes left"
         return bar
 
-    def phase(self, name: str, done: int, total: int):
+    def phase(
+        self,
+        name: str,  # rollout, epochs or critic epochs
+        done: int,  # steps or minibatches
+        total: int,  # of them
+    ) -> None:
         "So much of the present rollout or of its epochs is done."
         self._now = f"{name} {done}/{total}"
         self._show(False)
 
-    def updated(self, trainer, row: dict):
+    def updated(
+        self,
+        trainer: Any,  # a `NativePPOTrainer`, or what has its figures
+        row: dict,  # figures of the update, by name
+    ) -> None:
         "An update is complete."
         self._head, self._now = self._bar(trainer), ""
         if "validation_score" in row or trainer.update == trainer.updates:
@@ -253,15 +317,16 @@ PROGRESS = {
 
 def _who_is_looking() -> str:
     "A key of PROGRESS: a notebook, a terminal, or neither."
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if shell is not None and hasattr(shell, "kernel"):
+    if "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
         return "cell"
-    return "bars" if sys.stderr.isatty() else "lines"
+    if sys.stderr.isatty():
+        return "bars"
+    return "lines"
 
 # %% ../../nbs/06_training/12_progress.ipynb #0f637f2b
 def progress_for(
     kind: str | None = None,  # a key of PROGRESS; None: TRADING_LIB_PROGRESS, else what suits who is looking
-) -> LineProgress:
+) -> LineProgress:  # newly made
     "The right way to show progress here; raises `InputError` for an unknown kind."
     kind = kind or os.environ.get("TRADING_LIB_PROGRESS") or _who_is_looking()
     if kind not in PROGRESS:
@@ -274,7 +339,7 @@ class Unharmed:
 
     def __init__(
         self,
-        shown,  # like `LineProgress`
+        shown: Any,  # like `LineProgress`
     ):
         self._shown = shown
         self.unread = False  # whether it went into a pipe whose reader is gone

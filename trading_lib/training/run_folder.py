@@ -12,9 +12,11 @@ import re
 import shutil
 import time
 import zipfile
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -97,7 +99,7 @@ def _take(held: int, path: Path, wait: float):
 def only_process(
     path: Path,  # of a folder
     wait: float = _WAIT,  # seconds to wait for another one to end
-):
+) -> Iterator[None]:  # a context of `with`
     "Inside `with` no other process trains there; a second one is refused with an `InputError`."
     held = _open_lock(path.with_name(f"{path.name}.lock"))  # beside the folder, which may be put aside
     try:
@@ -113,6 +115,10 @@ def only_process(
             os.ftruncate(held, 0)
     finally:
         os.close(held)
+
+# %% ../../nbs/06_training/13_run_folder.ipynb #9fef7bbb
+def _accept(content: dict, path: str):
+    "Whatever is whole may be gone on from."
 
 # %% ../../nbs/06_training/13_run_folder.ipynb #9bf6da4a
 class RunFolder:
@@ -132,7 +138,7 @@ class RunFolder:
     def alone(
         self,
         wait: float = _WAIT,  # seconds to wait for another one to end
-    ):
+    ) -> AbstractContextManager:  # of `with`
         "Inside `with` no other process trains here; a second one is refused."
         return only_process(self.path, wait)
 
@@ -146,7 +152,10 @@ class RunFolder:
             self.say(f"{e}; the run goes on, and tries again at its next checkpoint")
             return None
 
-    def save(self, content: dict) -> Path | None:  # None: there was no room, and nothing has changed
+    def save(
+        self,
+        content: dict,  # of the run
+    ) -> Path | None:  # None: there was no room, and nothing has changed
         "Write a numbered checkpoint, then delete those that are too old."
         update = _update(content)
         if self._unwritten is not None:
@@ -158,14 +167,14 @@ class RunFolder:
         earlier = [file for number, file in self._numbers(_NUMBERED) if number <= update]
         for file in earlier[: -self.keep]:
             _remove(file)
-        self._remove_unneeded_bests(content)
+        self._remove_unneeded_bests({content.get("best_update")})
         return path
 
     def save_interrupted(
         self,
         content: dict,  # of the run
         now: datetime,  # part of the name
-    ) -> Path:
+    ) -> Path:  # of the new file
         "Write the state of a run that was stopped; an earlier one is never overwritten."
         _update(content)
         if self._unwritten is not None:
@@ -176,22 +185,26 @@ class RunFolder:
             path, times = self.path / f"{name}_{times + 1}.pt", times + 1
         return save_checkpoint(content, path)
 
-    def save_best(self, content: dict) -> Path | None:  # None: there was no room; the next save tries again
+    def save_best(
+        self,
+        content: dict,  # of the run at that update
+    ) -> Path | None:  # None: there was no room; the next save tries again
         "Write the best policy so far; save it before the first checkpoint that refers to it."
         update = _update(content)
         path = self._written(content, self._best_path(update))
-        self._unwritten = content if path is None else None
         if path is None:
+            self._unwritten = content
             return None
-        self._remove_unneeded_bests(content, update)
+        self._unwritten = None
+        self._remove_unneeded_bests({content.get("best_update"), update})
         return path
 
     # -- finding ---------------------------------------------------------------------------------------------
 
     def newest_good(
         self,
-        say=print,  # called with a line for each file that is skipped
-        check=lambda content, path: None,  # raises an `InputError` where a run cannot go on from a content
+        say: Callable[[str], Any] = print,  # called with a line for each file that is skipped
+        check: Callable[[dict, str], Any] = _accept,  # raises `InputError` where a run cannot go on from it
     ) -> tuple[Path, dict] | None:  # the file and its content; None: there is nothing to go on from
         "The newest checkpoint, numbered or interrupted, that is whole."
         for path in self._resumable():
@@ -211,14 +224,13 @@ class RunFolder:
     def best(
         self,
         update: int | None,  # `best_update` of the content that a run goes on from
-        say=print,  # called with a line where the file is damaged
+        say: Callable[[str], Any] = print,  # called with a line where the file is damaged
     ) -> dict | None:  # None: there is none, or it is damaged
         "The best policy that was found at an update."
-        path = None if update is None else self._best_path(update)
-        if path is None or not path.exists():
+        if update is None or not self._best_path(update).exists():
             return None
         try:
-            return load_checkpoint(path)
+            return load_checkpoint(self._best_path(update))
         except InputError as e:
             say(f"skipped: {e}")
             return None
@@ -255,7 +267,7 @@ class RunFolder:
 
     # -- tidying up ------------------------------------------------------------------------------------------
 
-    def finished(self):
+    def finished(self) -> None:
         "The run is complete and its outcome is written elsewhere: delete what was there to go on from."
         # oldest first, and a checkpoint before the best policy that it refers to:
         # a kill must leave something whole or nothing
@@ -286,10 +298,9 @@ class RunFolder:
                 pass  # its run has just tidied up
         return [path for *_, path in sorted(found, reverse=True)]
 
-    def _remove_unneeded_bests(self, *newest):
-        "Delete every best policy that neither the newest content nor any file in the folder refers to."
-        needed = {n.get("best_update") if isinstance(n, dict) else n for n in newest}
-        needed |= {_glance(path).get("best_update") for path in self._resumable()}
+    def _remove_unneeded_bests(self, needed: set[int | None]):
+        "Delete every best policy that is not needed and that no file in the folder refers to."
+        needed = needed | {_glance(path).get("best_update") for path in self._resumable()}
         for number, file in self._numbers(_BEST):
             if number not in needed:
                 _remove(file)

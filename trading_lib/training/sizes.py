@@ -7,6 +7,7 @@ __all__ = ['layer_widths', 'parameters_of', 'memory_of', 'fit_config']
 
 # %% ../../nbs/06_training/05_sizes.ipynb #906018df
 from dataclasses import replace
+from typing import Any
 
 from ..config import MODES, ModeParameters
 from ..networks import estimate_model
@@ -70,7 +71,7 @@ def memory_of(
     )
 
 # %% ../../nbs/06_training/05_sizes.ipynb #1f9dea94
-def _cut(config: NativePPOConfig, plan: MemoryPlan, fixed_envs: bool) -> dict[str, int]:
+def _cut(config: NativePPOConfig, plan: MemoryPlan, fixed_envs: bool) -> dict[str, Any]:
     "The sizes that are smaller in the plan than in the configuration."
     names = ["n_steps", "minibatch_size"]
     if not fixed_envs:

@@ -6,13 +6,15 @@
 __all__ = ['runs_through', 'played_figures', 'daily_returns', 'Validation']
 
 # %% ../../nbs/06_training/11_validation.ipynb #3f17465d
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..env import GPUVectorizedTradingEnv, MarketData
+from ..env import GPUEnvConfig, GPUVectorizedTradingEnv, MarketData, Obs
 from ..metrics import consistency, fitness, max_drawdown, profit_factor, sharpe_ratio, skewness
 from ..networks import FoldedInputs, finite_logits
 from ..policy.cache import PolicyOutputCache
@@ -36,11 +38,11 @@ _DAY = 86_400 * 10**9  # nanoseconds
 
 # %% ../../nbs/06_training/11_validation.ipynb #b20022f4
 def played_figures(
-    played: dict[str, np.ndarray],
+    played: dict[str, np.ndarray],  # of `Validation.play`
     timestamp: np.ndarray,  # (bars + 1,) nanoseconds: of the first decision, then of each bar's close
-    periods_per_year: float,
+    periods_per_year: float,  # bars a year
     reward_names: list[str],  # components of the reward
-) -> dict[str, float]:
+) -> dict[str, float]:  # name -> figure
     "Metrics of what was played."
     returns, profits, reward = played["return"], played["profit"], played["reward"]
     equity = np.concatenate([[1.0], np.cumprod(1 + returns)])
@@ -53,7 +55,7 @@ def played_figures(
         "exposure": float(played["held"].mean()),
         "hold_share": float(1 - played["order"].mean()),
         "trades": int(len(profits)),
-        "win_rate": float((profits > 0).mean()) if len(profits) else 0.0,
+        "win_rate": float((profits > 0).sum() / max(1, len(profits))),
         "profit_factor": factor,
         "consistency": steady,
         "fitness": fitness(factor, steady, drawdown),
@@ -90,7 +92,7 @@ class Validation:
     def __init__(
         self,
         market: MarketData,  # bounded to the span
-        config,  # GPUEnvConfig of the training environment
+        config: GPUEnvConfig,  # of the training environment
         device: torch.device,
         policies: int = 1,  # that play side by side, each on accounts of its own
     ):
@@ -103,13 +105,16 @@ class Validation:
         years = (last - first) / 1e9 / (365.25 * 86_400)
         self.periods_per_year = (market.stop - market.start) / years  # of this very span: no calendar needed
 
-    def run(self, policy) -> dict[str, float]:
+    def run(
+        self,
+        policy: Any,  # NativeActorCritic or RecurrentActorCritic
+    ) -> dict[str, float]:  # name -> figure
         "Metrics of the most probable actions over the span, after costs."
         return self.summarise(self.play(policy))
 
     def play(
         self,
-        policy,  # NativeActorCritic or RecurrentActorCritic
+        policy: Any,  # NativeActorCritic or RecurrentActorCritic
     ) -> dict[str, np.ndarray]:  # return, held, reward, order, components; profit of trades; run_return
         "What the most probable actions did, in time order."
         return self.play_each(policy)[0]
@@ -117,7 +122,7 @@ class Validation:
     @torch.no_grad()
     def play_each(
         self,
-        policy,  # that answers for the accounts of each of its networks, one group after another
+        policy: Any,  # that answers for the accounts of each of its networks, one group after another
     ) -> list[dict[str, np.ndarray]]:  # of each network, as `play`
         "What each of several networks did."
         env = self.env
@@ -180,21 +185,37 @@ class Validation:
         first = torch.as_tensor(np.tile(self.starts, self.policies), device=sums.device)
         finite_logits(sums[run, step], first[run] + step)
 
-    def _acting(self, policy):  # called with an observation and a state; logits, state
+    def _acting(self, policy: Any) -> Callable[[Obs, Any], tuple[Tensor, Any]]:  # logits, state
         "A policy that sees nothing of its account looks at every bar before it plays."
-        table = self.env.table
-        networks = policy.networks() if hasattr(policy, "networks") else []
+        table, networks = self.env.table, []
+        if hasattr(policy, "networks"):
+            networks = policy.networks()
         if table.n_account or not networks or not networks[0].folds:
-            return lambda obs, state: policy.evaluate_step(policy.inputs(obs, table), state)[::2]
+
+            def step_by_step(obs: Obs, state: Any) -> tuple[Tensor, Any]:
+                logits, _, after = policy.evaluate_step(policy.inputs(obs, table), state)
+                return logits, after
+
+            return step_by_step
         bars = range(int(self.starts.min()), int(self.ends.max()) + 1)
         answers = PolicyOutputCache(networks, FoldedInputs(networks[0], table), bars, _BARS)
-        return lambda obs, state: (answers(obs)[0], state)
 
-    def summarise(self, played: dict[str, np.ndarray]) -> dict[str, float]:
+        def known(obs: Obs, state: Any) -> tuple[Tensor, Any]:
+            return answers(obs)[0], state
+
+        return known
+
+    def summarise(
+        self,
+        played: dict[str, np.ndarray],  # of `play`
+    ) -> dict[str, float]:  # name -> figure
         "The figures of what was played."
         moments = self.env.market.timestamp[np.append(self.bars[0] - 1, self.bars)]
         return played_figures(played, moments, self.periods_per_year, self.env.reward_names)
 
-    def daily(self, played: dict[str, np.ndarray]) -> dict:  # sharpe_per_bar, bars, days, returns
+    def daily(
+        self,
+        played: dict[str, np.ndarray],  # of `play`
+    ) -> dict:  # sharpe_per_bar, bars, days, returns
         "Returns by day (UTC): what a ledger of trials keeps."
         return daily_returns(played["return"], self.env.market.timestamp[self.bars])
