@@ -42,28 +42,30 @@ from trading_lib.parameters.fields import (  # noqa: F401
     typed,
 )
 from trading_lib.parameters.sections import (  # noqa: F401
-    COST_WARM_UP,
-    DURATIONS,
-    MODES,
-    PEAK_TIMESTEPS,
     AccountConfig,
     BacktestParameters,
     DataParameters,
     EnvParameters,
     FeatureParameters,
-    ModeParameters,
-    RunSettings,
     SeedsParameters,
-    TrainingSettings,
-    TrainParameters,
     WalkForwardParameters,
-    yaml_text,
 )
 from trading_lib.parameters.symbols import (  # noqa: F401
     check_symbol,
     check_symbols,
     is_symbol,
     path_symbol,
+)
+from trading_lib.parameters.train_sections import (  # noqa: F401
+    COST_WARM_UP,
+    DURATIONS,
+    MODES,
+    PEAK_TIMESTEPS,
+    ModeParameters,
+    RunSettings,
+    TrainingSettings,
+    TrainParameters,
+    yaml_text,
 )
 
 # %% ../nbs/00_base/05_config.ipynb #35a27aaf

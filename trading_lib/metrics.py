@@ -14,8 +14,11 @@ __all__ = ['FEWEST_TRADES', 'TRADE_FIGURES', 'INTERVALS', 'GATES', 'MAX_FITNESS_
 
 # %% ../nbs/00_base/08_metrics.ipynb #fa1030e2
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from .config import InputError
 from trading_lib.measures.equity import (  # noqa: F401
@@ -81,8 +84,8 @@ _all_ = [
 def periods_per_year(
     timeframe: str,  # such as "15Min"
     asset_class: str,  # "crypto" or "equity"
-    start,  # first day of the span
-    end,  # its end
+    start: Any,  # first day of the span: text, date or Timestamp; without a zone it is UTC
+    end: Any,  # its end, exclusive
 ) -> float:  # bars
     "Average number of bars in a year of the span, from the calendar."
     from trading_lib.sessions import bars_per_year  # pandas and the calendars stay outside the core
@@ -268,7 +271,9 @@ def _figure_text(name: str, value: float | None, few: str | None) -> str:
 # %% ../nbs/00_base/08_metrics.ipynb #ff276963
 def assess_model_quality(
     metrics: dict,  # profit_factor, consistency, max_drawdown, deflated_sharpe; fitness is derived if absent
-    history=(),  # (name, fitness) of checkpoints in order of training, the assessed one last
+    history: Iterable[
+        tuple[str, float | None]
+    ] = (),  # (name, fitness) of checkpoints in order of training, the assessed one last
     best: str = "APPROVED",  # the word for what passes every gate
 ) -> dict:  # verdict, fitness, failed (verdict -> reasons it was not given), flags
     "The best verdict whose every gate is passed, or DROP, with the reasons."
@@ -342,11 +347,11 @@ def _risk_figures(equity: np.ndarray, time: np.ndarray, periods: float) -> dict:
 
 # %% ../nbs/00_base/08_metrics.ipynb #3b1c6e60
 def summarise_equity(
-    equity,  # value of the account at the start and after each bar
-    timestamps,  # of each value
+    equity: ArrayLike,  # value of the account at the start and after each bar
+    timestamps: ArrayLike,  # of each value
     timeframe: str,  # such as "15Min"
     asset_class: str,  # "crypto" or "equity"
-    trades=None,  # P&L of each trade (flat to flat)
+    trades: ArrayLike | None = None,  # P&L of each trade (flat to flat)
     periods: float | None = None,  # bars a year; None: from the calendar
 ) -> dict:  # name -> number, text or None
     "The figures of an equity curve."

@@ -39,6 +39,7 @@ CORE = {
     "parameters.fields",
     "parameters.symbols",
     "parameters.sections",
+    "parameters.train_sections",
     "config",
     "files",
     "market.layouts",

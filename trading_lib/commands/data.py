@@ -6,6 +6,7 @@
 __all__ = ['BAR_FILE', 'LAYOUT', 'COMMANDS', 'own_bars']
 
 # %% ../../nbs/11_use/01_data.ipynb #da000003
+import argparse
 import sys
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def _known_of(symbol: str) -> dict:  # options of `load_bars`
 
 # %% ../../nbs/11_use/01_data.ipynb #07e68132
 def own_bars(
-    arguments,  # of BAR_FILE
+    arguments: argparse.Namespace,  # of BAR_FILE
 ) -> tuple:  # symbol, bars, report
     "The bars of a file, and their report."
     from trading_lib.data.user_files import file_timeframe

@@ -6,6 +6,7 @@
 __all__ = ['SYMBOLS', 'SPAN', 'STRICT', 'Command', 'argument', 'symbols_of', 'dvc_symbol', 'run_by_dvc']
 
 # %% ../../nbs/11_use/00_table.ipynb #7ab00003
+import argparse
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ STRICT = argument(
 
 # %% ../../nbs/11_use/00_table.ipynb #7ab00005
 def symbols_of(
-    arguments,  # with the symbols that were named
-    parameters: Parameters,
+    arguments: argparse.Namespace,  # with the symbols that were named
+    parameters: Parameters,  # of the project
 ) -> list[str]:  # each once
     "The symbols that were named, if params.yaml lists them; else all of params.yaml."
     named = [parameters.listed(symbol) for symbol in arguments.symbols]

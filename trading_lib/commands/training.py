@@ -6,6 +6,7 @@
 __all__ = ['TRAINING', 'COMMANDS', 'train_parameters', 'torchrun_command']
 
 # %% ../../nbs/11_use/02_training.ipynb #7c000003
+import argparse
 import importlib
 import os
 import shlex
@@ -28,7 +29,7 @@ TRAINING = [option(TrainParameters, f.name) for f in fields(TrainParameters)]
 
 
 def train_parameters(
-    arguments,  # with the options of TRAINING
+    arguments: argparse.Namespace,  # with the options of TRAINING
 ) -> Parameters:
     "The project's parameters with what the command line says of training."
     given = {f"train.{f.name}": getattr(arguments, f.name) for f in fields(TrainParameters)}

@@ -7,6 +7,8 @@ __all__ = ['FEEDS', 'ADJUSTMENTS', 'fetch_with_report', 'fetch_bars', 'KEY_VARIA
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #3d698eb0
 import re
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -53,17 +55,22 @@ def _checked_symbols(
     asset_class: str,  # of all of them
 ) -> dict[str, str]:  # symbol as given -> as Alpaca spells it
     "Symbols that can be asked for, each once."
-    symbols = list(dict.fromkeys([symbols] if isinstance(symbols, str) else symbols))
-    crypto = asset_class == "crypto"
+    if isinstance(symbols, str):
+        symbols = [symbols]
     if not symbols:
         raise InputError("alpaca: expected a symbol such as AAPL or BTC/USD, was none")
+    wire = {}
     for symbol in symbols:
         pair = "-" in path_symbol(symbol)
-        fits = pair if crypto else "/" not in symbol
+        if asset_class == "crypto":
+            kind, fits = "a pair such as BTC/USD", pair
+            wire[symbol] = symbol.replace("-", "/")
+        else:
+            kind, fits = "a stock such as AAPL or BRK.B", "/" not in symbol
+            wire[symbol] = symbol.replace("-", ".")
         if symbol != symbol.upper() or not fits:
-            kind = "a pair such as BTC/USD" if crypto else "a stock such as AAPL or BRK.B"
             raise InputError(f"alpaca: expected {kind} in capitals, was {symbol!r}")
-    return {symbol: symbol.replace("-", "/" if crypto else ".") for symbol in symbols}
+    return wire
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #34753eae
 _LIMITS = {  # name of an option -> least, most
@@ -107,41 +114,50 @@ _FIELDS = dict(zip("ohlcv", COLUMNS))
 _TIME = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d(\.\d+)?)?(?P<zone>Z|[+-]\d\d:?\d\d)?")
 
 
-def _number(value) -> float:
-    return value if type(value) in (int, float) and abs(value) < 1e300 else np.nan
+def _number(value: Any) -> float:
+    "A number of a bar; NaN: it is none."
+    if type(value) in (int, float) and abs(value) < 1e300:  # true and false are no numbers here
+        return value
+    return np.nan
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #deb591e6
+def _bad_bar(symbol: str, i: int, row: object, what: str) -> InputError:
+    "The error about a bar of a page."
+    time = row.get("t") if isinstance(row, dict) else None
+    at = f", {time}," if isinstance(time, str) else ""
+    return InputError(
+        f"alpaca, {symbol}: bar {i + 1} of a page{at} {what}; try again later, or leave this span out"
+    )
+
+
+def _time_of(symbol: str, i: int, row: object) -> str:
+    "The time of a bar, as the server writes it."
+    text = row.get("t") if isinstance(row, dict) else None
+    parts = _TIME.fullmatch(text) if isinstance(text, str) else None
+    if parts is None:
+        raise _bad_bar(symbol, i, row, f"has no time, was {str(text)[:40]!r}")
+    if parts["zone"] is None:
+        raise _bad_bar(symbol, i, row, "has a time without a zone")
+    return parts.string
+
+
 def _read_rows(symbol: str, rows: list) -> pd.DataFrame:
     "Bars of one symbol, as they come."
-
-    def refuse(i, what):
-        at = f", {times[i]}," if isinstance(times[i], str) else ""
-        raise InputError(
-            f"alpaca, {symbol}: bar {i + 1} of a page{at} {what}; try again later, or leave this span out"
-        )
-
-    times = [row.get("t") if isinstance(row, dict) else None for row in rows]
-    for i, text in enumerate(times):
-        parts = _TIME.fullmatch(text) if isinstance(text, str) else None
-        if parts is None:
-            refuse(i, f"has no time, was {str(text)[:40]!r}")
-        if parts["zone"] is None:
-            refuse(i, "has a time without a zone")
+    times = [_time_of(symbol, i, row) for i, row in enumerate(rows)]
     parsed = pd.to_datetime(times, utc=True, format="ISO8601", errors="coerce")
     index = pd.DatetimeIndex(parsed, name="timestamp").as_unit("ns")
     if index.hasnans:
-        refuse(int(index.isna().argmax()), "has a time that does not exist")
+        i = int(index.isna().argmax())
+        raise _bad_bar(symbol, i, rows[i], "has a time that does not exist")
     values = np.array([[_number(row.get(k)) for k in _FIELDS] for row in rows], np.float64)
     values = values.reshape(-1, len(_FIELDS))
     if np.isnan(values).any():
         i, j = np.argwhere(np.isnan(values))[0]
-        was = rows[i].get("ohlcv"[j])
-        refuse(
-            i,
-            f"has no {COLUMNS[j]}"
-            if was is None
-            else f"has no number as {COLUMNS[j]}, was {str(was)[:40]!r}",
-        )
+        name, was = COLUMNS[j], rows[i].get("ohlcv"[j])
+        what = f"has no {name}"
+        if was is not None:
+            what = f"has no number as {name}, was {str(was)[:40]!r}"
+        raise _bad_bar(symbol, i, rows[i], what)
     return pd.DataFrame(values, index=index, columns=list(COLUMNS))
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #685db795
@@ -152,7 +168,7 @@ def _joined(
     end: pd.Timestamp,  # last moment, exclusive
 ) -> tuple[pd.DataFrame, dict]:  # bars in order, each once; how many were outside, disorder, duplicates
     "The bars of one symbol."
-    bars = pd.concat(pages) if pages else _read_rows(symbol, [])
+    bars = pd.concat(pages or [_read_rows(symbol, [])])
     within = (bars.index >= start) & (bars.index < end)
     bars = bars[within]
     counts = {"outside": int((~within).sum()), "disorder": int((np.diff(bars.index.asi8) < 0).sum())}
@@ -182,7 +198,7 @@ def _question(
     from alpaca.data.requests import CryptoBarsRequest, StockBarsRequest
     from alpaca.data.timeframe import TimeFrame, TimeFrameUnit
 
-    amount, unit = re.fullmatch(r"(\d+)([A-Za-z]+)", timeframe).groups()
+    amount, unit = re.findall(r"\d+|[A-Za-z]+", timeframe)
     last = (end - pd.Timedelta(1, "ns")).floor("us")  # the last moment before `end` that the client can write
     common = {
         "symbol_or_symbols": names,
@@ -192,9 +208,9 @@ def _question(
     }
     if asset_class == "crypto":
         return "/crypto/us/bars", CryptoBarsRequest(**common).to_request_fields()
-    return "/stocks/bars", StockBarsRequest(
-        **common, adjustment=Adjustment(adjustment), feed=feed and DataFeed(feed)
-    ).to_request_fields()
+    if feed is not None:
+        common["feed"] = DataFeed(feed)
+    return "/stocks/bars", StockBarsRequest(**common, adjustment=Adjustment(adjustment)).to_request_fields()
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #e4cda45c
 _IDLE_PAGES = 5  # in a row; more lead nowhere
@@ -208,11 +224,13 @@ class _Pages:
         names: list[str],  # symbols that were asked for
         room: int,  # bars that fit between start and end
     ):
-        self.parts, self.room = {name: [] for name in names}, room
-        self.reached, self.tokens = {}, set()  # newest bar of each symbol; tokens of the pages to come
+        self.parts: dict[str, list[pd.DataFrame]] = {name: [] for name in names}
+        self.room = room
+        self.reached: dict[str, pd.Timestamp] = {}  # newest bar of each symbol
+        self.tokens: set[str] = set()  # of the pages to come
         self.pages, self.bars, self.idle = 0, 0, 0  # idle: pages in a row that brought nothing new
 
-    def problem(self, page) -> Failure | None:
+    def problem(self, page: object) -> Failure | None:
         "What is wrong with the shape of the next page."
         return page_problem(page, set(self.parts), self.tokens)
 
@@ -226,10 +244,13 @@ class _Pages:
             if name not in self.reached or newest > self.reached[name]:
                 self.reached[name], further = newest, True
         count, last = sum(map(len, bars.values())), max(bars, default=None)
-        self.pages, self.bars = self.pages + 1, self.bars + count
-        self.idle = 0 if further else self.idle + 1
-        upto = f", up to {last} {bars[last].index[-1]:%Y-%m-%d %H:%MZ}" if bars else ""
-        return f"page {self.pages}, {count:,} bars{upto}"
+        self.pages, self.bars, self.idle = self.pages + 1, self.bars + count, self.idle + 1
+        if further:
+            self.idle = 0
+        line = f"page {self.pages}, {count:,} bars"
+        if last is not None:
+            line += f", up to {last} {bars[last].index[-1]:%Y-%m-%d %H:%MZ}"
+        return line
 
     def check_end(self, title: str):
         "Raise where the pages come to no end."
@@ -253,17 +274,23 @@ def _read_pages(client: PatientClient, path: str, params: dict, pages: _Pages):
         pages.check_end(client.title)
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #7daca0bc
+def _silent(line: str) -> None:
+    "Progress that nobody wants to see."
+
+
 def _title(names: list[str], timeframe: str) -> str:
     "What is downloaded, for messages."
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"alpaca, {', '.join(names[:3])}{more} {timeframe}"
+    listed = ", ".join(names[:3])
+    if len(names) > 3:
+        listed += f" and {len(names) - 3} more"
+    return f"alpaca, {listed} {timeframe}"
 
 # %% ../../nbs/01_data/05_alpaca.ipynb #2cab035c
 def fetch_with_report(
     symbols: str | list[str],  # such as "AAPL", ["AAPL", "SPY"], ["BTC/USD"]
     timeframe: str,  # a key of `trading_lib.bars.TIMEFRAMES`
-    start,  # first moment, inclusive: text, date or Timestamp; without a zone it is UTC
-    end,  # last moment, exclusive
+    start: Any,  # first moment, inclusive: text, date or Timestamp; without a zone it is UTC
+    end: Any,  # last moment, exclusive
     asset_class: str,  # "equity" or "crypto"; all symbols are of one
     *,
     feed: str | None = None,  # stocks: a key of `FEEDS`; None: the best that the account may have
@@ -276,7 +303,7 @@ def fetch_with_report(
     attempts: int = 8,  # tries for one page
     back_off_s: float = 1.0,  # before the second try; doubled from try to try
     allow_empty: bool = True,  # a symbol without bars is an empty table; False: an error
-    progress=None,  # called with a line for each page and each wait
+    progress: Callable[[str], object] | None = None,  # called with a line for each page and each wait
     # by symbol as given: raw bars; and a report: requests, pages, empty, server_time (None: it did not say),
     # and by symbol what was outside, in disorder, duplicate
 ) -> tuple[dict[str, pd.DataFrame], dict]:
@@ -286,14 +313,19 @@ def fetch_with_report(
     wire = _checked_symbols(symbols, asset_class)
     if not start < end:
         raise InputError(f"start and end: expected start before end, were {start} and {end}")
-    patience = dict(request_s=request_s, deadline_s=deadline_s, attempts=attempts, back_off_s=back_off_s)
+    patience: dict[str, Any] = {
+        "request_s": request_s,
+        "deadline_s": deadline_s,
+        "attempts": attempts,
+        "back_off_s": back_off_s,
+    }
     _check_options(asset_class, feed, adjustment, {"page_size": page_size} | patience)
     check_url(url)
     keys = checked_keys(keys, needed=asset_class != "crypto")
 
     names = sorted(set(wire.values()))
-    title, progress = _title(names, timeframe), progress or (lambda line: None)
-    client = PatientClient(asset_class, keys, url, title, progress=progress, **patience)
+    title = _title(names, timeframe)
+    client = PatientClient(asset_class, keys, url, title, progress=progress or _silent, **patience)
     path, params = _question(names, timeframe, start, end, asset_class, feed, adjustment)
     steps = (end - start) / pd.Timedelta(timeframe_seconds(timeframe), "s")
     pages = _Pages(names, room=len(names) * (int(steps) + 2))
@@ -306,12 +338,14 @@ def fetch_with_report(
             f"alpaca: no {timeframe} bars of {', '.join(empty)} from {start:%Y-%m-%d %H:%MZ} to "
             f"{end:%Y-%m-%d %H:%MZ}; check the spelling, or choose a span in which it was traded"
         )
-    report = {
+    report: dict[str, Any] = {
         "requests": client.asked,
         "pages": pages.pages,
         "empty": empty,
-        "server_time": client.told and client.told.isoformat(),
+        "server_time": None,
     }
+    if client.told is not None:
+        report["server_time"] = client.told.isoformat()
     for what in ("outside", "disorder", "duplicates"):
         report[what] = {symbol: counts[what] for symbol, (_, counts) in joined.items()}
     return {symbol: bars for symbol, (bars, _) in joined.items()}, report
@@ -320,8 +354,8 @@ def fetch_with_report(
 def fetch_bars(
     symbols: str | list[str],  # such as "AAPL", ["AAPL", "SPY"], ["BTC/USD"]
     timeframe: str,  # a key of `trading_lib.bars.TIMEFRAMES`
-    start,  # first moment, inclusive
-    end,  # last moment, exclusive
+    start: Any,  # first moment, inclusive
+    end: Any,  # last moment, exclusive
     asset_class: str,  # "equity" or "crypto"
     **options,  # see `fetch_with_report`
 ) -> dict[str, pd.DataFrame]:  # raw bars by symbol as given

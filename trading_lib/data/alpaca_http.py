@@ -15,8 +15,10 @@ import random
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
+from typing import Any
 from urllib.parse import urlsplit
 
 import pandas as pd
@@ -59,7 +61,9 @@ def environment_keys() -> Keys | None:  # None: neither variable is set
             f"alpaca: {' and '.join(KEY_VARIABLES)} belong together, and {' '.join(missing)} is not "
             "set; set both, or neither"
         )
-    return None if missing else Keys(*(os.environ[name] for name in KEY_VARIABLES))
+    if missing:
+        return None
+    return Keys(*(os.environ[name] for name in KEY_VARIABLES))
 
 # %% ../../nbs/01_data/04_alpaca_http.ipynb #c47a0b1b
 def checked_keys(
@@ -83,13 +87,13 @@ def checked_keys(
 # %% ../../nbs/01_data/04_alpaca_http.ipynb #96769923
 def check_url(
     url: str | None,  # of a server; None: Alpaca's
-):
+) -> None:
     "Keys are sent over secure connections, or not beyond this computer."
     if url is None:
         return
     parts = urlsplit(url)
     try:
-        local = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname).is_loopback
+        local = parts.hostname == "localhost" or ipaddress.ip_address(parts.hostname or "").is_loopback
     except ValueError:
         local = False
     if parts.scheme != "https" and (parts.scheme != "http" or not local):
@@ -197,7 +201,9 @@ def _wished_wait(headers) -> float | None:
         return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
     except (ValueError, TypeError, IndexError, OverflowError):
         pass
-    return max(0.0, int(reset) - time.time()) if re.fullmatch(r"\d{1,12}", reset) else None
+    if re.fullmatch(r"\d{1,12}", reset):
+        return max(0.0, int(reset) - time.time())
+    return None
 
 # %% ../../nbs/01_data/04_alpaca_http.ipynb #2cfdd29f
 def _of_status(
@@ -209,16 +215,18 @@ def _of_status(
     what, advice, tries = _STATUS.get(status) or _STATUS.get(status // 100) or _STATUS[5]
     if status == 403 and re.search(r"(?i)subscription.*\bsip\b", said):
         what, advice, tries = _RECENT_SIP
-    shown = f"{status}: {said}" if said else str(status)
+    shown = str(status)
+    if said:
+        shown += f": {said}"
     return Failure(f"the server {what} ({shown})", advice, tries, _wished_wait(headers))
 
 # %% ../../nbs/01_data/04_alpaca_http.ipynb #47e9a890
-def _of_exception(error: Exception) -> Failure:
+def _of_exception(error: BaseException) -> Failure:
     "What the transport raised. The exception itself holds the request with its keys, and goes no further."
     inner = error.args[0] if error.args else None
-    reset = isinstance(inner, urllib3.exceptions.ProtocolError)
-    if reset and isinstance(error, requests.exceptions.ConnectionError):
-        error = inner  # requests has one name for a reset and a refusal
+    if isinstance(error, requests.exceptions.ConnectionError):
+        if isinstance(inner, urllib3.exceptions.ProtocolError):
+            error = inner  # requests has one name for a reset and a refusal
     for kinds, what, advice, tries in _TRANSPORT:
         if isinstance(error, kinds):
             return Failure(what, advice, tries)
@@ -249,7 +257,9 @@ def _said(content: bytes, keys: Keys | None) -> str:
     message = "".join(c for c in " ".join(str(message).split()) if c.isprintable())
     if keys:
         message = keys.hide(message)
-    return message if len(message) <= 160 else message[:160] + "…"
+    if len(message) > 160:
+        message = message[:160] + "…"
+    return message
 
 # %% ../../nbs/01_data/04_alpaca_http.ipynb #73dc36f3
 class _Transport(HTTPAdapter):
@@ -257,7 +267,8 @@ class _Transport(HTTPAdapter):
 
     def __init__(self, keys: Keys | None):
         super().__init__(max_retries=0)
-        self._keys, self.until, self.told = keys, 0.0, None
+        self._keys, self.until = keys, 0.0
+        self.told: pd.Timestamp | None = None
 
     def send(self, request, **options):
         response = super().send(
@@ -308,43 +319,46 @@ class PatientClient:
     deadline_s: float  # of one answer, all tries and waits included
     attempts: int  # tries for one answer
     back_off_s: float  # before the second try; doubled from try to try
-    progress: object  # called with a line for each wait
+    progress: Callable[[str], object]  # called with a line for each wait
     asked: int = 0  # requests so far
     told: pd.Timestamp | None = None  # the server's own time when it was asked first
-    client: object = None
+    client: Any = None  # of alpaca-py
     transport: _Transport | None = None
 
-    def connect(self):
+    def connect(self) -> _Transport:  # what carries its requests
         "A new client with the transport mounted."
         from alpaca.data.historical import CryptoHistoricalDataClient, StockHistoricalDataClient
 
         kind = {"crypto": CryptoHistoricalDataClient, "equity": StockHistoricalDataClient}[self.asset_class]
-        self.client = kind(
-            self.keys and self.keys.key_id,
-            self.keys and self.keys.secret_key,
-            raw_data=True,
-            url_override=self.url,
-        )
+        pair = (self.keys.key_id, self.keys.secret_key) if self.keys else (None, None)
+        self.client = kind(*pair, raw_data=True, url_override=self.url)
         self.transport = _Transport(self.keys)
         for scheme in ("https://", "http://"):
             self.client._session.mount(scheme, self.transport)
+        return self.transport
 
-    def ask_once(self, path: str, params: dict, seconds: float) -> dict | Failure:
+    def ask_once(
+        self,
+        path: str,  # below the server's address, such as "/stocks/bars"
+        params: dict,  # of the question, by the names that the server has for them
+        seconds: float,  # until it is given up
+    ) -> dict | Failure:  # the answer, or why there is none
         "One request, from looking up the name to the last byte."
-        if self.client is None:
-            self.connect()
-        self.transport.until = time.monotonic() + seconds
+        transport = self.transport
+        if self.client is None or transport is None:
+            transport = self.connect()
+        transport.until = time.monotonic() + seconds
         self.asked += 1
-        client, answers = self.client, queue.SimpleQueue()
+        client = self.client
+        answers: queue.SimpleQueue[dict | Failure] = queue.SimpleQueue()
 
         def work():
             try:
-                answer = client.get(path, params)
+                answers.put(client.get(path, params))
             except _Stop as stop:
-                answer = stop.failure
+                answers.put(stop.failure)
             except Exception as e:
-                answer = _of_exception(e)
-            answers.put(answer)
+                answers.put(_of_exception(e))
 
         threading.Thread(target=work, daemon=True, name="alpaca").start()
         try:
@@ -355,17 +369,27 @@ class PatientClient:
             self.client = None  # its connection may be broken, or still in use
         return answer
 
-    def ask(self, path: str, params: dict, problem) -> dict:  # problem(answer): a failure, or None
+    def ask(
+        self,
+        path: str,  # below the server's address, such as "/stocks/bars"
+        params: dict,  # of the question, by the names that the server has for them
+        problem: Callable[[Any], Failure | None],  # problem(answer): what is wrong with it; None: nothing
+    ) -> dict:  # the answer
         "One page, however many tries it takes within the deadline."
         begun, tried = time.monotonic(), 0
         while True:
             left = max(self.deadline_s - (time.monotonic() - begun), 0.05)
             answer = self.ask_once(path, params, min(self.request_s, left))
             tried += 1
-            failure = answer if isinstance(answer, Failure) else problem(answer)
-            if failure is None:
-                self.told = self.told if self.told is not None else self.transport.told
-                return answer
+            if isinstance(answer, Failure):
+                failure = answer
+            else:
+                wrong = problem(answer)
+                if wrong is None:
+                    if self.told is None and self.transport is not None:
+                        self.told = self.transport.told
+                    return answer
+                failure = wrong
             wait = min(_LONGEST_WAIT, self.back_off_s * 2 ** (tried - 1)) * random.uniform(0.5, 1.0)
             wait = max(wait, failure.wait_s or 0.0)
             passed = time.monotonic() - begun
@@ -376,7 +400,7 @@ class PatientClient:
 
 # %% ../../nbs/01_data/04_alpaca_http.ipynb #3494f250
 def page_problem(
-    page,  # what the server answered
+    page: object,  # what the server answered
     names: set[str],  # symbols that were asked for
     tokens: set[str],  # of the pages that were read
 ) -> Failure | None:  # None: nothing

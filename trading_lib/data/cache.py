@@ -7,8 +7,10 @@ __all__ = ['merge_ranges', 'subtract_ranges', 'cached_bars', 'cache_info']
 
 # %% ../../nbs/01_data/06_cache.ipynb #61d49d02
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -34,7 +36,7 @@ def merge_ranges(
     ranges: list[tuple],  # pairs (start, end) of anything that can be ordered, end exclusive
 ) -> list[tuple]:
     "The same moments as sorted ranges that neither overlap nor touch."
-    merged = []
+    merged: list[tuple] = []
     for start, end in sorted(r for r in ranges if r[0] < r[1]):
         if merged and start <= merged[-1][1]:
             merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
@@ -104,12 +106,14 @@ def _checked(got, title: str, start, end, grid: pd.Timedelta) -> pd.DataFrame:
 # %% ../../nbs/01_data/06_cache.ipynb #16b6bccf
 def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
     "Bars of several requests as one table, in order."
-    return pd.concat(parts).sort_index() if len(parts) > 1 else parts[0]
+    if len(parts) == 1:
+        return parts[0]
+    return pd.concat(parts).sort_index()
 
 # %% ../../nbs/01_data/06_cache.ipynb #9f689938
 def _with_range(ranges: tuple, start, end, downloaded) -> tuple:
     "The range added; ranges that touch and were downloaded on the same day are one."
-    merged = []
+    merged: list[tuple] = []
     for begin, stop, at in sorted((*ranges, (start, end, downloaded))):
         if merged:
             first, last, before = merged[-1]
@@ -153,6 +157,15 @@ def _largest_change(cached: pd.DataFrame, again: pd.DataFrame) -> tuple[pd.Times
     return labels[bar], float(ratio[bar, price])
 
 # %% ../../nbs/01_data/06_cache.ipynb #3333f59e
+def _no_facts() -> dict[str, Any]:
+    "What a call says of its requests, before the first of them."
+    return {"requests": 0, "bars_fetched": 0, "invalidated": None}
+
+
+def _silent(line: str) -> None:
+    "Progress that nobody wants to see."
+
+
 class _Filler:
     "Fetches what is missing of one range, piece by piece; the caller holds the lock."
 
@@ -164,7 +177,7 @@ class _Filler:
             held = replace(held, asked=present)
         self.held = held
         self.parts, self.ranges = [held.bars], held.ranges  # what is more than `held` is not on disk yet
-        self.facts = {"requests": 0, "bars_fetched": 0, "invalidated": None}
+        self.facts = _no_facts()
 
     def missing(self, wanted: list[tuple]) -> list[tuple]:
         "What is wanted and not known."
@@ -227,15 +240,19 @@ class _Filler:
 
     def keep(self, got: pd.DataFrame, start, end) -> bool:  # whether later bars can exist
         "Take what a request has brought."
-        told = self.source_time() if self.source_time is not None else None
+        told = None
+        if self.source_time is not None:
+            told = self.source_time()
+        reached = start
         if len(got):
             self.parts = [*self.parts, got]
+            reached = end_of(got, self.timeframe)
         later = True
         if told is not None:
             proven = closed_by(told, self.timeframe)
             self.held = replace(self.held, proven=max(proven, self.held.proven or proven))
             if proven < end:  # our clock is ahead
-                later, end = False, max(proven, end_of(got, self.timeframe) if len(got) else start)
+                later, end = False, max(proven, reached)
         if start < end:
             self.ranges = _with_range(self.ranges, start, end, pd.Timestamp.now("UTC"))
         self.facts["bars_fetched"] += len(got)
@@ -261,8 +278,10 @@ class _Filler:
                 raise
             if got is None:
                 todo = _pieces(self.missing([wanted]), piece_length)
+            elif self.keep(got, start, end):
+                todo = todo[1:]
             else:
-                todo = todo[1:] if self.keep(got, start, end) else []
+                break
         self.write()
         return self.held, self.facts
 
@@ -281,7 +300,9 @@ def _check_names(asset_class: str, source: str, feed: str | None, adjustment: st
 def _wanted(start, end, present: pd.Timestamp, timeframe: str, title: str) -> tuple:  # (start, end)
     "What is asked for, up to the last bar that has closed."
     _, grid = bar_steps(timeframe)
-    first, last = parse_time(start, "start"), present if end is None else parse_time(end, "end")
+    first, last = parse_time(start, "start"), present
+    if end is not None:
+        last = parse_time(end, "end")
     if not first < last:
         raise InputError(f"start and end: expected start before end, were {start} and {end}")
     begin, stop = first.ceil(grid), min(last.ceil(grid), closed_by(present, timeframe))
@@ -298,8 +319,13 @@ def _piece_length(chunk: int, timeframe: str, asset_class: str) -> pd.Timedelta:
     if not isinstance(chunk, int) or chunk < 1:
         raise InputError(f"chunk: expected a number of bars from 1, was {chunk!r}")
     length, grid = bar_steps(timeframe)
-    piece = chunk * length * (1.0 if ASSET_CLASSES[asset_class].calendar is None else 2.1)
-    return piece.floor("D" if piece >= pd.Timedelta(1, "D") else grid)
+    piece = chunk * length * 1.0
+    if ASSET_CLASSES[asset_class].calendar is not None:
+        piece = chunk * length * 2.1
+    day = pd.Timedelta(1, "D")
+    if piece >= day:
+        return piece.floor(day)
+    return piece.floor(grid)
 
 # %% ../../nbs/01_data/06_cache.ipynb #bf3f2a7f
 def cached_bars(
@@ -307,37 +333,38 @@ def cached_bars(
     symbol: str,  # such as "BTC/USD", "SPY"
     timeframe: str,  # such as "15Min"
     asset_class: str,  # "crypto" or "equity"
-    start,  # first moment, inclusive: text, date or Timestamp; without a zone it is UTC
-    end,  # last moment, exclusive; None: up to now
-    # fetch(start, end) -> raw bars of this symbol in [start, end): UTC index, COLUMNS; all of them, or an
-    # exception
-    fetch,
+    start: Any,  # first moment, inclusive: text, date or Timestamp; without a zone it is UTC
+    end: Any,  # last moment, exclusive; None: up to now
+    # fetch(start, end) -> raw bars of this symbol in [start, end): UTC index, COLUMNS; all, or an exception
+    fetch: Callable[[pd.Timestamp, pd.Timestamp], pd.DataFrame],  # asks the source
     *,
     source: str = "alpaca",  # who gives them
     feed: str | None = None,  # such as "iex"; None: the source has but one
     adjustment: str = "raw",  # any other: history may change, and is compared where new bars are joined
     chunk: int = 10_000,  # bars in a request, about
-    now=None,  # later bars are not asked for; None: the computer's clock
+    now: Any = None,  # later bars are not asked for; None: the computer's clock
     # source_time() -> the source's own time at the last fetch, or None; the computer's clock may be wrong
-    source_time=None,
+    source_time: Callable[[], pd.Timestamp | None] | None = None,  # None: the source tells no time
     wait_s: float = 600.0,  # for another process that fills the same history
-    progress=print,  # called with a line now and then; None: silent
+    progress: Callable[[str], object] | None = print,  # called with a line now and then; None: silent
     # raw bars in [start, end); facts: requests, bars_fetched, bars_from_cache, sha256, file, feed,
     # adjustment, downloaded, invalidated
 ) -> tuple[pd.DataFrame, dict]:
     "Bars from the cache; what is missing is fetched first, and only that."
-    timeframe, progress = timeframe_name(timeframe), progress or (lambda line: None)
+    timeframe, progress = timeframe_name(timeframe), progress or _silent
     _check_names(asset_class, source, feed, adjustment)
     piece_length = _piece_length(chunk, timeframe, asset_class)
     place = Path(folder).expanduser() / source / "_".join(filter(None, (feed, adjustment))) / timeframe
     identity = (source, feed, adjustment, asset_class, path_symbol(symbol), timeframe)
     cache = CachedHistory(place, dict(zip(IDENTITY, identity)))
-    present = pd.Timestamp.now("UTC") if now is None else parse_time(now, "now")
+    present = pd.Timestamp.now("UTC")
+    if now is not None:
+        present = parse_time(now, "now")
     wanted = _wanted(start, end, present, timeframe, cache.title)
 
     held = cache.load(present)
     complete = not subtract_ranges([wanted], held.known())
-    facts = {"requests": 0, "bars_fetched": 0, "invalidated": None}
+    facts = _no_facts()
     if not complete or held.interrupted or cache.litter():
         try:
             with cache.locked(0.0 if complete else wait_s, progress):
@@ -371,7 +398,7 @@ def cache_info(
         row = {"file": str(manifest.with_suffix(".parquet")), "problem": None}
         try:
             identity, held = read_history(manifest)
-            rows.append(identity | manifest_entry(held) | {"downloaded": held.downloaded()} | row)
+            rows.append((identity or {}) | manifest_entry(held) | {"downloaded": held.downloaded()} | row)
         except InputError as e:
             known = {"symbol": manifest.stem, "timeframe": manifest.parent.name}
             rows.append(unknown | known | row | {"problem": str(e)})

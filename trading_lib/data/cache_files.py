@@ -13,6 +13,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,7 +49,7 @@ class Held:
 
     def downloaded(self) -> str | None:  # None: nothing was
         "When the newest of it came."
-        return utc_text(max(at for _, _, at in self.ranges)) if self.ranges else None
+        return _text_or_null(max((at for _, _, at in self.ranges), default=None))
 
 # %% ../../nbs/01_data/05_cache_files.ipynb #0ef5b639
 def no_bars() -> pd.DataFrame:
@@ -59,23 +60,36 @@ def no_bars() -> pd.DataFrame:
     )
 
 # %% ../../nbs/01_data/05_cache_files.ipynb #50b5bf25
-def utc_text(t: pd.Timestamp) -> str:
+def utc_text(
+    t: pd.Timestamp,  # UTC
+) -> str:  # such as "2024-01-31T14:30:00Z"
     "A time as manifests and messages write it."
     return t.strftime("%Y-%m-%dT%H:%M:%SZ")
 
+
+def _text_or_null(t: pd.Timestamp | None) -> str | None:
+    "A time that there may not be."
+    if t is None:
+        return None
+    return utc_text(t)
+
 # %% ../../nbs/01_data/05_cache_files.ipynb #ae2fc619
-def manifest_entry(held: Held) -> dict:
+def manifest_entry(
+    held: Held,  # what a cache holds
+) -> dict:  # plain data, times as text
     "What the manifest says of it."
-    labels = held.bars.index
+    labels, first, last = held.bars.index, None, None
+    if len(labels):
+        first, last = utc_text(labels[0]), utc_text(labels[-1])
     return {
         "sha256": held.sha256,
         "bars": len(labels),
-        "first": utc_text(labels[0]) if len(labels) else None,
-        "last": utc_text(labels[-1]) if len(labels) else None,
+        "first": first,
+        "last": last,
         "ranges": [dict(zip(("start", "end", "downloaded"), map(utc_text, r))) for r in held.ranges],
         "invalidated": list(held.invalidated),
-        "proven": None if held.proven is None else utc_text(held.proven),
-        "asked": None if held.asked is None else utc_text(held.asked),
+        "proven": _text_or_null(held.proven),
+        "asked": _text_or_null(held.asked),
     }
 
 # %% ../../nbs/01_data/05_cache_files.ipynb #550bd877
@@ -84,7 +98,9 @@ def _load(manifest: Path) -> tuple[dict, bytes | None] | None:  # manifest and p
     file = manifest.with_suffix(".parquet")
     try:
         text = manifest.read_bytes()
-        content = file.read_bytes() if file.is_file() else None
+        content = None
+        if file.is_file():
+            content = file.read_bytes()
         if manifest.read_bytes() != text:
             return _load(manifest)  # a writer passed by: these two do not belong together
         told = json.loads(text)
@@ -93,7 +109,9 @@ def _load(manifest: Path) -> tuple[dict, bytes | None] | None:  # manifest and p
     except (OSError, ValueError) as e:
         reason = " ".join(str(e).split())[:80]
         raise InputError(f"{manifest}: cannot be read ({reason}); {_again(manifest)}") from None
-    schema = told.get("schema") if isinstance(told, dict) else None
+    schema = None
+    if isinstance(told, dict):
+        schema = told.get("schema")
     if not isinstance(schema, int) or schema < 1:
         raise InputError(f"{manifest}: is no manifest of a bar cache; {_again(manifest)}")
     if schema > _SCHEMA:
@@ -118,10 +136,9 @@ def _held_of(entry: dict, content: bytes | None, interrupted: bool) -> Held:
     inside = sum(bars.index.searchsorted(b) - bars.index.searchsorted(a) for a, b, _ in ranges)
     if not inside == entry["bars"] == len(bars):
         raise ValueError
-    proven, asked = (
-        parse_time(entry[name]) if entry.get(name) is not None else None for name in ("proven", "asked")
-    )
-    return Held(bars, ranges, tuple(entry["invalidated"]), entry["sha256"], proven, asked, interrupted)
+    known = {name: parse_time(entry[name]) for name in ("proven", "asked") if entry.get(name) is not None}
+    invalidated = tuple(entry["invalidated"])
+    return Held(bars, ranges, invalidated, entry["sha256"], **known, interrupted=interrupted)
 
 # %% ../../nbs/01_data/05_cache_files.ipynb #8f2d2401
 def read_history(
@@ -133,8 +150,9 @@ def read_history(
         return None, Held(no_bars())
     told, content = loaded
     file = manifest.with_suffix(".parquet")
-    sha256 = hashlib.sha256(content).hexdigest() if content is not None else None
-    damage = None
+    sha256 = damage = None
+    if content is not None:
+        sha256 = hashlib.sha256(content).hexdigest()
     try:
         identity, entry = {k: told[k] for k in IDENTITY}, told
         if "next" in told and sha256 == told["next"]["sha256"]:
@@ -155,7 +173,9 @@ def read_history(
 _SETTLED = pd.Timedelta(2, "min")  # after its close a bar may still be revised
 
 
-def bar_steps(timeframe: str) -> tuple[pd.Timedelta, pd.Timedelta]:
+def bar_steps(
+    timeframe: str,  # such as "15Min"
+) -> tuple[pd.Timedelta, pd.Timedelta]:  # length, grid; the grid is an hour at most
     "Length of a bar, and of the grid that its label lies on: long bars follow a local clock."
     length = pd.Timedelta(timeframe_seconds(timeframe), "s")
     return length, min(length, pd.Timedelta(1, "h"))
@@ -164,13 +184,19 @@ def bar_steps(timeframe: str) -> tuple[pd.Timedelta, pd.Timedelta]:
 HOUR, _DAY = pd.Timedelta(1, "h"), pd.Timedelta(1, "D")
 
 # %% ../../nbs/01_data/05_cache_files.ipynb #285ff0c4
-def end_of(bars: pd.DataFrame, timeframe: str) -> pd.Timestamp:
+def end_of(
+    bars: pd.DataFrame,  # one at least
+    timeframe: str,  # such as "15Min"
+) -> pd.Timestamp:  # UTC
     "Up to here the newest bar proves that time has passed; a day of New York may have 23 hours."
     length, grid = bar_steps(timeframe)
     return bars.index[-1] + max(length - HOUR, grid)
 
 # %% ../../nbs/01_data/05_cache_files.ipynb #f7ffeccb
-def closed_by(now: pd.Timestamp, timeframe: str) -> pd.Timestamp:
+def closed_by(
+    now: pd.Timestamp,  # UTC
+    timeframe: str,  # such as "15Min"
+) -> pd.Timestamp:  # UTC, on the grid of labels
     "All bars that start before this have closed, and are settled."
     length, grid = bar_steps(timeframe)
     return (now - _SETTLED - length).floor(grid) + grid
@@ -178,7 +204,9 @@ def closed_by(now: pd.Timestamp, timeframe: str) -> pd.Timestamp:
 # %% ../../nbs/01_data/05_cache_files.ipynb #4367e0df
 def _believed(held: Held, present: pd.Timestamp, timeframe: str) -> tuple:
     "The ranges without what a clock that was ahead may have added."
-    proofs = [] if held.proven is None else [held.proven]
+    proofs = []
+    if held.proven is not None:
+        proofs.append(held.proven)
     if len(held.bars):
         proofs.append(end_of(held.bars, timeframe))
     if held.asked is not None and held.asked <= present < held.asked + HOUR:
@@ -215,7 +243,10 @@ class CachedHistory:
         names = ("symbol", "timeframe", "source", "feed", "adjustment")
         return " ".join(self.identity[name] for name in names if self.identity[name])
 
-    def load(self, present: pd.Timestamp) -> Held:
+    def load(
+        self,
+        present: pd.Timestamp,  # our clock, UTC
+    ) -> Held:  # nothing: there is no history yet
         "What is held, checked to be what was asked for, and cut back to what is believed now."
         identity, held = read_history(self.manifest)
         for name, was in (identity or {}).items():
@@ -226,12 +257,16 @@ class CachedHistory:
                 )
         return replace(held, ranges=_believed(held, present, self.identity["timeframe"]))
 
-    def commit(self, before: Held, after: Held) -> Held:
+    def commit(
+        self,
+        before: Held,  # what is on disk
+        after: Held,  # what shall be
+    ) -> Held:  # what is, with its hash
         "Replace what is held; the three steps above."
-        content = None
+        content, sha256 = b"", before.sha256
         if after.bars is not before.bars or before.sha256 is None:
             content = _parquet(after.bars)
-        sha256 = before.sha256 if content is None else hashlib.sha256(content).hexdigest()
+            sha256 = hashlib.sha256(content).hexdigest()
         after = replace(after, sha256=sha256, interrupted=False)
         head = {"schema": _SCHEMA} | self.identity
         if sha256 != before.sha256:
@@ -250,15 +285,20 @@ class CachedHistory:
             if re.fullmatch(rf"\.{symbol}\.(lock|(parquet|json)\.[^.]+\.tmp)", p.name)
         ]
 
-    def tidied(self, present: pd.Timestamp) -> Held:
+    def tidied(
+        self,
+        present: pd.Timestamp,  # our clock, UTC
+    ) -> Held:
         "What is held, without what a killed writer has left; the caller holds the lock."
         held = self.load(present)
         for path in self.litter():
             if path.suffix == ".tmp":
                 path.unlink(missing_ok=True)
-        return self.commit(held, held) if held.interrupted else held
+        if held.interrupted:
+            return self.commit(held, held)
+        return held
 
-    def _lock(self, wait_s: float, progress) -> tuple[Path, int]:
+    def _lock(self, wait_s: float, progress: Callable[[str], object]) -> tuple[Path, int]:
         "The lock's file, and the handle that holds it."
         import fcntl  # not on every system; reading a module must not fail there
 
@@ -292,7 +332,11 @@ class CachedHistory:
             raise unwritable(self.folder, e) from None
 
     @contextmanager
-    def locked(self, wait_s: float, progress):
+    def locked(
+        self,
+        wait_s: float,  # seconds, for another process that holds it
+        progress: Callable[[str], object],  # called with a line where it has to wait
+    ) -> Iterator[None]:
         "Hold the lock; an error where another process holds it for longer than `wait_s`."
         lock, handle = self._lock(wait_s, progress)
         try:

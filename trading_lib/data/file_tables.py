@@ -10,7 +10,10 @@ import codecs
 import csv
 import io
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -54,14 +57,18 @@ KEPT |= {name: name for name in ("feed", "adjustment", "currency", "exchange", "
 _EXAMPLE = "timestamp,open,high,low,close,volume"
 
 # %% ../../nbs/01_data/02_file_tables.ipynb #5b1d56c9
-def plain_column(name) -> str:
+def plain_column(
+    name: object,  # of a column, as a file has it; mostly text
+) -> str:  # such as "open time" for Open_Time
     "A name in lower case, without punctuation."
     return re.sub(r"[\s_\-.<>]+", " ", str(name).lower()).strip()  # <CLOSE> is MetaTrader's
 
 # %% ../../nbs/01_data/02_file_tables.ipynb #2e94b2ca
-def _names_given(columns, where: str) -> list[str]:
+def _names_given(columns: Sequence | str, where: str) -> list[str]:
     "The option `columns` as a list of names, checked."
-    names = [str(c).strip() for c in (columns.split(",") if isinstance(columns, str) else columns)]
+    if isinstance(columns, str):
+        columns = columns.split(",")
+    names = [str(column).strip() for column in columns]
     plain = [plain_column(n) for n in names]
     twice = sorted({n for n, p in zip(names, plain) if plain.count(p) > 1})
     if twice:
@@ -154,17 +161,49 @@ def _of_symbol(
     return chosen, [pairs[i][0] for i in chosen], mine
 
 # %% ../../nbs/01_data/02_file_tables.ipynb #ad07c2f7
-def same_symbol(one: str, other: str) -> bool:
+def _letters(symbol: str) -> str:
+    "Letters and digits of a symbol, without its exchange."
+    return re.sub(r"[^A-Z0-9]", "", re.sub(r"^[^:]*:|\.US$", "", str(symbol).strip().upper()))
+
+
+def same_symbol(
+    one: str,  # a symbol, as anyone writes it
+    other: str,  # the other one
+) -> bool:
     "Whether two spellings mean the same: BRK.B and BRK-B, NASDAQ:AAPL and AAPL, btcusd and BTC/USD."
-
-    def letters(s):
-        return re.sub(r"[^A-Z0-9]", "", re.sub(r"^[^:]*:|\.US$", "", str(s).strip().upper()))
-
-    return letters(one) == letters(other)
+    return _letters(one) == _letters(other)
 
 # %% ../../nbs/01_data/02_file_tables.ipynb #fec1c6d3
-def _read_csv(content: bytes, symbol: str, columns, where: str) -> pd.DataFrame:
-    "A CSV file with the columns' own names, or with those given."
+@dataclass(frozen=True)
+class _Csv:
+    "A CSV file as text, and what its first lines say of it."
+
+    text: str
+    where: str  # its name, for messages
+    separator: str
+    rows: list[list[str]]  # cells of the first lines
+
+    @property
+    def first_line(self) -> str:
+        "The first line, for messages."
+        return shown(self.text[:100_000].splitlines()[0].strip(), 60)
+
+    def table(self, **how) -> pd.DataFrame:
+        "The table as pandas reads it."
+        # index_col: a comma at the end of each row must not shift columns
+        return pd.read_csv(
+            io.StringIO(self.text),
+            sep=self.separator,
+            skipinitialspace=True,
+            keep_default_na=False,
+            low_memory=False,
+            index_col=False,
+            **how,
+        )
+
+
+def _csv(content: bytes, where: str) -> _Csv:
+    "A CSV file, its separator found."
     text = _decoded(content, where)
     hint = re.match(r"(?i)sep=(.)\r?\n", text)  # Excel's first line
     if hint:
@@ -172,65 +211,89 @@ def _read_csv(content: bytes, symbol: str, columns, where: str) -> pd.DataFrame:
     lines = text[:100_000].splitlines()[:5]
     if not lines or lines[0].strip() == "":
         raise InputError(f"{where}: the first line is empty; it should read {_EXAMPLE}")
-    separator = hint[1] if hint else max(",;\t|", key=lines[0].count)
+    separator = max(",;\t|", key=lines[0].count)
+    if hint:
+        separator = hint[1]
     rows = [next(csv.reader([line], delimiter=separator, skipinitialspace=True), []) for line in lines]
-    first, known = rows[0], {n for synonyms in (*SYNONYMS.values(), ENDS, TICKS) for n in synonyms}
-    header = any(plain_column(n) in known for n in first)
+    return _Csv(text, where, separator, rows)
 
-    def nothing(names):
-        "Cells without a value; but NA and NULL are symbols too."
-        return {n: _NOTHING for n in names if plain_column(n) not in ("symbol", "ticker")}
+# %% ../../nbs/01_data/02_file_tables.ipynb #1a67d537
+_KNOWN = {n for synonyms in (*SYNONYMS.values(), ENDS, TICKS) for n in synonyms}
 
-    # index_col: a comma at the end of each row must not shift columns
-    how = dict(sep=separator, skipinitialspace=True, keep_default_na=False, low_memory=False, index_col=False)
-    if columns is not None:
-        if header:
-            raise InputError(
-                f"{where}: has a header of its own, {shown(lines[0].strip(), 60)!r}; leave columns out, "
-                "or remove the first line"
-            )
-        names = _names_given(columns, where)
-        if len(names) != len(first):
-            raise InputError(
-                f"{where}: columns names {len(names)} columns, the file has {len(first)}, such as "
-                f"{shown(lines[0].strip(), 60)!r}; name each of them"
-            )
-        return pd.read_csv(io.StringIO(text), header=None, names=names, na_values=nothing(names), **how)
-    levels = _header_rows(rows)
-    header = header or levels > 1
-    if not header:
+
+def _nothing_of(names: list[str]) -> dict[str, list[str]]:
+    "Cells without a value, by column; but NA and NULL are symbols too."
+    return {n: _NOTHING for n in names if plain_column(n) not in ("symbol", "ticker")}
+
+
+def _with_symbol(table: pd.DataFrame, symbol: str | None) -> pd.DataFrame:
+    "A table that says whose it is, where its header did."
+    if symbol is None:
+        return table
+    return table.assign(symbol=symbol)
+
+
+def _without_header(file: _Csv, columns: Sequence | str) -> pd.DataFrame:
+    "A file whose columns a person has named."
+    names = _names_given(columns, file.where)
+    if len(names) != len(file.rows[0]):
         raise InputError(
-            f"{where}: the first line is {shown(lines[0].strip(), 60)!r}, which is no header; add a "
+            f"{file.where}: columns names {len(names)} columns, the file has {len(file.rows[0])}, such as "
+            f"{file.first_line!r}; name each of them"
+        )
+    return file.table(header=None, names=names, na_values=_nothing_of(names))
+
+
+def _check_header(file: _Csv, names: list[str], body: list[str]):
+    "Refuse a header that names a column of ours twice, or fewer columns than a row has."
+    plain = [plain_column(n) for n in names]
+    twice = [shown(n) for n, p in zip(names, plain) if plain.count(p) > 1 and p in _KNOWN]
+    if twice:
+        raise InputError(f"{file.where}: the header has {' and '.join(twice)}; keep one of them")
+    width = len(file.rows[0])
+    if any(v.strip() for v in body[width:]):
+        raise InputError(
+            f"{file.where}: the header names {width} columns, a row has {len(body)}; name each of them"
+        )
+
+# %% ../../nbs/01_data/02_file_tables.ipynb #6112225a
+def _read_csv(content: bytes, symbol: str, columns: Sequence | str | None, where: str) -> pd.DataFrame:
+    "A CSV file with the columns' own names, or with those given."
+    file = _csv(content, where)
+    rows, first = file.rows, file.rows[0]
+    named = any(plain_column(n) in _KNOWN for n in first)
+    if columns is not None:
+        if not named:
+            return _without_header(file, columns)
+        raise InputError(
+            f"{where}: has a header of its own, {file.first_line!r}; leave columns out, "
+            "or remove the first line"
+        )
+    levels = _header_rows(rows)
+    if not named and levels == 1:
+        raise InputError(
+            f"{where}: the first line is {file.first_line!r}, which is no header; add a "
             f"first line such as {_EXAMPLE}, or name the columns with columns"
         )
-    body = rows[levels] if len(rows) > levels else []
-    if levels > 1:
-        time = rows[levels - 1][0]
-        pairs = [(time, ""), *_names_of_levels([level[1:] for level in rows[: levels - 1]])]
-        chosen, names, said = _of_symbol(pairs, symbol, where)
-    else:
-        chosen, names, said = list(range(len(first))), first, None
-    named = [plain_column(n) for n in names]
-    twice = [shown(n) for n in names if named.count(plain_column(n)) > 1 and plain_column(n) in known]
-    if twice:
-        raise InputError(f"{where}: the header has {' and '.join(twice)}; keep one of them")
-    if any(v.strip() for v in body[len(first) :]):
-        raise InputError(
-            f"{where}: the header names {len(first)} columns, a row has {len(body)}; name each of them"
-        )
+    body = next(iter(rows[levels:]), [])
     if levels == 1:
-        return pd.read_csv(io.StringIO(text), na_values=nothing(names), **how)
-    table = pd.read_csv(
-        io.StringIO(text), header=None, skiprows=levels, names=range(len(first)), na_values=_NOTHING, **how
-    )[chosen].set_axis(names, axis=1)
-    return table if said is None else table.assign(symbol=said)
+        _check_header(file, first, body)
+        return file.table(na_values=_nothing_of(first))
+    time = rows[levels - 1][0]
+    pairs = [(time, ""), *_names_of_levels([level[1:] for level in rows[: levels - 1]])]
+    chosen, names, said = _of_symbol(pairs, symbol, where)
+    _check_header(file, names, body)
+    table = file.table(header=None, skiprows=levels, names=range(len(first)), na_values=_NOTHING)
+    return _with_symbol(table[chosen].set_axis(names, axis=1), said)
 
 # %% ../../nbs/01_data/02_file_tables.ipynb #d2457209
 def _arrow_column(column, name: str, where: str) -> pd.Series:
     "A column of a parquet file as numbers, times or text."
     import pyarrow as pa
 
-    kind = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
     if pa.types.is_nested(kind):
         raise InputError(
             f"{where}: the column {shown(name)} holds {shown(kind)}, one value for each bar is needed; "
@@ -259,28 +322,29 @@ def _read_parquet(content: bytes, symbol: str, columns, where: str) -> pd.DataFr
         )
     stored = file.schema_arrow.names
     levels = [re.fullmatch(r"\('(.*)', '(.*)'\)", n) for n in stored]  # as pandas names several of them
-    pairs = [m.groups() if m else (n, "") for m, n in zip(levels, stored)]
+    pairs = [(m[1], m[2]) if m else (n, "") for m, n in zip(levels, stored)]
     if any(s for _, s in pairs) and not any(plain_column(n) in _FIELDS for n, _ in pairs):
-        pairs = [(s, n) if s else (n, s) for n, s in pairs]
+        pairs = [(s or n, n if s else "") for n, s in pairs]
     chosen, names, said = _of_symbol(pairs, symbol, where)
     known = {n for synonyms in (*SYNONYMS.values(), ENDS, TICKS, UNNAMED, KEPT) for n in synonyms}
     used = [plain_column(n) for n in names if plain_column(n) in known]
     twice = sorted({n for n in used if names.count(n) > 1})
     if twice:
         raise InputError(f"{where}: has {' and '.join(twice)} twice; keep one of each")
-    table = {}
+    columns_read: dict[str, Any] = dict.fromkeys(names, np.nan)  # what is of no use is not read
     for i, name in zip(chosen, names):
-        # what is of no use is not read
-        table[name] = (
-            _arrow_column(file.read(columns=[stored[i]], use_threads=False).column(0), name, where)
-            if plain_column(name) in known
-            else np.nan
-        )
-    table = pd.DataFrame(table, index=range(file.metadata.num_rows))
-    return table if said is None else table.assign(symbol=said)
+        if plain_column(name) in known:
+            column = file.read(columns=[stored[i]], use_threads=False).column(0)
+            columns_read[name] = _arrow_column(column, name, where)
+    table = pd.DataFrame(columns_read, index=range(file.metadata.num_rows))
+    return _with_symbol(table, said)
 
 # %% ../../nbs/01_data/02_file_tables.ipynb #debaf041
-def read_table(file: Path, symbol: str = "", columns: list | str | None = None) -> pd.DataFrame:
+def read_table(
+    file: Path,  # CSV or parquet, by its content
+    symbol: str = "",  # whose columns are read, where a file holds several symbols
+    columns: list | str | None = None,  # names of the columns of a CSV file without a header
+) -> pd.DataFrame:  # a row for each bar
     "The file as it is, with the columns' own names, or with those given for a file without a header."
     try:
         content = file.read_bytes()
@@ -291,13 +355,14 @@ def read_table(file: Path, symbol: str = "", columns: list | str | None = None) 
     kind = next((kind for start, kind in _FOREIGN.items() if content.startswith(start)), None)
     if kind is not None:
         raise InputError(f"{file.name}: is {kind}; unpack it, or save the table as CSV or parquet")
-    parquet = content.startswith(b"PAR1")
+    form, read = "CSV", _read_csv
+    if content.startswith(b"PAR1"):
+        form, read = "parquet", _read_parquet
     try:
-        return (_read_parquet if parquet else _read_csv)(content, symbol, columns, file.name)
+        return read(content, symbol, columns, file.name)
     except InputError:
         raise
     except Exception as e:  # whatever a torn or hostile file makes the readers raise
         raise InputError(
-            f"{file.name}: cannot be read as {'parquet' if parquet else 'CSV'} "
-            f"({shown(' '.join(str(e).split()), 100)}); save it again"
+            f"{file.name}: cannot be read as {form} ({shown(' '.join(str(e).split()), 100)}); save it again"
         ) from None

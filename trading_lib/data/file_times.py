@@ -51,13 +51,14 @@ def _of_text(text: pd.Series, where: str) -> pd.Series:
     try:
         return pd.Series(pd.to_datetime(text, format="ISO8601", utc=bool(with_offset.all())))
     except (ValueError, TypeError, OverflowError):
-        bad = text[pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").isna()]
-        raise InputError(
-            f"{where}: cannot read the time {shown(bad.iloc[0] if len(bad) else text.iloc[0])!r}; {_ISO}"
-        ) from None
+        unread = pd.to_datetime(text, format="ISO8601", utc=True, errors="coerce").isna()
+        bad = pd.concat([text[unread], text]).iloc[0]
+        raise InputError(f"{where}: cannot read the time {shown(bad)!r}; {_ISO}") from None
 
 # %% ../../nbs/01_data/02_file_times.ipynb #e02a47d3
-def check_zone(timezone: str | None):
+def check_zone(
+    timezone: str | None,  # such as "America/New_York"; None: times carry their own
+) -> None:
     "A zone that is known, or none."
     try:
         pd.Timestamp("2024-01-01").tz_localize(timezone)
@@ -67,7 +68,7 @@ def check_zone(timezone: str | None):
         ) from None
 
 # %% ../../nbs/01_data/02_file_times.ipynb #d38130b6
-def _in_zone(index: pd.DatetimeIndex, timezone: str, where: str) -> pd.DatetimeIndex:
+def _in_zone(index: pd.DatetimeIndex, timezone: str | None, where: str) -> pd.DatetimeIndex:
     "Times of a zone in UTC."
     check_zone(timezone)
     try:
@@ -83,20 +84,22 @@ def _of_dates(
     index: pd.DatetimeIndex, timeframe: str, asset_class: str, timezone: str | None, where: str
 ) -> pd.DatetimeIndex:
     "Plain dates, as labels of daily bars: of the exchange's days, or of UTC's."
-    if timeframe != "1Day" and len(index) >= 3:
+    if timeframe != "1Day":
+        if len(index) < 3:
+            return _in_zone(index, timezone, where)
         raise InputError(
             f"{where}: its times are dates, such as {index[0]:%Y-%m-%d}, so it holds daily bars, "
             f"expected {timeframe}; say the timeframe 1Day (--timeframe, data.timeframe in params.yaml)"
         )
-    if timeframe != "1Day":
-        return _in_zone(index, timezone, where)
     label = index.tz_localize("UTC")
     if timezone is None or asset_class == "equity" and timezone == "America/New_York":
         return label
     begin = _in_zone(index, timezone, where)
     other = np.flatnonzero(begin != label)
     if len(other):
-        first, owner = other[0], "the exchange" if asset_class == "equity" else "UTC"
+        first, owner = other[0], "UTC"
+        if asset_class == "equity":
+            owner = "the exchange"
         raise InputError(
             f"{where}: days of {timezone} begin at {begin[first]:%H:%M} UTC, such as "
             f"{index[first]:%Y-%m-%d}, and daily bars of {asset_class} are days of {owner}; "
@@ -147,7 +150,10 @@ def parse_times(
     return _in_zone(index, timezone, where)
 
 # %% ../../nbs/01_data/02_file_times.ipynb #8cd6262d
-def times_of(table: pd.DataFrame, columns: list) -> pd.Series:
+def times_of(
+    table: pd.DataFrame,  # as the file has it
+    columns: list,  # its column of times, or those of dates and of times of day
+) -> pd.Series:  # epochs, text or time stamps
     "The column of times, or a date and a time of day put together; 93000 is 09:30:00."
     times = table[columns[0]]
     if len(columns) == 1:

@@ -8,6 +8,7 @@ __all__ = ['find_file', 'file_timeframe', 'read_own_bars', 'link_own_file']
 # %% ../../nbs/01_data/03_user_files.ipynb #7fc12ad0
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,6 +50,7 @@ def find_file(
 
 # %% ../../nbs/01_data/03_user_files.ipynb #b76ad343
 def _find(path: Path, symbol: str, timeframe: str, asset_class: str) -> Path:
+    "The file itself, or the one that fits in a folder."
     if path.is_file():
         return path
     places = [
@@ -63,15 +65,13 @@ def _find(path: Path, symbol: str, timeframe: str, asset_class: str) -> Path:
         )
     if not path.is_dir():
         raise InputError(f"files: {path} is neither a file nor a folder; set path to one")
-    near = sorted(
-        f.name
-        for f in (path.iterdir() if path.is_dir() else ())
-        if f.stem.lower().split("_")[0] == path_symbol(symbol).lower()
-    )
     if not found:
+        wanted = path_symbol(symbol).lower()
+        near = sorted(f.name for f in path.iterdir() if f.stem.lower().split("_")[0] == wanted)
+        if near:
+            looked += f" (there is {listed(near, 3)})"
         raise InputError(
-            f"files: found none of {looked}{f' (there is {listed(near, 3)})' if near else ''}; put the "
-            "file in one of these places, or set path to it"
+            f"files: found none of {looked}; put the file in one of these places, or set path to it"
         )
     if len(found) > 1:
         raise InputError(
@@ -98,23 +98,19 @@ def _find_columns(table: pd.DataFrame, where: str, labels: str = "start") -> dic
             matches = ends
         if name == "timestamp" and not matches:
             unnamed = [c for c, p in plain.items() if p in UNNAMED]
-            matches = [c for c in unnamed if pd.api.types.is_datetime64_any_dtype(table[c])][:1] or unnamed[
-                :1
-            ]
+            times = [c for c in unnamed if pd.api.types.is_datetime64_any_dtype(table[c])]
+            matches = [*times, *unnamed][:1]
         exact = [c for c in matches if str(c) == name]
         if name == "timestamp" and not exact and sorted(plain[c] for c in matches) == ["date", "time"]:
-            found[name] = sorted(matches, key=plain.get)
+            found[name] = sorted(matches, key=plain.__getitem__)
             continue
         if len(exact) == 1:
             matches = exact
-        if len(matches) <= 0:
-            raise InputError(
-                (
-                    f"{where}: expected a column {name}, found {listed(table.columns)}; rename the one that "
-                    "holds it"
-                )
-                + ", or add one of zeros where the market has none" * (name == "volume")
-            )
+        if not matches:
+            advice = "rename the one that holds it"
+            if name == "volume":
+                advice += ", or add one of zeros where the market has none"
+            raise InputError(f"{where}: expected a column {name}, found {listed(table.columns)}; {advice}")
         if len(matches) != 1:
             raise InputError(
                 f"{where}: {' and '.join(map(shown, matches))} could both be {name}; rename the right "
@@ -181,12 +177,19 @@ def _scale_prices(raw: pd.DataFrame, price_scale: float | None, asset_class: str
     return raw
 
 # %% ../../nbs/01_data/03_user_files.ipynb #0fc029cd
+def _text(value: object) -> str | None:
+    "A value that is text; None: it is none."
+    return value if isinstance(value, str) else None
+
+
 def _numbers(column: pd.Series) -> pd.Series:
     "Numbers that were stored as text, where all of them are; else the column as it is, to be refused."
     if pd.api.types.is_numeric_dtype(column) or pd.api.types.is_datetime64_any_dtype(column):
         return column
-    numbers = pd.to_numeric(column.map(lambda v: v if isinstance(v, str) else None), errors="coerce")
-    return numbers if not numbers.isna().any() else column
+    numbers = pd.to_numeric(column.map(_text), errors="coerce")
+    if numbers.isna().any():
+        return column
+    return numbers
 
 # %% ../../nbs/01_data/03_user_files.ipynb #cd179c7b
 def _check_symbol(raw: pd.DataFrame, symbol: str, where: str):
@@ -208,13 +211,11 @@ def read_own_bars(
     asset_class: str,  # "crypto" or "equity"
     path: str | Path | None,  # a file, or the folder that holds the files
     timezone: str | None = None,  # zone of times that carry none
-    start=None,  # first moment, inclusive; None: everything
-    end=None,  # last moment, exclusive; None: everything
+    start: Any = None,  # first moment, inclusive; None: everything
+    end: Any = None,  # last moment, exclusive; None: everything
     labels: str = "start",  # what the times are: "start" or "end" of a bar
-    # prices are divided by it: 100 for cents; None: as they are, whole numbers are asked about
-    price_scale: float | None = None,
-    # names of the columns, in order, of a CSV file without a header: a list, or one text with commas
-    columns: list | str | None = None,
+    price_scale: float | None = None,  # divides prices: 100 for cents; None: whole ones are asked about
+    columns: list | str | None = None,  # of a CSV file without a header: a list, or one text with commas
 ) -> tuple[pd.DataFrame, dict]:  # raw bars, and the facts that a report says of the source
     "Raw bars of a file of your own."
     if path is None:
@@ -266,5 +267,7 @@ def link_own_file(
         return place
     file = os.path.abspath(file)
     moves_along = Path(file).is_relative_to(place.parents[2])  # when the project is moved
-    place.symlink_to(os.path.relpath(file, place.parent) if moves_along else file)
+    if moves_along:
+        file = os.path.relpath(file, place.parent)
+    place.symlink_to(file)
     return place

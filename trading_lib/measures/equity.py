@@ -11,12 +11,13 @@ __all__ = ['DAY', 'as_numbers', 'as_nanoseconds', 'spread', 'equity_returns', 'v
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..config import InputError
 
 # %% ../../nbs/00_base/08_equity.ipynb #131b0abe
 def as_numbers(
-    values,  # list, array or tensor of numbers
+    values: ArrayLike,  # list, array or tensor of numbers
     name: str,  # for messages
     minimum: int = 0,  # values that are needed
 ) -> np.ndarray:  # float64 (length,)
@@ -41,7 +42,7 @@ def as_numbers(
 
 # %% ../../nbs/00_base/08_equity.ipynb #1a15e0c9
 def as_nanoseconds(
-    timestamps,  # times of any kind numpy reads, or int64 nanoseconds UTC
+    timestamps: ArrayLike,  # times of any kind numpy reads, or int64 nanoseconds UTC
 ) -> np.ndarray:  # int64
     "Times as nanoseconds UTC."
     if getattr(getattr(timestamps, "dtype", None), "kind", "") in "iu":
@@ -64,7 +65,7 @@ def spread(
     return deviation if deviation > 1e-15 + 1e-12 * abs(float(values.mean())) else 0.0
 
 # %% ../../nbs/00_base/08_equity.ipynb #85acc9fd
-def _equity(values) -> np.ndarray:
+def _equity(values: ArrayLike) -> np.ndarray:
     "An equity curve as numbers."
     equity = as_numbers(values, "equity", 1)
     if not equity[0] > 0:
@@ -73,7 +74,7 @@ def _equity(values) -> np.ndarray:
 
 
 def equity_returns(
-    equity,  # value of the account at the start and after each bar
+    equity: ArrayLike,  # value of the account at the start and after each bar
 ) -> np.ndarray:  # one value less: the simple return of each bar
     "Returns of an equity curve; nothing is earned after a bankruptcy."
     equity = _equity(equity)
@@ -82,7 +83,7 @@ def equity_returns(
 
 # %% ../../nbs/00_base/08_equity.ipynb #1308520b
 def volatility(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
     periods_per_year: float,  # see `metrics.periods_per_year`
 ) -> float:  # share per year
     "Annualised standard deviation of returns."
@@ -90,7 +91,7 @@ def volatility(
 
 # %% ../../nbs/00_base/08_equity.ipynb #f5787e66
 def sharpe_ratio(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
     periods_per_year: float = 1.0,  # 1: not annualised
 ) -> float:  # 0.0 for a flat equity
     "Mean over standard deviation, annualised (Sharpe 1994)."
@@ -109,7 +110,7 @@ def _ratio(a: float, b: float) -> float:
 
 
 def sortino_ratio(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
     periods_per_year: float = 1.0,  # 1: not annualised
     target: float = 0.0,  # return per period that is asked for
 ) -> float:  # inf where no period is below the target
@@ -122,7 +123,7 @@ def sortino_ratio(
 
 # %% ../../nbs/00_base/08_equity.ipynb #cb81ebaf
 def annual_return(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
     periods_per_year: float,  # see `metrics.periods_per_year`
 ) -> float:  # share per year; -1.0 once everything is lost
     "Compound growth per year."
@@ -137,7 +138,7 @@ def annual_return(
 
 # %% ../../nbs/00_base/08_equity.ipynb #32c44945
 def drawdowns(
-    equity,  # value of the account at the start and after each bar
+    equity: ArrayLike,  # value of the account at the start and after each bar
 ) -> np.ndarray:  # of each value
     "Share below the highest value so far."
     equity = _equity(equity)
@@ -145,14 +146,14 @@ def drawdowns(
 
 # %% ../../nbs/00_base/08_equity.ipynb #6867c79a
 def max_drawdown(
-    equity,  # value of the account at the start and after each bar
+    equity: ArrayLike,  # value of the account at the start and after each bar
 ) -> float:  # positive share; 0.0 if it never falls
     "Largest loss from a high."
     return float(drawdowns(equity).max())
 
 # %% ../../nbs/00_base/08_equity.ipynb #b00884c6
 def drawdown_length(
-    equity,  # value of the account at the start and after each bar
+    equity: ArrayLike,  # value of the account at the start and after each bar
 ) -> int:  # bars
     "Longest run of bars below an earlier high, whether or not it was regained."
     below = drawdowns(equity) > 0
@@ -161,7 +162,7 @@ def drawdown_length(
 
 # %% ../../nbs/00_base/08_equity.ipynb #5a22099f
 def calmar_ratio(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
     periods_per_year: float,  # see `metrics.periods_per_year`
 ) -> float:  # inf where there is no drawdown
     "Annual return over maximum drawdown (Young 1991)."
@@ -171,7 +172,7 @@ def calmar_ratio(
 
 # %% ../../nbs/00_base/08_equity.ipynb #3f5c70e2
 def profit_factor(
-    pnl,  # profit or loss of each trade
+    pnl: ArrayLike,  # profit or loss of each trade
 ) -> float:  # inf without a loss, 0.0 without a profit
     "Sum of profits over sum of losses."
     pnl = as_numbers(pnl, "pnl")
@@ -179,7 +180,7 @@ def profit_factor(
 
 # %% ../../nbs/00_base/08_equity.ipynb #f1d2ceb1
 def win_rate(
-    pnl,  # profit or loss of each trade
+    pnl: ArrayLike,  # profit or loss of each trade
 ) -> float:  # share in [0, 1]; 0.0 without a trade
     "Share of trades that made money; a trade at exactly 0 did not."
     pnl = as_numbers(pnl, "pnl")
@@ -187,7 +188,7 @@ def win_rate(
 
 # %% ../../nbs/00_base/08_equity.ipynb #42981a98
 def tail_ratio(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
 ) -> float:  # above 1: the good tail is the longer one
     "95th percentile of returns over the size of the 5th."
     returns = as_numbers(returns, "returns")
@@ -205,7 +206,7 @@ def _standardised_moment(values: np.ndarray, order: int) -> float:
 
 
 def skewness(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
     adjusted: bool = True,  # for the sample's size, as pandas and quantstats do; False: the plain moment
 ) -> float:  # 0.0 below three returns or for a flat equity
     "Third standardised moment: negative where the bad tail is the longer one."
@@ -217,7 +218,7 @@ def skewness(
 
 # %% ../../nbs/00_base/08_equity.ipynb #0a462749
 def kurtosis(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
 ) -> float:  # 3.0 for normal returns: raw, not excess
     "Fourth standardised moment."
     returns = as_numbers(returns, "returns")
@@ -228,8 +229,8 @@ DAY = 86_400 * 10**9  # nanoseconds
 
 # %% ../../nbs/00_base/08_equity.ipynb #95810a60
 def consistency(
-    equity,  # value of the account at the start and after each bar
-    timestamps=None,  # of each value; None: ten equal parts
+    equity: ArrayLike,  # value of the account at the start and after each bar
+    timestamps: ArrayLike | None = None,  # of each value; None: ten equal parts
 ) -> float:  # share in [0, 1]; 0.0 for a flat equity
     "Share of profitable weeks (Monday to Sunday, UTC), or of ten equal parts below eight weeks."
     equity = as_numbers(equity, "equity", 1)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..config import InputError, require
 from .equity import as_numbers, kurtosis, sharpe_ratio, skewness, spread
@@ -30,7 +31,7 @@ def _autocovariance(centred: np.ndarray, longest: int) -> tuple[np.ndarray, np.n
 
 # %% ../../nbs/00_base/08_luck.ipynb #f022abcb
 def optimal_block_length(
-    values,  # a series, at least 8 values
+    values: ArrayLike,  # a series, at least 8 values
 ) -> float:  # mean number of values in a block, at least 1
     "Block length for the stationary bootstrap of a mean (Politis & White 2004, Patton et al. 2009)."
     centred = as_numbers(values, "values", 8)
@@ -73,12 +74,12 @@ def stationary_bootstrap_indices(
 
 # %% ../../nbs/00_base/08_luck.ipynb #114cc769
 def block_bootstrap_interval(
-    values,  # a series in order of time
+    values: ArrayLike,  # a series in order of time
     statistic: Callable = np.mean,  # a resampled series (length,) -> number
     level: float = 0.95,  # share of resamples inside
     block_length: float | None = None,  # mean length of a block; None: chosen from the series
     n: int = 1000,  # resamples
-    seed: int = 0,
+    seed: int = 0,  # of the resampling
 ) -> tuple[float, float]:  # (low, high)
     "Percentile interval of a statistic by the stationary bootstrap."
     values = as_numbers(values, "values", 2)
@@ -111,7 +112,7 @@ def sharpe_probability(
 
 # %% ../../nbs/00_base/08_luck.ipynb #9315855c
 def sharpe_moments(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
 ) -> dict:  # sharpe per period, n, skewness, kurtosis
     "What `sharpe_probability` needs to know of returns."
     returns = as_numbers(returns, "returns")
@@ -124,7 +125,7 @@ def sharpe_moments(
 
 # %% ../../nbs/00_base/08_luck.ipynb #b5658c8d
 def probabilistic_sharpe_ratio(
-    returns,  # simple returns per period
+    returns: ArrayLike,  # simple returns per period
     benchmark: float = 0.0,  # Sharpe ratio to be exceeded, per period
 ) -> float:  # in [0, 1]; 0.5 for a flat equity against 0
     "Probability that the true Sharpe ratio exceeds a benchmark, from returns."
@@ -147,9 +148,11 @@ def expected_maximum_sharpe(
 
 # %% ../../nbs/00_base/08_luck.ipynb #991d8434
 def deflated_sharpe_ratio(
-    returns,  # simple returns per period of the trial that was chosen, or their `sharpe_moments`
+    returns: ArrayLike
+    | dict,  # simple returns per period of the trial that was chosen, or their `sharpe_moments`
     n_trials: int,  # everything that was tried: seeds, parameters, checkpoints
-    trial_sharpes=None,  # Sharpe ratios per period of the trials; None: variance of luck alone, 1 / (n - 1)
+    trial_sharpes: ArrayLike
+    | None = None,  # Sharpe ratios per period of the trials; None: variance of luck alone, 1 / (n - 1)
 ) -> float:  # in [0, 1]
     "Probability of a Sharpe ratio above what the best trial shows by luck (Bailey & López de Prado 2014)."
     moments = returns if isinstance(returns, dict) else sharpe_moments(returns)
@@ -207,7 +210,7 @@ def _sharpes_of_blocks(returns: np.ndarray, n_blocks: int) -> Callable[[np.ndarr
 
 # %% ../../nbs/00_base/08_luck.ipynb #8358baa9
 def probability_of_backtest_overfitting(
-    returns,  # (observations, configurations): returns of each configuration over the same bars
+    returns: ArrayLike,  # (observations, configurations): returns of each configuration over the same bars
     n_blocks: int = 16,  # even; 16 blocks make 12,870 choices
 ) -> float:  # in [0, 1]; about 0.5 where the choice is worthless
     "Share of in-sample choices whose winner is in the lower half out of sample (CSCV, by Sharpe ratio)."
