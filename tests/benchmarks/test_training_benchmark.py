@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -32,7 +33,9 @@ def imported(monkeypatch):
 
 @pytest.fixture
 def benchmark(imported):
-    return imported("training")
+    "The names of its modules."
+    parts = (imported(f"training{part}") for part in ("_rows", "_measure", "_report", ""))
+    return SimpleNamespace(**{name: value for part in parts for name, value in vars(part).items()})
 
 
 @pytest.fixture
@@ -294,11 +297,11 @@ def test_tables_and_pictures(benchmark, capsys, tmp_path):
 def test_the_peak_is_that_of_what_follows():
     "In a process of its own, as every row has: what others free meanwhile would count against what is held."
     code = """if True:
-        import numpy as np, training
+        import numpy as np, training_measure
         for megabytes in (200, 50):
-            before = training.memory_now()
+            before = training_measure.memory_now()
             held = np.ones(megabytes * 125_000)
-            print(training.peak_memory() - before)
+            print(training_measure.peak_memory() - before)
             del held
     """
     done = subprocess.run(
