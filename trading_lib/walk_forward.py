@@ -8,28 +8,30 @@ __all__ = ['walk_forward', 'SCHEMES', 'CombinatorialFold', 'Fold', 'WalkForwardR
 
 # %% ../nbs/07_evaluation/18_walk_forward.ipynb #aa04484e
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
-from .backtest import BacktestResult, probe_baselines, run_backtest, training_span
-from .bars import bar_clock, fingerprint, timeframe_name
-from .checkpoint import library_versions, load_checkpoint, save_checkpoint
-from .config import AccountConfig, InputError, typed
-from .env import MarketData, layout_of, market_data
-from .evaluation.comparison import baseline_name, better_baselines
-from .evaluation.fold_models import check_content, minute_text, named_models, refuse_seen
+from .bars import fingerprint, timeframe_name
+from .checkpoint import library_versions
+from .config import AccountConfig, InputError
+from .env import MarketData, layout_of
 from trading_lib.evaluation.fold_results import (
-    CURVES,
-    RIVALS,
-    TRAINING,
     WalkForwardResult,
     chain_curves,  # noqa: F401
     collect_folds,
 )
+from trading_lib.evaluation.fold_task import (
+    SPANS,
+    FoldTask,
+    GivenModel,
+    check_arguments,
+    check_spans,
+    given_models,
+)
+from .evaluation.fold_test import existing_model, retrained_model, tested_fold
 from trading_lib.evaluation.kept_folds import (
     model_digest,
     package_digest,
@@ -46,7 +48,7 @@ from trading_lib.evaluation.splits import (
     check_whole,
     combinatorial_paths,  # noqa: F401
     combinatorial_purged_folds,  # noqa: F401
-    walk_forward_folds,  # noqa: F401
+    walk_forward_folds,
 )
 from .features import FeatureFit, fit_features
 
@@ -63,239 +65,6 @@ _all_ = [
     "walk_forward_folds",
 ]
 
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #2859893c
-_SPANS = ("train", "validation", "test")
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #0a1d63ff
-@dataclass(frozen=True)
-class _Task:
-    "What a walk-forward was asked for."
-
-    bars: pd.DataFrame
-    folds: list[Fold]  # in order of time
-    kind: dict  # version, timeframe, asset_class, window: what a model must have been trained with
-    symbol: str
-    account: AccountConfig | None
-    truth: pd.DataFrame | None
-    train: Callable[[MarketData, Fold], dict] | None
-    folder: Path | None
-    train_settings: dict | None
-    random_policies: int
-    seed: int
-    probes: tuple[str, ...]
-    notes: list[str] = field(default_factory=list)  # what is not known
-
-    def time(self, bar: int) -> str:
-        return self.bars.index[bar].isoformat()
-
-    def spans(self, fold: Fold) -> dict:  # span -> first and last time
-        "The spans of a fold in time."
-        spans = {}
-        for name in _SPANS:
-            first, stop = getattr(fold, name)
-            spans[name] = {"first": self.time(first), "last": self.time(stop - 1)}
-        return spans
-
-    def market(self, stop: int, version: str, fit: FeatureFit):
-        "The market up to a bar, seen through features that were fitted before."
-        kind = self.kind
-        return market_data(
-            self.bars.iloc[:stop],
-            version,
-            fit,
-            kind["timeframe"],
-            kind["asset_class"],
-            kind["window"],
-            self.symbol,
-        )
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #22f6cdf4
-def _check_decidable(task: _Task, fold: Fold, names: tuple[str, ...], warm_up: int):
-    "Every span that is used must have a bar at which a decision can be made."
-    segment = bar_clock(task.bars.index, task.kind["timeframe"], task.kind["asset_class"]).segment
-    age = np.arange(len(segment)) - np.searchsorted(segment, segment)
-    decides = (age[:-1] >= warm_up) & (segment[1:] == segment[:-1])
-    for name in names:
-        first, stop = getattr(fold, name)
-        if not decides[first : stop - 1].any():
-            raise InputError(
-                f"fold {fold.number}: no decision can be made in its {name} span, bars {first} to {stop - 1}"
-                f": the first {warm_up} bars of the history and after each gap are warm-up; "
-                "use more history or fewer folds"
-            )
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #6c4f7f33
-def _check_spans(task: _Task):
-    "Spans that are long enough for the layout, before anything is trained."
-    version = task.kind["version"]
-    layout = layout_of(version)
-    names = _SPANS if task.train is not None else ("test",)
-    for fold in task.folds:
-        _check_decidable(task, fold, names, max(layout.min_history, task.kind["window"]))
-    needed = layout.min_history + 100
-    for fold in task.folds:
-        found = fold.train[1] - fold.train[0]
-        if task.train is not None and found < needed:
-            raise InputError(
-                f"fold {fold.number}: {found} bars of training, layout {version} needs {needed} to be fitted"
-                "; use more history, or a longer training span"
-            )
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #4f2240f7
-def _check_arguments(bars, account, train, models, truth, folder, train_settings):
-    "One line for what cannot be walked forward."
-    if (train is None) == (models is None):
-        given = "neither was given" if train is None else "both were given"
-        raise InputError(
-            "walk_forward: expected either train= (retrain for each fold) "
-            f"or models= (checkpoints that exist), {given}"
-        )
-    if train is not None and not callable(train):
-        raise InputError(
-            "train: expected a function of (market, fold) that gives the content of a checkpoint, "
-            f"was {type(train).__name__}"
-        )
-    if account is not None and not isinstance(account, AccountConfig):
-        raise InputError(f"account: expected an AccountConfig, was {type(account).__name__}")
-    if truth is not None and not truth.index.equals(bars.index):
-        raise InputError(
-            f"truth: expected one row for each of the {len(bars)} bars; "
-            "it must come from the same simulate_market call"
-        )
-    if train is not None and folder is not None and train_settings is None:
-        raise InputError(
-            "train_settings: is missing; a kept fold can only be told from another if you say what train "
-            "depends on, such as train_settings=asdict(config)"
-        )
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #4a50b26f
-class _Given(NamedTuple):
-    "A model that existed before."
-
-    content: dict
-    unseen: dict[int, bool]  # number of a fold -> whether it is certain that its test was not seen
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #124a3445
-def _given(task: _Task, models) -> dict[str, _Given]:
-    "Models by name, refused where they have seen a test; what is not known is noted."
-    given = {}
-    for name, model in named_models(models).items():
-        content = load_checkpoint(model) if isinstance(model, (str, Path)) else model
-        check_content(content, name, task.kind)
-        unseen = {f.number: refuse_seen(content, name, f, task.bars.index) for f in task.folds}
-        given[name] = _Given(content, unseen)
-        unsure = [str(number) for number, certain in unseen.items() if not certain]
-        if unsure:
-            seen = training_span(content)
-            task.notes.append(
-                f"{name}: trained on bars up to {minute_text(seen['last'])}, from a history up to "
-                f"{minute_text(seen['possible'])}; it is not recorded which bars chose it, "
-                f"so it may have seen the test of fold {', '.join(unsure)}."
-            )
-        other = (content.get("data") or {}).get("symbol")
-        if other and task.symbol and other != task.symbol:
-            task.notes.append(f"{name}: was trained on {other}, and is tested on {task.symbol}.")
-    return given
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #9bbccfc5
-def _with_spans(content: dict, market, spans: dict) -> dict:
-    "A model of this market has seen its two spans and nothing else; of any other nothing is claimed."
-    data = content.get("data") or {}
-    if data.get("sha256") != market.fingerprint["sha256"]:
-        return content
-    seen = {"train": spans["train"], "validation": spans["validation"], **(data.get("spans") or {})}
-    return {**content, "data": {**data, "spans": seen}}
-
-
-def _trained(task: _Task, fold: Fold, fit: FeatureFit, path: Path | None) -> dict:
-    "The model of a fold: kept from an earlier run, or trained now on a market that ends with validation."
-    saved = path.with_suffix(".pt") if path else None
-    if saved is not None and saved.exists():
-        return load_checkpoint(saved)
-    market = task.market(fold.validation[1], task.kind["version"], fit)
-    assert task.train is not None  # without it the models are given
-    content = task.train(market.span(*fold.train), fold)
-    check_content(content, f"train, fold {fold.number}", task.kind)
-    content = _with_spans(content, market, task.spans(fold))
-    if saved is not None:
-        save_checkpoint(content, saved)
-    return content
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #cda2bc15
-def _probe_actions(task: _Task, content: dict, fold: Fold) -> tuple[dict, str | None]:
-    "What supervised learning on the fold's own spans does in its test, by kind; and why there is none."
-    if not task.probes:
-        return {}, None
-    market = task.market(fold.test[1], content["model_version"], FeatureFit.from_state(content["fit"]))
-    account = task.account or typed(AccountConfig, content["config"]["env"]["account"], "account")
-    spans = (fold.train, fold.validation, fold.test)
-    try:
-        return probe_baselines(market, *spans, account, task.probes, task.seed)[0], None
-    except InputError as e:
-        return {}, str(e)
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #5888eb4f
-def _fold_figures(result: BacktestResult, unseen: bool) -> dict:
-    "What one test has to show, by column."
-    metrics, baselines, training = result.metrics, result.baselines, result.provenance["training"]
-    better = better_baselines(metrics["total_return"], baselines)
-    return {
-        "bars": len(result.equity),
-        "return": metrics["total_return"],
-        "buy_and_hold": baselines["buy_and_hold"],
-        "buy_and_hold_at_exposure": baselines["buy_and_hold_at_exposure"],
-        "sharpe": metrics["sharpe"],
-        "max_drawdown": metrics["max_drawdown"],
-        "trades": metrics["trades"],
-        "profit_factor": metrics["profit_factor"],
-        "costs": metrics["costs"],
-        "exposure": metrics["exposure"],
-        "hold_share": metrics["hold_share"],
-        "percentile_among_random": metrics.get("percentile_among_random"),
-        "oracle": baselines.get("oracle"),
-        "unseen": "yes" if unseen else "not known",
-        **{kind: baselines.get(kind) for kind in RIVALS},
-        "better": ", ".join(baseline_name(name) for name in better),
-        "training": TRAINING[training["smoke"]],
-        "said": training["said"],
-    }
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #4f40ad7f
-class _Trained(NamedTuple):
-    "A model that is ready for the test of a fold."
-
-    content: dict
-    seen: dict  # column -> first and last time of its spans
-    unseen: bool  # whether it is certain that the test was not seen
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #420b012b
-def _tested(task: _Task, fold: Fold, name: str, model: _Trained) -> dict:
-    "One fold's test, as plain values."
-    start, stop = fold.test
-    others, unprobed = _probe_actions(task, model.content, fold)
-    result = run_backtest(
-        model.content,
-        task.bars.iloc[:stop],
-        start=start,
-        stop=stop,
-        account=task.account,
-        symbol=task.symbol,
-        truth=None if task.truth is None else task.truth.iloc[:stop],
-        random_policies=task.random_policies,
-        seed=task.seed,
-        others=others,
-    )
-    row = {"fold": fold.number, "model": name, **model.seen}
-    row |= {"test_first": task.time(start), "test_last": task.time(stop - 1)}
-    row |= _fold_figures(result, model.unseen) | {"unprobed": unprobed}
-    closed = result.trades.loc[result.trades["exit"] != "still open", "profit"]
-    return {
-        "row": row,
-        "times": result.equity.index.as_unit("ns").asi8.tolist(),
-        "curves": {name: result.curves[name].tolist() for name in CURVES},
-        "profits": closed.tolist(),
-    }
-
 # %% ../nbs/07_evaluation/18_walk_forward.ipynb #a413dc30
 class _Job(NamedTuple):
     "A model's test of a fold."
@@ -306,39 +75,58 @@ class _Job(NamedTuple):
     path: Path | None  # where it is kept
     found: dict | None  # from an earlier run
 
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #86db5449
-def _jobs(task: _Task, given: dict[str, _Given]) -> list[_Job]:
-    "All tests, in order of time, with what an earlier run has left of them."
-    folder = task.folder
-    kept = folder is not None
-    common = {
+# %% ../nbs/07_evaluation/18_walk_forward.ipynb #93ae36cf
+def _plain_account(task: FoldTask) -> dict | None:
+    "The account's settings as plain values."
+    if task.account is None:
+        return None
+    return asdict(task.account)
+
+
+def _common_key(task: FoldTask) -> dict:
+    "What all tests of a walk-forward depend on."
+    key = {
         **task.kind,
         "symbol": task.symbol,
-        "account": None if task.account is None else asdict(task.account),
+        "account": _plain_account(task),
         "random_policies": task.random_policies,
         "seed": task.seed,
         "probes": list(task.probes),
-        "code": package_digest() if kept else None,
-        "libraries": library_versions() if kept else None,
+        "code": None,
+        "libraries": None,
     }
+    if task.folder is not None:
+        key |= {"code": package_digest(), "libraries": library_versions()}
+    return key
+
+# %% ../nbs/07_evaluation/18_walk_forward.ipynb #a85a129c
+def _fold_job(task: FoldTask, fold: Fold, name: str, key: dict) -> _Job:
+    "A model's test of a fold, with what an earlier run has left of it."
+    digest = plain_digest({**key, "name": name})
+    path = None
+    if task.folder is not None:
+        path = task.folder / f"fold_{fold.number:02d}_{digest[:16]}.json"
+    return _Job(fold, name, digest, path, read_fold(path, digest))
+
+
+def _jobs(task: FoldTask, given: dict[str, GivenModel]) -> list[_Job]:
+    "All tests, in order of time."
+    common = _common_key(task)
     models: dict[str, Any] = {name: model_digest(model.content) for name, model in given.items()}
     if task.train is not None:
         models = {"retrained": {"train_settings": task.train_settings}}
     jobs = []
     for fold in task.folds:
         own = {**common, "fold": asdict(fold)}
-        if kept:
+        if task.folder is not None:
             stop = fold.test[1]
             own["bars"] = fingerprint(task.bars.iloc[:stop])["sha256"]
-            own["truth"] = truth_digest(None if task.truth is None else task.truth.iloc[:stop])
-        for name, model in models.items():
-            key = plain_digest({**own, "name": name, "model": model})
-            path = None if folder is None else folder / f"fold_{fold.number:02d}_{key[:16]}.json"
-            jobs.append(_Job(fold, name, key, path, read_fold(path, key)))
+            own["truth"] = truth_digest(task.truth_until(stop))
+        jobs += [_fold_job(task, fold, name, {**own, "model": model}) for name, model in models.items()]
     return jobs
 
 # %% ../nbs/07_evaluation/18_walk_forward.ipynb #4cae40a9
-def _fits(task: _Task, jobs: list[_Job]) -> dict[int, FeatureFit]:  # number of the fold -> fit
+def _fits(task: FoldTask, jobs: list[_Job]) -> dict[int, FeatureFit]:  # number of the fold -> fit
     "Every fold is fitted before the first is trained: what cannot be done is known at once."
     if task.train is None:
         return {}
@@ -351,34 +139,15 @@ def _fits(task: _Task, jobs: list[_Job]) -> dict[int, FeatureFit]:  # number of 
         if job.found is None
     }
 
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #56fd432e
-def _retrained(task: _Task, job: _Job, fit: FeatureFit) -> _Trained:
-    "A model of the fold's own."
-    content, spans = _trained(task, job.fold, fit, job.path), task.spans(job.fold)
-    who = f"the model that train gave for fold {job.fold.number}"
-    certain = refuse_seen(content, who, job.fold, task.bars.index)
-    seen = {
-        f"{span}_{end}": spans[span][end] for span in ("train", "validation") for end in ("first", "last")
-    }
-    return _Trained(content, seen, certain)
-
-# %% ../nbs/07_evaluation/18_walk_forward.ipynb #2c2ec9e3
-def _existing(job: _Job, model: _Given) -> _Trained:
-    "A model that existed before."
-    span = training_span(model.content)
-    seen = {}
-    for end in ("first", "last"):
-        seen[f"train_{end}"] = None if span[end] is None else span[end].isoformat()
-    return _Trained(model.content, seen, model.unseen[job.fold.number])
-
-
-def _done(task: _Task, job: _Job, given: dict[str, _Given], fits: dict[int, FeatureFit]) -> dict:
+# %% ../nbs/07_evaluation/18_walk_forward.ipynb #6c47a28f
+def _done(task: FoldTask, job: _Job, given: dict[str, GivenModel], fits: dict[int, FeatureFit]) -> dict:
     "A fold that is tested now, and kept."
     if task.train is not None:
-        model = _retrained(task, job, fits[job.fold.number])
+        saved = job.path and job.path.with_suffix(".pt")
+        model = retrained_model(task, job.fold, fits[job.fold.number], saved)
     else:
-        model = _existing(job, given[job.name])
-    fold = {"key": job.key, **_tested(task, job.fold, job.name, model)}
+        model = existing_model(job.fold, given[job.name])
+    fold = {"key": job.key, **tested_fold(task, job.fold, job.name, model)}
     if job.path:
         write_fold(job.path, fold)
     return fold
@@ -386,15 +155,17 @@ def _done(task: _Task, job: _Job, given: dict[str, _Given], fits: dict[int, Feat
 # %% ../nbs/07_evaluation/18_walk_forward.ipynb #7e17f2b3
 def _fold_line(job: _Job, row: dict) -> str:
     "A fold in one line."
-    kept = " (kept from an earlier run)" if job.found else ""
-    return (
+    line = (
         f"fold {job.fold.number}, {job.name}: {row['test_first'][:10]} to {row['test_last'][:10]}, "
         f"return {row['return']:+.2%}, buy-and-hold at its exposure {row['buy_and_hold_at_exposure']:+.2%}, "
-        f"{row['trades']} trades{kept}"
+        f"{row['trades']} trades"
     )
+    if job.found:
+        return f"{line} (kept from an earlier run)"
+    return line
 
 # %% ../nbs/07_evaluation/18_walk_forward.ipynb #96aaf53c
-def _late_notes(task: _Task, rows: list[dict]) -> list[str]:
+def _late_notes(task: FoldTask, rows: list[dict]) -> list[str]:
     "What the tests left unknown."
     reasons = dict.fromkeys(row["unprobed"] for row in rows if row["unprobed"])
     name = rows[0]["model"]
@@ -409,16 +180,16 @@ def _late_notes(task: _Task, rows: list[dict]) -> list[str]:
     ]
 
 # %% ../nbs/07_evaluation/18_walk_forward.ipynb #452611e3
-def _provenance(task: _Task, horizon: int, embargo: int) -> dict:
+def _provenance(task: FoldTask, horizon: int, embargo: int) -> dict:
     "What a result comes from."
     spans = []
     for fold in task.folds:
-        numbers = {name: list(getattr(fold, name)) for name in _SPANS}
+        numbers = {name: list(getattr(fold, name)) for name in SPANS}
         spans.append({"fold": fold.number, **numbers, "times": task.spans(fold)})
     return {
         **task.kind,
         "symbol": task.symbol,
-        "account": None if task.account is None else asdict(task.account),
+        "account": _plain_account(task),
         "horizon": horizon,
         "embargo": embargo,
         "random_policies": task.random_policies,
@@ -439,29 +210,25 @@ def walk_forward(
     account: AccountConfig | None = None,  # None: the one that each model was trained with
     window: int = 100,  # bars in one observation
     symbol: str = "",  # of the bars
-    train: Callable[[MarketData, Fold], dict]
-    | None = None,  # (MarketData bounded to the fold's training span, fold) -> content of a checkpoint
+    train: Callable[[MarketData, Fold], dict] | None = None,  # (training span, fold) -> checkpoint's content
     models: Any = None,  # instead: checkpoints that exist, as paths or contents, or a table of names and such
     truth: pd.DataFrame | None = None,  # of `simulate_market`: adds the oracle
     horizon: int = 1,  # bars that a reward looks ahead: how far apart the spans must lie
     embargo: int = 0,  # further bars between two spans
-    folder: str
-    | Path
-    | None = None,  # keeps finished folds, and the models of `train`; None: nothing is kept
+    folder: str | Path | None = None,  # keeps finished folds and models of `train`; None: nothing is kept
     train_settings: dict | None = None,  # what `train` depends on, as plain values; needed with `folder`
     progress: Callable[[str], object] | None = print,  # called with a line for each fold; None: silent
     random_policies: int = 200,  # shifted copies of the agent that it is ranked among in each fold
     seed: int = 0,  # of those and of the bootstrap
     probes: Iterable[str] = (),  # keys of PROBES that trade each fold as well, such as ("ridge", "boosting")
-) -> WalkForwardResult:
+) -> WalkForwardResult:  # a row for each fold and model, one curve, one verdict
     "Test every fold with a model of its own, or every model over every fold."
     if not isinstance(bars, pd.DataFrame) or not len(bars):
         raise InputError(f"bars: expected a DataFrame of validated bars, was {type(bars).__name__}")
     check_whole("window", window, 1)
     check_folds(folds, window, horizon, embargo, len(bars))
-    _check_arguments(bars, account, train, models, truth, folder, train_settings)
     layout_of(version)
-    task = _Task(
+    task = FoldTask(
         bars=bars,
         folds=sorted(folds, key=lambda fold: fold.test),
         kind={
@@ -480,13 +247,14 @@ def walk_forward(
         seed=seed,
         probes=tuple(probes),
     )
-    _check_spans(task)
-    given = {} if models is None else _given(task, models)
+    check_arguments(task, models)
+    check_spans(task)
+    given = given_models(task, models)
     jobs = _jobs(task, given)
     return _walk(task, jobs, given, progress, _provenance(task, horizon, embargo))
 
 # %% ../nbs/07_evaluation/18_walk_forward.ipynb #b6fdd1f3
-def _walk(task: _Task, jobs: list[_Job], given: dict, progress, provenance: dict) -> WalkForwardResult:
+def _walk(task: FoldTask, jobs: list[_Job], given: dict, progress, provenance: dict) -> WalkForwardResult:
     "Do what is left to do, fold by fold."
     fits, folds = _fits(task, jobs), []
     for place, job in enumerate(jobs, 1):

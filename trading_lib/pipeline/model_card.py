@@ -50,84 +50,193 @@ def _fingerprint(state: dict) -> str:
 # %% ../../nbs/09_pipeline/06_model_card.ipynb #f61b9caa
 def _counted(n: int | None, of: int | None = None) -> str:
     "A count, and of how many."
-    return ("not recorded" if n is None else f"{n:,}") + ("" if of is None else f" of {of:,}")
+    text = "not recorded"
+    if n is not None:
+        text = f"{n:,}"
+    if of is not None:
+        text += f" of {of:,}"
+    return text
 
-# %% ../../nbs/09_pipeline/06_model_card.ipynb #09e35759
-def _budget(content: dict) -> dict:
-    "Steps and updates, done and in all; how often validation looked."
-    train, env = (content.get("config", {}).get(name, {}) for name in ("train", "env"))
-    step, update, steps = content.get("global_step"), content.get("update"), train.get("total_timesteps")
-    accounts = train.get("n_envs") or env.get("n_envs")
+
+def _known(rows) -> list[tuple]:
+    "Rows of a table, where a value that is missing is said to be."
+    return [(what, "not recorded" if value is None else value) for what, value in rows]
+
+
+def _part(content: dict, name: str) -> dict:
+    "A part of a checkpoint's content; empty where it has none."
+    return content.get(name) or {}
+
+# %% ../../nbs/09_pipeline/06_model_card.ipynb #161008d0
+def _updates(train: dict, env: dict, step: int | None, update: int | None) -> int | None:
+    "Updates of the whole run."
+    accounts, steps = train.get("n_envs") or env.get("n_envs"), train.get("total_timesteps")
     per_update = None
     if accounts and train.get("n_steps"):
         per_update = accounts * train["n_steps"]
     elif step and update:
         per_update = step / update
-    updates = math.ceil(steps / per_update) if steps and per_update else None
-    interval = train.get("validation_interval")
+    if not steps or not per_update:
+        return None
+    return math.ceil(steps / per_update)
 
-    def looks(n: int | None) -> int | None:
-        "Validations up to an update; the last update is validated in any case."
-        if not interval or n is None:
-            return None
-        return n // interval + (n == updates and n % interval > 0)
 
+def _looks(update: int | None, updates: int | None, interval: int | None) -> int | None:
+    "Validations up to an update; the last update is validated in any case."
+    if not interval or update is None:
+        return None
+    return update // interval + (update == updates and update % interval > 0)
+
+# %% ../../nbs/09_pipeline/06_model_card.ipynb #09e35759
+def _budget(content: dict) -> dict:
+    "Steps and updates, done and in all; how often validation looked."
+    train, env = (content.get("config", {}).get(name, {}) for name in ("train", "env"))
+    step, update = content.get("global_step"), content.get("update")
+    updates, interval = _updates(train, env, step, update), train.get("validation_interval")
     return {
         "step": step,
-        "steps": steps,
+        "steps": train.get("total_timesteps"),
         "update": update,
         "updates": updates,
-        "looks": looks(update),
-        "all_looks": looks(updates),
+        "looks": _looks(update, updates, interval),
+        "all_looks": _looks(updates, updates, interval),
     }
+
+
+def _budget_table(budget: dict) -> str:
+    "What was done, and of how much."
+    rows = [
+        ("environment steps", _counted(budget["step"], budget["steps"])),
+        ("updates", _counted(budget["update"], budget["updates"])),
+        ("looks of the validation", _counted(budget["looks"], budget["all_looks"])),
+    ]
+    return _table(("what", "done"), rows)
+
+# %% ../../nbs/09_pipeline/06_model_card.ipynb #5da599f6
+def _sizes(content: dict) -> tuple[str, str, str]:
+    "Inputs, actions and parameters, as far as they are recorded."
+    state = _part(content, "policy_state_dict")
+    widths = policy_widths(content) or (None, None)
+    inputs = _counted(content.get("policy_obs_dim", widths[0]))
+    actions = _counted(content.get("policy_n_actions", widths[1]))
+    if not state:
+        return inputs, actions, _counted(None)
+    return inputs, actions, _counted(count_parameters(state))
+
+# %% ../../nbs/09_pipeline/06_model_card.ipynb #68a3373f
+def _network_table(content: dict) -> str:
+    "Inputs, layers, actions, and a fingerprint of the weights."
+    inputs, actions, parameters = _sizes(content)
+    state, meanings = _part(content, "policy_state_dict"), _part(content, "action_meanings")
+    fingerprint = "not recorded"
+    if state:
+        fingerprint = _fingerprint(state)
+    if meanings:
+        actions += ": " + ", ".join(map(str, meanings.values()))
+    layers = [
+        (f"weights of {layer}", f"{columns:,} → {rows:,}")
+        for layer, (rows, columns) in policy_matrices(content).items()
+    ]
+    rows = [("inputs", inputs), *layers, ("actions", actions), ("parameters", parameters)]
+    return _table(("what", "value"), [*rows, ("SHA-256 of the weights", fingerprint)])
 
 # %% ../../nbs/09_pipeline/06_model_card.ipynb #827cdf03
 def _source(data: dict) -> str | None:
     "Simulated or real, where the checkpoint knows it."
-    if data.get("source") is None:
+    source = data.get("source")
+    if source is None:
         return None
-    if data["source"] != "simulated" and simulated_bars(data.get("symbol"), data):
-        return f"simulated market, by the name of its bars, from {data['source']}"
-    details = ", ".join(
-        f"{name} {data[name]}"
-        for name in ("recipe", "edge", "seed", "feed", "adjustment")
-        if data.get(name) is not None
-    )
-    return (
-        "simulated market" if data["source"] == "simulated" else f"real market, from {data['source']}"
-    ) + (f" ({details})" if details else "")
+    if source != "simulated" and simulated_bars(data.get("symbol"), data):
+        return f"simulated market, by the name of its bars, from {source}"
+    text = "simulated market"
+    if source != "simulated":
+        text = f"real market, from {source}"
+    names = ("recipe", "edge", "seed", "feed", "adjustment")
+    details = ", ".join(f"{name} {data[name]}" for name in names if data.get(name) is not None)
+    if not details:
+        return text
+    return f"{text} ({details})"
+
+# %% ../../nbs/09_pipeline/06_model_card.ipynb #e29da9d4
+def _span(of: dict | None, names: tuple[str, str] = ("first", "last")) -> str | None:
+    "A span in time, where both ends are recorded."
+    if not of or any(name not in of for name in names):
+        return None
+    return " to ".join(str(of[name]) for name in names)
+
+
+def _data_table(data: dict) -> str:
+    "The bars, and which of them were trained on."
+    if not data:
+        return "The environment was no market; there is no data to record."
+    spans = _part(data, "spans")
+    rows = [
+        ("symbol", data.get("symbol")),
+        ("timeframe", data.get("timeframe")),
+        ("asset class", data.get("asset_class")),
+        ("source", _source(data)),
+        ("bars", _counted(data.get("bars"))),
+        ("span of the bars", _span(data, ("start", "end"))),
+        ("SHA-256 of the bars", data.get("sha256")),
+        ("training span", _span(spans.get("train"))),
+        ("validation span", _span(spans.get("validation"))),
+    ]
+    return _table(("what", "value"), _known(rows))
 
 # %% ../../nbs/09_pipeline/06_model_card.ipynb #88a769f6
 def _worth(metrics: dict, name: str) -> str | None:
     "What to say instead of a figure of too few trades."
     part, _, figure = name.rpartition(".")
+    if figure not in TRADE_FIGURES or not isinstance(metrics.get(part), dict):
+        return None
+    return too_few_trades(metrics[part].get("trades"))
+
+
+def _result(metrics: dict, name: str, value):
+    "A figure as the table shows it."
+    text = _worth(metrics, name)
+    if text:
+        return text
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return value
+
+
+def _results_table(metrics: dict) -> str:
+    "What validation found."
+    if not metrics:
+        return "None: this checkpoint was not validated."
+    rows = [(name, _result(metrics, name, value)) for name, value in flat_facts(metrics).items()]
+    return _table(("figure", "value"), rows)
+
+# %% ../../nbs/09_pipeline/06_model_card.ipynb #bf69911b
+def _market_limit(data: dict) -> str:
+    "What the market of a training does not show."
+    if simulated_bars(data.get("symbol"), data):
+        return "Its market is simulated: nothing here says anything about any real market."
+    if data.get("source") is None:
+        return "Whether its bars are simulated or real is not recorded."
+    return "One span of one market is an anecdote; other times may differ."
+
+
+def _chosen_limit(budget: dict, chosen: bool) -> str:
+    "Among how many checkpoints validation chose this one."
+    if not chosen:
+        return "No validation figures belong to this checkpoint: validation did not choose it."
+    among = "how many is not recorded."
+    if budget["looks"] is not None:
+        looks, all_looks = _counted(budget["looks"]), _counted(budget["all_looks"])
+        among = f"{looks} looked at up to this one, {all_looks} in the whole run."
     return (
-        too_few_trades((metrics.get(part) or {}).get("trades"))
-        if figure in TRADE_FIGURES and isinstance(metrics.get(part), dict)
-        else None
+        f"Validation chose it, on one span, among the checkpoints of its run: {among} The best of many "
+        "looks better than it is; only bars that neither training nor validation has seen can judge it."
     )
 
 # %% ../../nbs/09_pipeline/06_model_card.ipynb #4c95beca
 def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
     "What the figures of the card do not show."
-    update, updates, looks, all_looks = (budget[name] for name in ("update", "updates", "looks", "all_looks"))
-    costs = content.get("config", {}).get("env", {}).get("account", {}).get("costs")
-    simulated = simulated_bars(data.get("symbol"), data)
-    if simulated:
-        market = "Its market is simulated: nothing here says anything about any real market."
-    elif data.get("source") is None:
-        market = "Whether its bars are simulated or real is not recorded."
-    else:
-        market = "One span of one market is an anecdote; other times may differ."
-    among = "how many is not recorded."
-    if looks is not None:
-        among = f"{_counted(looks)} looked at up to this one, {_counted(all_looks)} in the whole run."
-    said = ["No validation figures belong to this checkpoint: validation did not choose it."]
-    if chosen:
-        said = [
-            f"Validation chose it, on one span, among the checkpoints of its run: {among} The best of many "
-            "looks better than it is; only bars that neither training nor validation has seen can judge it."
-        ]
+    update, updates = budget["update"], budget["updates"]
+    said = [_chosen_limit(budget, chosen)]
     if updates and update is not None and update < updates:
         said.append(f"It is the policy of update {update:,} of {updates:,}, not of the end of the run.")
     training = training_budget(content)
@@ -135,19 +244,72 @@ def _limits(content: dict, budget: dict, data: dict, chosen: bool) -> list[str]:
         said.append(f"It is a smoke test: {_plain(training['said'])}.")
     if not data:
         return said
-    return said + [
-        (
-            f"It was trained on {_plain(data.get('symbol') or 'one symbol')} "
-            f"{_plain(data.get('timeframe') or 'bars')} alone; other markets and other timeframes were "
-            "not tested."
-        ),
-        market,
-        (
-            "Fills are simulated, at the next bar's "
-            f"open{f' with the cost preset {_plain(costs)}' if costs else ''}; no order of it was ever "
-            "filled by a broker."
-        ),
+    symbol, timeframe = _plain(data.get("symbol") or "one symbol"), _plain(data.get("timeframe") or "bars")
+    costs = content.get("config", {}).get("env", {}).get("account", {}).get("costs")
+    preset = ""
+    if costs:
+        preset = f" with the cost preset {_plain(costs)}"
+    return [
+        *said,
+        f"It was trained on {symbol} {timeframe} alone; other markets and other timeframes were not tested.",
+        _market_limit(data),
+        f"Fills are simulated, at the next bar's open{preset}; no order of it was ever filled by a broker.",
     ]
+
+# %% ../../nbs/09_pipeline/06_model_card.ipynb #52d2787b
+def _title(data: dict) -> str:
+    "What the policy is, in a few words."
+    title = "a PPO policy"
+    if simulated_bars(data.get("symbol"), data):
+        title += ", of a simulated market"
+    subject = _subject(data)
+    if not subject:
+        return title
+    return f"{subject}: {title}"
+
+
+def _subject(data: dict) -> str:
+    "Symbol and timeframe, as far as they are recorded."
+    return _plain(" ".join(str(data[part]) for part in ("symbol", "timeframe") if data.get(part)))
+
+# %% ../../nbs/09_pipeline/06_model_card.ipynb #26515cb1
+def _sentence(content: dict, data: dict, budget: dict) -> str:
+    "What the policy is, in a sentence."
+    inputs, actions, parameters = _sizes(content)
+    version, subject = declared_version(content), _subject(data)
+    text = "A policy trained with PPO"
+    if subject:
+        text += f" to trade {subject} bars"
+    if version:
+        text += f", for the observation layout {_plain(version)}"
+    return (
+        f"{text}: {inputs} inputs, {actions} actions, {parameters} parameters, after update "
+        f"{_counted(budget['update'], budget['updates'])}."
+    )
+
+# %% ../../nbs/09_pipeline/06_model_card.ipynb #804f14dd
+def _made_with(content: dict) -> str:
+    "The code and the libraries."
+    git = _part(content, "git")
+    commit = git.get("commit")
+    if commit and git.get("dirty"):
+        commit += ", with uncommitted changes"
+    return _table(("what", "version"), _known([("git commit", commit), *_part(content, "libraries").items()]))
+
+
+def _use(data: dict, name: str) -> str:
+    "Commands that use the checkpoint."
+    model, where = shlex.quote(name), "In this folder:"
+    commands = [f"trading-lib inspect {model}"]
+    if data:
+        where = "In this folder, inside a project that has prepared these bars:"
+    if data.get("symbol"):
+        symbol = shlex.quote(data["symbol"])
+        commands += [
+            f"trading-lib backtest {symbol} --model {model}",
+            f"trading-lib trials {symbol}  # what else was tried on it",
+        ]
+    return where + "\n\n" + _code("\n".join(commands))
 
 # %% ../../nbs/09_pipeline/06_model_card.ipynb #5eb5904b
 def model_card(
@@ -156,110 +318,24 @@ def model_card(
     name: str = "model.pt",  # of the checkpoint's file, for the commands that use it
 ) -> str:  # markdown
     "What a checkpoint is, how it was made, what it showed, and what it was not tested for."
-    config, data, metrics, state, git = (
-        content.get(part) or {} for part in ("config", "data", "metrics", "policy_state_dict", "git")
-    )
-    budget, spans, version = _budget(content), data.get("spans") or {}, declared_version(content)
-    subject = " ".join(str(data[part]) for part in ("symbol", "timeframe") if data.get(part))
-    widths, meanings = policy_widths(content) or (None, None), content.get("action_meanings") or {}
-    inputs, actions = (
-        _counted(content.get(part, width))
-        for part, width in zip(("policy_obs_dim", "policy_n_actions"), widths)
-    )
-    parameters, updates = (
-        _counted(count_parameters(state) if state else None),
-        _counted(budget["update"], budget["updates"]),
-    )
-
-    def span(of: dict | None, names=("first", "last")) -> str | None:
-        return " to ".join(str(of[n]) for n in names) if of and all(n in of for n in names) else None
-
-    commit = git.get("commit") and git["commit"] + (", with uncommitted changes" if git.get("dirty") else "")
-    use = [f"trading-lib inspect {shlex.quote(name)}"]
-    if data.get("symbol"):
-        use += [
-            f"trading-lib backtest {shlex.quote(data['symbol'])} --model {shlex.quote(name)}",
-            f"trading-lib trials {shlex.quote(data['symbol'])}  # what else was tried on it",
-        ]
-
-    def known(rows) -> list[tuple]:
-        return [(what, value if value is not None else "not recorded") for what, value in rows]
-
-    of_what = ", of a simulated market" if simulated_bars(data.get("symbol"), data) else ""
-    title = f"{_plain(subject)}: a PPO policy{of_what}" if subject else f"a PPO policy{of_what}"
-    trades = f" to trade {_plain(subject)} bars" if subject else ""
-    sees = f", for the observation layout {_plain(version)}" if version else ""
-    where = "In this folder, inside a project that has prepared these bars:" if data else "In this folder:"
+    config, data, metrics = (_part(content, part) for part in ("config", "data", "metrics"))
+    budget, parameters = _budget(content), "Not recorded."
+    if config:
+        parameters = _table(("parameter", "value"), flat_facts(config).items())
     sections = {
-        title: f"A policy trained with PPO{trades}{sees}: "
-        f"{inputs} inputs, {actions} actions, {parameters} parameters, after update {updates}.",
+        _title(data): _sentence(content, data, budget),
         "Command": _code(command),
-        "Budget": _table(
-            ("what", "done"),
-            [
-                ("environment steps", _counted(budget["step"], budget["steps"])),
-                ("updates", updates),
-                ("looks of the validation", _counted(budget["looks"], budget["all_looks"])),
-            ],
-        ),
-        "Network": _table(
-            ("what", "value"),
-            [
-                ("inputs", inputs),
-                *(
-                    (f"weights of {layer}", f"{columns:,} → {rows:,}")
-                    for layer, (rows, columns) in policy_matrices(content).items()
-                ),
-                (
-                    "actions",
-                    ": ".join([actions, *([", ".join(map(str, meanings.values()))] if meanings else [])]),
-                ),
-                ("parameters", parameters),
-                ("SHA-256 of the weights", _fingerprint(state) if state else "not recorded"),
-            ],
-        ),
-        "Data": _table(
-            ("what", "value"),
-            known(
-                [
-                    ("symbol", data.get("symbol")),
-                    ("timeframe", data.get("timeframe")),
-                    ("asset class", data.get("asset_class")),
-                    ("source", _source(data)),
-                    ("bars", _counted(data.get("bars"))),
-                    ("span of the bars", span(data, ("start", "end"))),
-                    ("SHA-256 of the bars", data.get("sha256")),
-                    ("training span", span(spans.get("train"))),
-                    ("validation span", span(spans.get("validation"))),
-                ]
-            ),
-        )
-        if data
-        else "The environment was no market; there is no data to record.",
-        "Results on the validation span": _table(
-            ("figure", "value"),
-            [
-                (n, _worth(metrics, n) or (f"{v:.6g}" if isinstance(v, float) else v))
-                for n, v in flat_facts(metrics).items()
-            ],
-        )
-        if metrics
-        else "None: this checkpoint was not validated.",
-        "Parameters": _table(("parameter", "value"), flat_facts(config).items())
-        if config
-        else "Not recorded.",
-        "Made with": _table(
-            ("what", "version"), known([("git commit", commit), *(content.get("libraries") or {}).items()])
-        ),
-        "How to use it": where + "\n\n" + _code("\n".join(use)),
+        "Budget": _budget_table(budget),
+        "Network": _network_table(content),
+        "Data": _data_table(data),
+        "Results on the validation span": _results_table(metrics),
+        "Parameters": parameters,
+        "Made with": _made_with(content),
+        "How to use it": _use(data, name),
         "Limits": "\n".join(f"- {line}" for line in _limits(content, budget, data, bool(metrics))),
     }
-    return (
-        "\n\n".join(
-            f"{'##' if i else '#'} {title}\n\n{text}" for i, (title, text) in enumerate(sections.items())
-        )
-        + "\n"
-    )
+    page = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    return page.removeprefix("#") + "\n"  # the first heading is the page's
 
 # %% ../../nbs/09_pipeline/06_model_card.ipynb #805cded3
 def write_model_card(
