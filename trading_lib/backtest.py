@@ -67,9 +67,13 @@ def _lucky_equity(task: BacktestTask, agent: AccountPath, beside: Tensor) -> Ten
     "What the agent's shifted copies ended with; `beside`: of those that were replayed beside it."
     if task.actions is not None:
         # a bankrupt agent did not do all that its list says
-        return beside if len(agent.action) == len(task.actions) else beside[:0]
+        if len(agent.action) == len(task.actions):
+            return beside
+        return beside[:0]
     copies = task.lucky_runs(torch.as_tensor(agent.action))
-    return replay_and_keep(copies, keep=0)[1].equity if copies else beside[:0]
+    if copies:
+        return replay_and_keep(copies, keep=0)[1].equity
+    return beside[:0]
 
 # %% ../nbs/07_evaluation/10_backtest.ipynb #18862d6b
 def run_backtests(

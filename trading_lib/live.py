@@ -7,6 +7,7 @@ __all__ = ['NativeModelWrapper']
 
 # %% ../nbs/10_live/03_live.ipynb #72256a02
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,9 @@ class NativeModelWrapper:
         "Flat observations (n, obs_dim), and whether one was given; InputError where they do not fit."
         obs = torch.as_tensor(np.asarray(obs, dtype=np.float32))
         n = self.policy.obs_dim
-        window = self.policy.window if self.policy.folds else n // self.model_spec.n_features
+        window = n // self.model_spec.n_features
+        if self.policy.folds:
+            window = self.policy.window
         shapes = ((n,), (window, n // window))
         single = obs.shape in shapes
         if not single and obs.shape[1:] not in shapes:
@@ -72,7 +75,7 @@ class NativeModelWrapper:
     @torch.no_grad()
     def predict(
         self,
-        obs,  # (window, n_features), flat (obs_dim,), or a batch of either
+        obs: Any,  # array or tensor: (window, n_features), flat (obs_dim,), or a batch of either
     ) -> int | np.ndarray:  # the most probable action; one for each of a batch
         "Decide. InputError for observations of another shape or with NaN, and for a model with a memory."
         if self.recurrent:
@@ -86,7 +89,7 @@ class NativeModelWrapper:
     @torch.no_grad()
     def step(
         self,
-        obs,  # as for `predict`
+        obs: Any,  # as for `predict`
         state: torch.Tensor | None = None,  # of the last call; None: at the first bar and after a gap
     ) -> tuple[int | np.ndarray, torch.Tensor | None]:  # most probable action, what is remembered (or None)
         "Decide, and remember: the caller keeps one state for each account. InputError as for `predict`."
@@ -102,7 +105,9 @@ class NativeModelWrapper:
             )
         logits, _, state = self.policy.evaluate_step(rows, state)
         actions = finite_logits(logits).argmax(1)
-        return int(actions[0]) if single else actions.numpy(), state
+        if single:
+            return int(actions[0]), state
+        return actions.numpy(), state
 
     def interpret(
         self,

@@ -41,7 +41,9 @@ def _recorded_time(text) -> pd.Timestamp | None:
         time = pd.Timestamp(text)
     except (TypeError, ValueError):
         return None
-    return time.tz_localize("UTC") if time.tzinfo is None else time.tz_convert("UTC")
+    if time.tzinfo is None:
+        return time.tz_localize("UTC")
+    return time.tz_convert("UTC")
 
 
 def training_span(
@@ -73,7 +75,9 @@ def training_spans(
         return None
     sides = ("left", "right", "left", "right")
     first, last, begin, end = (int(times.searchsorted(time, side)) for time, side in zip(recorded, sides))
-    return ((first, last), (begin, end)) if first < last <= begin < end <= before else None
+    if first < last <= begin < end <= before:
+        return ((first, last), (begin, end))
+    return None
 
 # %% ../../nbs/07_evaluation/05_backtest_task.ipynb #4aa35c27
 @dataclass
@@ -215,7 +219,9 @@ def checked_actions(
     given = np.asarray(actions)
     whole = given.ndim == 1 and given.dtype.kind in "iu"
     if not whole or not bool(((given >= 0) & (given < n_actions)).all()):
-        found = f" with {given.min()} to {given.max()}" if given.size else ""
+        found = ""
+        if given.size:
+            found = f" with {given.min()} to {given.max()}"
         raise InputError(
             f"actions: expected one list of whole numbers from 0 to {n_actions - 1}, "
             f"was {given.dtype} of shape {given.shape}{found}"

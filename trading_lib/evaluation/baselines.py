@@ -76,7 +76,9 @@ def oracle_actions(
     "What someone does who knows the market's planted state, but not its noise, with the agent's own orders."
     side = np.sign(truth["expected_return"].to_numpy()[bars]).astype(int)
     buy, sell, out = _largest(spec, "BUY"), _largest(spec, "SELL"), _flatten(spec)
-    down = sell if allow_short else out
+    down = out
+    if allow_short:
+        down = sell
     action = np.select([side > 0, side < 0], [buy, down], 0)
     turned = np.concatenate([[False], side[1:] != side[:-1]])
     # leave the old side first where there may be one: an order never crosses zero

@@ -93,14 +93,19 @@ def _thing(value, known: set[str], depth: int = 0) -> str:
     if not callable(value):
         return type(value).__name__
     # an object that is called is known by its class
-    of = value if hasattr(value, "__qualname__") else type(value)
+    if hasattr(value, "__qualname__"):
+        of = value
+    else:
+        of = type(value)
     name = f"{of.__module__}.{of.__qualname__}"
     if of.__module__ in known:
         return name
     try:
         text = source_identity(textwrap.dedent(inspect.getsource(of)))
     except (OSError, TypeError, SyntaxError):
-        text = _code(of.__code__) if hasattr(of, "__code__") else name
+        text = name
+        if hasattr(of, "__code__"):
+            text = _code(of.__code__)
     return repr([text, again(_held(of))])
 
 # %% ../../nbs/07_evaluation/19_code_identity.ipynb #62309469
@@ -122,7 +127,9 @@ def package_imports(
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ImportFrom):
             continue
-        base = node.module.split(".") if node.module else []
+        base: list[str] = []
+        if node.module:
+            base = node.module.split(".")
         if node.level:
             base = module.split(".")[: -node.level] + base
         elif base and base[0] == _FOLDER.name:
@@ -154,7 +161,10 @@ def _package() -> dict[str, str]:
 # %% ../../nbs/07_evaluation/19_code_identity.ipynb #9b6d49ad
 def _is_registered(value, known: set[str]) -> bool:
     "Whether an entry of a table holds a function from elsewhere."
-    values = value if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)):
+        values = value
+    else:
+        values = [value]
     return any(callable(v) and getattr(v, "__module__", None) not in known for v in values)
 
 

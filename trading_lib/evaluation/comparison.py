@@ -6,7 +6,9 @@
 __all__ = ['SMOKE_TEST', 'NO_RIVALS', 'baseline_name', 'better_baselines', 'is_simulated']
 
 # %% ../../nbs/07_evaluation/09_comparison.ipynb #89cfd346
-from ..data.simulation import simulated_bars
+from typing import Any
+
+from ..data.simulated_names import simulated_bars
 
 # %% ../../nbs/07_evaluation/09_comparison.ipynb #077b373a
 SMOKE_TEST = "SMOKE TEST"  # what stands before any figure of a model that was trained for too little
@@ -39,11 +41,13 @@ def better_baselines(
 
 # %% ../../nbs/07_evaluation/09_comparison.ipynb #f6716a24
 def is_simulated(
-    result,  # BacktestResult, or anything else with a provenance
+    result: Any,  # BacktestResult, or anything else with a provenance
     data: dict | None = None,  # where the bars come from; None: what its provenance says
-) -> bool:
+) -> bool:  # also where only the name says so
     "Whether its bars are simulated: by what is known of their source, else by the symbol's name."
     provenance = result.provenance
     if provenance.get("simulated"):
         return True
-    return simulated_bars(provenance.get("symbol"), provenance.get("data") if data is None else data)
+    if data is None:
+        data = provenance.get("data")
+    return simulated_bars(provenance.get("symbol"), data)

@@ -21,7 +21,9 @@ from ..networks import finite_logits
 # %% ../../nbs/07_evaluation/03_decisions.ipynb #cdb1246a
 def _initial_memory(policy, n: int) -> Tensor | None:
     "What a policy remembers of nothing; None: it has no memory."
-    return policy.initial_state(n) if hasattr(policy, "initial_state") else None
+    if hasattr(policy, "initial_state"):
+        return policy.initial_state(n)
+    return None
 
 # %% ../../nbs/07_evaluation/03_decisions.ipynb #7da4917f
 @torch.no_grad()

@@ -19,15 +19,17 @@ from .splits import Fold
 # %% ../../nbs/07_evaluation/13_fold_models.ipynb #2a273609
 def minute_text(
     moment: pd.Timestamp | None,  # None: not recorded
-) -> str:
+) -> str:  # in the moment's own time zone
     "A time to the minute."
-    return "an unknown time" if moment is None else f"{moment:%Y-%m-%d %H:%M}"
+    if moment is None:
+        return "an unknown time"
+    return f"{moment:%Y-%m-%d %H:%M}"
 
 # %% ../../nbs/07_evaluation/13_fold_models.ipynb #3aece5fb
 def refuse_seen(
     content: dict,  # of a checkpoint
     name: str,  # of the model, for the message
-    fold: Fold,
+    fold: Fold,  # whose test may not have been seen
     times: pd.DatetimeIndex,  # of the bars
 ) -> bool:  # whether it is certain that nothing was seen
     "Refuse a model that has seen a fold's test span."
@@ -45,10 +47,10 @@ _CONTENT = ("policy_state_dict", "model_version", "config", "fit")  # without wh
 
 # %% ../../nbs/07_evaluation/13_fold_models.ipynb #2c712433
 def check_content(
-    content,  # of a checkpoint
+    content: Any,  # of a checkpoint
     name: str,  # of the model, for the message
     kind: dict,  # version, timeframe, asset_class and window that it must have been trained with
-):
+) -> None:
     "A checkpoint of these features and this market."
     missing = [key for key in _CONTENT if not isinstance(content, dict) or key not in content]
     if missing:
@@ -61,7 +63,9 @@ def check_content(
         )
     trained = content["config"]["env"] | {"version": content["model_version"]}
     for key, value in kind.items():
-        found = timeframe_name(trained[key]) if key == "timeframe" else trained[key]
+        found = trained[key]
+        if key == "timeframe":
+            found = timeframe_name(found)
         if found != value:
             raise InputError(
                 f"{name}: was trained with {key} {trained[key]}, this walk-forward has {value}; "
@@ -73,16 +77,19 @@ def _listed(models) -> list[tuple[str, Any]]:
     "Name and model, as they were given."
     if isinstance(models, dict) and "policy_state_dict" not in models:
         return [(str(name), model) for name, model in models.items()]
-    models = list(models) if isinstance(models, (list, tuple)) else [models]
+    if not isinstance(models, (list, tuple)):
+        models = [models]
     items = []
     for number, model in enumerate(models, 1):
-        is_path = isinstance(model, (str, Path))
-        items.append((Path(model).stem if is_path else f"model {number}", model))
+        name = f"model {number}"
+        if isinstance(model, (str, Path)):
+            name = Path(model).stem
+        items.append((name, model))
     return items
 
 # %% ../../nbs/07_evaluation/13_fold_models.ipynb #aaded969
 def named_models(
-    models,  # one or several paths or contents of checkpoints, or a table of names and such
+    models: Any,  # one or several paths or contents of checkpoints, or a table of names and such
 ) -> dict[str, Any]:  # paths and contents
     "Name -> model, each name once."
     items = _listed(models)
@@ -93,9 +100,10 @@ def named_models(
         )
     for name, model in items:
         is_path = isinstance(model, (str, Path))
-        if name in named:
-            whole = str(model) if is_path else name
-            name = whole if whole not in named else f"{name} ({len(named) + 1})"
+        if name in named and is_path and str(model) not in named:
+            name = str(model)  # two folders may hold a file of one name
+        elif name in named:
+            name = f"{name} ({len(named) + 1})"
         if not is_path and not isinstance(model, dict):
             raise InputError(
                 f"{name}: expected the path or the content of a checkpoint, was {type(model).__name__}"

@@ -7,6 +7,7 @@ __all__ = ['RIVALS', 'TRAINING', 'CURVES', 'chain_curves', 'WalkForwardResult', 
 
 # %% ../../nbs/07_evaluation/15_fold_results.ipynb #44544a3e
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -27,12 +28,14 @@ from trading_lib.metrics import (
 
 # %% ../../nbs/07_evaluation/15_fold_results.ipynb #6d4be237
 def chain_curves(
-    curves,  # arrays of account values, one for each fold in order of time
+    curves: Iterable,  # arrays of account values, one for each fold in order of time
 ) -> np.ndarray:  # (all values,) one curve that starts where the first does
     "Let returns follow each other; what is lost stays lost."
     value, chained = None, []
     for curve in (np.asarray(c, dtype=np.float64) for c in curves):
-        scale = 1.0 if value is None else max(value, 0.0) / curve[0]
+        scale = 1.0
+        if value is not None:
+            scale = max(value, 0.0) / curve[0]
         chained.append(curve * scale)
         value = chained[-1][-1]
     return np.concatenate(chained)
@@ -59,13 +62,16 @@ class WalkForwardResult:
 
     @property
     def models(self) -> list[str]:
+        "Names of the models, as the table has them."
         return list(self.curves)
 
     def __getitem__(self, model: str) -> "WalkForwardResult":
         "The result of one model alone."
         if model not in self.curves:
             raise unknown_name("walk-forward result", model, self.models)
-        return self if len(self.models) == 1 else self._parts[model]
+        if len(self.models) == 1:
+            return self
+        return self._parts[model]
 
     @cached_property
     def _parts(self) -> dict:
@@ -107,12 +113,15 @@ class WalkForwardResult:
 
     @property
     def simulated(self) -> bool:
+        "Whether its bars are simulated."
         return is_simulated(self)
 
     @cached_property
     def verdict(self) -> str:
         "One line: what happened, and whether luck would do as well."
-        return _verdict(self) if len(self.models) == 1 else _verdict_of_many(self)
+        if len(self.models) == 1:
+            return _verdict(self)
+        return _verdict_of_many(self)
 
 # %% ../../nbs/07_evaluation/15_fold_results.ipynb #2c081e5d
 def _rival_figures(result: WalkForwardResult, chained: pd.Series) -> dict:
@@ -144,7 +153,9 @@ def _summary(result: WalkForwardResult, model: str) -> dict:
     mean_low, mean_high = block_bootstrap_interval(returns, seed=seed)
     sharpe_low, sharpe_high = block_bootstrap_interval(returns, lambda r: sharpe_ratio(r, periods), seed=seed)
     chained = result.curves[model].iloc[-1] / result.curves[model].iloc[0] - 1
-    pooled = profit_factor(profits) if len(profits) else math.inf
+    pooled = math.inf
+    if len(profits):
+        pooled = profit_factor(profits)
     beaten = rows["return"] > rows["buy_and_hold_at_exposure"]
     return {
         "folds": len(rows),
@@ -198,7 +209,9 @@ def _rivals_text(summary: dict) -> str:
         for name, rival in summary["baselines"].items()
         if rival["better_in"] or rival["total_return"] > summary["total_return"]
     ]
-    return f" What did better, altogether or in folds: {', '.join(better)}." if better else ""
+    if better:
+        return f" What did better, altogether or in folds: {', '.join(better)}."
+    return ""
 
 # %% ../../nbs/07_evaluation/15_fold_results.ipynb #66f93171
 def _count(n: int, word: str) -> str:
@@ -208,9 +221,10 @@ def _count(n: int, word: str) -> str:
 def _earned_text(result: WalkForwardResult) -> str:
     "What was earned, by whom and over what, beside buy-and-hold."
     s, model = result.summary, result.models[0]
-    who = "retrained for each fold" if model == "retrained" else f"model {model}"
-    bars = "simulated bars" if result.simulated else "bars"
-    unseen = " that training never saw" if (result.folds["unseen"] == "yes").all() else ""
+    who = {"retrained": "retrained for each fold"}.get(model, f"model {model}")
+    bars, unseen = "simulated " * result.simulated + "bars", ""
+    if (result.folds["unseen"] == "yes").all():
+        unseen = " that training never saw"
     return (
         f"{result.provenance['symbol']}: {who}, {s['total_return']:+.2%} after costs "
         f"over {_count(s['folds'], 'fold')} and {s['bars']} {bars}{unseen}; "
@@ -238,8 +252,9 @@ def _spread_text(result: WalkForwardResult) -> str:
 # %% ../../nbs/07_evaluation/15_fold_results.ipynb #b3c0cf8e
 def _verdict(result: WalkForwardResult) -> str:
     "One model's line."
-    smoke = _smoke(result)
-    line = f"{SMOKE_TEST}: {smoke}. " if smoke else ""
+    smoke, line = _smoke(result), ""
+    if smoke:
+        line = f"{SMOKE_TEST}: {smoke}. "
     line += _earned_text(result) + _spread_text(result) + _rivals_text(result.summary)
     if result.notes:
         line += f" {_count(len(result.notes), 'thing')} not known: see the notes."
@@ -274,8 +289,8 @@ def _chained(folds: list[dict]) -> pd.DataFrame:
 # %% ../../nbs/07_evaluation/15_fold_results.ipynb #4a1cab1c
 def collect_folds(
     folds: list[dict],  # row, times (ns), curves and profits of each fold and model
-    notes: list[str],
-    provenance: dict,
+    notes: list[str],  # what is not known, each with the name of its model
+    provenance: dict,  # what the tests come from, as WalkForwardResult has it
 ) -> WalkForwardResult:
     "Rows and chained curves of all folds and models."
     rows = pd.DataFrame([fold["row"] for fold in folds])

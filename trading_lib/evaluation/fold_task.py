@@ -112,7 +112,7 @@ def check_spans(
     "Spans that are long enough for the layout, before anything is trained."
     version = task.kind["version"]
     layout = layout_of(version)
-    names = SPANS
+    names: tuple[str, ...] = SPANS
     if task.train is None:
         names = SPANS[-1:]  # models that exist are tested, nothing more
     for fold in task.folds:

@@ -156,7 +156,9 @@ def rank_correlation(
 
     a, b = (ranks - ranks.mean() for ranks in (rankdata(a), rankdata(b)))
     size = math.sqrt((a @ a) * (b @ b))
-    return float(a @ b / size) if size > 0 else math.nan
+    if size > 0:
+        return float(a @ b / size)
+    return math.nan
 
 # %% ../../nbs/07_evaluation/07_forecasts.ipynb #255f0227
 def information_coefficient(

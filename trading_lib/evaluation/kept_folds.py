@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -18,7 +19,7 @@ from ..files import atomic_write
 
 # %% ../../nbs/07_evaluation/14_kept_folds.ipynb #a6954b9b
 def plain_digest(
-    value,  # plain values: text, numbers, lists, tables
+    value: Any,  # plain values: text, numbers, lists, tables
 ) -> str:  # 64 hexadecimal digits
     "Digest of plain values, whatever the order of a table's names."
     try:
@@ -41,7 +42,7 @@ def package_digest() -> str:  # 64 hexadecimal digits
 # %% ../../nbs/07_evaluation/14_kept_folds.ipynb #fa4cd9e1
 def truth_digest(
     truth: pd.DataFrame | None,  # of `simulate_market`, as far as a fold reaches
-) -> str | None:
+) -> str | None:  # 64 hexadecimal digits; None: there is none
     "Digest of a simulated market's hidden state."
     if truth is None:
         return None
@@ -63,7 +64,7 @@ def model_digest(
 def read_fold(
     path: Path | None,  # None: nothing is kept
     key: str,  # everything that the fold depends on
-) -> dict | None:
+) -> dict | None:  # as `write_fold` was given it
     "A finished fold, if this is the one; a damaged file is none."
     if path is None or not path.exists():
         return None
@@ -71,13 +72,15 @@ def read_fold(
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return found if isinstance(found, dict) and found.get("key") == key else None
+    if not isinstance(found, dict) or found.get("key") != key:
+        return None
+    return found
 
 # %% ../../nbs/07_evaluation/14_kept_folds.ipynb #0e5def8b
 def write_fold(
-    path: Path,
+    path: Path,  # of `read_fold`
     fold: dict,  # with its key
-):
+) -> None:
     "Keep a finished fold."
     text = json.dumps(fold, allow_nan=False, default=lambda number: number.item())
     atomic_write(path, text + "\n")

@@ -121,7 +121,10 @@ _WAIT = 60  # seconds; a lock is held for milliseconds
 
 def _locked_handle(path: Path, write: bool) -> int | None:
     "A handle of the file with a lock on it; None: somebody else has it, or the file was replaced meanwhile."
-    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND if write else os.O_RDONLY
+    if write:
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+    else:
+        flags = os.O_RDONLY
     handle, held = os.open(path, flags, 0o644), False
     try:
         held = lock_descriptor(handle, blocking=False) and os.path.samestat(os.fstat(handle), os.stat(path))
@@ -130,7 +133,9 @@ def _locked_handle(path: Path, write: bool) -> int | None:
     finally:
         if not held:
             os.close(handle)
-    return handle if held else None
+    if held:
+        return handle
+    return None
 
 # %% ../../nbs/07_evaluation/20_ledger_file.ipynb #315d57cd
 @contextmanager
@@ -332,7 +337,9 @@ def ledger_places(
     root = path.parent.parent
     project = _copied_from(root) or root
     file, git = project / "ledger" / path.name, _git_folder(project)
-    lasting = git / "trading_lib" / path.name if git else file
+    lasting = file
+    if git:
+        lasting = git / "trading_lib" / path.name
     written = list(dict.fromkeys([path, lasting]))
     others = dict.fromkeys([file, kept_path(file)])
     return written, [place for place in others if place not in written]

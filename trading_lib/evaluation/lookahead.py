@@ -71,7 +71,10 @@ def _traded(
     env, random = _environment(market, AccountConfig()), torch.Generator().manual_seed(cut)
     # begin after the last bar at which no decision can be made
     closed = np.setdiff1d(np.arange(cut - _STEPS, cut), env.decision_bars)
-    first = int(closed[-1]) + 1 if len(closed) else cut - _STEPS
+    if len(closed):
+        first = int(closed[-1]) + 1
+    else:
+        first = cut - _STEPS
     if first == cut:
         return None
     env.reset_at_index(np.full(_ACCOUNTS, first))

@@ -38,7 +38,9 @@ def trial_returns(
     # of equally large ones the latest
     group: list[dict] = max(reversed(list(groups.values())), key=len, default=[])
     calendars = {tuple(t["days"]) for t in group}  # few: trials on one span have the same days
-    days = sorted(set.intersection(*map(set, calendars))) if group else []
+    days: list[str] = []
+    if group:
+        days = sorted(set.intersection(*map(set, calendars)))
     places = {calendar: [calendar.index(day) for day in days] for calendar in calendars}
     matrix = np.empty((len(group), len(days)))
     for row, t in zip(matrix, group):

@@ -180,7 +180,9 @@ def _simulated(task: BacktestTask) -> bool | None:
 def _chosen(content: dict) -> dict:
     "Among what a model was chosen, as far as it says so itself."
     data, seen = content.get("data"), content.get("validations")
-    listed = len(seen) if isinstance(seen, list) else 0
+    listed = 0
+    if isinstance(seen, list):
+        listed = len(seen)
     return {
         "symbol": data.get("symbol") if isinstance(data, dict) else None,
         "validations": max(listed, (content.get("run") or {}).get("validations") or 0),

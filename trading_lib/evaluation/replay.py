@@ -130,17 +130,21 @@ def _rules_of(runs: list[Run]) -> AccountRules:
 # %% ../../nbs/07_evaluation/00_replay.ipynb #02eb846c
 def replay(
     runs: list[Run],  # one or more
-    # for runs without a list: (number of the decision, AccountState of all n) -> (n,) actions
-    decide: Callable[[int, AccountState], Tensor] | None = None,
-) -> Iterator[Step]:
-    "Take accounts through their spans, one decision bar after the other; nobody comes back from bankruptcy."
+    decide: Callable[[int, AccountState], Tensor] | None = None,  # asked where a run has no list of actions
+) -> Iterator[Step]:  # one for each decision bar, of all n accounts
+    """Take accounts through their spans, one decision bar after the other; nobody comes back from bankruptcy.
+
+    `decide` is given the number of the decision and the state of all n accounts, and returns (n,) actions.
+    """
     require(len(runs) > 0, "replay: expected one run or more, was none")
     require(
         decide is not None or all(run.actions is not None for run in runs),
         "replay: a run has neither a list of actions nor somebody to ask; pass `decide`",
     )
     t, rules = _tables(runs), _rules_of(runs)
-    asked = None if bool(t.listed.all()) else decide
+    asked = decide
+    if bool(t.listed.all()):
+        asked = None
     state, bankrupt = AccountState.initial(rules, len(runs)), torch.zeros(len(runs), dtype=torch.bool)
     for number in range(len(t.bars)):
         active = (number < t.length) & ~bankrupt
@@ -158,7 +162,10 @@ def replay(
         if bool((settled & (after.quantity != 0)).any()):
             flat, settlement = settle(after, there[0], there[1], there[2], rules)
             after = after.where(settled, flat)
-        state = after if bool(active.all()) else after.where(~active, state)
+        if bool(active.all()):
+            state = after
+        else:
+            state = after.where(~active, state)
         bankrupt |= active & (state.equity <= 0)
         yield Step(number, bar, active, action, fills, settlement, settled, state)
 
@@ -236,7 +243,8 @@ def replay_and_keep(
     keep: int | None = None,  # the first so many are kept whole; None: all
 ) -> tuple[list[AccountPath], AccountState]:  # of those; of all, at their ends
     "Replay to the end."
-    keep = len(runs) if keep is None else keep
+    if keep is None:
+        keep = len(runs)
     steps, account = [], None
     for step in replay(runs, decide):
         steps.append((step.active[:keep], step.bar[:keep], step.action[:keep], _kept(step, keep)))

@@ -42,23 +42,29 @@ class Scenario(NamedTuple):
 
 # %% ../../nbs/07_evaluation/02_scenarios.ipynb #6350a1ca
 def stress_scenario(
-    rules: AccountRules,
+    rules: AccountRules,  # of the agent's account
     name: str,  # of STRESSES
-) -> Scenario:
+) -> Scenario:  # the same account where the stress is none
     "The agent's account at other costs, or later."
     costs, delay = STRESSES[name]
-    return Scenario(rules if costs == 1 else rules.with_costs(costs), delay)
+    if costs != 1:
+        rules = rules.with_costs(costs)
+    return Scenario(rules, delay)
 
 # %% ../../nbs/07_evaluation/02_scenarios.ipynb #1325f8e5
 def capacity_scenario(
-    rules: AccountRules,
+    rules: AccountRules,  # of the agent's account
     times: int,  # one of CAPACITIES
-) -> Scenario:
+) -> Scenario:  # the same account for 1
     "The agent's account with so many times the money."
-    return Scenario(rules if times == 1 else replace(rules, initial=rules.initial * times))
+    if times != 1:
+        rules = replace(rules, initial=rules.initial * times)
+    return Scenario(rules)
 
 # %% ../../nbs/07_evaluation/02_scenarios.ipynb #f1d9f7e9
-def scenarios_of(rules: AccountRules) -> list[Scenario]:
+def scenarios_of(
+    rules: AccountRules,  # of the agent's account
+) -> list[Scenario]:  # the agent's own first
     "The agent itself, then the stresses, then the capacities; what equals the agent is not asked twice."
     stresses = [stress_scenario(rules, name) for name, stress in STRESSES.items() if stress != (1, 0)]
     capacities = [capacity_scenario(rules, times) for times in CAPACITIES if times != 1]
@@ -81,8 +87,8 @@ def delayed(
 
 # %% ../../nbs/07_evaluation/02_scenarios.ipynb #bfb38e42
 def largest_volume_share(
-    path: AccountPath,
-    market: MarketData,
+    path: AccountPath,  # of one account
+    market: MarketData,  # that it was taken through
 ) -> float | None:  # None: an order filled in a bar without volume
     "The largest order, as a share of all that traded in the very bar it filled in."
     (opens, _, _, close, volume), bar = market.prices, path.bar + 1

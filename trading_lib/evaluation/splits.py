@@ -131,7 +131,10 @@ def walk_forward_folds(
     borders = [first + (n_bars - first) * k // n_folds for k in range(n_folds + 1)]
     folds = []
     for number, (start, stop) in enumerate(itertools.pairwise(borders), 1):
-        begin = 0 if scheme == "expanding" else start - first
+        if scheme == "expanding":
+            begin = 0
+        else:
+            begin = start - first
         choose = start - int((start - begin) * validation_fraction)  # where validation begins
         folds.append(Fold(number, (begin, choose - gap), (choose, start - gap), (start, stop)))
     return folds
@@ -152,7 +155,9 @@ def _check_gap(fold: Fold, before: str, after: str, gap: int, purge: str):
     end, begin = getattr(fold, before)[1], getattr(fold, after)[0]
     if begin - end >= gap:
         return
-    found = f"{begin - end} bars later" if begin >= end else "an overlap"
+    found = "an overlap"
+    if begin >= end:
+        found = f"{begin - end} bars later"
     raise InputError(
         f"fold {fold.number}: {before} ends at bar {end} and {after} begins at bar {begin}, "
         f"which is {found}; expected {gap} bars between them ({purge}): "

@@ -110,7 +110,9 @@ def _threshold_pairs() -> list[tuple[float, float]]:
     "Every entry with every exit, as multiples of the round trip."
     pairs = []
     for entry in _ENTRIES:
-        shares = _EXITS if entry else (0.0,)
+        shares: tuple[float, ...] = (0.0,)
+        if entry:
+            shares = _EXITS
         pairs += [(entry, entry * share) for share in shares]
     return pairs
 
@@ -161,7 +163,9 @@ def _chosen(candidates: list[dict], skill: tuple[float, float]) -> tuple[float, 
     best, (coefficient, error) = _best(candidates), skill
     foretells = coefficient > _SKILL_ERRORS * error
     pays = best["profit"] > _PROFIT_ERRORS * best["error"]
-    return (best["entry"], best["exit"]) if foretells and pays else (math.inf, math.inf)
+    if foretells and pays:
+        return (best["entry"], best["exit"])
+    return (math.inf, math.inf)
 
 # %% ../../nbs/07_evaluation/08_supervised.ipynb #bcac7121
 def _bar_numbers(market: MarketData, bars) -> np.ndarray:
@@ -335,7 +339,9 @@ def probe_actions(
 
 # %% ../../nbs/07_evaluation/08_supervised.ipynb #8d02cfc1
 def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    if math.isfinite(value):
+        return float(value)
+    return None
 
 # %% ../../nbs/07_evaluation/08_supervised.ipynb #8f71f7c2
 def _measured_bars(probe: SupervisedBaseline, market: MarketData, bars: np.ndarray) -> np.ndarray:
@@ -354,7 +360,9 @@ def _share_beyond_entry(probe: SupervisedBaseline, forecasts: np.ndarray) -> flo
     if not probe.trades:
         return 0.0
     rules = account_rules(probe.account, probe.asset_class)
-    strong = np.abs(forecasts) if rules.allow_short else forecasts
+    strong = forecasts
+    if rules.allow_short:
+        strong = np.abs(forecasts)
     return float((strong > probe.entry * rules.round_trip).mean())
 
 # %% ../../nbs/07_evaluation/08_supervised.ipynb #bce514ec

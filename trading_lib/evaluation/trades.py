@@ -53,12 +53,17 @@ def _bar_time(market: MarketData, bar: int) -> pd.Timestamp:
 
 # %% ../../nbs/07_evaluation/04_trades.ipynb #ff2937f6
 def _stop_or_target(stopped: bool) -> str:
-    return "stop" if stopped else "target"
+    if stopped:
+        return "stop"
+    return "target"
 
 # %% ../../nbs/07_evaluation/04_trades.ipynb #fdc690e0
 def _follow(trade: _OpenTrade, path: AccountPath, k: int, from_flat: bool):
     "Add what the k-th decision did to a trade: its size at both ends of the bar, and its costs."
-    before = 0.0 if from_flat else path.held[k - 1]
+    if from_flat:
+        before = 0.0
+    else:
+        before = path.held[k - 1]
     after = path.inside_quantity[k] or path.settled_quantity[k] or path.held[k]
     trade.largest_quantity = max(trade.largest_quantity, abs(float(before)), abs(float(after)))
     trade.costs += float(path.costs[k] - path.gap_costs[k] + path.settled_costs[k])

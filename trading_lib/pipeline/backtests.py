@@ -6,6 +6,7 @@
 __all__ = ['Job', 'prepared_job', 'file_jobs', 'add_probes', 'run_jobs', 'verdict_on', 'model_facts', 'run_entry']
 
 # %% ../../nbs/09_pipeline/13_backtests.ipynb #ba000003
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,7 +52,9 @@ class Job:
 # %% ../../nbs/09_pipeline/13_backtests.ipynb #752b3ca3
 def _bar_at(bars: pd.DataFrame, text: str | None, name: str, default: int) -> int:
     "Number of the first bar at or after a day that was given."
-    return default if text is None else int(np.searchsorted(bars.index, parse_time(text, name)))
+    if text is None:
+        return default
+    return int(np.searchsorted(bars.index, parse_time(text, name)))
 
 # %% ../../nbs/09_pipeline/13_backtests.ipynb #02344ffe
 def _env_of(content: dict) -> dict:
@@ -62,10 +65,14 @@ def _env_of(content: dict) -> dict:
 def _model_of(parameters: Parameters, symbol: str, model: str | None, say) -> Path:
     "The model that was named, or the newest of the symbol; what is missing is an `InputError`."
     paths = artefacts(parameters, symbol)
-    found = Path(model) if model else newest_model(paths)
-    if not model and found != paths.model and paths.model.exists():
-        say(f"{symbol}: {found}, the newest; the pipeline's is {paths.model} (--model takes any)")
-    for path, stage in ((paths.bars, "prepare"), *([] if model else [(found, "train")])):
+    found, needed = newest_model(paths), [(paths.bars, "prepare")]
+    if model:
+        found = Path(model)
+    else:
+        needed.append((found, "train"))
+        if found != paths.model and paths.model.exists():
+            say(f"{symbol}: {found}, the newest; the pipeline's is {paths.model} (--model takes any)")
+    for path, stage in needed:
         if not path.exists():
             raise InputError(
                 f"{symbol}: no {path.name}; run `trading-lib stage {stage} --symbol {symbol}` "
@@ -75,13 +82,13 @@ def _model_of(parameters: Parameters, symbol: str, model: str | None, say) -> Pa
 
 # %% ../../nbs/09_pipeline/13_backtests.ipynb #59375180
 def prepared_job(
-    parameters: Parameters,
+    parameters: Parameters,  # of params.yaml
     symbol: str,  # of params.yaml
     model: str | None = None,  # a checkpoint; None: the symbol's newest
     start: str | None = None,  # first day; None: of the test span
     end: str | None = None,  # first day that is left out; None: to the end of the test span
-    say=print,  # called with a line where something is to be known
-) -> Job:
+    say: Callable[[str], object] = print,  # called with a line where something is to be known
+) -> Job:  # for `run_jobs`
     "A backtest on the test span of bars that are prepared."
     path, paths = _model_of(parameters, symbol, model, say), artefacts(parameters, symbol)
     if paths.market.exists():
@@ -96,6 +103,8 @@ def prepared_job(
     data = parameters.data
     first, last = split_bounds(len(bars), data.train_fraction, data.validation_fraction)["test"]
     truth = market_truth(parameters, symbol)
+    if truth is not None and not truth.index.equals(bars.index):
+        truth = None  # the bars were made with other settings
     arguments = dict(
         model=content,
         bars=bars,
@@ -103,7 +112,7 @@ def prepared_job(
         stop=min(last, _bar_at(bars, end, "--end", last)),
         symbol=symbol,
         account=parameters.account,
-        truth=truth if truth is not None and truth.index.equals(bars.index) else None,
+        truth=truth,
     )
     return Job(arguments, source_facts(parameters, symbol))
 
@@ -112,12 +121,16 @@ def _file_job(parameters: Parameters, file: str, content: dict, start: str | Non
     "A backtest on a file of bars, read as the model was trained."
     trained, data = _env_of(content), parameters.data
     symbol = path_symbol(Path(file).stem.split("_")[0], str(file))
+    if trained:
+        asset_class, account = trained["asset_class"], typed(AccountConfig, trained["account"], "account")
+    else:
+        asset_class, account = asset_class_for(parameters, symbol), parameters.account
     bars, _ = load_with_report(
         symbol,
         trained.get("timeframe", data.timeframe),
         "files",
         path=file,
-        asset_class=trained["asset_class"] if trained else asset_class_for(parameters, symbol),
+        asset_class=asset_class,
         allow_steps=data.steps(symbol),
         **{name: getattr(data, name) for name in ("timezone", "labels", "price_scale", "columns")},
     )
@@ -127,18 +140,18 @@ def _file_job(parameters: Parameters, file: str, content: dict, start: str | Non
         start=_bar_at(bars, start, "--start", 0),
         stop=_bar_at(bars, end, "--end", len(bars)),
         symbol=symbol,
-        account=typed(AccountConfig, trained["account"], "account") if trained else parameters.account,
+        account=account,
     )
     return Job(arguments, {"source": f"the file {Path(file).name}"})
 
 # %% ../../nbs/09_pipeline/13_backtests.ipynb #849f8490
 def file_jobs(
-    parameters: Parameters,
+    parameters: Parameters,  # of params.yaml
     files: list[str],  # CSV or parquet files of bars
     model: str,  # the checkpoint that trades them
     start: str | None = None,  # first day; None: all
     end: str | None = None,  # first day that is left out
-) -> list[Job]:
+) -> list[Job]:  # one for each file, for `run_jobs`
     "Backtests of a model on files; a file's symbol is what stands before the first '_' of its name."
     content = load_checkpoint(model)
     jobs = [_file_job(parameters, file, content, start, end) for file in files]
@@ -152,10 +165,10 @@ def file_jobs(
 
 # %% ../../nbs/09_pipeline/13_backtests.ipynb #ba000009
 def add_probes(
-    job: Job,
+    job: Job,  # whose arguments and figures are added to
     seed: int,  # of the boosted trees
-    say=print,  # called with a line where they are left out
-):
+    say: Callable[[str], object] = print,  # called with a line where they are left out
+) -> None:
     "Let the job hold the actions and the figures of baselines that learn."
     asked = job.arguments
     content, env = asked["model"], _env_of(asked["model"])
@@ -182,12 +195,12 @@ def add_probes(
 
 # %% ../../nbs/09_pipeline/13_backtests.ipynb #ba00000b
 def run_jobs(
-    parameters: Parameters,
-    jobs: list[Job],
+    parameters: Parameters,  # of params.yaml
+    jobs: list[Job],  # of `prepared_job` or `file_jobs`
     costs: str | None = None,  # a preset; None: as the job has it
     random_policies: int = 0,  # shifted copies to rank the agent among
     probes: bool = True,  # whether baselines that learn are run too
-) -> list[BacktestResult]:
+) -> list[BacktestResult]:  # in the order of the jobs
     "Run backtests; their provenance says where the bars come from."
     for job in jobs:
         asked = job.arguments
@@ -207,7 +220,7 @@ def run_jobs(
 
 # %% ../../nbs/09_pipeline/13_backtests.ipynb #27cedfec
 def verdict_on(
-    result: BacktestResult,
+    result: BacktestResult,  # of the test span
     content: dict,  # the checkpoint that traded
 ) -> dict:  # as `reporting.verdict.assess` has it
     "The verdict on a backtest, given everything that was tried on such bars."
@@ -223,6 +236,9 @@ def model_facts(
 ) -> dict:  # goes into a result's provenance
     "Which model traded, and from which code and bars it comes."
     trained, git = content["config"]["train"], content["git"]
+    commit = str(git["commit"])
+    if git["dirty"]:
+        commit += " with changes"
     model = (
         f"{path.name}, update {content['update']}, {content['global_step']:,} steps, "
         f"mode {trained['mode']}, seed {trained['seed']}"
@@ -234,7 +250,7 @@ def model_facts(
             "model": model,
             "hidden layers": str(list(trained["hidden_dims"])),
             "trained on bars": content["data"]["sha256"],
-            "commit": f"{git['commit']} with changes" if git["dirty"] else f"{git['commit']}",
+            "commit": commit,
         },
     }
 

@@ -67,7 +67,7 @@ def _check_verdict(verdict: dict, simulated: bool, training: dict, symbol: str, 
 
 # %% ../../nbs/09_pipeline/14_deploy.ipynb #e6b31432
 def deploy_symbol(
-    parameters: Parameters,
+    parameters: Parameters,  # of params.yaml
     symbol: str,  # of params.yaml
     out: str | Path | None = None,  # a .zip file; None: beside the model
     anyway: bool = False,  # whatever the verdict

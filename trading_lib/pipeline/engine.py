@@ -13,6 +13,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def _remove_left(folder: Path):
 
 # %% ../../nbs/09_pipeline/15_engine.ipynb #8d8b7ace
 @contextmanager
-def kernel_folder():  # yields its path
+def kernel_folder() -> Iterator[Path]:
     "A private folder with a short path for the connection of one kernel."
     place = Path(tempfile.gettempdir())
     if len(os.fsencode(place)) > _LONGEST:
@@ -170,11 +171,9 @@ def _last_words(notebook) -> str:
     errors = [
         o for cell in notebook.cells for o in cell.get("outputs", []) if o.get("output_type") == "error"
     ]
-    return (
-        errors[-1].evalue
-        if errors and errors[-1].ename in FOR_PEOPLE
-        else "interrupted; what was saved before is complete"
-    )
+    if errors and errors[-1].ename in FOR_PEOPLE:
+        return errors[-1].evalue
+    return "interrupted; what was saved before is complete"
 
 # %% ../../nbs/09_pipeline/15_engine.ipynb #c1ca99df
 @functools.cache

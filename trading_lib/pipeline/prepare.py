@@ -44,8 +44,8 @@ def kept_folder(
 
 # %% ../../nbs/09_pipeline/02_prepare.ipynb #b1301cc9
 def source_options(
-    parameters: Parameters,
-    symbol: str,
+    parameters: Parameters,  # of params.yaml
+    symbol: str,  # such as SIM-USD
 ) -> dict:  # options of `load_bars`
     "The data section as a source takes it."
     d = parameters.data
@@ -78,9 +78,9 @@ def link_warning(
 
 # %% ../../nbs/09_pipeline/02_prepare.ipynb #e8bfb900
 def find_symbol(
-    parameters: Parameters,
-    symbol: str,
-    paths: Artefacts,
+    parameters: Parameters,  # of params.yaml
+    symbol: str,  # such as SIM-USD
+    paths: Artefacts,  # of the symbol: the link is among them
 ) -> Path | None:  # the file; None: bars come from elsewhere
     "Let DVC see the file that holds a symbol's bars, if it is one of the person's own."
     data, file = parameters.data, None
@@ -103,8 +103,9 @@ def _check_history(parameters: Parameters, symbol: str, bars: int, trained: int)
     needed = max(700, window + 600)
     if trained >= needed:
         return
-    # below 700 bars a smaller window helps no more
-    smaller = f", or a features.window of at most {trained - 600}" if trained >= 700 else ""
+    smaller = ""
+    if trained >= 700:  # below, a smaller window helps no more
+        smaller = f", or a features.window of at most {trained - 600}"
     raise InputError(
         f"{symbol}: {bars} bars leave {trained} for training; a window of {window} and its warm-up need "
         f"{needed}; use more history or a shorter bar{smaller}"
@@ -123,8 +124,8 @@ def _load(parameters: Parameters, symbol: str) -> tuple:  # bars, report
 
 # %% ../../nbs/09_pipeline/02_prepare.ipynb #9e9a000b
 def prepare_symbol(
-    parameters: Parameters,
-    symbol: str,
+    parameters: Parameters,  # of params.yaml
+    symbol: str,  # such as SIM-USD
     paths: Artefacts,  # where bars, market data and data.json are written
 ) -> tuple:  # bars, MarketData, report
     "Load, check, fit, build the table, write; what is wrong is an `InputError`, and nothing is written."

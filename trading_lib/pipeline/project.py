@@ -42,42 +42,47 @@ class Artefacts:
 
     @property
     def own_file(self) -> Path:
-        # a link to the user's file of bars
+        "A link to the user's file of bars."
         return self.root / "data" / "own_files" / self.name
 
     @property
     def bars(self) -> Path:
+        "The bars, checked."
         return self.root / "data" / f"{self.name}.parquet"
 
     @property
     def market(self) -> Path:
+        "The market data for training."
         return self.root / "data" / f"{self.name}.npz"
 
     @property
     def model(self) -> Path:
-        # the pipeline's: its best checkpoint
+        "The pipeline's model: the best checkpoint of its training."
         return self.root / "models" / f"{self.name}.pt"
 
     @property
     def last_model(self) -> Path:
+        "The last checkpoint of the pipeline's training."
         return self.root / "models" / f"{self.name}_last.pt"
 
     @property
     def kept(self) -> Path:
-        # every complete training's model; nothing here is overwritten
+        "The folder of every complete training's model; nothing in it is overwritten."
         return self.root / "models" / "kept" / self.name
 
     @property
     def own_report(self) -> Path:
-        return self.report / "own"  # of the command line's trainings; the rest is the pipeline's
+        "The folder of reports on the command line's trainings; all other reports are the pipeline's."
+        return self.report / "own"
 
     @property
     def report(self) -> Path:
-        # the folder of all reports
+        "The folder of all reports."
         return self.root / "reports" / self.name
 
     @property
     def deploy(self) -> Path:
+        "The zip for deployment."
         return self.root / "models" / f"{self.name}_deploy.zip"
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #47eb81c1
@@ -90,12 +95,15 @@ def artefacts(
     # every command and stage asks here, so such a name ends here
     if parameters.data.source == "simulated":
         check_simulated_name(symbol)
-    root = home_path(out_dir) if out_dir else project_root()
+    if out_dir:
+        root = home_path(out_dir)
+    else:
+        root = project_root()
     return Artefacts(root, f"{check_symbol(symbol)}_{parameters.data.timeframe}")
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #47eb81c4
 def kept_models(
-    paths: Artefacts,
+    paths: Artefacts,  # of a symbol
 ) -> list[Path]:  # the newest first
     "The models of complete trainings, whoever began them."
     if not paths.kept.is_dir():
@@ -105,7 +113,7 @@ def kept_models(
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #fb292574
 def newest_model(
-    paths: Artefacts,
+    paths: Artefacts,  # of a symbol
 ) -> Path:  # where the pipeline's would be, if there is none at all
     "The model that came last: of a complete training, or of the pipeline, which DVC may have brought back."
     newest, pipeline = kept_models(paths)[:1], paths.model
@@ -115,16 +123,16 @@ def newest_model(
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #3d1c0a02
 def asset_class_for(
-    parameters: Parameters,
-    symbol: str,
+    parameters: Parameters,  # of params.yaml
+    symbol: str,  # such as SIM-USD
 ) -> str:  # "crypto" or "equity"
     "What a symbol is said to be in params.yaml, else what its name says."
     return parameters.data.asset_class(symbol) or asset_class_of(symbol)
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #3d1c0a05
 def source_facts(
-    parameters: Parameters,
-    symbol: str,
+    parameters: Parameters,  # of params.yaml
+    symbol: str,  # such as SIM-USD
 ) -> dict:  # what a report says about where the bars come from
     "Provenance of the bars in plain values."
     d = parameters.data
@@ -134,10 +142,10 @@ def source_facts(
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #3d1c0a03
 def prepared_market(
-    parameters: Parameters,
-    symbol: str,
-    paths: Artefacts,
-) -> MarketData:
+    parameters: Parameters,  # of params.yaml
+    symbol: str,  # such as SIM-USD
+    paths: Artefacts,  # of the symbol
+) -> MarketData:  # of all bars, features fitted on the training span
     "The market data that prepare wrote; an `InputError` where it is missing or was made with other settings."
     again = f"run `trading-lib stage prepare --symbol {symbol}`"
     if not paths.market.exists():
@@ -162,9 +170,9 @@ def prepared_market(
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #3d1c0a06
 def prepare_first(
-    symbol: str,
-    paths: Artefacts,
-):
+    symbol: str,  # such as SIM-USD
+    paths: Artefacts,  # of the symbol
+) -> None:
     "Run prepare's notebook, and say so, where it has not run: training stands alone on a fresh machine."
     if paths.market.exists():
         return
@@ -255,7 +263,7 @@ _COMPARED = {  # stage -> its file, and name -> where the figure stands in it; *
 # %% ../../nbs/09_pipeline/00_project.ipynb #1a7c4d53
 def write_compared(
     stage: str,  # a key of _COMPARED
-    paths: Artefacts,
+    paths: Artefacts,  # of the symbol, whose report has the stage's figures
 ) -> Path:  # the file written
     "What is compared of a stage's figures, for DVC's tables."
     file, places = _COMPARED[stage]
@@ -263,14 +271,16 @@ def write_compared(
     for name, place in places.items():
         value = whole
         for key in place.split("."):
-            value = next(iter(value.values())) if key == "*" else value[key]
+            if key == "*":
+                key = next(iter(value))
+            value = value[key]
         found[name] = value
     return atomic_write(paths.report / "compared" / f"{stage}.json", json.dumps(found, indent=1) + "\n")
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #1a7c4d55
 def hold(
-    paths: Artefacts,
-):
+    paths: Artefacts,  # of a symbol
+) -> None:
     """Keep DVC from deleting what was made of a symbol once params.yaml no longer lists it.
 
     A checkout, and with it `dvc exp run`, deletes files that DVC wrote and that have not been touched since,
@@ -287,7 +297,7 @@ def hold(
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #1a7c4d56
 def summary(
-    parameters: Parameters,
+    parameters: Parameters,  # of params.yaml
     out_dir: str | Path | None = None,  # None: the project
     symbols: list[str] | None = None,  # None: those of the parameters
 ) -> list[str]:  # lines

@@ -39,7 +39,9 @@ _LINE = re.compile(
 
 def _with_remark(start: str, text: str, column: int) -> str:
     "A line with its remark at a column, or as near as its value lets it."
-    return f"{start.ljust(column - 1)} # {text}" if text else start
+    if not text:
+        return start
+    return f"{start.ljust(column - 1)} # {text}"
 
 # %% ../../nbs/09_pipeline/01_settings.ipynb #771da70c
 def _extent(lines: list[str], section: str, file: str) -> tuple[int, int] | None:
@@ -68,7 +70,7 @@ def _write_section(block: list[str], section: type) -> list[str]:
     named = [m for line in block if (m := re.match(r"( +)\w+\s*:", line))]
     indent = min((m[1] for m in named), key=len, default="  ")
     remarks = [len(m["start"] + m["gap"]) for line in block if (m := _LINE.fullmatch(line)) and m["remark"]]
-    after, column = 0, remarks[0] if remarks else 28
+    after, column = 0, (remarks or [28])[0]
     for f in fields(section):
         text = setting_text(section, f.name)
         at = next((i for i, line in enumerate(block) if re.match(rf"{indent}{f.name}\s*:", line)), None)
@@ -79,7 +81,8 @@ def _write_section(block: list[str], section: type) -> list[str]:
             continue
         m = _LINE.fullmatch(block[at])
         if m is not None:  # else its value is one that we do not take apart, and the line stays as it is
-            column = len(m["start"] + m["gap"]) if m["remark"] else column
+            if m["remark"]:
+                column = len(m["start"] + m["gap"])
             block[at] = _with_remark(m["start"], text, column)
         after = at + 1
         while after < len(block) and re.match(rf"{indent}(\s+[^\s#]|- )", block[after]):
@@ -119,15 +122,15 @@ def notebook_settings(
 # %% ../../nbs/09_pipeline/01_settings.ipynb #ac7c63f6
 def given_settings(
     namespace: dict,  # the notebook's globals()
-    stage: str,
-) -> dict:
+    stage: str,  # such as train
+) -> dict:  # name in the notebook -> value
     "The settings that were given to a stage's notebook, and not left to params.yaml."
     return {name: namespace[name] for name in notebook_settings(stage) if namespace[name] is not None}
 
 # %% ../../nbs/09_pipeline/01_settings.ipynb #1e646bfe
 def parameters_text(
     text: str,  # of the cell tagged `parameters`
-    stage: str,
+    stage: str,  # such as train
 ) -> str:  # the same with a line for each setting that the notebook takes
     "Put in the lines that are missing, and renew the remarks behind those that are there."
     lines, after = text.splitlines(), None
@@ -136,7 +139,9 @@ def parameters_text(
         line = f"{name} = None  # {setting_text(SECTIONS[section], field, null=False)}"
         at = next((i for i, old in enumerate(lines) if re.match(rf"{name}\s*=", old)), None)
         if at is None:
-            at = len(lines) if after is None else after + 1
+            at = len(lines)
+            if after is not None:
+                at = after + 1
             lines.insert(at, line)
         elif lines[at].startswith(f"{name} = None"):
             lines[at] = line
@@ -158,7 +163,9 @@ def option(
     hint = typing.get_type_hints(section)[name]
     kinds = {hint, *typing.get_args(hint)}
     flag = f"--{name.replace('_', '-')}"
-    flags = (about.option, flag) if about.option else (flag,)
+    flags: tuple[str, ...] = (flag,)
+    if about.option:
+        flags = (about.option, flag)
     text = setting_text(section, name, null=False).replace("%", "%%")
     if default is ...:
         how: dict[str, Any] = {
@@ -179,7 +186,7 @@ def option(
 # %% ../../nbs/09_pipeline/01_settings.ipynb #54fae8e4
 def settings_of(
     what: str,  # such as gru
-) -> list[str]:
+) -> list[str]:  # in the order of their declaration
     "Names of the training settings that are of a kind of network."
     return [f.name for f in fields(TrainingSettings) if setting_of(f).of == what]
 
@@ -209,7 +216,10 @@ def write_settings(
     differ = []
     for path in (root / "params.yaml", *(root / "nbs" / f"{stage}.ipynb" for stage in NOTEBOOK_SETTINGS)):
         before = path.read_text(encoding="utf-8")
-        after = settings_text(before) if path.suffix == ".yaml" else _notebook_text(before, path.stem)
+        if path.suffix == ".yaml":
+            after = settings_text(before)
+        else:
+            after = _notebook_text(before, path.stem)
         if after != before:
             differ.append(path)
             if write:

@@ -73,7 +73,7 @@ def _show_output():
 @_plain_kernel()
 def run_stage(
     stage: str,  # a name in STAGES
-    symbol: str,
+    symbol: str,  # such as SIM-USD
     **parameters,  # of the notebook
 ) -> Path:  # the executed notebook
     "Run a stage's notebook; bad input is an `InputError`, and a signal ends the process once it has saved."

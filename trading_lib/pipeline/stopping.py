@@ -33,7 +33,9 @@ class StopRequest:
     @property
     def status(self) -> int | None:  # None: nothing was requested
         "Exit status of a program that this signal ended."
-        return None if self.signal is None else 128 + self.signal
+        if self.signal is None:
+            return None
+        return 128 + self.signal
 
     def __enter__(self) -> "StopRequest":
         require(self._telling is None, "StopRequest: is in use already; make another one for the inner loop")

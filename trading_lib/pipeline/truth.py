@@ -6,15 +6,17 @@
 __all__ = ['market_truth']
 
 # %% ../../nbs/09_pipeline/03_truth.ipynb #3d1c0b03
+import pandas as pd
+
 from ..config import Parameters
 from ..data.simulation import simulate_market
 from .project import asset_class_for
 
 # %% ../../nbs/09_pipeline/03_truth.ipynb #3d1c0b04
 def market_truth(
-    parameters: Parameters,
-    symbol: str,
-):  # DataFrame, or None for real bars
+    parameters: Parameters,  # of params.yaml
+    symbol: str,  # such as SIM-USD
+) -> pd.DataFrame | None:  # hidden state by bar; None for real bars
     "The planted truth of a simulated market, made again from its seed."
     d = parameters.data
     if d.source != "simulated":
