@@ -466,6 +466,28 @@ def test_the_optimizers_state_is_that_of_adam_on_the_plain_network(version, shar
         )
 
 
+@pytest.mark.parametrize("weight", [0, 1, 2])
+@pytest.mark.parametrize(
+    "name, shape", [("exp_avg", (1,)), ("exp_avg_sq", (3, 3)), ("exp_avg", ()), ("step", (2,))]
+)
+def test_a_moment_of_another_shape_is_refused_and_changes_nothing(weight, name, shape):
+    "The fused step takes its length from the weight, and would write beyond a shorter moment."
+    policy = copy.deepcopy(case("5.3.0", False).folded).float()
+    optimizer = torch.optim.Adam(parameter_groups(policy, RATE), eps=1e-5, fused=True)
+    for p in policy.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    state, before = plain_optimizer_state(policy, [optimizer]), copy.deepcopy(moments(policy, optimizer))
+    state["state"][weight][name] = torch.zeros(shape)
+    state["param_groups"][0]["lr"] = 7.0
+    expected = re.escape(f"optimizer state: {name} of weight {weight}: expected shape")
+    with pytest.raises(InputError, match=expected):
+        load_plain_optimizer_state(policy, [optimizer], state)
+    for a, b in zip(before, moments(policy, optimizer)):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    assert all(group["lr"] < 1 for group in optimizer.param_groups)
+
+
 def test_the_optimizers_state_loads_back_bit_for_bit():
     policy = copy.deepcopy(case("5.3.0", False).folded).float()
     random = torch.Generator().manual_seed(0)

@@ -745,6 +745,12 @@ def written(path: Path, content) -> Path:
     return path
 
 
+def with_a_short_moment(source, path):
+    content = load_checkpoint(source)
+    content["optimizer_state_dict"]["state"][0]["exp_avg"] = torch.zeros(1)
+    return save_checkpoint(content, path)
+
+
 OTHERS = {  # what --checkpoint is given -> the file, further arguments, words of the answer
     "of another network": (
         lambda project, path: interrupted_files(project)[0],
@@ -768,6 +774,11 @@ OTHERS = {  # what --checkpoint is given -> the file, further arguments, words o
         lambda project, path: (path.write_text("weights, honestly\n"), path)[1],
         [],
         ["is not a checkpoint"],
+    ),
+    "with a moment of another shape": (
+        lambda project, path: with_a_short_moment(interrupted_files(project)[0], path),
+        [],
+        ["exp_avg of weight 0: expected shape", "was (1,)"],
     ),
     "a bare pickle": (
         lambda project, path: (path.write_bytes(pickle.dumps({"update": 3})), path)[1],

@@ -205,10 +205,9 @@ def test_nobody_reads_to_the_end(project, arguments):
     with subprocess.Popen(command, env=environment, stdout=writer, stderr=subprocess.PIPE) as running:
         os.close(writer)
         errors = running.stderr.read()
-    assert (running.returncode, errors) == (
-        0 if "--help" in arguments else 141,
-        b"",
-    )  # argparse itself swallows it
+    # newer releases of Python 3.11 and later ones swallow it in argparse itself, and a help ends with 0
+    assert running.returncode in ((0, 141) if "--help" in arguments else (141,))
+    assert errors == b""
 
 
 def test_ctrl_c_while_the_command_is_still_loading():

@@ -10,6 +10,7 @@ __all__ = ['parameter_groups', 'clip_gradients', 'plain_optimizer_state', 'load_
 import torch
 from torch import Tensor, nn
 
+from ..config import InputError
 from .folding import FoldedLinear
 
 # %% ../../nbs/05_policy/02_optimizer_state.ipynb #bda7cb8e
@@ -94,13 +95,35 @@ def plain_optimizer_state(
     learning_rate = {"lr": first["lr"] / first["factor"], "params": list(range(len(parameters)))}
     return {"state": state, "param_groups": [settings | learning_rate]}
 
+# %% ../../nbs/05_policy/02_optimizer_state.ipynb #58ca0ed6
+def _plain_shape(p: nn.Parameter | FoldedLinear) -> tuple[int, ...]:
+    "Of a weight in the plain network."
+    if isinstance(p, FoldedLinear):
+        return len(p.bias), p.window * p.n_features
+    return tuple(p.shape)
+
+
+def _check_moments(policy: nn.Module, moments: dict):
+    "An error where a moment is not of its weight's shape: the fused step would write beyond it."
+    for i, p in enumerate(_plain_parameters(policy)):
+        shape = _plain_shape(p)
+        for name, value in moments.get(i, {}).items():
+            expected = {"step": ()}.get(name, shape)
+            given = tuple(getattr(value, "shape", [type(value).__name__]))
+            if given != expected:
+                raise InputError(
+                    f"optimizer state: {name} of weight {i}: expected shape {expected}, "
+                    f"was {given}; the file is damaged or of another network: use another checkpoint"
+                )
+
 # %% ../../nbs/05_policy/02_optimizer_state.ipynb #0810c94f
 def load_plain_optimizer_state(
     policy: nn.Module,  # with or without folded layers
     optimizers: list[torch.optim.Adam],  # that share the policy's parameters between them
     state: dict,  # of Adam on the plain network
 ):
-    "The inverse of `plain_optimizer_state`, for one optimizer or several."
+    "The inverse of `plain_optimizer_state`; an `InputError`, and nothing changed, where shapes differ."
+    _check_moments(policy, state["state"])
     owners = _owners(optimizers)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
