@@ -73,7 +73,7 @@ def _check_first(env: Any, first: Any):
 # %% ../../nbs/06_training/08_rollout.ipynb #3965e4af
 def _sample(
     obs: Obs, action: Tensor, log_probabilities: Tensor, value: Tensor, result: tuple
-) -> dict[str, Tensor | None]:
+) -> dict[str, Any]:
     "What one step of all accounts adds to a rollout, by the names of `sample_fields`."
     _, reward, terminated, truncated, _ = result
     return {
