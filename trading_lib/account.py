@@ -119,7 +119,7 @@ def order_quantity(
     size: Tensor,  # (n,) share of a full-size order
     is_close: Tensor,  # (n,) bool: flatten
     bar: NextBar,  # live: close and open are the reference price
-    rules: AccountRules,
+    rules: AccountRules,  # what may be ordered, and what it costs
     kept: Tensor | None = None,  # (n,) units left when the order arrives; None: all
     cash: Tensor | None = None,  # (n,) at that moment; None: the state's
 ) -> Tensor:  # (n,) signed units that fill at the next open; 0 where no order can be placed
@@ -244,7 +244,7 @@ def _costs(
     fee: Tensor | float,  # units that the broker keeps of it
     impact: Tensor,  # of all fills
     bar: NextBar,
-    rules: AccountRules,
+    rules: AccountRules,  # what may be ordered, and what it costs
 ) -> _Costs:
     spread, slippage = traded * rules.half_spread, traded * rules.slippage
     in_kind: Tensor | float = 0.0
@@ -264,7 +264,7 @@ def _fill_order(
     quantity: Tensor,  # (n,) signed units that fill
     fee: Tensor | float,  # (n,) of them, what the broker keeps
     bar: NextBar,
-    rules: AccountRules,
+    rules: AccountRules,  # what may be ordered, and what it costs
 ) -> tuple[Tensor, Tensor, Tensor]:  # (n,) 1 where an order fills; position after it; its average entry
     ordered, received = torch.sign(quantity), quantity - fee
     fills = ordered.abs()
@@ -369,7 +369,7 @@ def account_step(
     size: Tensor,  # (n,) share of a full-size order
     is_close: Tensor,  # (n,) bool: flatten
     bar: NextBar,  # what the market does in bar t+1
-    rules: AccountRules,
+    rules: AccountRules,  # what may be ordered, and what it costs
 ) -> tuple[AccountState, Fills]:  # at the close of bar t+1, and what happened
     "Stop or target at the open, order at the open, stop or target inside, mark at the close."
     liquidity = _liquidity(bar, rules)
@@ -414,7 +414,7 @@ def settle(
     close: Tensor,  # (n,) that close
     daily_volatility: Tensor,  # (n,) known at that close
     daily_dollar_volume: Tensor,  # (n,) known at that close
-    rules: AccountRules,
+    rules: AccountRules,  # what may be ordered, and what it costs
 ) -> tuple[AccountState, Fills]:  # flat accounts, and what happened
     "Flatten accounts at a price, paying the usual costs; no level is met that the bar has not met."
     flat = torch.zeros_like(state.cash)

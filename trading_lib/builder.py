@@ -6,6 +6,8 @@
 __all__ = ['BacktestObservationBuilder', 'InferenceObservationBuilder']
 
 # %% ../nbs/03_env/08_builder.ipynb #af2718a8
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -143,7 +145,7 @@ class InferenceObservationBuilder(_Builder):
 
     def build(
         self,
-        bars,  # validated bars up to the latest complete one; `min_history` or more without a gap
+        bars: Any,  # validated bars up to the latest complete one; `min_history` or more without a gap
         account: AccountState | None = None,  # of one account, for layouts that show it
     ) -> np.ndarray:  # (window, n_features) float32, oldest bar first
         "The observation a live decision is made on. An `InputError` where the history is too short."

@@ -247,7 +247,7 @@ class GPUVectorizedTradingEnv(_ByIndex):
     def set_cost_scale(
         self,
         scale: float,  # 0: free trading, 1: the configured costs
-    ):
+    ) -> None:
         "Scale every cost from now on: a curriculum for training. Rewards keep their thresholds."
         self._cost_scale, self.rules = scale, self._full_rules.with_costs(scale)
         self._step_rules = self.rules

@@ -10,6 +10,7 @@ __all__ = ['CONTEXTS', 'BLOCK_FUNCTIONS', 'window_mean', 'window_deviation', 'ch
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -446,7 +447,7 @@ class FeatureFit:
     def from_state(
         cls,
         state: dict,  # what `to_state` gave
-    ):  # FeatureFit
+    ) -> "FeatureFit":
         "The fit again, bit for bit; a fit of another layout is refused."
         if not isinstance(state, dict):
             raise InputError(f"feature fit: expected a table of names and values, was {type(state).__name__}")
@@ -544,7 +545,7 @@ def _tail_error(segments: list[_Segment], table: np.ndarray, layout: Layout) -> 
 
 # %% ../nbs/02_features/02_features.ipynb #c8484693
 def fit_features(
-    bars,  # DataFrame of validated bars: the training span and nothing else
+    bars: Any,  # DataFrame of validated bars: the training span and nothing else
     version: str,  # layout, such as "5.6.0"
     timeframe: str,  # of the bars, such as "15Min"
     asset_class: str,  # "crypto" or "equity"
@@ -586,12 +587,12 @@ def fit_features(
 
 # %% ../nbs/02_features/02_features.ipynb #ef18c298
 def feature_table(
-    bars,  # DataFrame of validated bars: any span
+    bars: Any,  # DataFrame of validated bars: any span
     version: str,  # layout, such as "5.6.0"
     fit: FeatureFit,  # from the training span
     timeframe: str,  # of the bars, such as "15Min"
     asset_class: str,  # "crypto" or "equity"
-):  # DataFrame, float64, (T, market columns): one row per bar, unscaled
+) -> Any:  # DataFrame, float64, (T, market columns): one row per bar, unscaled
     "The market columns of every bar: row t from bars up to t; a segment's first `min_history` rows warm up."
     import pandas as pd
 

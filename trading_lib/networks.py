@@ -93,8 +93,7 @@ def decision_latency(
 # %% ../nbs/05_policy/04_networks.ipynb #a66b101b
 def finite_logits(
     logits: Tensor,  # (n, …) of n observations, or anything that is finite where they are
-    # (n,) at which they were asked for: numbers or time stamps; None: unknown
-    bars: Sequence | np.ndarray | Tensor | None = None,
+    bars: Sequence | np.ndarray | Tensor | None = None,  # (n,) numbers or times asked for; None: unknown
 ) -> Tensor:  # the same
     "Logits, or an InputError where a policy answers NaN or infinity."
     if bool(logits.isfinite().all()):

@@ -238,7 +238,7 @@ def _compare_loss(random: torch.Generator):
 # %% ../../nbs/05_policy/00_cpu.ipynb #b427b732
 def compare_with_torch(
     path: str,  # a compiled library
-):
+) -> None:
     "End the process with a line where a library does not compute what PyTorch does."
     global _candidate
     _candidate, random = open_library(Path(path)), torch.Generator().manual_seed(0)

@@ -8,6 +8,7 @@ __all__ = ['fuses', 'compiles', 'why_slower', 'few_sizes', 'rows_in_few_sizes', 
 
 # %% ../../nbs/05_policy/01_layers.ipynb #dd4a22ac
 import ctypes
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -220,7 +221,7 @@ def _medium_is_exact() -> bool:
 @contextmanager
 def fast_products(
     device: torch.device,  # where they are computed
-):
+) -> Iterator[None]:
     "Within it, float32 products on a CPU are those of the faster library, where they are as exact."
     before = torch.get_float32_matmul_precision()
     if device.type == "cpu" and _medium_is_exact():

@@ -48,9 +48,9 @@ def column_bounds(
 
 # %% ../../nbs/03_env/09_bounds.ipynb #4572d04b
 def check_features(
-    market: MarketData,
+    market: MarketData,  # whose feature table is looked at
     layout: Layout,  # of its version
-):
+) -> None:
     "An `InputError` that names columns which are not what their formulas allow."
     low, high = column_bounds(layout)
     of_market = np.isin(layout.columns, layout.market_columns)

@@ -123,7 +123,7 @@ class ResumableEpisodes(_Episodes):
     def set_cost_scale(
         self,
         scale: float,  # 0: free trading, 1: the configured costs
-    ):
+    ) -> None:
         "The environment's own."
         raise NotImplementedError
 

@@ -11,7 +11,7 @@ import json
 import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -239,9 +239,9 @@ def _fills_at_next_open(clock, intraday_sessions: bool) -> np.ndarray:  # (T,) b
 
 # %% ../../nbs/03_env/02_market_data.ipynb #535129ab
 def market_data(
-    bars,  # validated bars: a DataFrame with open, high, low, close and volume
+    bars: Any,  # validated bars: a DataFrame with open, high, low, close and volume
     version: str,  # layout
-    fit,  # FeatureFit of the training span
+    fit: Any,  # FeatureFit of the training span
     timeframe: str,  # of the bars, such as 15Min
     asset_class: str,  # crypto or equity
     window: int = 100,  # bars in one observation

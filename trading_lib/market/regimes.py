@@ -216,8 +216,7 @@ def _ordered(chains: MarkovChains) -> MarkovChains:
 # %% ../../nbs/02_features/01_regimes.ipynb #18640707
 def fit_chains(
     observations: np.ndarray,  # (bars, chains); NaN: no information
-    # int (bars,): bars with different numbers are not neighbours; None: one stretch
-    segment: np.ndarray | None = None,
+    segment: np.ndarray | None = None,  # int (bars,): other numbers are no neighbours; None: one stretch
     iterations: int = 200,  # at most
     tolerance: float = 1e-6,  # stop when the mean log-likelihood per bar gains less
     chunk: int = 64,  # bars in one chunk

@@ -196,8 +196,7 @@ def reward_preset(
     name: str,  # v2.4.5, v2.5.0, equity or differential_sharpe
     version: str,  # layout
     rules: AccountRules,  # whose costs a direction must pay
-    # component -> weight, in place of the preset's; 0 leaves it out
-    own_weights: dict[str, float] | None = None,
+    own_weights: dict[str, float] | None = None,  # component -> weight, in place of the preset's; 0: without
 ) -> RewardPreset:
     "The preset. An `InputError` names the nearest preset or component, or says that nothing is left."
     if name not in _REWARD_PRESETS:

@@ -7,7 +7,8 @@ __all__ = ['MarketRow', 'step_table', 'StepInput', 'StepResult', 'reset_where', 
 
 # %% ../../nbs/03_env/05_step.ipynb #3977fb2e
 import inspect
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -58,7 +59,7 @@ class MarketRow(NamedTuple):
 # %% ../../nbs/03_env/05_step.ipynb #cee9d4b8
 def step_table(
     market: MarketData,  # T bars
-    reward: RewardPreset,
+    reward: RewardPreset,  # whose horizon and threshold are looked ahead to
     usable: np.ndarray,  # (T,) bool: a decision may be made here
 ) -> Tensor:  # (T, 12) float64, columns as in `MarketRow`
     "Prices, what costs depend on, and what rewards look ahead to, one row for each bar."
@@ -132,8 +133,8 @@ def reset_where(
 
 # %% ../../nbs/03_env/05_step.ipynb #29486d6b
 def step_function(
-    env,  # GPUVectorizedTradingEnv
-):  # a pure function: one bar for every account
+    env: Any,  # GPUVectorizedTradingEnv
+) -> Callable[..., StepResult]:  # a pure function: one bar for every account
     "The function that moves accounts, with the environment's settings as constants."
     weights, unit = env.reward.weights, env._full_move
     sharpe, shows_account = "differential_sharpe" in weights, bool(env.layout.account_columns)

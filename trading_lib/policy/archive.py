@@ -14,6 +14,7 @@ import sys
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -94,10 +95,10 @@ def _plain_dict(value: dict, path: tuple, texts: dict) -> dict:
 
 # %% ../../nbs/05_policy/07_archive.ipynb #77b88798
 def plain_content(
-    value,  # what a checkpoint is to hold
+    value: Any,  # what a checkpoint is to hold
     path: tuple = (),  # its place in the content
     texts: dict | None = None,  # bytes that were met already
-):  # of the same kind
+) -> Any:  # of the same kind
     "A copy in plain types whose pickle depends on the values alone; InputError for anything else."
     texts, kind = {} if texts is None else texts, type(value)
     if len(path) >= _DEEPEST:
@@ -294,7 +295,7 @@ def _check_values(content, limit: int, path: Path):
 def read_content(
     data: bytes,  # whose digest was verified
     path: Path,  # the file's name, for messages
-    map_location="cpu",  # device of the tensors
+    map_location: Any = "cpu",  # device of the tensors
 ) -> dict:  # plain values
     "The dictionary in a torch archive; runs no code from it. InputError where it is anything else."
     _check_archive(data, path)

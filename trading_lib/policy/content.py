@@ -32,7 +32,7 @@ _TABLES = (
 def check_tables(
     content: dict,  # of a checkpoint
     path: Path,  # the file's name, for messages
-):
+) -> None:
     "InputError where what is looked into by name is no table of names."
     for at in _TABLES:
         value: Any = content
@@ -134,7 +134,7 @@ def _is_finite(value: float | torch.Tensor) -> bool:
 def check_numbers(
     content: dict,  # of a checkpoint
     path: Path,  # the file's name, for messages
-):
+) -> None:
     "InputError where weights, moments or fitted features are not finite, or contradict each other."
     for part in _FINITE:
         for at, value in _figures(content.get(part), (part,)):

@@ -6,6 +6,8 @@
 __all__ = ['Policy', 'layout_of_env', 'make_policy', 'fresh_policy', 'load_weights', 'build_policy']
 
 # %% ../../nbs/05_policy/06_factory.ipynb #b474e37d
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -22,7 +24,7 @@ from trading_lib.version import (
 
 # %% ../../nbs/05_policy/06_factory.ipynb #369a1743
 def layout_of_env(
-    env,  # an environment; one without a table gives None
+    env: Any,  # an environment; one without a table gives None
 ) -> InputLayout | None:  # how a network reads its observations
     "The layout's columns and the fitted affine map of an environment's observations."
     if getattr(env, "table", None) is None:
@@ -48,7 +50,7 @@ def make_policy(
 
 # %% ../../nbs/05_policy/06_factory.ipynb #0bfc341a
 def fresh_policy(
-    env,  # any with obs_dim, n_actions and a device
+    env: Any,  # any with obs_dim, n_actions and a device
     settings: dict,  # as for `make_policy`
     seed: int,  # of the weights
 ) -> Policy:  # on the environment's device, in evaluation mode
@@ -64,7 +66,7 @@ def load_weights(
     policy: nn.Module,  # that the weights are copied into
     state: dict,  # name -> tensor
     name: str = "checkpoint",  # for messages
-):
+) -> None:
     "Copy weights into a network of those very shapes; raises `InputError` where they are of another one."
     try:
         policy.load_state_dict(state)

@@ -121,7 +121,7 @@ def load_plain_optimizer_state(
     policy: nn.Module,  # with or without folded layers
     optimizers: list[torch.optim.Adam],  # that share the policy's parameters between them
     state: dict,  # of Adam on the plain network
-):
+) -> None:
     "The inverse of `plain_optimizer_state`; an `InputError`, and nothing changed, where shapes differ."
     _check_moments(policy, state["state"])
     owners = _owners(optimizers)
@@ -158,7 +158,7 @@ def folded_sums(
 def load_folded_sums(
     policy: nn.Module,  # of the shape that `sums` are from
     sums: dict[str, Tensor],  # of `folded_sums`
-):
+) -> None:
     "Put exact sums back."
     modules = {name: m for name, m in policy.named_modules() if isinstance(m, FoldedLinear)}
     with torch.no_grad():

@@ -177,8 +177,7 @@ class RecurrentActorCritic(FoldsInputs):
     def evaluate_step(
         self,
         x: Tensor,  # (n, width) what `inputs` returned
-        # (n_gru_layers, n, hidden_dim) before the observation; zero where an episode begins
-        state: Tensor | None,
+        state: Tensor | None,  # (n_gru_layers, n, hidden_dim) before it; zero where an episode begins
     ) -> tuple[Tensor, Tensor, Tensor]:  # logits (n, n_actions), values (n,), state after the observation
         "Policy and value of one observation of each account; InputError where a shape does not fit."
         state = self._checked_state(x, state, "(accounts, inputs)")
