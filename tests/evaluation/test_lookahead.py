@@ -11,6 +11,7 @@ from trading_lib import features
 from trading_lib.env import GPUVectorizedTradingEnv
 from trading_lib.evaluation.lookahead import check_lookahead
 from trading_lib.features import fit_features
+from trading_lib.market import feature_blocks
 from trading_lib.sources import simulate_bars
 
 CUTS = 6
@@ -52,13 +53,13 @@ def early(by):
     "A way to let hours be known before they are over."
 
     def plant(patch):
-        groups = features._groups
+        groups = feature_blocks._groups
 
         def hasty(s):
             begin, over, known = groups(s)
             return begin, over - pd.Timedelta(by).value, known
 
-        patch.setattr(features, "_groups", hasty)
+        patch.setattr(feature_blocks, "_groups", hasty)
 
     return plant
 

@@ -20,6 +20,7 @@ from trading_lib.bars import bar_clock, validate_bars
 from trading_lib.config import InputError
 from trading_lib.features import FeatureFit, feature_table, fit_features
 from trading_lib.market.layouts import BLOCKS, LAYOUTS, get_layout
+from trading_lib.market.segments import segments_of
 from trading_lib.sources import simulate_bars
 
 DISTINCT = ["2.3.0", "2.6.0", "2.7.0", "5.3.0", "5.5.0", "5.6.0"]  # the six layouts
@@ -670,7 +671,7 @@ def test_flat_prices_are_neutral_and_can_be_fitted(price):
     fit = fit_features(flat(800, price), "5.3.0", "15Min", "crypto")
     assert np.isfinite(fit.shift).all() and np.isfinite(fit.scale).all() and (fit.scale > 0).all()
     assert np.isfinite(
-        features.chain_observations(features._segments(flat(800, price), "15Min", "crypto", None)[0])[200:]
+        features.chain_observations(segments_of(flat(800, price), "15Min", "crypto", None)[0])[200:]
     ).all()
     row = table_of(flat(800, price), "5.3.0", fit).iloc[-1]
     neutral = {

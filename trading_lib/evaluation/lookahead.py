@@ -136,7 +136,7 @@ class LookaheadReport:
             )
         lines.append(
             "  A column may use its own bar and earlier ones only, and an order fills at a later price; "
-            "see nbs/02_features/02_features.ipynb and nbs/03_env/07_env.ipynb."
+            "see nbs/02_features/04_features.ipynb and nbs/03_env/07_env.ipynb."
         )
         return "\n".join(lines)
 
