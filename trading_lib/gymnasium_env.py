@@ -6,9 +6,6 @@
 __all__ = ['INFOS', 'ENV_ID', 'TradingEnv', 'TradingVectorEnv', 'column_bounds']
 
 # %% ../nbs/03_env/10_gymnasium_env.ipynb #ae3adfd5
-from dataclasses import fields, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -18,77 +15,13 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from .account import AccountState
-from .config import AccountConfig, InputError, typed, unknown_name
-from .env import GPUEnvConfig, GPUVectorizedTradingEnv
+from .config import InputError, unknown_name
 from .market.bounds import check_features, column_bounds, column_scaling
+from .market.given_market import SETTINGS, tensor_env
 from .market.market_data import MarketData
 from .market.observations import Obs
 
 _all_ = ["column_bounds"]  # people look for it here
-
-# %% ../nbs/03_env/10_gymnasium_env.ipynb #fbcbffbe
-_SIMULATED_BARS = 4000
-_SIMULATED_SYMBOL = {"crypto": "SIM-USD", "equity": "SIMA"}
-_SETTINGS = [f.name for f in fields(GPUEnvConfig) if f.name not in ("n_envs", "observations")]
-
-# %% ../nbs/03_env/10_gymnasium_env.ipynb #f41d777f
-@lru_cache(maxsize=4)
-def _simulated(version: str, window: int, timeframe: str, asset_class: str) -> MarketData:
-    "A small simulated market, made once."
-    from trading_lib.sessions import expected_labels, timeframe_seconds
-    from trading_lib.sources import simulate_bars
-
-    if asset_class not in _SIMULATED_SYMBOL:
-        raise unknown_name("asset_class", asset_class, _SIMULATED_SYMBOL)
-    bar_seconds, longer = timeframe_seconds(timeframe), 1.0
-    if asset_class != "crypto":  # equities trade a fifth of the hours of a week
-        longer = 1.5 if bar_seconds == 86_400 else 6.0
-    start = np.datetime64("2015-01-02", "s")
-    stop = start + np.timedelta64(int((_SIMULATED_BARS + 1) * bar_seconds * longer), "s")
-    end = expected_labels(timeframe, asset_class, start, stop)[_SIMULATED_BARS]
-    symbol = _SIMULATED_SYMBOL[asset_class]
-    bars = simulate_bars(symbol, timeframe, start, end, asset_class=asset_class)
-    config = GPUEnvConfig(
-        n_envs=1, version=version, window=window, timeframe=timeframe, asset_class=asset_class
-    )
-    return replace(GPUVectorizedTradingEnv(bars, config).market, symbol=symbol)
-
-# %% ../nbs/03_env/10_gymnasium_env.ipynb #cea079bd
-def _two_bars(span) -> tuple[int, int]:
-    try:
-        start, stop = (int(bar) for bar in span)
-    except (TypeError, ValueError):
-        raise InputError(
-            f"span: expected two bars, start and stop, such as split_bounds gives, was {span!r}"
-        ) from None
-    return start, stop
-
-# %% ../nbs/03_env/10_gymnasium_env.ipynb #8c392f44
-def _tensor_env(bars, fit, span, num_envs: int, device, settings: dict) -> GPUVectorizedTradingEnv:
-    "The environment that does the work, from all that people may give."
-    if isinstance(settings.get("account"), dict):
-        settings = settings | {"account": typed(AccountConfig, settings["account"], "account")}
-    config = GPUEnvConfig(n_envs=num_envs, observations="indices", **settings)
-    if bars is None:
-        bars = _simulated(config.version, config.window, config.timeframe, config.asset_class)
-    elif isinstance(bars, (str, Path)):
-        bars = MarketData.load(bars)
-    if isinstance(bars, MarketData):
-        if fit is not None:
-            raise InputError(
-                "fit: market data carries the fit that it was made with; "
-                "give fit only together with a DataFrame of bars"
-            )
-        made = {name: getattr(bars, name) for name in ("version", "window", "timeframe", "asset_class")}
-        config = replace(config, **{name: value for name, value in made.items() if name not in settings})
-        if span is not None:
-            bars = bars.span(*_two_bars(span))
-    elif span is not None:
-        raise InputError(
-            "span: bars are bounded by cutting the DataFrame; "
-            "give span only together with market data or its file"
-        )
-    return GPUVectorizedTradingEnv(bars, config, fit, device)
 
 # %% ../nbs/03_env/10_gymnasium_env.ipynb #54f3f657
 INFOS = {  # name -> meaning, as of the close of the bar that is seen
@@ -130,8 +63,8 @@ def _line(state: dict) -> str:
 def _check_settings(kind: "type[_Trading]", settings: dict, known: tuple, num_envs, render_mode):
     "Refuse what no environment of this kind has."
     for name in settings:
-        if name not in _SETTINGS:
-            raise unknown_name(kind.__name__, name, [*known, *_SETTINGS])
+        if name not in SETTINGS:
+            raise unknown_name(kind.__name__, name, [*known, *SETTINGS])
     modes = kind.metadata["render_modes"]
     if render_mode is not None and render_mode not in modes:
         raise InputError(f"render_mode: expected None or {' or '.join(modes)}, was {render_mode!r}")
@@ -148,7 +81,7 @@ class _Trading:
         known = ("bars", "fit", "span", "flatten", "scaled", "render_mode", "device", *known)
         _check_settings(type(self), settings, known, num_envs, render_mode)
         self.render_mode = render_mode
-        self.tensor_env = env = _tensor_env(bars, fit, span, int(num_envs), device, settings)
+        self.tensor_env = env = tensor_env(bars, fit, span, int(num_envs), device, settings)
         check_features(env.market, env.layout)
         self._scaling = column_scaling(env.market, env.layout) if scaled else None
         low, high = (

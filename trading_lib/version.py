@@ -6,8 +6,8 @@
 __all__ = ['ACTION_SETS', 'CURRENT_MODEL_VERSION', 'CURRENT_TRADER_VERSION', 'WINDOW', 'MODEL_SPECS',
            'MODEL_TRADER_COMPATIBILITY', 'RELEASE_NOTES', 'parse_version', 'compare_versions', 'Action', 'ModelSpec',
            'missing_parts', 'interpret_action', 'action_table', 'get_checkpoint_metadata', 'declared_version',
-           'plain_name', 'policy_matrices', 'policy_widths', 'network_settings', 'detect_version_from_checkpoint',
-           'assert_compatibility']
+           'detect_version_from_checkpoint', 'assert_compatibility', 'network_settings', 'plain_name',
+           'policy_matrices', 'policy_widths']
 
 # %% ../nbs/02_features/05_version.ipynb #0c97c668
 import operator
@@ -19,6 +19,14 @@ import numpy as np
 
 from .config import InputError, unknown_name
 from .market.layouts import LAYOUTS, layout_hash
+from trading_lib.policy.weight_shapes import (  # noqa: F401
+    network_settings,
+    plain_name,
+    policy_matrices,
+    policy_widths,
+)
+
+_all_ = ["network_settings", "plain_name", "policy_matrices", "policy_widths"]  # re-exported for convenience
 
 # %% ../nbs/02_features/05_version.ipynb #06f169f1
 def parse_version(
@@ -237,72 +245,6 @@ def declared_version(
     "The explicit version field."
     version = _declared(checkpoint, "model_version", "version")
     return None if version is None else str(version)
-
-# %% ../nbs/02_features/05_version.ipynb #3fdd8118
-def plain_name(
-    name: str,  # of a weight
-) -> str:  # such as trunk.0.weight
-    "Its name in the plain network: wrappers such as `module.` are cut off."
-    return re.sub(r"^(module\.|_orig_mod\.)+", "", str(name))
-
-# %% ../nbs/02_features/05_version.ipynb #269a84e7
-def policy_matrices(
-    checkpoint: dict,  # content of a checkpoint
-) -> dict[str, tuple[int, int]]:  # name -> (outputs, inputs), in the order of the network
-    "Shapes of the policy's matrices; wrappers such as `module.` and `_orig_mod.` are cut from their names."
-    if not isinstance(checkpoint, dict):
-        raise InputError(
-            f"checkpoint: expected a dictionary with policy_state_dict, was {type(checkpoint).__name__}"
-        )
-    state = checkpoint.get("policy_state_dict")
-    if not isinstance(state, dict):
-        return {}
-    return {
-        plain_name(name): tuple(value.shape)
-        for name, value in state.items()
-        if len(getattr(value, "shape", ())) == 2
-    }
-
-# %% ../nbs/02_features/05_version.ipynb #b76270c5
-def policy_widths(
-    checkpoint: dict,  # content of a checkpoint
-) -> tuple[int, int] | None:  # (inputs of the first layer, outputs of the actor head); None: no matrices
-    "Structure of the policy, from the shapes of its weights."
-    matrices = policy_matrices(checkpoint)
-    if not matrices:
-        return None
-    # a value head has one output, a policy never has
-    own = {
-        name: (outputs, inputs)
-        for name, (outputs, inputs) in matrices.items()
-        if outputs != 1 and not re.search(r"critic|value|vf", name)
-    } or matrices
-    trunk = [name for name in own if re.match(r"(actor_)?trunk\.", name)] or list(own)
-    heads = [name for name in own if name.startswith("actor_head")] or list(own)
-    (_, first_inputs), (last_outputs, _) = own[trunk[0]], own[heads[-1]]
-    return first_inputs, last_outputs
-
-# %% ../nbs/02_features/05_version.ipynb #270ab36f
-def network_settings(
-    checkpoint: dict,  # content of a checkpoint with a policy
-) -> dict:  # network, hidden_dims, shared_trunk, gru_hidden_dim, n_gru_layers, dropout
-    "What the shapes of its weights say of a network, as `NativePPOConfig` names it."
-    matrices = policy_matrices(checkpoint)
-    gru = [inputs for name, (_, inputs) in matrices.items() if re.fullmatch(r"gru\.weight_hh_l\d+", name)]
-    trunk = [outputs for name, (outputs, _) in matrices.items() if re.match(r"(actor_)?trunk\.", name)]
-    if not gru and not trunk:
-        raise InputError(
-            "checkpoint: its weights are of no network that this library makes, with trunk and heads; "
-            f"they are {_listed(list(matrices)[:6])} …"
-        )
-    return {
-        "network": "gru" if gru else "mlp",
-        "hidden_dims": tuple(trunk) or (1,),
-        "shared_trunk": not any(name.startswith("actor_trunk.") for name in matrices),
-        "gru_hidden_dim": gru[0] if gru else 2,
-        "n_gru_layers": len(gru) or 1,
-        "dropout": 0.0,
-    }
 
 # %% ../nbs/02_features/05_version.ipynb #71b0e92d
 def _known_structures() -> dict[tuple[int, int], list[str]]:

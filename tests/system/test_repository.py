@@ -43,11 +43,13 @@ CORE = {
     "config",
     "files",
     "market.layouts",
+    "policy.weight_shapes",
     "version",
     "measures.equity",
     "measures.luck",
     "metrics",
     "market.rules",
+    "market.trade_costs",
     "account",
     "market.market_data",
     "market.observations",
@@ -94,6 +96,8 @@ CORE = {
     "trainer",
     "seeds",
     "market.regimes",
+    "market.segments",
+    "market.feature_blocks",
     "features",
 }
 BIN = Path(sys.executable).parent
