@@ -40,8 +40,11 @@ def ledger(tmp_path) -> Path:
 
 def test_the_key_is_the_hash_of_what_was_tried_and_of_what_it_showed():
     written = (
-        '{"bars":960,"code":"c0de","data":{"first":"2022-01-01T00:00:00Z","last":"2023-12-31T23:45:00Z","sha256":"%s"},"kind":"checkpoint","parameters":{"learning_rate":0.0003},"returns":[0.0,0.1],"seed":0,'
-        '"sharpe_per_bar":0.01,"span":["2023-05-28T00:00:00Z","2023-09-13T23:45:00Z"],"symbol":"SIM-USD","timeframe":"15Min","update":5}'
+        '{"bars":960,"code":"c0de",'
+        '"data":{"first":"2022-01-01T00:00:00Z","last":"2023-12-31T23:45:00Z","sha256":"%s"},'
+        '"kind":"checkpoint","parameters":{"learning_rate":0.0003},"returns":[0.0,0.1],"seed":0,'
+        '"sharpe_per_bar":0.01,"span":["2023-05-28T00:00:00Z","2023-09-13T23:45:00Z"],'
+        '"symbol":"SIM-USD","timeframe":"15Min","update":5}'
     ) % ("ab" * 32)
     written = written.replace('"kind"', '"days":["2023-05-28","2023-05-29"],"kind"')
     assert (

@@ -159,7 +159,8 @@ def _check_stated(where: str, manifest: dict, verdict: dict):
             )
 
 # %% ../../nbs/08_reporting/03_deploy_zip.ipynb #9300d60a
-_EXPLAINED = """The verdict is what a test on the data above showed. It is not a promise: markets change, and what was good on past bars may lose money on the next ones.
+_EXPLAINED = """The verdict is what a test on the data above showed. It is not a promise: \
+markets change, and what was good on past bars may lose money on the next ones.
 
 ## Load it
 
@@ -176,7 +177,7 @@ print(deployed["manifest"]["verdict"])
 
 | file | bytes | SHA-256 |
 | --- | --- | --- |
-"""  # noqa: E501
+"""
 
 
 def _known(manifest: dict, *names: str) -> str:
