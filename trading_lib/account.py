@@ -98,8 +98,8 @@ def _kept_as_fee(quantity: Tensor, rules: AccountRules) -> Tensor | float:  # on
     "Units of a purchase that the broker keeps, where the fee is taken in kind."
     if rules.fee_in_kind is False:
         return 0.0
-    lots_kept = quantity.clamp(min=0) * (rules.commission * rules.lots * rules.fee_in_kind)
-    return torch.round(lots_kept) / rules.lots
+    lots_kept = quantity.clamp(min=0) * (rules.commission * rules.increments_per_unit * rules.fee_in_kind)
+    return torch.round(lots_kept) / rules.increments_per_unit
 
 # %% ../nbs/03_env/01_account.ipynb #ac67382e
 def order_quantity(
@@ -123,15 +123,17 @@ def order_quantity(
     value = state.equity * rules.full_order * size
     value = _choose(opposite, value, torch.minimum(value, room)).clamp(min=0)
     price, funds = bar.open, cash
-    lots: Tensor | float = rules.lots
+    increments_per_unit: Tensor | float = rules.increments_per_unit
     if rules.allow_short is not False:
         short_side = torch.add(direction, side, alpha=2).lt_(0)  # the order opens, adds to or covers a short
         price = _choose(short_side, bar.close, bar.open)
-        lots = rules.lots + short_side * (rules.short_lots - rules.lots)
-        # what a short brought is its security, and so is as much again
+        increments_per_unit = rules.increments_per_unit + short_side * (
+            rules.short_increments_per_unit - rules.increments_per_unit
+        )
+        # proceeds of a short sale are held as collateral, and a margin of 100 % beside them
         funds = cash + kept.clamp(max=0) * (2.0 * bar.open)
-    units = torch.floor(value / price * lots) / lots
-    least = torch.ceil(rules.minimum_order / bar.open * lots) / lots
+    units = torch.floor(value / price * increments_per_unit) / increments_per_unit
+    least = torch.ceil(rules.minimum_order / bar.open * increments_per_unit) / increments_per_unit
     # the most that an order may cost: the impact of one that is all of the market
     dearest = (
         1.0 + rules.commission + rules.half_spread + rules.slippage + rules.impact * bar.daily_volatility
@@ -212,7 +214,9 @@ def _fill_order(
     ordered, received = torch.sign(quantity), quantity - fee
     fills = ordered.abs()
     # on the grid again: sums leave specks that nobody can sell
-    position = _choose(fills, torch.round((kept + received) * rules.lots) / rules.lots, kept)
+    position = _choose(
+        fills, torch.round((kept + received) * rules.increments_per_unit) / rules.increments_per_unit, kept
+    )
     adds = (ordered * (ordered + side)).gt_(0)
     average = (state.average_entry * kept + bar.open * received) / (position * adds + (1.0 - adds))
     return fills, position, _choose(adds, average, state.average_entry)

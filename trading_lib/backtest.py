@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_backtests', 'run_backtest', 'probe_baselines', 'write_backtest', 'read_backtest', 'BacktestResult',
            'BacktestTask', 'CAPACITIES', 'STRESSES', 'Scenario', 'VOLUME_LIMIT', 'backtest_task', 'greedy_actions',
-           'training_span', 'training_spans']
+           'training_span', 'span_bar_numbers']
 
 # %% ../nbs/07_evaluation/10_backtest.ipynb #f6ec3a44
 import json
@@ -23,8 +23,8 @@ from .env import MarketData
 from trading_lib.evaluation.backtest_task import (  # noqa: F401
     BacktestTask,
     backtest_task,
+    span_bar_numbers,
     training_span,
-    training_spans,
 )
 from .evaluation.decisions import decider, greedy_actions  # noqa: F401
 from .evaluation.outcome import BacktestResult, add_intervals, add_luck, backtest_result
@@ -50,7 +50,7 @@ _all_ = [
     "backtest_task",
     "greedy_actions",
     "training_span",
-    "training_spans",
+    "span_bar_numbers",
 ]
 
 # %% ../nbs/07_evaluation/10_backtest.ipynb #ef8a7d13

@@ -156,7 +156,7 @@ class _Updates:
         "Act, look, learn; what is kept of the update."
         began = time.perf_counter()
         rollout = self._rollout()
-        self._check(rollout)  # a GPU has done what it was asked by then
+        self._check(rollout)  # waits for the GPU, so the time is the GPU's too
         acted = time.perf_counter()
         row = self._learn(rollout)
         learned = time.perf_counter() - acted - self.seconds["critic"]

@@ -42,7 +42,7 @@ from trading_lib.trainer import NativePPOTrainer
 from trading_lib.training.config import NativePPOConfig, get_auto_config
 from trading_lib.training.ppo import Minibatch, generalized_advantages, learning_rate_at, minibatches
 from trading_lib.training.progress import LineProgress
-from trading_lib.training.validation import Validation, runs_through
+from trading_lib.training.validation import Validation, chunks_of
 
 
 @functools.cache
@@ -1020,7 +1020,7 @@ def test_runs_cover_every_decision_once_and_cross_no_gap():
     history = gapped()
     env = GPUVectorizedTradingEnv(history, GPUEnvConfig(n_envs=1, reward_preset="v2.4.5"))
     for length in (512, 100, None):
-        starts, ends = runs_through(env, length)
+        starts, ends = chunks_of(env, length)
         assert (
             np.concatenate([np.arange(a, b) for a, b in zip(starts, ends)]).tolist()
             == env.decision_bars.tolist()
@@ -1028,7 +1028,7 @@ def test_runs_cover_every_decision_once_and_cross_no_gap():
         assert all(history.segment[a] == history.segment[b - 1] for a, b in zip(starts, ends)) and (
             length is None or max(ends - starts) <= length
         )
-    assert len(runs_through(env, None)[0]) == 2
+    assert len(chunks_of(env, None)[0]) == 2
 
 
 @pytest.mark.slow

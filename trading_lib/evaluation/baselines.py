@@ -91,7 +91,7 @@ def shifted(
     n: int,  # copies
     seed: int,  # of the amounts
 ) -> Tensor:  # (D, n)
-    "The same actions, turned around in time by random amounts of at least a tenth of the span."
+    "The same actions, shifted in a circle by at least a tenth of the span: same orders, no timing."
     length = len(actions)
     by = np.random.default_rng(seed).integers(max(1, length // 10), max(2, length - length // 10), n)
     return actions[(torch.arange(length)[:, None] - torch.as_tensor(by)[None]) % length]

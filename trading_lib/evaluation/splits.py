@@ -109,10 +109,10 @@ def walk_forward_folds(
     horizon: int = 1,  # bars that a reward looks ahead
     embargo: int = 0,  # further bars between two spans
     first_train_fraction: float = 0.5,  # share of the history before the first test span
-    validation_fraction: float = 0.15,  # share of what lies before a test that chooses, its purge included
-    warm_up: int | None = None,  # first bars of a training span that teach nothing; None: window
+    validation_fraction: float = 0.15,  # share of the bars before a test span for validation, purge included
+    warm_up: int | None = None,  # first bars of a training span at which nothing can be decided; None: window
 ) -> list[Fold]:  # in order of time
-    "Cut a history into folds: what comes before a test span trains and chooses."
+    "Cut a history into folds: what comes before a test span is for training and validation."
     least = {"n_bars": 1, "n_folds": 1, "window": 1, "horizon": 1, "embargo": 0}
     for name, value in zip(least, (n_bars, n_folds, window, horizon, embargo)):
         check_whole(name, value, least[name])

@@ -40,7 +40,7 @@ def episode_starts(
 class _Episodes:
     "Where each account's episode begins, where it ends, and where the account stands."
 
-    # the environment's own
+    # given by the environment that inherits this
     device: torch.device
     n_envs: int
     config: Any  # with `episode_length`, in bars
@@ -76,7 +76,7 @@ class _Episodes:
     def _begin(self, start: Tensor, end: Tensor, account: AccountState | None = None):
         "New episodes for all, with fresh accounts unless others are given."
         self.bar, self.end = start, end
-        self._first = start.clone()  # compiled code asks which of its arguments are one
+        self._first = start.clone()  # of its own: compiled code asks which arguments share memory
         if account is None:
             account = AccountState.initial(self.rules, self.n_envs, self.device)
         self._take(account)
@@ -118,13 +118,13 @@ class _Episodes:
 class ResumableEpisodes(_Episodes):
     "What a later run needs to go on."
 
-    _cost_scale: float  # the environment's own
+    _cost_scale: float  # given by the environment that inherits this
 
     def set_cost_scale(
         self,
         scale: float,  # 0: free trading, 1: the configured costs
     ) -> None:
-        "The environment's own."
+        "Given by the environment that inherits this."
         raise NotImplementedError
 
     def _observe(self) -> Obs:
@@ -169,7 +169,7 @@ class ResumableEpisodes(_Episodes):
         random = random.view(-1, random.shape[-1])  # older files hold one row, as it is
         self._seed([0] * len(random))
         for own, row in zip(self._random, random):
-            own.set_state(row.clone())  # torch reads a view as if it began where its storage does
+            own.set_state(row.clone())  # of its own: torch ignores where a view begins
         account = {name: value.clone().to(self.device) for name, value in state["account"].items()}
         self._take(AccountState(**account))
         return self._observe()

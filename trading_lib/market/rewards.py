@@ -140,7 +140,7 @@ def weighted_reward(
 
 # %% ../../nbs/03_env/04_rewards.ipynb #63b4e1e9
 RECENT_ACTIONS = 64
-COUNT_BITS = 7  # that count up to so many
+COUNT_BITS = 7  # of each action's count, up to 64 in a row; nine actions fill an int64
 
 
 def count_action(

@@ -52,8 +52,8 @@ class AccountRules:
     target: float  # distance of the take-profit from the average entry; 0: none
     allow_short: bool
     minimum_order: float  # value of the smallest order
-    lots: float  # size increments in one unit: 10**decimals
-    short_lots: float  # the same where an order opens, adds to or covers a short
+    increments_per_unit: float  # size increments in one unit: 10**decimals
+    short_increments_per_unit: float  # the same where an order opens, adds to or covers a short
     fee_in_kind: bool  # the commission of a purchase is taken from what is bought
     commission: float  # share of traded value
     half_spread: float  # share of traded value
@@ -123,8 +123,8 @@ def account_rules(
         target=config.target_pct,
         allow_short=shortable and config.allow_short is not False,
         minimum_order=minimum,
-        lots=10.0**decimals,
-        short_lots=10.0 ** (order["short_decimals"] or 0),
+        increments_per_unit=10.0**decimals,
+        short_increments_per_unit=10.0 ** (order["short_decimals"] or 0),
         fee_in_kind=order["fee_in_kind"],
         commission=cost["commission_bps"] * _BASIS_POINT,
         half_spread=cost["half_spread_bps"] * _BASIS_POINT,

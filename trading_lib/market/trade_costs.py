@@ -15,7 +15,7 @@ from .rules import AccountRules
 
 # %% ../../nbs/03_env/00_trade_costs.ipynb #2c3661d1
 class NextBar(NamedTuple):
-    "What a step needs of the market; tensors of shape (n,) or (), float64."
+    "What a step needs of the market, from the close of the decision to the next; shape (n,) or (), float64."
 
     close: Tensor  # of bar t: known at decision; the next close is `last`
     open: Tensor  # of bar t+1 …

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..backtest import BacktestResult, probe_baselines, run_backtests, training_spans
+from ..backtest import BacktestResult, probe_baselines, run_backtests, span_bar_numbers
 from ..bars import parse_time, read_bars
 from ..checkpoint import load_checkpoint
 from trading_lib.config import (
@@ -173,7 +173,7 @@ def add_probes(
     asked = job.arguments
     content, env = asked["model"], _env_of(asked["model"])
     left_out = f"{asked['symbol']}: ridge regression and gradient boosting are left out:"
-    spans = training_spans(content, asked["bars"].index, asked["start"])
+    spans = span_bar_numbers(content, asked["bars"].index, asked["start"])
     if spans is None:
         why = "the spans that the model was trained and chosen on are not recorded, or not among these bars"
         say(f"{left_out} {why}")

@@ -108,7 +108,7 @@ def _budget_table(budget: dict) -> str:
     rows = [
         ("environment steps", _counted(budget["step"], budget["steps"])),
         ("updates", _counted(budget["update"], budget["updates"])),
-        ("looks of the validation", _counted(budget["looks"], budget["all_looks"])),
+        ("validations", _counted(budget["looks"], budget["all_looks"])),
     ]
     return _table(("what", "done"), rows)
 

@@ -136,6 +136,6 @@ def best_of(
     "The best policy of a run; one without any score is an `InputError`."
     if trainer.best is None:
         raise InputError(
-            "training: no validation of this run has a score; see its course, and take another learning rate"
+            "training: no validation of this run has a score; see its train.csv; take another learning rate"
         )
     return trainer.best

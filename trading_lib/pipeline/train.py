@@ -99,7 +99,7 @@ def _goes_on(request: TrainRequest, trainer: NativePPOTrainer, folder: RunFolder
     going_on = False
     if request.resumes or request.checkpoint is not None:
         going_on = resume(trainer, request.checkpoint)
-    # a checkpoint of another network lets a run begin afresh; where there is none, nobody meant to
+    # of another network: the run begins afresh; no checkpoint at all: somebody asked in error
     if (
         request.resumes
         and not going_on

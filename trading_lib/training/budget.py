@@ -23,7 +23,7 @@ def interval_in_force(
     interval: int,  # the mode's, in updates
     updates: int,  # of the whole run
 ) -> int:  # updates, 1 or more
-    "Every run has about ten validations."
+    "About ten validations or more, where the run has that many updates."
     return max(1, min(interval, updates // 10))
 
 # %% ../../nbs/06_training/04_budget.ipynb #9c6578c5

@@ -66,7 +66,7 @@ class Minibatch(NamedTuple):
 def minibatches(
     n: int,  # samples
     size: int,  # of a minibatch; the last may be smaller
-    generator: torch.Generator,  # of the shuffle; where it lies, it is made
+    generator: torch.Generator,  # of the shuffle, which is made on its device
 ) -> list[Tensor]:  # index tensors that cover every sample once
     "Shuffle and split; the last partial batch counts."
     return list(torch.randperm(n, generator=generator, device=generator.device).split(size))
@@ -85,7 +85,7 @@ def _shuffles(n: int, epochs: int, generator: torch.Generator) -> Tensor:  # (ep
 
 # %% ../../nbs/06_training/00_ppo.ipynb #cdcf2b08
 def _edges(ends: Tensor, ranges: list[tuple[int, int]]) -> list:  # of each epoch, for each range: two places
-    "Which group each minibatch begins in, and which it ends in: one answer to wait for, however many epochs."
+    "Which group each minibatch begins in, and which it ends in: one copy from the device."
     first_and_last = torch.tensor([[begin, end - 1] for begin, end in ranges], device=ends.device)
     wanted = first_and_last.view(1, -1).expand(len(ends), -1).contiguous()
     return torch.searchsorted(ends, wanted, right=True).view(len(ends), -1, 2).cpu().tolist()
@@ -96,7 +96,7 @@ def group_minibatches(
     n_groups: int,  # that there may be
     size: int,  # samples of a minibatch; the last may be smaller
     epochs: int,  # shuffles
-    generator: torch.Generator,  # of the shuffles; where it lies, they are made
+    generator: torch.Generator,  # of the shuffles, which are made on its device
 ) -> Iterator[list[Minibatch]]:  # once per epoch: minibatches that cover every sample once
     "`minibatches` of shuffled groups: only where a minibatch is full is a group divided between two."
     n = len(group)

@@ -45,7 +45,7 @@ def first_not_finite(
     "The first number of a rollout that is NaN or infinite."
     finite = {name: rollout[name].isfinite() for name in _NUMBERS if name in rollout}
     if bool(torch.stack([of.all() for of in finite.values()]).all()):
-        return None  # one answer to wait for
+        return None  # one copy from the device
     name = next(name for name, of in finite.items() if not bool(of.all()))
     return name, (~finite[name]).nonzero()[0].tolist()
 
