@@ -169,7 +169,7 @@ def test_budget_by_hand(content):
         assert rows(model_card(content, COMMAND), "Budget") == {
             "environment steps": f"{128 * update} of 891",
             "updates": f"{update} of 7",
-            "looks of the validation": f"{looks} of 4",
+            "validations": f"{looks} of 4",
         }
 
 
@@ -527,7 +527,7 @@ def test_nothing_at_all_still_makes_a_card():
     assert rows(card, "Budget") == {
         "environment steps": "not recorded",
         "updates": "not recorded",
-        "looks of the validation": "not recorded",
+        "validations": "not recorded",
     }
     assert found["Parameters"][0] == ["Not recorded."] and found["Limits"][0] == [
         "No validation figures belong to this checkpoint: validation did not choose it."
