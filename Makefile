@@ -9,7 +9,7 @@ NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 MADE_AT := $(shell cat .venv/.installed 2>/dev/null)
 MOVED := $(if $(MADE_AT),$(if $(filter-out x$(subst $() ,_,$(CURDIR)),x$(subst $() ,_,$(MADE_AT))),moved))
 
-.PHONY: help install run check test experiments prove bench lab clean
+.PHONY: help install run portfolio check test experiments prove bench lab clean
 .PHONY: moved
 
 help:  ## show this list
@@ -30,6 +30,9 @@ run: install  ## train and backtest as params.yaml says; does nothing when nothi
 	@$(BIN)/trading-lib data find >/dev/null
 	$(BIN)/dvc repro
 	@$(BIN)/trading-lib verdict
+
+portfolio: install  ## train, test and report the universes of params.yaml: one account over many assets
+	$(BIN)/dvc repro portfolio/dvc.yaml
 
 check: install  ## export, format, lint, and the fast tests of the chapters that changed; up to 3 minutes
 	$(BIN)/ruff format --quiet .
@@ -61,5 +64,5 @@ lab: install  ## JupyterLab, with the hook that saves stage notebooks without ou
 	JUPYTER_CONFIG_PATH="$(CURDIR)/.jupyter" $(BIN)/jupyter lab$(if $(filter 0,$(shell id -u)), --allow-root)
 
 clean:  ## remove what the pipeline made; .venv and your own files in data/raw stay
-	rm -rf models/*.pt models/*_deploy.zip models/folds models/runs/*.ipynb data/*.parquet data/*.npz data/own_files dvc.lock
+	rm -rf models/*.pt models/*_deploy.zip models/folds models/runs/*.ipynb data/*.parquet data/*.npz data/own_files dvc.lock portfolio/dvc.lock
 	find reports -mindepth 1 -maxdepth 1 -type d ! -name proofs -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """A stage's notebook is saved as nbdev_clean writes it, so that running it in JupyterLab does not make its DVC stage stale. All others are saved as they are."""
 from pathlib import Path
 
-STAGES = {"prepare", "train", "backtest", "report", "walk_forward", "seeds"}
+STAGES = {"prepare", "train", "backtest", "report", "walk_forward", "seeds", "portfolio_prepare", "portfolio_train", "portfolio_backtest", "portfolio_report"}
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "nbs"
 
 

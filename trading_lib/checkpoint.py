@@ -25,8 +25,8 @@ from .policy.archive import file_bytes, plain_content, read_content, signed_byte
 from .policy.content import check_numbers, check_tables
 from trading_lib.version import (
     CURRENT_MODEL_VERSION,
-    compare_versions,
     declared_version,
+    is_newer,
     policy_matrices,
     policy_widths,
 )
@@ -73,7 +73,7 @@ def _load(path: Path, map_location="cpu") -> tuple[dict, str | None, int]:
             stacklevel=3,
         )
     version = declared_version(content)
-    if version is not None and compare_versions(version, CURRENT_MODEL_VERSION) > 0:
+    if version is not None and is_newer(version):
         raise InputError(
             f"{path}: model version {version} is newer than this library's {CURRENT_MODEL_VERSION}; "
             "update trading_lib"

@@ -8,8 +8,9 @@ __all__ = ['PARAMETERS_VARIABLE', 'Parameters', 'parse_parameters', 'project_roo
            'unknown_name', 'parse_yaml', 'read_text', 'Section', 'Setting', 'check_limits', 'checked', 'convert',
            'parse_hidden_dims', 'setting', 'setting_of', 'setting_text', 'typed', 'check_symbol', 'check_symbols',
            'path_symbol', 'COST_WARM_UP', 'DURATIONS', 'MODES', 'PEAK_TIMESTEPS', 'AccountConfig', 'BacktestParameters',
-           'DataParameters', 'EnvParameters', 'FeatureParameters', 'ModeParameters', 'RunSettings', 'SeedsParameters',
-           'TrainParameters', 'TrainingSettings', 'WalkForwardParameters', 'yaml_text']
+           'DataParameters', 'EnvParameters', 'FeatureParameters', 'ModeParameters', 'PortfolioParameters',
+           'PortfolioSettings', 'RunSettings', 'SeedsParameters', 'TrainParameters', 'TrainingSettings',
+           'WalkForwardParameters', 'yaml_text']
 
 # %% ../nbs/00_base/05_config.ipynb #6bd98f4d
 import os
@@ -40,6 +41,10 @@ from trading_lib.parameters.fields import (  # noqa: F401
     setting_text,
     shown,
     typed,
+)
+from trading_lib.parameters.portfolio_sections import (  # noqa: F401
+    PortfolioParameters,
+    PortfolioSettings,
 )
 from trading_lib.parameters.sections import (  # noqa: F401
     AccountConfig,
@@ -99,6 +104,8 @@ _all_ = [  # re-exported for convenience
     "EnvParameters",
     "FeatureParameters",
     "ModeParameters",
+    "PortfolioParameters",
+    "PortfolioSettings",
     "RunSettings",
     "SeedsParameters",
     "TrainParameters",
@@ -121,6 +128,7 @@ class Parameters:
     backtest: BacktestParameters = BacktestParameters()
     walk_forward: WalkForwardParameters = WalkForwardParameters()
     seeds: SeedsParameters = SeedsParameters()
+    portfolio: PortfolioParameters = PortfolioParameters()
     modes: dict = field(default_factory=lambda: dict(MODES))  # name -> ModeParameters
 
     @property
@@ -144,6 +152,24 @@ class Parameters:
         raise InputError(
             f"{where}: '{symbol}' is not among the symbols of params.yaml "
             f"({', '.join(self.symbols)}); {advice}"
+        )
+
+    def listed_universe(
+        self,
+        universe: str | None,  # as a person wrote it; None: the first one
+        where: str = "universe",  # for messages
+    ) -> str:
+        "The universe, if params.yaml lists it."
+        listed = self.portfolio.universes
+        if universe is None and listed:
+            return listed[0]
+        if universe is not None and universe in listed:
+            return universe
+        if not listed:
+            raise InputError(f"{where}: portfolio.universes of params.yaml is empty; write [simulated] there")
+        raise InputError(
+            f"{where}: {universe!r} is not among portfolio.universes of params.yaml ({', '.join(listed)}); "
+            f"add it there: universes: [{', '.join([*listed[:3], str(universe)])}]"
         )
 
 # %% ../nbs/00_base/05_config.ipynb #b6d4e1a6

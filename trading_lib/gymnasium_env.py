@@ -11,15 +11,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.vector import AutoresetMode, VectorEnv
-from gymnasium.vector.utils import batch_space
 
 from .account import AccountState
-from .config import InputError, unknown_name
-from .market.bounds import check_features, column_bounds, column_scaling
+from .market.bounds import check_features, column_bounds
 from .market.given_market import SETTINGS, tensor_env
+from .market.gymnasium_accounts import Accounts, ManyAccounts, OneAccount, check_settings
 from .market.market_data import MarketData
-from .market.observations import Obs
 
 _all_ = ["column_bounds"]  # people look for it here
 
@@ -59,99 +56,22 @@ def _line(state: dict) -> str:
     position = f"position {100 * state['position']:+.1f} %"
     return f"{time}  price {state['price']:,.2f}  {position}  equity {state['equity']:,.2f}"
 
-# %% ../nbs/03_env/10_gymnasium_env.ipynb #19ffa2f6
-def _check_settings(kind: "type[_Trading]", settings: dict, known: tuple, num_envs, render_mode):
-    "Refuse what no environment of this kind has."
-    for name in settings:
-        if name not in SETTINGS:
-            raise unknown_name(kind.__name__, name, [*known, *SETTINGS])
-    modes = kind.metadata["render_modes"]
-    if render_mode is not None and render_mode not in modes:
-        raise InputError(f"render_mode: expected None or {' or '.join(modes)}, was {render_mode!r}")
-    if not isinstance(num_envs, (int, np.integer)) or num_envs < 1:
-        raise InputError(f"num_envs: expected a whole number from 1, was {num_envs!r}")
-
 # %% ../nbs/03_env/10_gymnasium_env.ipynb #2f8bf138
-class _Trading:
-    "Spaces, infos and words of an environment with one account or many."
-
-    metadata: dict[str, Any]  # Gymnasium's
+class _Trading(Accounts):
+    "Infos and words of an environment over one symbol."
 
     def _build(self, bars, fit, span, num_envs, flatten, scaled, render_mode, device, settings, *known):
         known = ("bars", "fit", "span", "flatten", "scaled", "render_mode", "device", *known)
-        _check_settings(type(self), settings, known, num_envs, render_mode)
-        self.render_mode = render_mode
-        self.tensor_env = env = tensor_env(bars, fit, span, int(num_envs), device, settings)
+        check_settings(type(self), settings, SETTINGS, known, num_envs, render_mode)
+        env = tensor_env(bars, fit, span, int(num_envs), device, settings)
         check_features(env.market, env.layout)
-        self._scaling = column_scaling(env.market, env.layout) if scaled else None
-        low, high = (
-            np.tile(self._scale(bound), (env.config.window, 1)) for bound in column_bounds(env.layout)
-        )
-        if flatten:
-            low, high = low.ravel(), high.ravel()
-        self.single_observation_space = gym.spaces.Box(low, high, dtype=np.float32)
-        self.single_action_space = gym.spaces.Discrete(env.n_actions)
+        self._prepare(env, env.layout, column_bounds(env.layout), flatten, scaled, render_mode)
 
-    def _scale(self, values: np.ndarray) -> np.ndarray:
-        "As the networks of this library scale their inputs."
-        if self._scaling is None:
-            return values
-        shift, scale = self._scaling
-        return (values - shift) * scale
-
-    def _observations(self, obs: Obs) -> np.ndarray:  # (n, *shape of one) float32
-        windows = self.tensor_env.table.materialise(obs).cpu().numpy()
-        windows = windows.reshape(len(obs.rows), self.tensor_env.config.window, -1)
-        return self._scale(windows).reshape(-1, *self.single_observation_space.shape)
-
-    def _states(self, account: AccountState, bar: torch.Tensor) -> dict[str, np.ndarray]:  # name -> (n,)
+    def _states(self, account: Any, bar: torch.Tensor) -> dict[str, np.ndarray]:  # name -> (n,)
         return _states(self.tensor_env.market, account, bar)
 
-    def _components(self, infos: dict) -> dict[str, np.ndarray]:  # name -> (n,)
-        "Unweighted parts of the reward."
-        return dict(zip(self.tensor_env.reward_names, infos["reward_components"].T.cpu().numpy()))
-
-    def _begin(self, seed: int | None, options: dict | None, random: np.random.Generator) -> Obs:
-        "Start all accounts, at random bars or where `options` say."
-        env, options = self.tensor_env, options or {}
-        for name in options:
-            if name not in ("start", "end"):
-                raise unknown_name("reset options", name, ("start", "end"))
-        if "end" in options and "start" not in options:
-            raise InputError("reset options: end needs a start as well, such as {'start': 700, 'end': 1500}")
-        if seed is None:
-            # Gymnasium's generator: what follows a seed repeats, without any it never does
-            seed = int(random.integers(2**63))
-        obs = env.reset(seed % 2**63)
-        return env.reset_at(*self._stated(options)) if "start" in options else obs
-
-    def _stated(self, options: dict) -> tuple[np.ndarray, np.ndarray]:  # (n_envs,) first bars; last bars
-        env = self.tensor_env
-        start = self._bars(options["start"], "start")
-        end = start + env.config.episode_length
-        if "end" in options:
-            end = self._bars(options["end"], "end")
-        bad = start[~np.isin(start, env.decision_bars)]
-        if len(bad):
-            raise InputError(
-                f"reset options: no episode can start at bar {bad[:1].tolist()}; expected one of "
-                f"decision_bars, from {env.decision_bars[0]} to {env.decision_bars[-1]}"
-            )
-        if not (end > start).all():
-            raise InputError(
-                f"reset options: expected an end after the start, were {options['start']!r} "
-                f"and {options.get('end', end)!r}"
-            )
-        return start, end
-
-    def _bars(self, value, name: str) -> np.ndarray:  # (n_envs,) int64
-        bars, n = np.asarray(value), self.tensor_env.n_envs
-        if bars.dtype.kind not in "iu" or bars.shape not in ((), (n,)):
-            many = "" if n == 1 else f", or {n} of them"
-            raise InputError(
-                f"reset options: {name}: expected a bar, the number of its row{many}, was {value!r}"
-            )
-        return np.broadcast_to(bars.astype(np.int64), (n,)).copy()
+    def _line(self, state: dict) -> str:
+        return _line(state)
 
     @property
     def decision_bars(self) -> np.ndarray:
@@ -169,10 +89,10 @@ class _Trading:
         return dict(self.tensor_env.reward.weights)
 
 # %% ../nbs/03_env/10_gymnasium_env.ipynb #55a3c057
-class TradingEnv(_Trading, gym.Env):
+class TradingEnv(_Trading, OneAccount):
     "One account trading one symbol. Without bars, the market is simulated."
 
-    metadata = {"render_modes": ["ansi", "rgb_array"], "render_fps": 10}
+    pictured = {"price": None, "position": "steps-post", "equity": None}
 
     def __init__(
         self,
@@ -190,93 +110,11 @@ class TradingEnv(_Trading, gym.Env):
         **settings,  # fields of GPUEnvConfig, such as window, episode_length, reward_preset, account
     ):
         self._build(bars, fit, span, 1, flatten, scaled, render_mode, device, settings)
-        self.observation_space, self.action_space = self.single_observation_space, self.single_action_space
-        self._running = False
-        self._state: dict | None = None
-        self._episode: list[dict] = []
-
-    def _tell(self, state: dict) -> dict:
-        own = {name: values[0] for name, values in state.items()}
-        self._state = own
-        if self.render_mode == "rgb_array":
-            self._episode.append(own)
-        return dict(own)
-
-    def reset(
-        self,
-        *,
-        seed: int | None = None,  # makes this and all that follows repeatable
-        # {"start": bar} begins there, {"start": bar, "end": bar} also sets the last bar
-        options: dict | None = None,  # None: a random bar
-    ) -> tuple[np.ndarray, dict]:  # observation, info
-        "Begin an episode, at a random bar unless options say where."
-        super().reset(seed=seed)
-        obs = self._begin(seed, options, self.np_random)
-        self._running, self._episode = True, []
-        return self._observations(obs)[0], self._tell(self._states(self.tensor_env.account, obs.rows))
-
-    def step(
-        self,
-        action: int,  # see `action_meanings`
-    ) -> tuple[np.ndarray, float, bool, bool, dict]:
-        # observation, reward, terminated (bankrupt), truncated (end of the episode), info
-        "One bar."
-        if not self._running:
-            raise InputError("step: no episode is running; call reset() first")
-        if not self.action_space.contains(action):
-            raise InputError(
-                f"step: expected an action from 0 to {self.tensor_env.n_actions - 1} "
-                f"({', '.join(self.action_meanings)}), was {action!r}"
-            )
-        _, reward, terminated, truncated, infos = self.tensor_env.step(torch.tensor([int(action)]))
-        seen = infos["final_obs"]  # the tensors may have begun another episode already
-        self._running = not (terminated.item() or truncated.item())
-        info = self._tell(self._states(infos["account"], seen.rows))
-        info["reward_components"] = {name: float(v[0]) for name, v in self._components(infos).items()}
-        return self._observations(seen)[0], reward.item(), terminated.item(), truncated.item(), info
-
-    def render(self) -> str | np.ndarray | None:
-        "The account now, as the render mode has it."
-        if self.render_mode is None:
-            return None
-        if self._state is None:
-            raise InputError("render: no episode has begun; call reset() first")
-        return _line(self._state) if self.render_mode == "ansi" else self._picture(self._state)
-
-    def _picture(self, now: dict) -> np.ndarray:  # (height, width, 3) uint8
-        "Price, position and equity of the episode so far."
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(6, 4.5), dpi=80, layout="tight")
-        canvas = FigureCanvasAgg(figure)
-        time = [state["timestamp"] for state in self._episode]
-        styles = {"price": None, "position": "steps-post", "equity": None}
-        for axis, (name, style) in zip(figure.subplots(len(styles), sharex=True), styles.items()):
-            axis.plot(time, [state[name] for state in self._episode], drawstyle=style)
-            axis.set_ylabel(name)
-        axis.tick_params("x", rotation=20)
-        figure.suptitle(_line(now), fontsize=9)
-        canvas.draw()
-        return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-# %% ../nbs/03_env/10_gymnasium_env.ipynb #742e5e66
-def _masked(values: dict, mask: np.ndarray) -> dict:
-    "Infos as Gymnasium batches them, in new arrays: each with a mask of the accounts it speaks of."
-    out: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            out[name] = _masked(value, mask)
-        else:
-            out[name] = np.where(mask, value, np.zeros_like(value))
-        out[f"_{name}"] = mask.copy()
-    return out
+        self._be_one()
 
 # %% ../nbs/03_env/10_gymnasium_env.ipynb #6c31c173
-class TradingVectorEnv(_Trading, VectorEnv):
+class TradingVectorEnv(_Trading, ManyAccounts):
     "Many accounts trading one symbol, stepped together. Without bars, the market is simulated."
-
-    metadata = {"render_modes": ["ansi"], "autoreset_mode": AutoresetMode.SAME_STEP}
 
     def __init__(
         self,
@@ -295,74 +133,7 @@ class TradingVectorEnv(_Trading, VectorEnv):
         **settings,  # fields of GPUEnvConfig, such as window, episode_length, reward_preset, account
     ):
         self._build(bars, fit, span, num_envs, flatten, scaled, render_mode, device, settings, "num_envs")
-        self.num_envs = int(num_envs)
-        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
-        self.action_space = batch_space(self.single_action_space, self.num_envs)
-
-    def _now(self) -> dict:
-        return self._states(self.tensor_env.account, self.tensor_env.bar)
-
-    def reset(
-        self,
-        *,
-        seed: int | None = None,  # makes this and all that follows repeatable
-        # {"start": bars} begins there, {"start": bars, "end": bars} also sets the last bars; one for all or
-        # one for each
-        options: dict | None = None,  # None: random bars
-    ) -> tuple[np.ndarray, dict]:  # observations, infos
-        "Begin all episodes, at random bars unless options say where."
-        if seed is not None and not isinstance(seed, (int, np.integer)):
-            raise InputError(f"reset: expected one seed for all accounts, a whole number, was {seed!r}")
-        super().reset(seed=seed)
-        obs = self._begin(seed, options, self.np_random)
-        return self._observations(obs), _masked(self._now(), np.ones(self.num_envs, bool))
-
-    def step(
-        self,
-        actions: np.ndarray,  # (num_envs,) whole numbers, see `action_meanings`
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        # observations, rewards, terminated (bankrupt), truncated (end of the episode), infos
-        "One bar for every account."
-        actions = np.asarray(actions)
-        if actions.dtype.kind not in "iu" or actions.shape != (self.num_envs,):
-            raise InputError(
-                f"step: expected {self.num_envs} whole-number actions, "
-                f"was {actions.dtype} of shape {actions.shape}"
-            )
-        chosen = torch.as_tensor(actions.astype(np.int64))
-        obs, reward, terminated, truncated, infos = self.tensor_env.step(chosen)
-        done = (terminated | truncated).cpu().numpy()
-        components = {"reward_components": self._components(infos)}
-        out = _masked(self._now(), np.ones(self.num_envs, bool)) | _masked(components, ~done)
-        if done.any():
-            had = self._states(infos["account"], infos["final_obs"].rows) | components
-            out |= {"final_obs": self._last_seen(infos["final_obs"], done), "_final_obs": done.copy()}
-            out |= _masked({"final_info": had}, done)
-        return (
-            self._observations(obs),
-            reward.cpu().numpy(),
-            terminated.cpu().numpy(),
-            truncated.cpu().numpy(),
-            out,
-        )
-
-    def _last_seen(self, last: Obs, done: np.ndarray) -> np.ndarray:  # (num_envs,) of observations, or None
-        "What the accounts saw whose episodes are over."
-        numbers = np.flatnonzero(done)
-        rows = torch.as_tensor(numbers, device=last.dense.device)
-        final = np.full(self.num_envs, None, dtype=object)
-        for i, seen in zip(numbers, self._observations(Obs(last.rows[rows], last.dense[rows]))):
-            final[i] = seen
-        return final
-
-    def render(self) -> tuple[str, ...] | None:
-        "A line for each account."
-        if self.render_mode is None:
-            return None
-        if not hasattr(self.tensor_env, "bar"):
-            raise InputError("render: no episode has begun; call reset() first")
-        state = self._now()
-        return tuple(_line({name: values[i] for name, values in state.items()}) for i in range(self.num_envs))
+        self._be_many(num_envs)
 
 # %% ../nbs/03_env/10_gymnasium_env.ipynb #b48231b4
 ENV_ID = "trading_lib/Trading-v0"

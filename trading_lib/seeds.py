@@ -32,7 +32,6 @@ from .training.distributed import processes
 from .training.ppo import Minibatch, normalize, ppo_losses
 from .training.rollout import Act, PolicyRunner, RolloutCollector, component_means
 from .training.update import Learner, rollout_figures
-from .training.validation import Validation
 
 # %% ../nbs/06_training/16_seeds.ipynb #5fcc4ff5
 _all_ = ["StackedActorCritic", "clip_each"]  # of policy.stacked, looked for here
@@ -295,7 +294,7 @@ class SeedsTrainer(NativePPOTrainer):
             history.append(at | {name: column[k] for name, column in columns.items()})
         return {name: float(np.mean(column)) for name, column in columns.items()}
 
-    def _validate(self, row: dict, validation: Validation):
+    def _validate(self, row: dict, validation: Any):
         "Each network on the validation span; the best of each so far is kept."
         for k, played in enumerate(validation.play_each(self.policy)):
             metrics, own = validation.summarise(played), self.histories[k][-1]

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .checkpoint import git_state, library_versions, load_checkpoint, save_checkpoint
 from .config import InputError
-from .env import MarketData
 from .kernels.layers import fast_products, keep_freed_memory
 from .metrics import composite_score
 from .policy.factory import fresh_policy
@@ -40,7 +39,7 @@ from .training.rollout import RolloutCollector, component_means, not_finite_caus
 from .training.run_folder import RunFolder
 from .training.run_state import check_parts, restore
 from .training.update import Diverged, Learner, samples_of, update_row
-from .training.validation import Validation
+from .training.validation import validation_of
 
 # %% ../nbs/06_training/15_trainer.ipynb #2a86578e
 _all_ = ["Diverged", "NativePPOConfig", "get_a100_config", "get_auto_config"]  # re-exported for convenience
@@ -207,7 +206,8 @@ class NativePPOTrainer(_Updates):
         self,
         env: Any,  # with n_envs, n_actions, obs_dim, device, reset(seed) and step(actions) on tensors
         config: NativePPOConfig | None = None,  # None: the defaults
-        validation_market: MarketData | None = None,  # bounded to the validation span; None: no validation
+        # MarketData bounded to the span, or what answers as `Validation` does; None: no validation
+        validation_market: Any = None,
         progress: Any = print,  # called with a line now and then, or like `LineProgress`; None: silent
         folder: RunFolder | None = None,  # where checkpoints of the run go; None: nowhere
     ):
@@ -218,7 +218,7 @@ class NativePPOTrainer(_Updates):
         self.validation = None
         if validation_market is not None:
             networks = env.n_envs // self.accounts
-            self.validation = Validation(validation_market, env.config, self.device, networks)
+            self.validation = validation_of(validation_market, env.config, self.device, networks)
         self.validation_interval = validation_interval(self.config, self.updates, self.world)
         self.history: list[dict] = []
         self.best: dict | None = None
@@ -288,7 +288,7 @@ class NativePPOTrainer(_Updates):
 
     # -- validating ------------------------------------------------------------------------------------------
 
-    def _validate(self, row: dict, validation: Validation):
+    def _validate(self, row: dict, validation: Any):
         "Add the validation's metrics to the update's row; the best policy so far is kept."
 
         def judged() -> tuple[dict, dict]:  # figures, and returns by day

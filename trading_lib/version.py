@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACTION_SETS', 'CURRENT_MODEL_VERSION', 'CURRENT_TRADER_VERSION', 'WINDOW', 'MODEL_SPECS',
-           'MODEL_TRADER_COMPATIBILITY', 'RELEASE_NOTES', 'parse_version', 'compare_versions', 'Action', 'ModelSpec',
-           'missing_parts', 'interpret_action', 'action_table', 'get_checkpoint_metadata', 'declared_version',
-           'detect_version_from_checkpoint', 'assert_compatibility', 'network_settings', 'plain_name',
-           'policy_matrices', 'policy_widths']
+           'MODEL_TRADER_COMPATIBILITY', 'RELEASE_NOTES', 'CURRENT_PORTFOLIO_VERSION', 'PORTFOLIO_SPECS',
+           'parse_version', 'compare_versions', 'Action', 'ModelSpec', 'is_newer', 'missing_parts', 'interpret_action',
+           'action_table', 'get_checkpoint_metadata', 'declared_version', 'detect_version_from_checkpoint',
+           'assert_compatibility', 'network_settings', 'plain_name', 'policy_matrices', 'policy_widths']
 
 # %% ../nbs/02_features/05_version.ipynb #0c97c668
 import operator
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from .config import InputError, unknown_name
-from .market.layouts import LAYOUTS, layout_hash
+from .market.layouts import BLOCKS, LAYOUTS, PORTFOLIO_LAYOUTS, get_layout, layout_hash
 from trading_lib.policy.weight_shapes import (  # noqa: F401
     network_settings,
     plain_name,
@@ -142,6 +142,28 @@ MODEL_TRADER_COMPATIBILITY = {
 }  # model -> lowest trader
 RELEASE_NOTES = {version: entry.notes for version, entry in _VERSIONS.items()}
 
+# %% ../nbs/02_features/05_version.ipynb #7276a696
+CURRENT_PORTFOLIO_VERSION = "P1"
+
+
+def _portfolio_spec(version: str) -> ModelSpec:
+    "The actions are the regimes, whose names the layout's last choice bears."
+    n_features, regimes = PORTFOLIO_LAYOUTS[version].n_features, BLOCKS["previous_action"].columns
+    meanings = {i: name.removeprefix("was_").upper() for i, name in enumerate(regimes)}
+    return ModelSpec(version, n_features, len(regimes), n_features, meanings)
+
+
+PORTFOLIO_SPECS = {version: _portfolio_spec(version) for version in PORTFOLIO_LAYOUTS}
+
+# %% ../nbs/02_features/05_version.ipynb #14ea1852
+def is_newer(
+    version: str,  # of a model
+) -> bool:
+    "Whether it needs a newer library than this one."
+    if re.fullmatch(r"P\d+", version):
+        return int(version[1:]) > int(CURRENT_PORTFOLIO_VERSION[1:])
+    return compare_versions(version, CURRENT_MODEL_VERSION) > 0
+
 # %% ../nbs/02_features/05_version.ipynb #0f4fb073
 def missing_parts(
     version: str = CURRENT_MODEL_VERSION,  # a model version
@@ -160,9 +182,10 @@ def _as_spec(spec: ModelSpec | str) -> ModelSpec:
     "A spec, or the spec of a version."
     if isinstance(spec, ModelSpec):
         return spec
-    if spec not in MODEL_SPECS:
-        raise unknown_name("model version", spec, MODEL_SPECS)
-    return MODEL_SPECS[spec]
+    known = MODEL_SPECS | PORTFOLIO_SPECS
+    if spec not in known:
+        raise unknown_name("model version", spec, known)
+    return known[spec]
 
 
 def _actions(spec: ModelSpec | str) -> tuple[Action, ...]:
@@ -223,8 +246,8 @@ def get_checkpoint_metadata(
         "n_actions": spec.n_actions,
         "obs_dim": window * spec.n_features,
         "action_meanings": dict(spec.action_meanings),
-        "min_trader_version": MODEL_TRADER_COMPATIBILITY[spec.version],
-        "feature_columns": list(LAYOUTS[spec.version].columns),
+        "min_trader_version": MODEL_TRADER_COMPATIBILITY.get(spec.version, CURRENT_TRADER_VERSION),
+        "feature_columns": list(get_layout(spec.version).columns),
         "layout_hash": layout_hash(spec.version),
     }
 
@@ -288,9 +311,9 @@ def detect_version_from_checkpoint(
     widths = policy_widths(checkpoint)
     version = declared_version(checkpoint)
     if version is not None:
-        if version in MODEL_SPECS:
-            return version, MODEL_SPECS[version]
-        if compare_versions(version, CURRENT_MODEL_VERSION) > 0:
+        if version in MODEL_SPECS or version in PORTFOLIO_SPECS:
+            return version, _as_spec(version)
+        if is_newer(version):
             raise InputError(
                 f"checkpoint: model version {version} is newer than this library's "
                 f"{CURRENT_MODEL_VERSION}; update trading_lib"
@@ -319,7 +342,7 @@ def _check_declared(checkpoint: dict, version: str, spec: ModelSpec):
             )
     columns = _declared(checkpoint, "feature_columns")
     if columns is not None:
-        expected = list(LAYOUTS[version].columns)
+        expected = list(get_layout(version).columns)
         if list(columns) != expected:
             pairs = enumerate(zip(columns, expected))
             different = next((i for i, (a, b) in pairs if a != b), min(len(columns), len(expected)))
@@ -362,9 +385,9 @@ def assert_compatibility(
     mismatches = [str(w.message) for w in caught]
     if declared is None and not mismatches:
         mismatches.append(f"checkpoint: has no model_version; its shapes are those of {version}")
-    if version != CURRENT_MODEL_VERSION:
+    if version not in (CURRENT_MODEL_VERSION, CURRENT_PORTFOLIO_VERSION):
         mismatches.append(f"{name} differs from the current {CURRENT_MODEL_VERSION}")
-    lowest = str(_declared(checkpoint, "min_trader_version") or MODEL_TRADER_COMPATIBILITY[version])
+    lowest = str(_declared(checkpoint, "min_trader_version") or MODEL_TRADER_COMPATIBILITY.get(version, "0"))
     if compare_versions(lowest, CURRENT_TRADER_VERSION) > 0:
         mismatches.append(
             f"{name} needs trader {lowest} or newer, this is {CURRENT_TRADER_VERSION}; update trading_lib"

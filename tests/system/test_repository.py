@@ -28,7 +28,9 @@ from trading_lib.pipeline.settings import notebook_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "trading_lib"
-STAGES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
+SYMBOL_STAGES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
+UNIVERSE_STAGES = ("portfolio_prepare", "portfolio_train", "portfolio_backtest", "portfolio_report")
+STAGES = SYMBOL_STAGES + UNIVERSE_STAGES
 HELPERS = {
     "find": "trading-lib data find",
     "verdict": "trading-lib verdict",
@@ -38,6 +40,7 @@ CORE = {
     "parameters.documents",
     "parameters.fields",
     "parameters.symbols",
+    "parameters.portfolio_sections",
     "parameters.sections",
     "parameters.train_sections",
     "config",
@@ -76,6 +79,13 @@ CORE = {
     "policy.recurrent",
     "policy.factory",
     "policy.stacked",
+    "portfolio.panel",
+    "portfolio.regimes",
+    "portfolio.market",
+    "portfolio.account",
+    "portfolio.replay",
+    "portfolio_env",
+    "training.portfolio_validation",
     "training.policy_runner",
     "training.rollout",
     "training.optimizers",
@@ -166,7 +176,10 @@ MODULES = {
     for p in sorted(PACKAGE.rglob("*.py"))
     if p.stem not in ("__init__", "_modidx")
 }
-DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+SYMBOL_DVC, UNIVERSE_DVC = (
+    yaml.safe_load((ROOT / folder / "dvc.yaml").read_text())["stages"] for folder in (".", "portfolio")
+)
+DVC = SYMBOL_DVC | UNIVERSE_DVC
 PARAMS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
 
@@ -446,22 +459,23 @@ def test_the_stages_are_the_notebooks_without_a_number():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_stage_notebooks_have_one_cell_of_literal_parameters(stage):
-    given = parameters_cell(stage)
-    assert set(given) >= {"symbol", "out_dir"} and all(
+    given, name = parameters_cell(stage), "universe" if stage in UNIVERSE_STAGES else "symbol"
+    assert set(given) >= {name, "out_dir"} and all(
         v is None for v in given.values()
     )  # params.yaml is the one place for values
     calls = [
         n
         for n in ast.walk(ast.parse(code(ROOT / "nbs" / f"{stage}.ipynb")))
-        if isinstance(n, ast.Call) and getattr(n.func, "id", "") == "stage_parameters"
+        if isinstance(n, ast.Call)
+        and getattr(n.func, "id", "") in ("stage_parameters", "universe_parameters")
     ]
     assert len(calls) == 1
     declared = notebook_settings(stage)
     dotted = {k.arg: ast.literal_eval(k.value) for k in calls[0].keywords if k.arg} | declared
     assert bool(declared) == any(k.arg is None for k in calls[0].keywords)
-    assert set(given) == {"symbol", "out_dir", *dotted}
-    for name in filter(None, dotted.values()):
-        assert name.split(".")[1] in field_names(section_class(name.split(".")[0])), name
+    assert set(given) == {name, "out_dir", *dotted}
+    for dotted_name in filter(None, dotted.values()):
+        assert dotted_name.split(".")[1] in field_names(section_class(dotted_name.split(".")[0])), dotted_name
 
 
 # --- stages and parameters ----------------------------------------------------------------------------------
@@ -513,14 +527,14 @@ def test_what_a_stage_declares_covers_what_it_imports(stage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["train", "walk_forward", "seeds"])
+@pytest.mark.parametrize("stage", ["train", "walk_forward", "seeds", "portfolio_train"])
 def test_each_dependency_of_a_training_is_needed_and_its_absence_is_noticed(stage):
     deps = declared(stage, "deps")
     for taken_out in (d for d in deps if d.startswith("trading_lib")):
         assert uncovered(stage, [d for d in deps if d != taken_out]), taken_out
 
 
-@pytest.mark.parametrize("stage", ["train", "walk_forward", "seeds"])
+@pytest.mark.parametrize("stage", ["train", "walk_forward", "seeds", "portfolio_train"])
 def test_what_downloads_bars_makes_no_training_stale(stage):
     deps = [Path(d) for d in declared(stage, "deps")]
     for file in ("data/alpaca.py", "data/cache.py", "data/user_files.py", "sources.py", "cli.py"):
@@ -537,18 +551,23 @@ def test_a_symbols_own_file_is_found_by_its_rule_and_never_kept_in_the_cache():
     )
 
 
+def made_for(stage: str) -> str:
+    "How the names of files begin that a stage makes."
+    return "portfolio_${item}" if stage in UNIVERSE_STAGES else "${item}_${data.timeframe}"
+
+
 def test_tables_of_experiments_hold_a_handful_of_figures():
     from trading_lib.pipeline.project import _COMPARED
 
     for stage in STAGES:
         assert declared(stage, "metrics") == (
-            [] if stage == "prepare" else ["reports/${item}_${data.timeframe}/compared/" + stage + ".json"]
+            [] if stage.endswith("prepare") else [f"reports/{made_for(stage)}/compared/{stage}.json"]
         )
-    names = [name for _, places in _COMPARED.values() for name in places]
-    assert (
-        len(names) == len(set(names))
-        and sum(len(_COMPARED[stage][1]) for stage in ("train", "backtest", "report")) <= 10
-    )
+    for stages in (SYMBOL_STAGES, UNIVERSE_STAGES):
+        names = [name for stage in stages for name in _COMPARED.get(stage, ((), ()))[1]]
+        assert len(names) == len(set(names))
+        compared = [s for s in stages if s.endswith(("train", "backtest", "report"))]
+        assert sum(len(_COMPARED[stage][1]) for stage in compared) <= 10
 
 
 def test_stages_are_chained_by_their_files():
@@ -559,7 +578,7 @@ def test_stages_are_chained_by_their_files():
         for p in declared("backtest", "outs") + declared("backtest", "plots")
         if p.endswith((".csv", ".json"))
     }
-    assert set(declared("verdict", "deps")) <= made["report"] and list(DVC)[-1] == "verdict", (
+    assert set(declared("verdict", "deps")) <= made["report"] and list(SYMBOL_DVC)[-1] == "verdict", (
         "the last to run, so that it holds what all others made"
     )
     assert (
@@ -570,7 +589,12 @@ def test_stages_are_chained_by_their_files():
         and figures <= needs["report"]
         and needs["walk_forward"] & made["prepare"]
         and needs["seeds"] & made["prepare"]
+        and needs["portfolio_train"] & made["portfolio_prepare"]
+        and needs["portfolio_backtest"] >= made["portfolio_prepare"] & needs["portfolio_train"]
+        and needs["portfolio_backtest"] & made["portfolio_train"]
+        and needs["portfolio_report"] >= made["portfolio_backtest"]
     )
+    assert "ledger" in needs["portfolio_report"]
     assert "ledger" in needs["report"] and not any(
         "ledger" in path for stage in STAGES for path in made[stage]
     ), "what was tried is an input, and nobody's output"
@@ -581,17 +605,19 @@ def test_stages_are_chained_by_their_files():
         "what reports write does not make other reports stale"
     )
     for stage in ("walk_forward", "seeds"):
-        assert list(DVC).index(stage) < list(DVC).index("report"), (
+        assert list(SYMBOL_DVC).index(stage) < list(SYMBOL_DVC).index("report"), (
             "the report reads the ledger that it adds to; stages that do not depend on each other "
             "run in the order of the file"
         )
     for stage in STAGES:
-        assert DVC[stage]["foreach"] == (
-            "${" + stage + ".symbols}" if stage in ("walk_forward", "seeds") else "${symbols}"
+        lists = {"walk_forward": "walk_forward.symbols", "seeds": "seeds.symbols"}
+        lists |= dict.fromkeys(UNIVERSE_STAGES, "portfolio.universes")
+        assert (
+            DVC[stage]["foreach"] == "${" + lists.get(stage, "symbols") + "}"
         )  # the list itself is no parameter of a stage, so a new symbol leaves the others alone
         assert not any(p.split(".")[0] == "symbols" for p in declared(stage, "params"))
         for file in made[stage] | set(declared(stage, "metrics")) | set(declared(stage, "plots")):
-            assert "${item}_${data.timeframe}" in file
+            assert made_for(stage) in file
 
 
 def declared_parameters(stage: str) -> list[str]:

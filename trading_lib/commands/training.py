@@ -13,7 +13,15 @@ import shlex
 import sys
 from dataclasses import fields
 
-from .table import SYMBOLS, Command, argument, dvc_symbol, symbols_of
+from trading_lib.commands.table import (
+    SYMBOLS,
+    UNIVERSE,
+    Command,
+    argument,
+    dvc_symbol,
+    symbols_of,
+    universe_of,
+)
 from trading_lib.config import (
     InputError,
     Parameters,
@@ -30,6 +38,7 @@ TRAINING = [option(TrainParameters, f.name) for f in fields(TrainParameters)]
 
 def train_parameters(
     arguments: argparse.Namespace,  # with the options of TRAINING
+    default: str = "mlp",  # the network where nobody names one
 ) -> Parameters:
     "The project's parameters with what the command line says of training."
     given = {f"train.{f.name}": getattr(arguments, f.name) for f in fields(TrainParameters)}
@@ -37,7 +46,7 @@ def train_parameters(
         given["train.hidden_dims"] = parse_hidden_dims(given["train.hidden_dims"])
     parameters = load_parameters(**given)
     for name in settings_of("gru"):  # --hidden-dim is easily taken for --hidden-dims
-        if given[f"train.{name}"] is not None and parameters.train.network != "gru":
+        if given[f"train.{name}"] is not None and (parameters.train.network or default) != "gru":
             raise InputError(
                 f"{option(TrainParameters, name)[0][0]}: is of a recurrent policy; add --network gru, "
                 "or name the layers of an mlp by --hidden-dims"
@@ -75,8 +84,17 @@ def _torchrun(line: list[str]):
 def _stage(arguments):
     from trading_lib.pipeline.stages import run_stage
 
+    parameters = load_parameters()
+    if arguments.name.startswith("portfolio_"):
+        if arguments.symbol is not None:
+            raise InputError(f"--symbol: {arguments.name} runs for a universe; name it by --universe")
+        name = arguments.universe or dvc_symbol(arguments.name, "--universe core")
+        run_stage(arguments.name, parameters.listed_universe(name, "--universe"))
+        return
+    if arguments.universe is not None:
+        raise InputError(f"--universe: {arguments.name} runs for a symbol; name it by --symbol")
     symbol = arguments.symbol or dvc_symbol(arguments.name)
-    run_stage(arguments.name, load_parameters().listed(symbol, "--symbol"))
+    run_stage(arguments.name, parameters.listed(symbol, "--symbol"))
 
 # %% ../../nbs/11_use/02_training.ipynb #04bc57b8
 def _how_much(arguments) -> str | None:
@@ -87,11 +105,36 @@ def _how_much(arguments) -> str | None:
         return "verbose"
     return "quiet" if arguments.quiet else None
 
+# %% ../../nbs/11_use/02_training.ipynb #6c693858
+def _train_universe(arguments, parameters: Parameters, universe: str) -> int | None:
+    from trading_lib.pipeline.project import universe_artefacts
+    from trading_lib.pipeline.universe_training import train_universe
+
+    if arguments.symbols or arguments.multi_gpu:
+        raise InputError(
+            "train: --universe trains one universe on one device; leave symbols and --multi-gpu out"
+        )
+    trainer, _ = train_universe(
+        parameters,
+        universe,
+        universe_artefacts(universe),
+        f"trading-lib {shlex.join(arguments.line)}",
+        arguments.cache_path,
+        resumes=arguments.resume,
+        checkpoint=arguments.checkpoint,
+        progress=_how_much(arguments),
+        replace_pipeline_model=False,
+    )
+    return trainer.exit_status or None
+
 # %% ../../nbs/11_use/02_training.ipynb #21e8a658
 def _train(arguments):
     from trading_lib.pipeline.project import artefacts
     from trading_lib.pipeline.train import train_symbol
 
+    universe = universe_of(arguments, load_parameters())
+    if universe is not None:
+        return _train_universe(arguments, train_parameters(arguments, "gru"), universe)
     parameters = train_parameters(arguments)
     symbols = symbols_of(arguments, parameters)
     if arguments.multi_gpu:
@@ -170,7 +213,18 @@ def _prove(arguments):
     return 0 if proof["passed"] else 1
 
 # %% ../../nbs/11_use/02_training.ipynb #7c00000d
-_STAGE_NAMES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
+_STAGE_NAMES = (
+    "prepare",
+    "train",
+    "backtest",
+    "report",
+    "walk_forward",
+    "seeds",
+    "portfolio_prepare",
+    "portfolio_train",
+    "portfolio_backtest",
+    "portfolio_report",
+)
 COMMANDS = {
     "stage": Command(
         "run one stage of the pipeline for one symbol, as dvc.yaml does",
@@ -179,6 +233,7 @@ COMMANDS = {
             argument(
                 "--symbol", help="as in params.yaml, such as SIM-USD; under DVC the one that the stage is for"
             ),
+            argument("--universe", help="as in params.yaml, such as core; of the stages of a portfolio"),
         ],
         _stage,
         "prepare --symbol SIM-USD",
@@ -194,6 +249,7 @@ COMMANDS = {
             ),
             argument("--checkpoint", metavar="FILE", help="go on from this one"),
             argument("--multi-gpu", action="store_true", help="one process on each GPU, by torchrun"),
+            *UNIVERSE,
             *TRAINING,
             argument(
                 "-v",

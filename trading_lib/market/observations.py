@@ -89,7 +89,7 @@ class ObservationTable:
             features = torch.tensor(np.asarray(features))  # a copy: numpy's array may be read-only
         self.features = features.to(device=device, dtype=torch.float32)
         self._places = order.windowed_places
-        self.windowed = torch.tensor(order.windowed_places, device=device)
+        self.windowed = torch.tensor(order.windowed_places, dtype=torch.int64, device=device)
         self.broadcast = torch.tensor(order.broadcast_places, device=device)
         at = {name: i for i, name in enumerate(layout.market_columns)}
         self._windowed_rows = self.features[:, [at[c] for c in order.windowed]].contiguous()
@@ -102,7 +102,7 @@ class ObservationTable:
         "Windows of the windowed columns, oldest bar first, and the broadcast columns once."
         columns, rows = self._windowed_rows.shape[1], self.folded(obs)
         in_windows = self.window * columns
-        return rows[:, :in_windows].view(-1, self.window, columns), rows[:, in_windows:]
+        return rows[:, :in_windows].view(len(rows), self.window, columns), rows[:, in_windows:]
 
     def folded(
         self,

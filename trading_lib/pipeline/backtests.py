@@ -9,6 +9,7 @@ __all__ = ['Job', 'prepared_job', 'file_jobs', 'add_probes', 'run_jobs', 'verdic
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -259,7 +260,7 @@ _LISTED = ("total_return", "sharpe", "max_drawdown", "profit_factor", "fitness",
 
 
 def run_entry(
-    result: BacktestResult,  # of the pipeline's model
+    result: Any,  # BacktestResult or PortfolioBacktest, of the pipeline's model
     verdict: dict,  # on it
 ) -> dict:  # for `record_run`
     "A run's line in the index of runs."

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Artefacts', 'artefacts', 'kept_models', 'newest_model', 'asset_class_for', 'source_facts', 'prepared_market',
-           'prepare_first', 'stage_parameters', 'stage_command', 'write_compared', 'hold', 'summary']
+           'prepare_first', 'stage_parameters', 'universe_artefacts', 'universe_parameters', 'stage_command',
+           'write_compared', 'hold', 'summary']
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #f75e7823
 import json
@@ -170,64 +171,99 @@ def prepared_market(
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #3d1c0a06
 def prepare_first(
-    symbol: str,  # such as SIM-USD
+    symbol: str,  # such as SIM-USD, or a universe
     paths: Artefacts,  # of the symbol
+    stage: str = "prepare",  # name of the notebook
+    parameter: str = "symbol",  # of the notebook, that names what is prepared
 ) -> None:
     "Run prepare's notebook, and say so, where it has not run: training stands alone on a fresh machine."
     if paths.market.exists():
         return
     root = project_root()
-    print(f"{symbol}: its bars are not prepared; nbs/prepare.ipynb runs first", flush=True)
+    print(f"{symbol}: its bars are not prepared; nbs/{stage}.ipynb runs first", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
             "-m",
             "papermill",
-            root / "nbs" / "prepare.ipynb",
-            Path(folder) / "prepare.ipynb",
+            root / "nbs" / f"{stage}.ipynb",
+            Path(folder) / f"{stage}.ipynb",
         ]
-        given = ["-p", "symbol", symbol, "-p", "out_dir", paths.root]
+        given = ["-p", parameter, symbol, "-p", "out_dir", paths.root]
         done = subprocess.run(
             [str(word) for word in (*command, *given)], cwd=root, capture_output=True, text=True
         )
     if done.returncode:
-        raise InputError(f"{symbol}: nbs/prepare.ipynb failed: {done.stderr.strip().splitlines()[-1]}")
+        raise InputError(f"{symbol}: nbs/{stage}.ipynb failed: {done.stderr.strip().splitlines()[-1]}")
+
+# %% ../../nbs/09_pipeline/00_project.ipynb #e279b736
+# of notebooks, and of no section of params.yaml
+_OWN_PARAMETERS = {
+    "symbol": str | int | None,
+    "universe": str | None,
+    "out_dir": str | None,
+    "resume": bool | None,
+}
+
+
+def _given(namespace: dict, own: list[str], dotted: dict) -> tuple[Parameters, dict]:
+    "The parameters of params.yaml with what papermill injected, and the values of the notebook's own."
+    import matplotlib
+
+    matplotlib.rcdefaults()  # pictures look the same whatever a person's matplotlibrc says
+    values = check_notebook_parameters(namespace, [*own, *dotted])
+    parameters = load_parameters(**{name: values[short] for short, name in dotted.items() if name})
+    for name in values.keys() & _OWN_PARAMETERS.keys():
+        values[name] = namespace[name] = convert(_OWN_PARAMETERS[name], values[name], name)
+    return parameters, values
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #47eb81c7
-# of notebooks, and of no section of params.yaml
-_OWN_PARAMETERS = {"symbol": str | int | None, "out_dir": str | None, "resume": bool | None}
-
-
 def stage_parameters(
     namespace: dict,  # the notebook's globals(), after its parameters cell
     **dotted,  # notebook parameter -> its name in params.yaml: mode="train.mode"; None: the notebook's own
 ) -> tuple[Parameters, str, Artefacts]:  # checked parameters, the symbol, the paths
     "Read params.yaml, apply what papermill injected, and refuse what nobody knows."
-    import matplotlib
-
-    matplotlib.rcdefaults()  # pictures look the same whatever a person's matplotlibrc says
-    values = check_notebook_parameters(namespace, ["symbol", "out_dir", *dotted])
-    parameters = load_parameters(**{name: values[short] for short, name in dotted.items() if name})
-    for name in values.keys() & _OWN_PARAMETERS.keys():
-        values[name] = namespace[name] = convert(_OWN_PARAMETERS[name], values[name], name)
+    parameters, values = _given(namespace, ["symbol", "out_dir"], dotted)
     symbol = parameters.symbols[0]
     if values["symbol"] is not None:
         symbol = parameters.listed(str(values["symbol"]))  # papermill makes a number of 1810
     return parameters, symbol, artefacts(parameters, symbol, values["out_dir"])
 
+# %% ../../nbs/09_pipeline/00_project.ipynb #031612c6
+def universe_artefacts(
+    universe: str,  # such as core
+    out_dir: str | Path | None = None,  # None: the project
+) -> Artefacts:
+    "The paths of what is made for a universe."
+    root = project_root()
+    if out_dir:
+        root = home_path(out_dir)
+    return Artefacts(root, f"portfolio_{check_symbol(universe)}")
+
+# %% ../../nbs/09_pipeline/00_project.ipynb #2ed319b1
+def universe_parameters(
+    namespace: dict,  # the notebook's globals(), after its parameters cell
+    **dotted,  # notebook parameter -> its name in params.yaml; None: the notebook's own
+) -> tuple[Parameters, str, Artefacts]:  # checked parameters, the universe, the paths
+    "`stage_parameters` of a stage that runs for a universe."
+    parameters, values = _given(namespace, ["universe", "out_dir"], dotted)
+    universe = parameters.listed_universe(values["universe"])
+    return parameters, universe, universe_artefacts(universe, values["out_dir"])
+
 # %% ../../nbs/09_pipeline/00_project.ipynb #47eb81c8
 def stage_command(
     name: str,  # of the stage's notebook
     symbol: str,  # that it was run for
+    parameter: str = "symbol",  # that names it
     **given,  # what else its parameters were given; None: nothing
 ) -> str:
     "The command that runs a stage again as it was run, for a model's card."
-    given = {parameter: value for parameter, value in given.items() if value is not None}
+    given = {option: value for option, value in given.items() if value is not None}
     if not given:
-        return f"trading-lib stage {name} --symbol {symbol}"
+        return f"trading-lib stage {name} --{parameter} {symbol}"
     words = ["papermill", f"nbs/{name}.ipynb", f"models/runs/{name}.ipynb"]
-    for parameter, value in ({"symbol": symbol} | given).items():
-        words += ["-p", parameter, str(value)]
+    for option, value in ({parameter: symbol} | given).items():
+        words += ["-p", option, str(value)]
     return shlex.join(words)
 
 # %% ../../nbs/09_pipeline/00_project.ipynb #1a7c4d52
@@ -246,6 +282,18 @@ _COMPARED = {  # stage -> its file, and name -> where the figure stands in it; *
         },
     ),
     "report": ("verdict.json", {"verdict": "verdict", "deflated_sharpe": "deflated_sharpe"}),
+    "portfolio_train": ("train.json", {"validation_score": "validation_score"}),
+    "portfolio_backtest": (
+        "metrics.json",
+        {
+            "total_return": "agent.total_return",
+            "equal_weight": "baselines.equal_weight_daily.total_return",
+            "sharpe": "agent.sharpe",
+            "max_drawdown": "agent.max_drawdown",
+            "turnover": "agent.turnover_per_year",
+        },
+    ),
+    "portfolio_report": ("verdict.json", {"verdict": "verdict", "deflated_sharpe": "deflated_sharpe"}),
     "walk_forward": (
         "walk_forward.json",
         {"walk_forward_return": "metrics.*.total_return", "walk_forward_sharpe": "metrics.*.sharpe"},

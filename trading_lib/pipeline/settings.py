@@ -109,6 +109,7 @@ def settings_text(
 # stage -> name in its notebook -> dotted name in params.yaml
 NOTEBOOK_SETTINGS = {
     "train": {f.name: f"train.{f.name}" for f in fields(TrainParameters)},
+    "portfolio_train": {f.name: f"train.{f.name}" for f in fields(TrainParameters)},
     "seeds": {"count": "seeds.count"},
 }
 

@@ -17,7 +17,12 @@ from ..config import FOR_PEOPLE, InputError, check_symbol, project_root
 from ..files import atomic_write, unwritable
 from .engine import papermill_engine
 
-STAGES = ("prepare", "train", "backtest", "report", "walk_forward", "seeds")
+# stage, which is the name of a notebook -> the parameter that names what it runs for
+STAGES = dict.fromkeys(
+    ("prepare", "train", "backtest", "report", "walk_forward", "seeds"), "symbol"
+) | dict.fromkeys(
+    ("portfolio_prepare", "portfolio_train", "portfolio_backtest", "portfolio_report"), "universe"
+)
 
 # %% ../../nbs/09_pipeline/16_stages.ipynb #57a9e504
 def _set_variables(values: dict[str, str | None]):
@@ -73,7 +78,7 @@ def _show_output():
 @_plain_kernel()
 def run_stage(
     stage: str,  # a name in STAGES
-    symbol: str,  # such as SIM-USD
+    symbol: str,  # such as SIM-USD; of a portfolio's stage, the universe
     **parameters,  # of the notebook
 ) -> Path:  # the executed notebook
     "Run a stage's notebook; bad input is an `InputError`, and a signal ends the process once it has saved."
@@ -91,7 +96,7 @@ def run_stage(
         papermill.execute_notebook(
             root / "nbs" / f"{stage}.ipynb",
             output,
-            dict(symbol=symbol, **parameters),
+            {STAGES[stage]: symbol} | parameters,
             cwd=root,
             kernel_name="python3",
             language="python",

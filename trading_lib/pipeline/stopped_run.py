@@ -166,25 +166,26 @@ def run_until_stopped(
     return save_state(trainer, content, command)
 
 # %% ../../nbs/09_pipeline/09_stopped_run.ipynb #178c86ea
-_BEGINS = {"--resume": 0, "--checkpoint": 1}  # options of how a run begins -> words that follow
+# options of how a run begins, and of what is trained -> words that follow
+_BEGINS = {"--resume": 0, "--checkpoint": 1, "--universe": 1, "--expanded": 0}
 
 # %% ../../nbs/09_pipeline/09_stopped_run.ipynb #c49d54fb
 def how_to_go_on(
     trainer: NativePPOTrainer,  # of the run, with a folder
     symbols: list[str],  # of the project: those in the command are left out
-    symbol: str,  # that is trained
+    target: list[str],  # what is trained, as the command line names it
     path: Path,  # the checkpoint to go on from
     command: str,  # that began the run
 ) -> str:  # in backticks
     "The command that goes on with a run."
     words = shlex.split(command)
     if words[:2] != ["trading-lib", "train"]:
-        words = ["trading-lib", "train", symbol]
+        words = ["trading-lib", "train", *target]
     for option, follow in _BEGINS.items():
         while option in words:
             at = words.index(option)
             del words[at : at + 1 + follow]
-    words[2:] = [symbol, *(word for word in words[2:] if word not in symbols)]
+    words[2:] = [*target, *(word for word in words[2:] if word not in symbols)]
     begins = ["--checkpoint", str(path)]
     if path.parent == run_folder_of(trainer).path:
         begins = ["--resume"]

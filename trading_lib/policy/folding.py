@@ -68,8 +68,8 @@ class FoldedLinear(nn.Module):
     ):
         super().__init__()
         self.window, self.n_features = layout.window, len(layout.windowed) + len(layout.broadcast)
-        self.register_buffer("windowed", torch.tensor(layout.windowed), persistent=False)
-        self.register_buffer("broadcast", torch.tensor(layout.broadcast), persistent=False)
+        self.register_buffer("windowed", torch.tensor(layout.windowed, dtype=torch.int64), persistent=False)
+        self.register_buffer("broadcast", torch.tensor(layout.broadcast, dtype=torch.int64), persistent=False)
         windowed, broadcast = self._fold(plain.weight.detach())
         self.windowed_weight, self.broadcast_weight = nn.Parameter(windowed), nn.Parameter(broadcast)
         self.bias = nn.Parameter(plain.bias.detach().clone())

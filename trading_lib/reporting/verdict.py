@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIMULATED_PASS', 'VERDICTS', 'headline', 'worst_verdict', 'limits_of', 'judge', 'judge_stress', 'capacity_limit',
-           'assess']
+           'counted_trials', 'capacity_sentence', 'cost_sentence', 'failed_gates', 'assess']
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #05bdf12d
 import math
@@ -127,7 +127,7 @@ def judge(
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #8db0d639
 def judge_stress(
-    result: BacktestResult,  # with its `stress`
+    result,  # BacktestResult or PortfolioBacktest, with its `stress`
     n_trials: int = 1,  # everything that was tried before this was chosen
     best: str = "APPROVED",  # the word for what passes every gate
     limits: Sequence[str] = (),  # verdicts that it cannot be better than, whatever it earned
@@ -146,7 +146,7 @@ def judge_stress(
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #52d474d4
 def capacity_limit(
-    result: BacktestResult,  # of `run_backtest`
+    result,  # BacktestResult or PortfolioBacktest
 ) -> float | None:  # account value; inf: beyond the largest that was tried; None: there is no profit to lose
     "The account size at which half of the return is gone, interpolated between the sizes that were tried."
     sizes = np.array([row["initial"] for row in result.capacity])
@@ -166,7 +166,10 @@ def _count(n: int, word: str) -> str:
     return f"{n} {word}{'s' * (n != 1)}"
 
 
-def _counted(trials: list[dict], chosen: dict) -> tuple[int, str]:
+def counted_trials(
+    trials: list[dict],  # of the ledgers
+    chosen: dict,  # symbol and validations, as the model says itself
+) -> tuple[int, str]:
     "How many trials a verdict discounts, and why; a model's own count where no ledger has them."
     n, seen = len(trials), chosen.get("validations", 0)
     recorded = f"{_count(seen, 'validation')} that the model's checkpoint records"
@@ -189,7 +192,10 @@ def _counted(trials: list[dict], chosen: dict) -> tuple[int, str]:
 _HOLDING = 0.9  # a correlation of bar returns from which an agent is a buy-and-hold at a smaller size
 
 
-def _capacity_sentence(result: BacktestResult, limit: float) -> str:
+def capacity_sentence(
+    result,  # BacktestResult or PortfolioBacktest, with a capacity
+    limit: float,  # from `capacity_limit`
+) -> str:
     "How much money it could carry, and where the figures end."
     if math.isfinite(limit):
         return f"Half of the return is gone with an account of {limit:,.0f}."
@@ -206,7 +212,9 @@ def _capacity_sentence(result: BacktestResult, limit: float) -> str:
     )
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #bc3b7c07
-def _cost_sentence(metrics: dict) -> str:
+def cost_sentence(
+    metrics: dict,  # of a backtest that traded
+) -> str:
     "What it paid, and what it could pay."
     bearable = metrics["break_even_cost_bps"]
     left = "without any costs it would have lost money as well."
@@ -219,7 +227,7 @@ def _trading_sentences(result: BacktestResult) -> list[str]:
     "How it traded: costs, orders too small, holding, capacity."
     metrics, sentences = result.metrics, []
     if metrics["break_even_cost_bps"] is not None:
-        sentences.append(_cost_sentence(metrics))
+        sentences.append(cost_sentence(metrics))
     if metrics["orders_below_one_share"]:
         sentences.append(
             f"{metrics['orders_below_one_share']} orders to open a short were too small for a whole share; "
@@ -237,7 +245,7 @@ def _trading_sentences(result: BacktestResult) -> list[str]:
             "and nobody knows how large an account could be."
         )
     elif limit is not None:
-        sentences.append(_capacity_sentence(result, limit))
+        sentences.append(capacity_sentence(result, limit))
     return sentences
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #995090ce
@@ -256,7 +264,11 @@ def _sentences(result: BacktestResult, turns: list[str], counted: str) -> list[s
     return sentences
 
 # %% ../../nbs/08_reporting/00_verdict.ipynb #9fc52893
-def _failed(gates: dict, limits: list[tuple[str, str]], best: str) -> dict[str, list[str]]:
+def failed_gates(
+    gates: dict,  # gate -> reasons, from `judge`
+    limits: list[tuple[str, str]],  # from `limits_of`
+    best: str,  # the word for what passes every gate
+) -> dict[str, list[str]]:
     "Gate -> why it was not passed; a gate says something about bars to come, where nothing forbids it."
     failed = {}
     for gate in (best, "REVIEW"):
@@ -283,7 +295,7 @@ def assess(
 ) -> dict:  # plain values: verdict, reasons, sentences and figures
     "The verdict on a backtest, with its reasons."
     trials = list(trials)
-    n_trials, counted = _counted(trials, result.provenance.get("chosen", {}))
+    n_trials, counted = counted_trials(trials, result.provenance.get("chosen", {}))
     simulated, limits = is_simulated(result), limits_of(result)
     best = "APPROVED"
     if simulated:
@@ -291,7 +303,7 @@ def assess(
     forbidden = [verdict for verdict, _ in limits]
     judged = judge(result.metrics, n_trials, history, best)
     verdict = worst_verdict(judged["verdict"], *forbidden)
-    failed = _failed(judged["failed"], limits, best)
+    failed = failed_gates(judged["failed"], limits, best)
     stress, turns = judge_stress(result, n_trials, best, forbidden)
     sentences, limit = _sentences(result, turns, counted), capacity_limit(result)
     if limit is not None and not math.isfinite(limit):
