@@ -147,6 +147,22 @@ REFUSED = {
         model=NOT_TEXT,
     ),
     "seeds": dict(symbols=["SPY", 5, [1], {}, None], count=[1, 0, -1, *NOT_WHOLE, None]),
+    "portfolio": dict(
+        **dict.fromkeys(("universes", "walk_forward"), ["core", 5, [1], ["Core"], ["core", "core"], None]),
+        own_universes=[["AAPL"], "tech", {"tech": 3}, {"tech": []}, {"Tech": ["AAPL", "MSFT", "NVDA"]}],
+        initial_value=[0, -1, None, *NOT_A_NUMBER],
+        frictions=["free", None, 1],
+        fill=["open", None, 1],
+        reward_preset=["profit", None, 1],
+        whole_shares=[*NOT_A_FLAG, None],
+        delisting_haircut=[-0.1, 1.1, None, *NOT_A_NUMBER],
+        **dict.fromkeys(("min_notional", "cash_interest", "drawdown_penalty"), [-1, None, *NOT_A_NUMBER]),
+        episode_length=[1, None, *NOT_WHOLE],
+        assets=[2, 301, None, *NOT_WHOLE],
+        years=[1, 26, None, *NOT_WHOLE],
+        planted=[-1, 6, None, *NOT_A_NUMBER],
+        random_accounts=[-1, None, *NOT_WHOLE],
+    ),
 }
 MODE = dict(total_timesteps=5, validation_interval=1, checkpoint_interval=0)
 REFUSED_OF_A_MODE = dict(
@@ -282,7 +298,7 @@ def test_params_yaml_lists_every_setting_and_dvc_can_set_each(tmp_path):
         "As YAML has it."
         if value is None or isinstance(value, bool):
             return {None: "null", True: "true", False: "false"}[value]
-        return "[]" if value == () else str(value)
+        return str(list(value)) if isinstance(value, tuple) else str(value)
 
     everything = [
         f"{f.name}.{g.name}={text(getattr(f.default, g.name))}"

@@ -122,7 +122,7 @@ def test_an_option_of_training_is_one_line(tmp_path):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("params.yaml", "settings.ini"):
         shutil.copy(ROOT / name, tmp_path / name)
-    declared = next((tmp_path / "nbs" / "00_base").glob("*_sections.ipynb"))
+    declared = next((tmp_path / "nbs" / "00_base").glob("*_train_sections.ipynb"))
     notebook = json.loads(declared.read_text(encoding="utf-8"))
     places = [c for c in notebook["cells"] if f"{AFTER}\n" in c["source"]]
     (place,) = places

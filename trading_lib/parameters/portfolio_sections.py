@@ -45,14 +45,14 @@ def _check_names(names, where: str):
             raise InputError(f"{where}: expected names in small letters, was {name}; write {name.lower()}")
 
 
-def _assets_of(value, where: str) -> str | list[str]:
+def _assets_of(value, name: str) -> str | list[str]:
     "The path of a membership file, or a list of symbols."
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not value or not all(isinstance(s, str) for s in value):
         raise InputError(
-            f"{where}: expected a list such as [AAPL, MSFT, NVDA], or the path of a membership file, "
-            f"was {value!r}"
+            "portfolio.own_universes: expected a list such as [AAPL, MSFT, NVDA], or the path of a membership "
+            f"file, for {name}, was {value!r}"
         )
     return [symbol.replace("/", "-") for symbol in value]
 
@@ -79,12 +79,10 @@ class PortfolioParameters(PortfolioSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        own = {
-            str(name): _assets_of(value, f"portfolio.own_universes.{name}")
-            for name, value in (self.own_universes or {}).items()
-        }
+        own = {str(name): _assets_of(value, name) for name, value in (self.own_universes or {}).items()}
         _check_names(list(own), "portfolio.own_universes")
         for name in ("universes", "walk_forward"):
             _check_names(getattr(self, name), f"portfolio.{name}")
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.own_universes is not None:
             object.__setattr__(self, "own_universes", own)
