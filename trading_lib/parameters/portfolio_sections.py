@@ -51,8 +51,8 @@ def _assets_of(value, name: str) -> str | list[str]:
         return value
     if not isinstance(value, list | tuple) or not value or not all(isinstance(s, str) for s in value):
         raise InputError(
-            "portfolio.own_universes: expected a list such as [AAPL, MSFT, NVDA], or the path of a membership "
-            f"file, for {name}, was {value!r}"
+            "portfolio.own_universes: expected a list such as [AAPL, MSFT, NVDA], or a membership file, "
+            f"for {name}, was {value!r}"
         )
     return [symbol.replace("/", "-") for symbol in value]
 
