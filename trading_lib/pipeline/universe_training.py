@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import InputError, Parameters, PortfolioSettings
 from ..env import split_bounds
 from ..market.layouts import get_layout
@@ -100,11 +102,36 @@ def universe_trainer(
     spans = universe_spans(panel, parameters)
     return trainer_between(parameters, panel, spans["train"], spans["validation"], progress, folder)
 
+# %% ../../nbs/09_pipeline/17_universe_training.ipynb #cced28c6
+# where nobody says otherwise: what learns the planted regimes of benchmarks/portfolio_known_truth.py.
+# A day has 64 inputs, so a small network is enough, and what a choice does, it does within days
+_START = {
+    "network": "gru",
+    "gru_hidden_dim": 32,
+    "n_gru_layers": 1,
+    "n_epochs": 3,
+    "critic_epochs": 1,
+    "learning_rate": 3e-3,
+    "gamma": 0.9,
+    "gae_lambda": 0.9,
+    "entropy_coefficient": 0.02,
+}
+_ON_CPU = {
+    "n_envs": 512,
+    "n_steps": 32,
+}  # many accounts, few days each: a step costs little more for all of them
+
+
+def _start_of(device: torch.device, given: dict) -> dict[str, Any]:
+    "What a training begins with: the table above, and what a person gave."
+    start = dict(_START)
+    if device.type == "cpu":
+        start |= _ON_CPU
+    if given.get("network") == "mlp":
+        del start["gru_hidden_dim"], start["n_gru_layers"]
+    return start | given
+
 # %% ../../nbs/09_pipeline/17_universe_training.ipynb #2511d165
-# where nobody says otherwise: a day has 64 inputs, so a small recurrent network is enough
-_START = {"network": "gru", "gru_hidden_dim": 64, "n_gru_layers": 1}
-
-
 def trainer_between(
     parameters: Parameters,  # of params.yaml
     panel: PortfolioPanel,  # all days of the universe
@@ -122,7 +149,7 @@ def trainer_between(
         asset_class=market.asset_class,
         modes=p.modes,
         episode_length=p.portfolio.episode_length,
-        **_START | p.train.overrides(),
+        **_start_of(device, p.train.overrides()),
     )
     shape, limit = _rollout_shape(market), memory_limit(device, p.train.max_vram_gpu0, p.train.max_vram_gpu1)
     config, cuts = fit_config(config, shape, limit, modes=p.modes)
