@@ -83,6 +83,7 @@ CORE = {
     "portfolio.regimes",
     "portfolio.market",
     "portfolio.account",
+    "portfolio.day_step",
     "portfolio.replay",
     "portfolio_env",
     "training.portfolio_validation",
