@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from trading_lib.portfolio.day_step import (
-    PortfolioConfig,
-    account_columns,
-    step_function,
-)
 
 from .config import InputError
 from .market.observations import Obs, ObservationTable
 from trading_lib.portfolio.account import (
     PortfolioState,
+)
+from trading_lib.portfolio.day_step import (  # noqa: F401
+    PORTFOLIO_REWARDS,
+    PortfolioConfig,
+    account_columns,
+    step_function,
 )
 from .portfolio.market import PortfolioMarket, StepRows, portfolio_market, step_rows
 from .portfolio.panel import PortfolioPanel

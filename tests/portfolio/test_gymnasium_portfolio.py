@@ -367,7 +367,7 @@ def test_actions_that_do_not_exist_are_one_clear_line(actions, words):
         (dict(panl=3), "did you mean 'panel'?"),
         (dict(observations="indices"), "unknown name 'observations'"),
         (dict(window=5), "unknown name 'window'"),
-        (dict(frictions="brokre"), "did you mean 'broker'?"),
+        (dict(frictions="brokre"), "expected one of broker, reference, zero"),
         (dict(reward_preset="sharpe"), "PortfolioConfig.reward_preset"),
         (dict(render_mode="human"), "ansi or rgb_array"),
         (dict(device="gpu"), "expected cpu"),
