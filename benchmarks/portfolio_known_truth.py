@@ -12,9 +12,9 @@ On real prices nobody knows what an agent should have earned. On a simulated uni
    stay out and prove nothing, and are judged with them: the profit before costs of all of them together must
    have an interval that contains 0, and no verdict may be the best one.
 
-The last policy of each training counts. None is chosen, so none is chosen by luck. Steps and learning rate were
-raised once, after two of the ten seeds had been seen. `python benchmarks/portfolio_known_truth.py --seeds 10
---panels 2` takes a minute of one core for each seed and kind.
+The last policy of each training counts. None is chosen, so none is chosen by luck. Steps and learning rate
+were raised once, after two of the ten seeds had been seen. `python benchmarks/portfolio_known_truth.py
+--seeds 10 --panels 2` takes a minute of one core for each seed and kind.
 """
 
 import argparse
