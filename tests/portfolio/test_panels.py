@@ -139,3 +139,50 @@ def test_the_real_daily_bars_make_both_universes(real_bars_folder):
         panel = load_panel(name, "files", path=str(real_bars_folder / "equity" / "1Day"))
         assert len(panel.symbols) == assets and len(panel.day) == 2013
         assert portfolio_market(panel).can_decide.sum() > 1900
+
+
+def test_raw_prices_go_by_name_and_must_be_there_for_all():
+    raw = {name: table * 4 for name, table in reversed(three().items())}
+    panel = panel_from_bars(three(), raw=raw)
+    assert np.allclose(panel.raw_close, 4 * panel.close, rtol=1e-12)
+    with pytest.raises(InputError, match="raw lacks BBB, CCC"):
+        panel_from_bars(three(), raw={"AAA": bars(10)})
+
+
+def test_a_day_without_a_raw_price_takes_the_ratio_of_the_day_before():
+    "40 was traded where 10 is the adjusted price: a gap must not show the later split."
+    raw = three(AAA=(bars(10) * 4).drop(DAYS[50]))
+    panel = panel_from_bars(three(), raw=raw)
+    assert panel.raw_close[50, 0] == pytest.approx(4 * panel.close[50, 0], rel=1e-12)
+
+
+def written(folder, **tables):
+    for name, table in tables.items():
+        table.rename_axis("timestamp").reset_index().to_parquet(folder / f"{name}.parquet")
+
+
+def test_a_broken_file_is_an_error_though_a_former_name_has_bars(tmp_path):
+    broken = bars(50)
+    broken.iloc[70, broken.columns.get_loc("low")] = 1e6
+    written(tmp_path, META=broken, FB=bars(50), AAA=bars(10), BBB=bars(20))
+    with pytest.raises(InputError, match="META"):
+        load_panel(["META", "AAA", "BBB"], "files", path=str(tmp_path))
+
+
+def test_two_names_of_one_asset_are_one_asset():
+    with pytest.raises(InputError, match="META is listed more than once"):
+        load_panel(["FB", "META", "AAA"], "files", path="nowhere")
+
+
+def test_what_is_said_of_an_asset_comes_before_its_name(tmp_path):
+    written(tmp_path, **{"BRK-B": bars(300), "AAA": bars(10), "BBB": bars(20)})
+    panel = load_panel(
+        ["BRK-B", "AAA", "BBB"], "files", asset_classes={"BRK-B": "equity"}, path=str(tmp_path)
+    )
+    assert panel.asset_class == "equity"
+
+
+def test_a_list_of_ones_own_was_chosen_with_all_days_known(tmp_path):
+    written(tmp_path, AAA=bars(10), BBB=bars(20), CCC=bars(30))
+    panel = load_panel(["AAA", "BBB", "CCC"], "files", path=str(tmp_path))
+    assert panel.chosen == DAYS[-1].strftime("%Y-%m-%d")

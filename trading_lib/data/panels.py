@@ -6,7 +6,8 @@
 __all__ = ['UNIVERSES', 'RENAMED', 'LEAST_DAYS', 'Universe', 'panel_from_bars', 'check_size', 'load_panel']
 
 # %% ../../nbs/04_portfolio/07_panels.ipynb #37caf0f7
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from trading_lib.data.membership import (
     read_membership,
 )
 from .simulated_panel import simulate_panel
+from .user_files import find_file
 from ..portfolio.market import SCORE_DAYS
 from ..portfolio.panel import FEWEST, MOST, PortfolioPanel, day_text
 from ..sessions import asset_class_of, nanoseconds
@@ -62,9 +64,9 @@ def _check_lengths(bars: Mapping[str, pd.DataFrame], universe: str):
             )
 
 # %% ../../nbs/04_portfolio/07_panels.ipynb #314b414d
-def _one_class(symbols: Sequence[str], universe: str) -> str:
-    "The asset class of all; they share a calendar and costs."
-    classes = {symbol: asset_class_of(symbol) for symbol in symbols}
+def _one_class(symbols: Sequence[str], universe: str, said: Mapping[str, str]) -> str:
+    "The asset class of all; they share a calendar and costs. What is said of a symbol comes before its name."
+    classes = {symbol: said.get(symbol) or asset_class_of(symbol) for symbol in symbols}
     if len(set(classes.values())) > 1:
         crypto = [symbol for symbol, kind in classes.items() if kind == "crypto"]
         raise InputError(
@@ -75,46 +77,64 @@ def _one_class(symbols: Sequence[str], universe: str) -> str:
 
 # %% ../../nbs/04_portfolio/07_panels.ipynb #51820ce2
 def _column(
-    tables: Mapping[str, pd.DataFrame], name: str, day: pd.DatetimeIndex
+    tables: Mapping[str, pd.DataFrame], symbols: Sequence[str], name: str, day: pd.DatetimeIndex
 ) -> np.ndarray:  # (T, N) float64
     "One column of all assets, NaN where there is no bar."
-    return np.stack([table[name].reindex(day).to_numpy(np.float64) for table in tables.values()], 1)
+    return np.stack([tables[symbol][name].reindex(day).to_numpy(np.float64) for symbol in symbols], 1)
+
+# %% ../../nbs/04_portfolio/07_panels.ipynb #b8c4a173
+def _as_traded(close: np.ndarray, raw: np.ndarray, symbols: Sequence[str], universe: str) -> np.ndarray:
+    """Prices as they were traded, (T, N). Where only the adjusted price of a day is known, the last known
+    ratio of both holds."""
+    ratio = pd.DataFrame(raw / close).ffill().to_numpy()
+    unknown = (np.isfinite(close) & np.isnan(ratio)).any(0)
+    if unknown.any():
+        raise InputError(
+            f"universe {universe}: {symbols[int(unknown.argmax())]} begins with days whose price as it was "
+            "traded is not known; fetch its raw bars from the same day on"
+        )
+    return np.where(np.isfinite(raw) & np.isfinite(close), raw, close * ratio)
 
 # %% ../../nbs/04_portfolio/07_panels.ipynb #5178b650
 def panel_from_bars(
-    bars: Mapping[
-        str, pd.DataFrame
-    ],  # asset -> validated daily bars, adjusted for splits, in the universe's order
-    raw: Mapping[str, pd.DataFrame]
-    | None = None,  # the same as they were traded; None: prices never were adjusted
+    bars: Mapping[str, pd.DataFrame],  # asset -> validated daily bars, adjusted for splits
+    raw: Mapping[str, pd.DataFrame] | None = None,  # the same as they were traded; None: never adjusted
     membership: Membership | None = None,  # None: all are members on all days
     universe: str = "own",  # its name
     source: str = "files",  # where the bars come from
-    chosen: str = "",  # the day on which the assets were chosen; "": members of the time
+    chosen: str | None = None,  # the day on which the assets were chosen; None: with all days known
+    asset_classes: Mapping[str, str] | None = None,  # asset -> equity or crypto, where its name misleads
 ) -> PortfolioPanel:
     "Put daily bars side by side; what is wrong is an `InputError` that names the asset."
     check_size(list(bars), universe)
     _check_lengths(bars, universe)
+    symbols = tuple(bars)
+    lacking = [symbol for symbol in symbols if raw is not None and symbol not in raw]
+    if lacking:
+        raise InputError(
+            f"universe {universe}: raw lacks {', '.join(lacking)}; give raw bars of every asset, or none"
+        )
     day = pd.DatetimeIndex(sorted(set().union(*(table.index for table in bars.values()))))
-    days, symbols = nanoseconds(day), tuple(bars)
+    days = nanoseconds(day)
     member = np.ones((len(day), len(symbols)), bool)
+    known = chosen or day_text(days[-1])  # whoever lists assets has seen how they did
     if membership is not None:
-        member = membership.mask(days, symbols)
-    close, traded = _column(bars, "close", day), _column(raw or bars, "close", day)
+        member, known = membership.mask(days, symbols), ""
+    close = traded = _column(bars, symbols, "close", day)
+    if raw is not None:
+        traded = _as_traded(close, _column(raw, symbols, "close", day), symbols, universe)
     return PortfolioPanel(
         symbols=symbols,
         day=days,
-        open=_column(bars, "open", day),
+        open=_column(bars, symbols, "open", day),
         close=close,
-        raw_close=np.where(
-            np.isfinite(close) & np.isnan(traded), close, np.where(np.isnan(close), np.nan, traded)
-        ),
-        volume=_column(bars, "volume", day),
+        raw_close=traded.copy(),
+        volume=_column(bars, symbols, "volume", day),
         member=member,
         universe=universe,
-        asset_class=_one_class(symbols, universe),
+        asset_class=_one_class(symbols, universe, asset_classes or {}),
         source=source,
-        chosen=chosen,
+        chosen=known,
     )
 
 # %% ../../nbs/04_portfolio/07_panels.ipynb #fb396c7d
@@ -137,31 +157,41 @@ def check_size(
 # %% ../../nbs/04_portfolio/07_panels.ipynb #0a24eaff
 def _assets_of(
     what: str | Path | Sequence[str], name: str | None
-) -> tuple[str, list[str], Membership | None, str]:
+) -> tuple[str, list[str], Membership | None, str | None]:
     "Name, assets, members and day of choice of what a person named."
     if isinstance(what, str) and what in UNIVERSES:
         known = UNIVERSES[what]
         return name or what, list(known.symbols), None, known.chosen
     if isinstance(what, Path) or (isinstance(what, str) and what.endswith(".csv")):
         membership = read_membership(what)
-        return name or Path(what).stem, list(membership.symbols), membership, ""
-    if isinstance(what, str):
-        raise unknown_name("universe", what, [*UNIVERSES, "simulated"])
-    today = day_text(pd.Timestamp.now(tz="UTC").normalize().value)
-    return name or "own", [path_symbol(symbol) for symbol in what], None, today
+        return name or Path(what).stem, list(membership.symbols), membership, None
+    if isinstance(what, str) or not isinstance(what, Sequence):
+        raise unknown_name("universe", str(what), [*UNIVERSES, "simulated"])
+    later = {former.name: new for new, former in RENAMED.items()}
+    symbols = [path_symbol(symbol) for symbol in what]
+    return name or "own", [later.get(symbol, symbol) for symbol in symbols], None, None
 
 # %% ../../nbs/04_portfolio/07_panels.ipynb #f8ea6a20
+def _names_with_bars(
+    symbol: str, formerly: Mapping[str, FormerName], source: str, options: dict
+) -> list[str]:
+    "Names under which there are bars; Alpaca knows the past of a renamed asset by its last name."
+    names = names_of(symbol, dict(formerly))
+    if source != "files":
+        return names[:1]
+    found = []
+    for name in names:
+        with suppress(InputError):
+            find_file(options["path"], name, "1Day", options.get("asset_class") or asset_class_of(name))
+            found.append(name)
+    return found or names[:1]
+
+# %% ../../nbs/04_portfolio/07_panels.ipynb #708a6dd7
 def _history(symbol: str, formerly: Mapping[str, FormerName], source: str, options: dict) -> pd.DataFrame:
-    "Daily bars of an asset under all its names; a name without bars is left out, if another has some."
-    tables, missing = {}, []
-    for name in names_of(symbol, dict(formerly)):
-        try:
-            tables[name] = load_bars(name, "1Day", source, **options)
-        except InputError as e:
-            missing.append(e)
-    if not tables:
-        raise missing[0]
-    if symbol in tables and symbol not in formerly:
+    "Daily bars of an asset under all names that it had; bars that are wrong are an error."
+    names = _names_with_bars(symbol, formerly, source, options)
+    tables = {name: load_bars(name, "1Day", source, **options) for name in names}
+    if names == [symbol]:
         return tables[symbol]
     return joined_history(symbol, tables, dict(formerly))
 
@@ -170,6 +200,8 @@ def load_panel(
     universe: str | Path | Sequence[str],  # a key of UNIVERSES, simulated, symbols, or a membership file
     source: str = "simulated",  # simulated, files or alpaca
     name: str | None = None,  # of a universe of one's own
+    asset_classes: Mapping[str, str] | None = None,  # asset -> equity or crypto, where its name misleads
+    steps_of: Callable[[str], bool | list[str]] | None = None,  # asset -> steps that are let pass; None: none
     **options,  # of `simulate_panel` for simulated, else of `load_bars`
 ) -> PortfolioPanel:
     "A universe's panel from a source of daily bars; what is wrong is an `InputError`."
@@ -183,11 +215,16 @@ def load_panel(
     title, symbols, membership, chosen = _assets_of(universe, name)
     check_size(symbols, title)
     formerly = RENAMED | (membership.formerly if membership is not None else {})
-    adjusted, traded = {}, None
+    said = asset_classes or {}
+
+    def tables(**more) -> dict[str, pd.DataFrame]:
+        own = {
+            symbol: {"asset_class": said.get(symbol), "allow_steps": steps_of(symbol) if steps_of else False}
+            for symbol in symbols
+        }
+        return {s: _history(s, formerly, source, options | own[s] | more) for s in symbols}
+
     if source == "alpaca":
-        adjusted, traded = {"adjustment": "split"}, {"adjustment": "raw"}
-    bars = {symbol: _history(symbol, formerly, source, options | adjusted) for symbol in symbols}
-    raw = None
-    if traded is not None:
-        raw = {symbol: _history(symbol, formerly, source, options | traded) for symbol in symbols}
-    return panel_from_bars(bars, raw, membership, title, source, chosen)
+        bars, raw = tables(adjustment="split"), tables(adjustment="raw")
+        return panel_from_bars(bars, raw, membership, title, source, chosen, said)
+    return panel_from_bars(tables(), None, membership, title, source, chosen, said)

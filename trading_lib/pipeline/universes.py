@@ -53,7 +53,7 @@ def universe_panel(
     names = ("start", "end", "timezone", "labels", "price_scale", "columns", "feed")
     options: dict[str, Any] = {name: getattr(d, name) for name in names}
     options |= {"path": str(untracked_folder(d.path)), "cache": str(untracked_folder(d.cache))}
-    return load_panel(what, d.source, name=universe, **options)
+    return load_panel(what, d.source, universe, d.asset_classes, d.steps, **options)
 
 # %% ../../nbs/09_pipeline/18_universes.ipynb #7f431891
 def prepare_universe(
