@@ -207,6 +207,7 @@ def order_costs(
 
 # %% ../../nbs/04_portfolio/03_account.ipynb #744edabf
 _ROUNDS = 4  # of Newton's method; tests hold that 1e-12 of the equity is reached
+_LEAST_SLOPE = 0.2  # where most of an order would be lost to its impact
 
 
 def invested_after_costs(
@@ -239,8 +240,8 @@ def invested_after_costs(
             root_of_all = frictions.rebalance_impact * torch.sqrt(traded / equity.clamp(min=_TINY))
             cost = cost + root_of_all * traded
             rise = rise + 1.5 * root_of_all * slope.sum(1)
-        left = left - (left + cost - available) / (1 + rise)
-    return left
+        left = left - (left + cost - available) / (1 + rise).clamp(min=_LEAST_SLOPE)
+    return torch.minimum(left.clamp(min=0), available)
 
 # %% ../../nbs/04_portfolio/03_account.ipynb #62aa127b
 class Orders(NamedTuple):
