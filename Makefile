@@ -32,6 +32,7 @@ run: install  ## train and backtest as params.yaml says; does nothing when nothi
 	@$(BIN)/trading-lib verdict
 
 portfolio: install  ## train, test and report the universes of params.yaml: one account over many assets
+	@! grep -qE '^  universes: *\[\]' params.yaml || { echo 'portfolio.universes of params.yaml is empty; write [simulated] there, or [core]' >&2; exit 1; }
 	$(BIN)/dvc repro portfolio/dvc.yaml
 
 check: install  ## export, format, lint, and the fast tests of the chapters that changed; up to 3 minutes

@@ -24,7 +24,7 @@ from trading_lib.market.segments import segments_of
 from trading_lib.sources import simulate_bars
 
 DISTINCT = ["2.3.0", "2.6.0", "2.7.0", "5.3.0", "5.5.0", "5.6.0"]  # the six layouts
-MARKET_BLOCKS = [name for name, block in BLOCKS.items() if block.source == "market"]
+MARKET_BLOCKS = [name for name in BLOCKS if name in features.BLOCK_FUNCTIONS]
 MARKETS = {
     "crypto": ("SIM-USD", "15Min", "crypto", "2023-01-01", "2023-03-15"),
     "equity": ("SIMA", "15Min", "equity", "2023-01-01", "2023-12-31"),

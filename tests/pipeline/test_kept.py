@@ -256,7 +256,7 @@ def test_a_second_training_is_refused_and_a_killed_one_leaves_no_lock(tmp_path):
 )
 def test_the_advice_names_the_options_that_the_run_began_with(command, says):
     trainer = SimpleNamespace(folder=SimpleNamespace(path=Path("runs")))
-    advice = partial(how_to_go_on, trainer, ["SIM-USD", "SIMA"], "SIM-USD")
+    advice = partial(how_to_go_on, trainer, ["SIM-USD", "SIMA"], ["SIM-USD"])
     assert advice(Path("runs/model_interrupted_1.pt"), command) == f"`{says}`"
     elsewhere = says.replace("--resume", "--checkpoint /tmp/x/model.pt")
     assert advice(Path("/tmp/x/model.pt"), command) == f"`{elsewhere}`"

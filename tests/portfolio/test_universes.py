@@ -1,6 +1,7 @@
 """A portfolio's pipeline: spans with a purge, a training that stops and goes on, and refusals in one line."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from trading_lib.pipeline.universes import (
 )
 from trading_lib.portfolio_backtest import write_portfolio_backtest
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
     "train.n_envs": 4,
     "train.n_steps": 32,
@@ -128,7 +130,12 @@ def test_what_is_not_prepared_says_which_command_to_run(tmp_path):
         (["stage", "portfolio_train"], "which universe? Add one, such as --universe core"),
     ],
 )
-def test_commands_refuse_in_one_line(line, words, capsys):
+def test_commands_refuse_in_one_line(line, words, capsys, tmp_path, monkeypatch):
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    assert "  universes: [] " in text
+    own = tmp_path / "params.yaml"
+    own.write_text(text.replace("  universes: [] ", "  universes: [simulated] "), encoding="utf-8")
+    monkeypatch.setenv("TRADING_LIB_CONFIG", str(own))
     assert main(line) != 0
     said = capsys.readouterr().err.strip()
     assert words in said and "\n" not in said
@@ -144,3 +151,8 @@ def test_the_verdict_counts_what_was_tried(project):
     assert verdict["verdict"] in ("SMOKE TEST", "DROP") and verdict["trials"]["n_trials"] >= 12
     assert (paths.report / "report.html").read_text().rstrip().endswith("</html>")
     assert '"symbol":"simulated"' in (project / "ledger" / "index.jsonl").read_text()
+
+
+def test_an_empty_list_of_universes_says_what_to_write(capsys):
+    assert main(["train", "--universe", "simulated"]) != 0
+    assert "portfolio.universes of params.yaml is empty; write [simulated] there" in capsys.readouterr().err

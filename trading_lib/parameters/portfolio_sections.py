@@ -62,7 +62,7 @@ class PortfolioParameters(PortfolioSettings):
     "Which universes are traded, and by what account."
 
     universes: list[str] | tuple[()] = setting(
-        ("simulated",), "simulated | core | expanded, or names of own_universes; a chain of stages for each"
+        (), "those that are traded, such as [simulated]: simulated, core, expanded, or names of own_universes"
     )
     own_universes: dict | None = setting(
         None, "name -> symbols, or a membership file, such as {tech: [AAPL, MSFT, NVDA]}"
