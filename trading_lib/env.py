@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
+from .market.tensor_interface import usable_device
 
 from .account import AccountConfig, AccountRules, AccountState, account_rules
 from .config import InputError, checked
@@ -86,14 +87,7 @@ class _ByIndex(ResumableEpisodes):
         seed: int | list[int] | None = None,
     ) -> Obs:  # of n_envs accounts
         "Start every account at a random bar."
-        if seed is not None:
-            seeds = list(seed) if isinstance(seed, (list, tuple)) else [int(seed)]
-            if not seeds or self.n_envs % len(seeds):
-                raise InputError(
-                    f"reset: {self.n_envs} accounts cannot be divided into {len(seeds)} equal groups, "
-                    "one for each seed"
-                )
-            self._seed(seeds)
+        self._seed_groups(seed)
         self._begin(*self._draw_starts())
         return self._observe()
 
@@ -105,11 +99,7 @@ class _ByIndex(ResumableEpisodes):
         account: AccountState | None = None,  # accounts to go on with; None: fresh ones
     ) -> Obs:  # of n_envs accounts
         "Start every account at a stated bar: how a validation or a backtest runs through a span in order."
-        start = torch.as_tensor(start, device=self.device)
-        if start.shape != (self.n_envs,):
-            raise InputError(f"reset_at: expected {self.n_envs} first bars, was {tuple(start.shape)}")
-        if not np.isin(start.cpu().numpy(), self.decision_bars).all():
-            raise InputError("reset_at: a first bar is warm-up, or outside the span")
+        start = self._checked_starts(start, self.decision_bars, "bar")
         last = self._final[start]
         if end is not None:
             last = torch.minimum(torch.as_tensor(end, device=self.device), last)
@@ -175,17 +165,6 @@ def _settled(bars, config: GPUEnvConfig | None, fit) -> tuple[MarketData, GPUEnv
     market = market_data(bars, config.version, fit, config.timeframe, config.asset_class, config.window)
     return market, config
 
-# %% ../nbs/03_env/07_env.ipynb #e8dae6b6
-def _usable_device(name: str | torch.device | None) -> torch.device:
-    "The device, if there is one."
-    try:
-        device = torch.device(name or "cpu")
-    except RuntimeError:
-        raise InputError(f"device: expected cpu, cuda or cuda:1, was {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {device} was asked for, but torch sees no GPU here; use cpu")
-    return device
-
 # %% ../nbs/03_env/07_env.ipynb #ecbd8700
 class GPUVectorizedTradingEnv(_ByIndex):
     "`n_envs` accounts trading one symbol, stepped together on one device."
@@ -202,7 +181,7 @@ class GPUVectorizedTradingEnv(_ByIndex):
     ):
         market, config = _settled(bars, config, fit)
         self.market, self.config, self.compiled = market, config, compiled
-        self.device = _usable_device(device)
+        self.device = usable_device(device)
         self.layout, self.spec = get_layout(config.version), MODEL_SPECS[config.version]
         self._full_rules = account_rules(config.account, config.asset_class)
         self.reward = reward_preset(
@@ -258,16 +237,6 @@ class GPUVectorizedTradingEnv(_ByIndex):
     def _own_columns(self, account: AccountState) -> Tensor:  # (n, D) float32
         return own_columns(self.config.version, account, self.config.account)
 
-    def _present(self, obs: Obs):
-        return obs if self.config.observations == "indices" else self.table.materialise(obs)
-
-    def reset(
-        self,
-        seed: int | list[int] | None = None,  # makes this and all that follows repeatable
-    ) -> Tensor | Obs:  # windows (n_envs, obs_dim), or Obs
-        "Start every account at a random bar."
-        return self._present(self.reset_index(seed))
-
     def reset_at(
         self,
         start: Tensor | np.ndarray | list,  # (n_envs,) first bars
@@ -276,27 +245,3 @@ class GPUVectorizedTradingEnv(_ByIndex):
     ) -> Tensor | Obs:  # windows (n_envs, obs_dim), or Obs
         "`reset_at_index`, as windows where the configuration says so."
         return self._present(self.reset_at_index(start, end, account))
-
-    def step(
-        self,
-        actions: Tensor,  # (n_envs,) int64; what they mean: the version's `action_meanings`
-    ) -> tuple[Tensor | Obs, Tensor, Tensor, Tensor, dict]:
-        # observations (n_envs, obs_dim) or Obs, rewards float32, terminated, truncated, infos
-        "One bar for every account. An `InputError` for actions that do not exist, or before a reset."
-        if not hasattr(self, "bar"):
-            raise InputError("step: no episode has begun; call reset(seed) first")
-        actions = torch.as_tensor(actions, device=self.device)
-        if actions.shape != (self.n_envs,) or actions.is_floating_point():
-            raise InputError(
-                f"step: expected {self.n_envs} whole-number actions, "
-                f"was {actions.dtype} of shape {tuple(actions.shape)}"
-            )
-        if not bool(((actions >= 0) & (actions < self.n_actions)).all()):
-            raise InputError(
-                f"step: actions are 0 to {self.n_actions - 1}, "
-                f"was {int(actions.min())} to {int(actions.max())}"
-            )
-        obs, reward, terminated, truncated, infos = self.step_index(actions.long())
-        restarted, last = obs is not infos["final_obs"], self._present(infos["final_obs"])
-        infos["final_obs"] = last
-        return self._present(obs) if restarted else last, reward, terminated, truncated, infos

@@ -7,7 +7,7 @@ __all__ = ['GPUPortfolioEnv', 'PORTFOLIO_REWARDS', 'PortfolioConfig']
 
 # %% ../nbs/04_portfolio/04_portfolio_env.ipynb #bd4aef62
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .config import InputError
 from .market.observations import Obs, ObservationTable
+from .market.tensor_interface import TensorInterface, usable_device
 from trading_lib.portfolio.account import (
     PortfolioState,
 )
@@ -32,24 +33,30 @@ from .portfolio.regimes import REGIMES
 _all_ = ["PORTFOLIO_REWARDS", "PortfolioConfig"]  # re-exported for convenience
 
 # %% ../nbs/04_portfolio/04_portfolio_env.ipynb #5ba7c247
-class _Episodes:
+class _Episodes(TensorInterface):
     "Where each account's episode begins and ends, and the state with which a run goes on."
 
     # the environment's own
     config: PortfolioConfig
-    device: torch.device
-    n_envs: int
     n_assets: int
     market: PortfolioMarket
+    compiled: bool  # steps by torch.compile
     decision_days: np.ndarray
     _starts: Tensor
     _last: int
     _rows: StepRows
     _tradable_share: Tensor
 
-    def _seed(self, seeds: list[int]):
-        "Random numbers for each group of accounts."
-        self._random = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+    def set_cost_scale(
+        self,
+        scale: float,  # 0: free trading, 1: the configured costs
+    ) -> None:
+        "Scale every cost from now on: a curriculum for training. Compiled steps are compiled again."
+        self._cost_scale = scale
+        scaled = replace(self.config, costs_times=scale * self.config.costs_times)
+        self._advance = step_function(
+            scaled, self.market.asset_class, self.market.days_per_year, self.compiled
+        )
 
     def _drawn(self, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
         "Random numbers of all groups, one after another."
@@ -107,7 +114,7 @@ class _Episodes:
         if not hasattr(self, "bar"):
             return {}
         state = {name.lstrip("_"): getattr(self, name).clone() for name in self._STATE}
-        state["random"] = torch.stack([random.get_state() for random in self._random])
+        state["random"], state["cost_scale"] = self._random_state(), self._cost_scale
         state["account"] = {f.name: getattr(self.account, f.name).clone() for f in fields(PortfolioState)}
         return state
 
@@ -126,10 +133,8 @@ class _Episodes:
             )
         for name in self._STATE:
             setattr(self, name, state[name.lstrip("_")].clone().to(self.device))
-        random = state["random"].cpu()
-        self._seed([0] * len(random))
-        for own, row in zip(self._random, random):
-            own.set_state(row.clone())
+        self._set_random_state(state["random"])
+        self.set_cost_scale(state["cost_scale"])
         account = {name: value.clone().to(self.device) for name, value in state["account"].items()}
         self.account = PortfolioState(**account)
         return self._observe()
@@ -151,7 +156,7 @@ class GPUPortfolioEnv(_Episodes):
     ):
         self.config = config or PortfolioConfig()
         self.market = panel if isinstance(panel, PortfolioMarket) else portfolio_market(panel, fit)
-        self.device, self.compiled = _usable_device(device), compiled
+        self.device, self.compiled = usable_device(device), compiled
         self.n_envs, self.n_assets = self.config.n_envs, len(self.market.panel.symbols)
         self.table = ObservationTable(self.market.features, self.market.version, 1, self.device)
         self.obs_dim = self.table.n_features
@@ -162,9 +167,7 @@ class GPUPortfolioEnv(_Episodes):
         self.decision_days = self.market.decision_days
         self._load_starts()
         self._seed([0])
-        self._advance = step_function(
-            self.config, self.market.asset_class, self.market.days_per_year, compiled
-        )
+        self.set_cost_scale(1.0)
 
     def _load_starts(self):
         "Where episodes may begin: where they can last their length, or as long as the span allows."
@@ -179,26 +182,14 @@ class GPUPortfolioEnv(_Episodes):
 
     def __setstate__(self, state: dict):
         vars(self).update(state)
-        self._advance = step_function(
-            self.config, self.market.asset_class, self.market.days_per_year, self.compiled
-        )
-
-    def _present(self, obs: Obs):
-        return obs if self.config.observations == "indices" else self.table.materialise(obs)
+        self.set_cost_scale(self._cost_scale)
 
     def reset_index(
         self,
         seed: int | list[int] | None = None,  # makes this and all that follows repeatable
     ) -> Obs:  # of n_envs accounts
         "Start every account on a random day."
-        if seed is not None:
-            seeds = list(seed) if isinstance(seed, (list, tuple)) else [int(seed)]
-            if not seeds or self.n_envs % len(seeds):
-                raise InputError(
-                    f"reset: {self.n_envs} accounts cannot be divided into {len(seeds)} equal groups, "
-                    "one for each seed"
-                )
-            self._seed(seeds)
+        self._seed_groups(seed)
         start = self._draw_starts()
         self._begin(start, self._end_of(start))
         return self._observe()
@@ -209,11 +200,7 @@ class GPUPortfolioEnv(_Episodes):
         end: Tensor | np.ndarray | list | None = None,  # (n_envs,) days at which the episodes end
     ) -> Obs:  # of n_envs accounts
         "Start every account on a stated day: how a backtest runs through a span."
-        start = torch.as_tensor(start, device=self.device)
-        if start.shape != (self.n_envs,):
-            raise InputError(f"reset_at: expected {self.n_envs} first days, was {tuple(start.shape)}")
-        if not np.isin(start.cpu().numpy(), self.decision_days).all():
-            raise InputError("reset_at: a first day is warm-up, or outside the span")
+        start = self._checked_starts(start, self.decision_days, "day")
         last = torch.full_like(start, self._last + 1)
         if end is not None:
             last = torch.minimum(torch.as_tensor(end, device=self.device), last)
@@ -246,13 +233,6 @@ class GPUPortfolioEnv(_Episodes):
             obs = self._restart(over, obs)
         return obs, done.reward, done.terminated, done.truncated, infos
 
-    def reset(
-        self,
-        seed: int | list[int] | None = None,  # makes this and all that follows repeatable
-    ) -> Tensor | Obs:  # (n_envs, 64) float32, or Obs
-        "Start every account on a random day."
-        return self._present(self.reset_index(seed))
-
     def reset_at(
         self,
         start: Tensor | np.ndarray | list,  # (n_envs,) first days
@@ -260,37 +240,3 @@ class GPUPortfolioEnv(_Episodes):
     ) -> Tensor | Obs:  # (n_envs, 64) float32, or Obs
         "`reset_at_index`, as numbers where the configuration says so."
         return self._present(self.reset_at_index(start, end))
-
-    def step(
-        self,
-        actions: Tensor,  # (n_envs,) whole numbers, places in REGIMES
-    ) -> tuple[Tensor | Obs, Tensor, Tensor, Tensor, dict]:
-        # observations, rewards float32, terminated, truncated, infos
-        "One day for every account. An `InputError` for actions that do not exist, or before a reset."
-        if not hasattr(self, "bar"):
-            raise InputError("step: no episode has begun; call reset(seed) first")
-        actions = torch.as_tensor(actions, device=self.device)
-        if actions.shape != (self.n_envs,) or actions.is_floating_point():
-            raise InputError(
-                f"step: expected {self.n_envs} whole-number actions, "
-                f"was {actions.dtype} of shape {tuple(actions.shape)}"
-            )
-        if not bool(((actions >= 0) & (actions < self.n_actions)).all()):
-            raise InputError(
-                f"step: actions are 0 to {self.n_actions - 1}, "
-                f"was {int(actions.min())} to {int(actions.max())}"
-            )
-        obs, reward, terminated, truncated, infos = self.step_index(actions.long())
-        infos["final_obs"] = self._present(infos["final_obs"])
-        return self._present(obs), reward, terminated, truncated, infos
-
-# %% ../nbs/04_portfolio/04_portfolio_env.ipynb #2361c963
-def _usable_device(name: str | torch.device | None) -> torch.device:
-    "The device, if there is one."
-    try:
-        device = torch.device(name or "cpu")
-    except RuntimeError:
-        raise InputError(f"device: expected cpu, cuda or cuda:1, was {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device: {device} was asked for, but torch sees no GPU here; use cpu")
-    return device

@@ -375,3 +375,23 @@ def test_one_checkpoint_serves_3_13_and_300_assets(network, tmp_path):
             obs, *_, infos = walked.step_index(action)
             assert infos["account"].equity.item() == equity
         assert step == len(other.decision_days) - 1
+
+
+def test_costs_rise_with_a_training_and_a_run_that_goes_on_pays_the_same():
+    "Free at 0, the configured costs at 1, and the scale is part of the state."
+    env = GPUPortfolioEnv(simulate_panel(3, years=1), PortfolioConfig(n_envs=4))
+    buy = torch.full((4,), 4)
+    paid = {}
+    for scale in (0.0, 0.5, 1.0):
+        env.set_cost_scale(scale)
+        env.reset(seed=0)
+        env.step(buy)
+        paid[scale] = env.account.costs.clone()
+    assert (paid[0.0] == 0).all() and (paid[0.5] > 0).all()
+    assert torch.allclose(paid[0.5], paid[1.0] / 2, rtol=1e-3)
+    env.set_cost_scale(0.0)
+    env.reset(seed=0)
+    other = GPUPortfolioEnv(simulate_panel(3, years=1), PortfolioConfig(n_envs=4))
+    other.load_state_dict(env.state_dict())
+    other.step(buy)
+    assert (other.account.costs == 0).all()

@@ -156,3 +156,20 @@ def test_the_verdict_counts_what_was_tried(project):
 def test_an_empty_list_of_universes_says_what_to_write(capsys):
     assert main(["train", "--universe", "simulated"]) != 0
     assert "portfolio.universes of params.yaml is empty; write [simulated] there" in capsys.readouterr().err
+
+
+def test_what_the_project_decided_is_not_said_to_be_a_persons():
+    plan = universe_trainer(small(), simulate_panel(3, years=2)).description
+    (rate,) = [line for line in plan.splitlines() if line.startswith("learning rate")]
+    (sizes,) = [line for line in plan.splitlines() if line.startswith("environments")]
+    assert "0.003" in rate and rate.endswith("project") and sizes.endswith("you")
+
+
+def test_costs_rise_in_a_training_as_its_settings_say():
+    p = small(**{"train.cost_warm_up": 1.0})
+    trainer = universe_trainer(p, simulate_panel(3, years=2))
+    seen = []
+    set_scale = trainer.env.set_cost_scale
+    trainer.env.set_cost_scale = lambda scale: (seen.append(scale), set_scale(scale))
+    trainer.train()
+    assert seen == [0.25, 0.5, 0.75, 1.0]

@@ -58,6 +58,7 @@ CORE = {
     "market.observations",
     "market.rewards",
     "market.step",
+    "market.tensor_interface",
     "market.episodes",
     "market.bounds",
     "env",

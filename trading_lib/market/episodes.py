@@ -6,9 +6,9 @@
 __all__ = ['episode_starts', 'ResumableEpisodes']
 
 # %% ../../nbs/03_env/06_episodes.ipynb #e6d35c00
+from abc import abstractmethod
 from collections import deque
 from dataclasses import fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from .layouts import Layout
 from .observations import Obs
 from .rewards import COUNT_BITS, RECENT_ACTIONS
 from .step import reset_where
+from .tensor_interface import TensorInterface
 
 # %% ../../nbs/03_env/06_episodes.ipynb #747d144a
 def episode_starts(
@@ -37,25 +38,19 @@ def episode_starts(
     return at[steps_left >= np.minimum(episode_length, steps_in_all)]
 
 # %% ../../nbs/03_env/06_episodes.ipynb #df2b6562
-class _Episodes:
+class _Episodes(TensorInterface):
     "Where each account's episode begins, where it ends, and where the account stands."
 
-    # given by the environment that inherits this
-    device: torch.device
-    n_envs: int
-    config: Any  # with `episode_length`, in bars
+    # given by the environment that inherits this; its config has `episode_length`, in bars
     rules: AccountRules
     layout: Layout
     compiled: bool  # steps by torch.compile
     _starts: Tensor  # bars at which an episode may begin
     _final: Tensor  # (T,) where an episode through this bar must end
 
+    @abstractmethod
     def _own_columns(self, account: AccountState) -> Tensor:  # (n, D) float32
-        raise NotImplementedError
-
-    def _seed(self, seeds: list[int]):
-        "Random numbers for each group of accounts."
-        self._random = [torch.Generator(self.device).manual_seed(seed) for seed in seeds]
+        "What an account shows its policy."
 
     def _draw_starts(self, done: Tensor | None = None) -> tuple[Tensor, Tensor]:
         "Random first bars, and where those episodes end."
@@ -120,15 +115,16 @@ class ResumableEpisodes(_Episodes):
 
     _cost_scale: float  # given by the environment that inherits this
 
+    @abstractmethod
     def set_cost_scale(
         self,
         scale: float,  # 0: free trading, 1: the configured costs
     ) -> None:
-        "Given by the environment that inherits this."
-        raise NotImplementedError
+        "Scale every cost from now on."
 
+    @abstractmethod
     def _observe(self) -> Obs:
-        raise NotImplementedError
+        "What every account sees now."
 
     _STATE = ("bar", "end", "_mean_return", "_mean_square")
 
@@ -143,7 +139,7 @@ class ResumableEpisodes(_Episodes):
         recent = torch.stack(tuple(self._recent)) // COUNT_BITS
         state["recent"] = torch.where(age <= self.bar - self._first, recent, -1)
         state["cost_scale"] = self._cost_scale
-        state["random"] = torch.stack([random.get_state() for random in self._random])
+        state["random"] = self._random_state()
         state["account"] = {f.name: getattr(account, f.name).clone() for f in fields(AccountState)}
         return state
 
@@ -165,11 +161,7 @@ class ResumableEpisodes(_Episodes):
         self._recent = deque(place.clone().unbind(0), RECENT_ACTIONS)
         self._tally = torch.where(recent >= 0, 1 << place, 0).sum(0)
         self._first = self.bar - (recent >= 0).sum(0)
-        random = state["random"].cpu()
-        random = random.view(-1, random.shape[-1])  # older files hold one row, as it is
-        self._seed([0] * len(random))
-        for own, row in zip(self._random, random):
-            own.set_state(row.clone())  # of its own: torch ignores where a view begins
+        self._set_random_state(state["random"])
         account = {name: value.clone().to(self.device) for name, value in state["account"].items()}
         self._take(AccountState(**account))
         return self._observe()

@@ -18,15 +18,14 @@ import torch
 from ..config import InputError, Parameters, PortfolioSettings
 from ..env import split_bounds
 from ..market.layouts import get_layout
-from .new_run import training_device
+from .new_run import plan_run, training_device
 from .project import Artefacts
 from .train import TrainRequest, train_as_asked
 from ..portfolio.market import PortfolioMarket, portfolio_market
 from ..portfolio.panel import PortfolioPanel
 from ..portfolio_env import GPUPortfolioEnv, PortfolioConfig
 from ..trainer import NativePPOTrainer
-from ..training.config import budget_warnings, describe, fit_config, get_auto_config
-from ..training.memory import RolloutShape, memory_limit
+from ..training.memory import RolloutShape
 from ..training.portfolio_validation import PortfolioValidation
 from ..training.run_folder import RunFolder
 
@@ -116,20 +115,15 @@ _START = {
     "gae_lambda": 0.9,
     "entropy_coefficient": 0.02,
 }
-_ON_CPU = {
-    "n_envs": 512,
-    "n_steps": 32,
-}  # many accounts, few days each: a step costs little more for all of them
+# many accounts, few days each: a step costs little more for all of them
+_ON_CPU = {"n_envs": 512, "n_steps": 32}
 
 
-def _start_of(device: torch.device, given: dict) -> dict[str, Any]:
-    "What a training begins with: the table above, and what a person gave."
-    start = dict(_START)
+def _start_on(device: torch.device) -> dict[str, Any]:
+    "What a training begins with; a GPU's tier has sizes of its own."
     if device.type == "cpu":
-        start |= _ON_CPU
-    if given.get("network") == "mlp":
-        del start["gru_hidden_dim"], start["n_gru_layers"]
-    return start | given
+        return _START | _ON_CPU
+    return _START
 
 # %% ../../nbs/09_pipeline/17_universe_training.ipynb #2511d165
 def trainer_between(
@@ -141,25 +135,15 @@ def trainer_between(
     folder: RunFolder | None = None,  # where checkpoints of the run go; None: nowhere
 ) -> NativePPOTrainer:
     "Hardware tier, mode and overrides as params.yaml says; the environment stands on the training span."
-    p, device = parameters, training_device(parameters.train.device)
     market = portfolio_market(panel.span(*train))
-    config = get_auto_config(
-        training_mode=p.train.mode,
-        device=device,
-        asset_class=market.asset_class,
-        modes=p.modes,
-        episode_length=p.portfolio.episode_length,
-        **_start_of(device, p.train.overrides()),
-    )
-    shape, limit = _rollout_shape(market), memory_limit(device, p.train.max_vram_gpu0, p.train.max_vram_gpu1)
-    config, cuts = fit_config(config, shape, limit, modes=p.modes)
-    assert config.n_envs is not None  # its tier has said
-    account = portfolio_config(p, config.n_envs)
-    env = GPUPortfolioEnv(market, account, device)
-    chosen_on = PortfolioValidation(market.span(*validation), account, device)
-    trainer = NativePPOTrainer(env, config, chosen_on, progress, folder)
-    warnings = [*budget_warnings(p.train.mode, market.asset_class, p.modes), *cuts]
-    trainer.description = describe(config, device, shape, limit=limit, warnings=warnings)
+    start = _start_on(training_device(parameters.train.device))
+    episode = parameters.portfolio.episode_length
+    plan = plan_run(parameters, market.asset_class, _rollout_shape(market), episode, start)
+    account = portfolio_config(parameters, plan.config.accounts())
+    env = GPUPortfolioEnv(market, account, plan.device)
+    chosen_on = PortfolioValidation(market.span(*validation), account, plan.device)
+    trainer = NativePPOTrainer(env, plan.config, chosen_on, progress, folder)
+    trainer.description = plan.text
     return trainer
 
 # %% ../../nbs/09_pipeline/17_universe_training.ipynb #b2870683

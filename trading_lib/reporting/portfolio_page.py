@@ -6,22 +6,22 @@
 __all__ = ['figure_rows', 'baseline_rows', 'render_portfolio_report', 'write_portfolio_report']
 
 # %% ../../nbs/08_reporting/07_portfolio_page.ipynb #8ae3eab5
-import json
 from pathlib import Path
 
 from ..evaluation.comparison import is_simulated
-from ..files import atomic_write
 from ..portfolio.regimes import REGIMES
 from ..portfolio_backtest import PortfolioBacktest
 from .figures import figure_bytes
 from trading_lib.reporting.pages import (
     GATE_COLOURS,
     describe_source,
+    figure_text,
     image_source,
     kind_of_data,
     render_page,
     trial_rows,
     verdict_meaning,
+    write_page,
 )
 from .portfolio_pictures import plot_portfolio, plot_portfolio_profit
 from .portfolio_verdict import assess_portfolio, difference_text, universe_text
@@ -50,17 +50,15 @@ _FIGURES = {
     "percentile_among_random": ("percentile among random regimes", "{:.0f}"),
 }
 
-
-def _written(value, form: str) -> str:
-    return "–" if value is None else form.format(value)
-
 # %% ../../nbs/08_reporting/07_portfolio_page.ipynb #afd91527
 def figure_rows(
     metrics: dict,  # of a `PortfolioBacktest`
 ) -> list[tuple[str, str]]:  # label, figure
     "Everything that was measured of the agent."
     return [
-        (label, _written(metrics[name], form)) for name, (label, form) in _FIGURES.items() if name in metrics
+        (label, figure_text(metrics[name], form))
+        for name, (label, form) in _FIGURES.items()
+        if name in metrics
     ]
 
 # %% ../../nbs/08_reporting/07_portfolio_page.ipynb #f3248195
@@ -76,7 +74,7 @@ _COLUMNS = {  # column -> figure, how it is written
 
 
 def _columns(figures: dict) -> list[str]:
-    return [_written(figures[name], form) for name, form in _COLUMNS.values()]
+    return [figure_text(figures[name], form) for name, form in _COLUMNS.values()]
 
 
 def baseline_rows(
@@ -247,8 +245,4 @@ def write_portfolio_report(
 ) -> dict[str, Path]:  # name -> file
     "verdict.json and report.html."
     verdict = verdict or assess_portfolio(result)
-    contents = {
-        "verdict.json": json.dumps(verdict, indent=1, allow_nan=False) + "\n",
-        "report.html": render_portfolio_report(result, verdict),
-    }
-    return {name: atomic_write(Path(folder) / name, content) for name, content in contents.items()}
+    return write_page(folder, verdict, render_portfolio_report(result, verdict))

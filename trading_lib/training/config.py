@@ -148,11 +148,12 @@ def get_auto_config(
     low_vram: bool = False,  # sizes for 8 GB
     network: str | None = None,  # mlp or gru; None: mlp
     tier: str | None = None,  # a key of TIERS, to plan for another machine; None: the device's
+    start: dict[str, Any] | None = None,  # fields as the project has them where nobody says otherwise
     **overrides,  # fields of NativePPOConfig; they win. None: not given
 ) -> NativePPOConfig:  # which knows who decided what
     "Hardware tier first, then the mode's budget, then explicit overrides."
     mode, steps = mode_and_steps(training_mode, asset_class, MODES | (modes or {}))
-    given = overrides | {"network": network}
+    given, start = overrides | {"network": network}, start or {}
     explicit = {name: value for name, value in given.items() if value is not None}
     tier = _known_tier(tier, device)
     require(not (high_vram and low_vram), "train: high_vram and low_vram were both asked for; choose one")
@@ -160,8 +161,9 @@ def get_auto_config(
 
     budget = steps_on_tier(steps, tier)
     decisions = _Decisions({"tier": tier, "mode": training_mode, "mode_timesteps": budget})
-    _decide_hardware(decisions, tier, high_vram, low_vram, recurrent=explicit.get("network") == "gru")
-    decisions.decide("project", cost_warm_up=COST_WARM_UP)
+    recurrent = (start | explicit).get("network") == "gru"
+    _decide_hardware(decisions, tier, high_vram, low_vram, recurrent)
+    decisions.decide("project", **{"cost_warm_up": COST_WARM_UP} | start)
     by_mode = f"mode {training_mode}"
     if training_mode == "auto":
         by_mode += f", {asset_class}"
