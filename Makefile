@@ -5,7 +5,8 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 FIGURES := verdict|total_return|buy_and_hold|moving_average_cross|sharpe|max_drawdown|profit_factor|trades|deflated_sharpe|validation_score
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
-# where .venv was made: its commands name that path, and a project that was moved needs them anew
+# where .venv was made: its commands name that path, and a project that was moved needs them anew;
+# where .venv is a link to another project's, only the link goes
 MADE_AT := $(shell cat .venv/.installed 2>/dev/null)
 MOVED := $(if $(MADE_AT),$(if $(filter-out x$(subst $() ,_,$(CURDIR)),x$(subst $() ,_,$(MADE_AT))),moved))
 
@@ -18,7 +19,7 @@ help:  ## show this list
 install: .venv/.installed  ## make .venv with everything that is needed
 
 .venv/.installed: constraints.txt settings.ini setup.py pyproject.toml $(MOVED)
-	@rm -f $@; if [ -n "$(MOVED)" ] || ! $(BIN)/python -c "$(NEW_ENOUGH)" 2>/dev/null; then \
+	@[ -z "$(MOVED)" ] || [ ! -L .venv ] || rm .venv; rm -f $@; if [ -n "$(MOVED)" ] || ! $(BIN)/python -c "$(NEW_ENOUGH)" 2>/dev/null; then \
 		"$(PYTHON)" -c "$(NEW_ENOUGH)" 2>/dev/null || { echo "trading_lib needs Python 3.11 or newer, found $$("$(PYTHON)" --version 2>/dev/null || echo none) as $(PYTHON); name another, such as: make $(firstword $(MAKECMDGOALS) run) PYTHON=python3.12" >&2; exit 1; }; \
 		echo '$(PYTHON) -m venv --clear .venv'; "$(PYTHON)" -m venv --clear .venv; fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'

@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from .market.tensor_interface import usable_device
 
 from .account import AccountConfig, AccountRules, AccountState, account_rules
 from .config import InputError, checked
@@ -25,6 +24,7 @@ from .market.market_data import MarketData, decision_span, market_data
 from .market.observations import Obs, ObservationTable, own_columns
 from .market.rewards import full_move, reward_preset
 from .market.step import StepInput, StepResult, step_function, step_table
+from .market.tensor_interface import usable_device
 from .version import MODEL_SPECS, action_table
 
 # %% ../nbs/03_env/07_env.ipynb #bbcaeab6

@@ -850,6 +850,27 @@ def test_run_and_test_install_first(target, does, tmp_path):
     assert places == sorted(places)
 
 
+def test_an_environment_that_is_linked_from_another_project_is_left_alone(tmp_path):
+    "A stand-in for Python makes the environment; what the link led to is as it was."
+    project, other = tmp_path / "project", tmp_path / "other" / ".venv"
+    (other / "bin").mkdir(parents=True)
+    (other / ".installed").write_text(str(other.parent))
+    (other / "bin" / "python").write_text("#!/bin/sh\n")
+    (other / "bin" / "python").chmod(0o755)
+    project.mkdir()
+    for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, project)
+    (project / ".venv").symlink_to(other)
+    python = tmp_path / "python3"
+    makes = 'if [ "$2" = venv ]; then rm -rf .venv/*; mkdir -p .venv/bin; cp "$0" .venv/bin/python; fi'
+    python.write_text(f"#!/bin/sh\n{makes}\n")
+    python.chmod(0o755)
+    subprocess.run(["make", "install", f"PYTHON={python}"], cwd=project, check=True, capture_output=True)
+    assert (other / "bin" / "python").exists() and (other / ".installed").exists()
+    assert not (project / ".venv").is_symlink()
+    assert (project / ".venv" / ".installed").read_text().strip() == str(project)
+
+
 @pytest.mark.parametrize("found", ["an older Python", "none", "a .venv of an older one"])
 def test_a_python_that_is_too_old_is_one_line(found, tmp_path):
     "In a folder whose name has a blank; what is there is not touched."
