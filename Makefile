@@ -33,7 +33,8 @@ run: install  ## train and backtest as params.yaml says; does nothing when nothi
 	@$(BIN)/trading-lib verdict
 
 portfolio: install  ## train, test and report the universes of params.yaml: one account over many assets
-	@! grep -qE '^  universes: *\[\]' params.yaml || { echo 'portfolio.universes of params.yaml is empty; write [simulated] there, or [core]' >&2; exit 1; }
+	@if grep -qE '^  universes: *\[\]' params.yaml; then echo 'params.yaml: portfolio.universes was empty, is [simulated] now'; \
+		sed -E 's/^(  universes: *)\[\] {0,9}/\1[simulated]/' params.yaml > params.yaml.new && mv params.yaml.new params.yaml; fi
 	$(BIN)/dvc repro portfolio/dvc.yaml
 
 check: install  ## export, format, lint, and the fast tests of the chapters that changed; up to 3 minutes

@@ -156,20 +156,19 @@ class Parameters:
 
     def listed_universe(
         self,
-        universe: str | None,  # as a person wrote it; None: the first one
+        universe: str | None,  # as a person wrote it; None: the first one, or the simulated one
         where: str = "universe",  # for messages
     ) -> str:
-        "The universe, if params.yaml lists it."
-        listed = self.portfolio.universes
-        if universe is None and listed:
+        "The universe, if params.yaml lists it; the simulated one needs no list."
+        listed = [*self.portfolio.universes, "simulated"]
+        if universe is None:
             return listed[0]
-        if universe is not None and universe in listed:
+        if universe in listed:
             return universe
-        if not listed:
-            raise InputError(f"{where}: portfolio.universes of params.yaml is empty; write [simulated] there")
         raise InputError(
-            f"{where}: {universe!r} is not among portfolio.universes of params.yaml ({', '.join(listed)}); "
-            f"add it there: universes: [{', '.join([*listed[:3], str(universe)])}]"
+            f"{where}: {universe!r} is not among portfolio.universes of params.yaml "
+            f"({', '.join(self.portfolio.universes) or 'none yet'}); add it there: "
+            f"universes: [{', '.join([*self.portfolio.universes[:3], universe])}]"
         )
 
 # %% ../nbs/00_base/05_config.ipynb #b6d4e1a6

@@ -153,9 +153,10 @@ def test_the_verdict_counts_what_was_tried(project):
     assert '"symbol":"simulated"' in (project / "ledger" / "index.jsonl").read_text()
 
 
-def test_an_empty_list_of_universes_says_what_to_write(capsys):
-    assert main(["train", "--universe", "simulated"]) != 0
-    assert "portfolio.universes of params.yaml is empty; write [simulated] there" in capsys.readouterr().err
+def test_without_a_list_the_simulated_universe_is_meant():
+    assert Parameters().listed_universe(None) == Parameters().listed_universe("simulated") == "simulated"
+    with pytest.raises(InputError, match="none yet.; add it there: universes: .core."):
+        Parameters().listed_universe("core")
 
 
 def test_what_the_project_decided_is_not_said_to_be_a_persons():

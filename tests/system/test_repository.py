@@ -832,6 +832,21 @@ def test_make_help_lists_every_target():
     assert set(re.search(r"\.PHONY: (.+)", MAKEFILE)[1].split()) == TARGETS
 
 
+def test_make_portfolio_lists_the_simulated_universe_where_none_is_listed(tmp_path):
+    "Its recipe without the pipeline, on the project's own params.yaml: one value changes, and it is said."
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    recipe = re.search(r"(?m)^portfolio:.*\n((?:\t.*\n)+?)\t\$\(BIN\)/dvc", MAKEFILE)[1]
+    (tmp_path / "Makefile").write_text(f"portfolio:\n{recipe}")
+    said = [
+        subprocess.run(["make", "-s", "portfolio"], cwd=tmp_path, capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
+    before, after = PARAMS, yaml.safe_load((tmp_path / "params.yaml").read_text())
+    assert after["portfolio"].pop("universes") == ["simulated"]
+    assert after == before | {"portfolio": {k: v for k, v in before["portfolio"].items() if k != "universes"}}
+    assert "is [simulated] now" in said[0].stdout and said[1].stdout == ""
+
+
 @pytest.mark.parametrize("target, does", [("run", ["dvc repro"]), ("test", ["nbdev_test", "pytest"])])
 def test_run_and_test_install_first(target, does, tmp_path):
     for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py", "pyproject.toml"):
